@@ -1,0 +1,28 @@
+"""Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
+
+`convert`, `plan`, `inspect` and `verify` are what the commands of the same names call. They are imported when first
+used, so that importing this package, and asking for help, costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import ReshardError
+
+if TYPE_CHECKING:
+    from .conversion import convert, plan
+    from .inspection import inspect
+    from .verification import verify
+
+__all__ = ["ReshardError", "__version__", "convert", "inspect", "plan", "verify"]
+
+_HOMES = {"convert": "conversion", "plan": "conversion", "inspect": "inspection", "verify": "verification"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reshard' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

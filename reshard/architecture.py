@@ -1,0 +1,98 @@
+"""The model class and its parameters, from `config.json` and the installed transformers. No weights, no repo code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import BadInputError, VersionError, printable
+from .source import model_config
+
+__all__ = ["expected_dtypes", "meta_model", "quiet_transformers"]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' advice to itself: what matters is said by our own errors and plan."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None) -> Any:
+    """The model of the checkpoint in `root`, built on the meta device: shapes and names, no memory.
+
+    `dtype` is a torch name. Only classes of the installed transformers are used, whatever the config's `auto_map` says.
+
+    Raises:
+        BadInputError: the configuration is not usable.
+        VersionError: the installed transformers does not know the model.
+    """
+    import transformers
+
+    raw = model_config(root)
+    model_type = printable(raw.get("model_type"))
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise VersionError(
+            f"{printable(root)}: transformers {transformers.__version__} does not know model type {model_type!r}",
+            hint=printable(str(error).splitlines()[0]),
+        ) from None
+    except Exception as error:
+        raise BadInputError(f"{printable(root / 'config.json')}: not usable: {printable(error)}") from None
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    model_class = _model_class(transformers, config)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            return model_class._from_config(config, dtype=getattr(torch, dtype))
+    except Exception as error:
+        raise BadInputError(
+            f"{printable(root / 'config.json')}: {model_class.__name__} cannot be built from it: {printable(error)}"
+        ) from None
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    names = config.architectures or []
+    for name in names:
+        # Optional backends leave a placeholder class behind, which is not a model.
+        found = getattr(transformers, name, None) if name.isidentifier() else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    if names:
+        raise VersionError(
+            f"transformers {transformers.__version__} has no architecture {printable(', '.join(map(str, names)))}"
+        )
+    with contextlib.suppress(KeyError):
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    raise BadInputError(f"config.json names no architecture, and {type(config).__name__} has no causal model")
+
+
+def expected_dtypes(model: Any, dtype: str) -> dict[str, torch.dtype]:
+    """The dtype of every entry of the model's state dict after `from_pretrained(dtype=…)`.
+
+    The rule is transformers' own (`convert_and_load_state_dict_in_model`): the meta model's dtype, but fp32 for what
+    `_get_dtype_plan` keeps in fp32.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    plan = model._get_dtype_plan(getattr(torch, dtype))
+    if plan:
+        pattern, by_group, _ = build_glob_alternation(list(plan))
+        for name in wanted:
+            match = pattern.search(name)
+            if match is not None:
+                wanted[name] = plan[by_group[match.lastgroup]]
+    return wanted

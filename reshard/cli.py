@@ -1,0 +1,250 @@
+"""The `reshard` command. Each command parses, makes one library call and prints; errors become exit codes in `main`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from ._version import __version__
+from .errors import ReshardError
+
+__all__ = ["cli", "main", "report_failure"]
+
+_DTYPES = ["float32", "float16", "bfloat16"]
+
+_format = click.option(
+    "--format", "style", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
+)
+_revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
+_tp_size = click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Number of ranks.")
+_dtype = click.option("--dtype", type=click.Choice(_DTYPES), help="Store floating parameters in this dtype.")
+_drop_unused = click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use.")
+
+
+def _print(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
+    click.echo(json.dumps(report, indent=1) if style == "json" else text(report))
+
+
+@contextlib.contextmanager
+def _progress(total: int, what: str = "writing") -> Iterator[Callable[[int], object]]:
+    """A bar on stderr where that is a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, leave=False, file=sys.stderr) as bar:
+
+        def update(size: int) -> None:
+            with lock:
+                bar.update(size)
+
+        yield update
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="reshard")
+@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
+def cli(verbose: bool) -> None:
+    """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
+
+    \b
+    reshard convert org/model model-tp2 --tp-size 2
+    reshard run model-tp2 --prompt "Hello"
+    """
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", type=click.Path())
+@_tp_size
+@_revision
+@_dtype
+@_drop_unused
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
+@click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@_format
+def convert(
+    source: str,
+    out: str,
+    tp_size: int,
+    revision: str | None,
+    dtype: str | None,
+    drop_unused: bool,
+    overwrite: bool,
+    workers: int | None,
+    dry_run: bool,
+    style: str,
+) -> None:
+    """Write SOURCE (a checkpoint folder or a Hub id) into the folder OUT, one file for each rank.
+
+    OUT appears only when it is complete. No GPU, no weights in memory.
+
+    \b
+    Example:
+      reshard convert meta-llama/Llama-3.1-8B llama-tp4 --tp-size 4
+    """
+    if dry_run:
+        _print_plan(source, tp_size, revision, dtype, drop_unused, style)
+        return
+    from . import convert as run
+    from .report import manifest_report
+
+    manifest = run(
+        source,
+        out,
+        tp_size=tp_size,
+        revision=revision,
+        dtype=dtype,
+        drop_unused=drop_unused,
+        overwrite=overwrite,
+        workers=workers,
+        progress=_progress,
+    )
+    size = sum(record.size for record in manifest.rank_files)
+    _print(
+        {"out": out, **manifest_report(manifest)},
+        style,
+        lambda report: f"{report['out']}: {report['world_size']} rank files, {size:,} bytes",
+    )
+
+
+@cli.command()
+@click.argument("source")
+@_tp_size
+@_revision
+@_dtype
+@_drop_unused
+@_format
+def plan(source: str, tp_size: int, revision: str | None, dtype: str | None, drop_unused: bool, style: str) -> None:
+    """Print how SOURCE would be cut for a number of ranks: styles, placements, sizes, and which numbers are legal.
+
+    Only headers are read.
+
+    \b
+    Example:
+      reshard plan ./llama --tp-size 4
+    """
+    _print_plan(source, tp_size, revision, dtype, drop_unused, style)
+
+
+def _print_plan(
+    source: str, tp_size: int, revision: str | None, dtype: str | None, drop_unused: bool, style: str
+) -> None:
+    from . import plan as run
+    from .conversion import plan_layouts
+    from .executor import BLOCK_BYTES, worker_count
+    from .planning import legal_sizes
+    from .report import plan_report, plan_text
+
+    planned = run(source, tp_size=tp_size, revision=revision, dtype=dtype, drop_unused=drop_unused)
+    sizes = legal_sizes(planned.model)
+    _print(plan_report(planned, plan_layouts(planned), sizes, worker_count() * BLOCK_BYTES), style, plan_text)
+
+
+@cli.command()
+@click.argument("out")
+@_revision
+@_format
+def inspect(out: str, revision: str | None, style: str) -> None:
+    """Print what a resharded folder or repo OUT holds, from its manifest.
+
+    \b
+    Example:
+      reshard inspect llama-tp4
+    """
+    from . import inspect as run
+    from .report import manifest_report, manifest_text
+
+    _print(manifest_report(run(out, revision=revision)), style, manifest_text)
+
+
+@cli.command()
+@click.argument("out", type=click.Path())
+@click.option("--against", metavar="SOURCE", help="Also compare every element with the checkpoint it was made from.")
+@click.option("--revision", help="Branch, tag or commit of SOURCE where that is a Hub id.")
+@_format
+def verify(out: str, against: str | None, revision: str | None, style: str) -> None:
+    """Check every byte of the resharded folder OUT by digest.
+
+    \b
+    Examples:
+      reshard verify llama-tp4
+      reshard verify llama-tp4 --against meta-llama/Llama-3.1-8B
+    """
+    from . import inspect as read
+    from . import verify as run
+
+    total = sum(record.size for record in read(out).rank_files)
+    with _progress(total, "checking") as report:
+        found = run(out, against=against, revision=revision, progress=report)
+    compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
+    _print(
+        {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
+        style,
+        lambda r: f"{r['out']}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
+    )
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("out", type=click.Path())
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def run(out: str, options: tuple[str, ...]) -> None:
+    """Generate text from the resharded folder OUT, on as many processes as it has ranks.
+
+    OPTIONS are those of `python -m runtime generate`.
+
+    \b
+    Example:
+      reshard run llama-tp2 --prompt "The capital of France is"
+    """
+    from .launch import launch
+
+    sys.exit(launch(out, ["generate", out, *options]))
+
+
+def report_failure(error: BaseException, *, verbose: bool) -> int:
+    """Say what went wrong in one line, with a hint in another where there is one. Returns the exit code."""
+    if verbose and not isinstance(error, click.exceptions.Exit):
+        traceback.print_exception(error)
+    if isinstance(error, ReshardError):
+        click.secho("Error: ", fg="red", nl=False, err=True)
+        click.echo(error.message, err=True)
+        if error.hint:
+            click.secho(f"Hint: {error.hint}", dim=True, err=True)
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        click.echo("Error: interrupted", err=True)
+        return 128 + signal.SIGINT
+    click.secho("Error: ", fg="red", nl=False, err=True)
+    click.echo(f"unexpected {type(error).__name__}: {error}", err=True)
+    click.secho("Hint: -v shows the traceback", dim=True, err=True)
+    return 1
+
+
+def _terminate(signum: int, _: object) -> None:
+    raise SystemExit(128 + signum)  # unwinds, so that nothing half-written stays
+
+
+def main(arguments: list[str] | None = None, *, command: click.Command = cli) -> None:
+    """Entry point: run the command line, and turn every failure into its line and exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        command.main(arguments, standalone_mode=False)
+    except click.exceptions.Exit as finished:
+        sys.exit(finished.exit_code)
+    except Exception as error:
+        sys.exit(report_failure(error, verbose=bool({"-v", "--verbose"} & set(arguments))))
+    except KeyboardInterrupt as error:
+        sys.exit(report_failure(error, verbose=False))

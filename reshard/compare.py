@@ -1,0 +1,80 @@
+"""Compare a resharded folder with its source, element by element, from what the manifest says of each parameter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import BadInputError, IntegrityError, printable
+from .executor import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
+from .header import read_header
+from .hub import resolve_source
+from .manifest import Manifest
+from .source import Source
+from .targets import LocalTensor, rank_tensors, unused_tensors
+
+__all__ = ["compare_with_source"]
+
+
+def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revision: str | None = None) -> int:
+    """Gather every tensor of every file again from the source and compare the bytes. Returns the elements compared.
+
+    Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose.
+    Memory is one block.
+    """
+    source = resolve_source(place, revision=revision)
+    _check_coverage(manifest, source)
+    with SourceReader(source) as reader:
+        compared = sum(
+            _compare(
+                folder / record.name,
+                rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size),
+                reader,
+            )
+            for rank, record in enumerate(manifest.rank_files)
+        )
+        if manifest.unused_file:
+            unused = unused_tensors(source, manifest.unused_file.tensors)
+            compared += _compare(folder / manifest.unused_file.name, unused, reader)
+    return compared
+
+
+def _check_coverage(manifest: Manifest, source: Source) -> None:
+    apart = {*(manifest.unused_file.tensors if manifest.unused_file else ()), *manifest.dropped}
+    taken: Counter[str] = Counter()
+    for parameter in manifest.parameters:
+        for region in parameter.regions:
+            taken[region.source] += region.size
+    for name in (*taken, *apart, *manifest.duplicates):
+        if name not in source.tensors:
+            raise BadInputError(f"{printable(source.root)}: has no tensor {printable(name)}, so it is not the source")
+    for name, info in source.tensors.items():
+        owner = manifest.duplicates.get(name)
+        if owner is not None and not equal_tensors(source, name, owner):
+            raise IntegrityError(f"{printable(name)}: differs from {printable(owner)}, which is stored in its place")
+        size = math.prod(info.shape)
+        if owner is None and name not in apart and taken[name] < size:
+            raise IntegrityError(
+                f"{printable(name)}: {size - taken[name]} of its {size} elements are nowhere in the folder"
+            )
+
+
+def _compare(path: Path, tensors: Iterable[LocalTensor], reader: SourceReader) -> int:
+    stored = {info.name: info for info in read_header(path, file=path.name).tensors}
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    compared = 0
+    with open(path, "rb", buffering=0) as file:
+        for tensor in tensors:
+            info = stored.get(tensor.name)
+            if info is None or info.shape != tensor.shape:
+                raise IntegrityError(
+                    f"{printable(path)}: tensor {printable(tensor.name)} is missing or of another shape"
+                )
+            for offset, block in tensor_blocks(tensor, reader, buffer):
+                file.seek(info.start + offset)
+                if file.read(len(block)) != block:
+                    raise IntegrityError(f"{printable(path)}: tensor {printable(tensor.name)} differs from the source")
+            compared += math.prod(tensor.shape)
+    return compared

@@ -1,0 +1,48 @@
+"""Digests of tensors and files: xxh3-128, written in hex."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .errors import IntegrityError, printable
+
+__all__ = ["ALGORITHM", "digest_file", "digest_of", "new_digest", "tree_digest"]
+
+ALGORITHM = "xxh3-128"
+_BLOCK = 4 << 20
+
+
+def new_digest() -> Any:
+    return xxhash.xxh3_128()
+
+
+def digest_of(data: Any) -> str:
+    """Digest of one buffer."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def tree_digest(head: bytes, tensor_digests: Iterable[str]) -> str:
+    """Digest of a safetensors file: over its header bytes, then the digests of its tensors in file order.
+
+    Every byte of the file is covered, and the tensors can be digested in any order, by any number of threads.
+    """
+    whole = xxhash.xxh3_128(head)
+    for digest in tensor_digests:
+        whole.update(bytes.fromhex(digest))
+    return whole.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes, read in blocks."""
+    digest, buffer = new_digest(), bytearray(_BLOCK)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:size])
+    except OSError as error:
+        raise IntegrityError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""Where every byte of a rank file stands: its safetensors header, and the offset of each tensor. No files, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .dtypes import CODES, itemsize
+from .targets import LocalTensor
+
+__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "rank_file_name"]
+
+ALIGNMENT = 4096  # bytes: tensor data starts on a page, so a file can be mapped or read directly
+UNUSED_NAME = "unused.safetensors"
+
+
+def rank_file_name(rank: int) -> str:
+    """The name torch's `HuggingFaceStorageWriter` gives to a rank's only file (`_hf_utils._gen_file_name`)."""
+    return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor and the byte offset in the file where its data starts."""
+
+    tensor: LocalTensor
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file before it is written. `head` is everything before the tensor data; `size` is in bytes."""
+
+    name: str
+    head: bytes
+    slots: tuple[Slot, ...]
+    size: int
+
+
+def file_layout(name: str, tensors: Iterable[LocalTensor], *, boxes: frozenset[str] | None = None) -> FileLayout:
+    """Lay out one file: larger elements first so that all are aligned, else in the order given.
+
+    `boxes` names the tensors that are plain boxes of the global one; they are described to torch's distributed
+    checkpoint. One that is not described cannot be misread there: it is refused. None leaves that metadata out.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -itemsize(tensor.dtype))
+    metadata = {"format": "pt"}
+    if boxes is not None:
+        metadata["DCP_VERSION"] = "1.0"
+        metadata["DCP_SHARDING_INFO"] = json.dumps(
+            {tensor.name: {"saved_offsets": list(tensor.start)} for tensor in ordered if tensor.name in boxes}
+        )
+    entries: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for tensor in ordered:
+        entries[tensor.name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    slots, offset = [], len(head)
+    for tensor in ordered:
+        slots.append(Slot(tensor, offset))
+        offset += tensor.nbytes
+    return FileLayout(name, head, tuple(slots), offset)

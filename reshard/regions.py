@@ -1,0 +1,148 @@
+"""Regions: which elements of which source tensor stand where in a target tensor. Integers only.
+
+Everything this tool moves is described by regions: a plain shard is one, a packed one several, fused experts one per
+expert and projection, a transposed or interleaved weight one with other strides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .placement import Piece
+
+__all__ = ["Box", "Region", "boxes", "contiguous_strides", "covers", "cut", "is_run", "whole"]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A strided view of a source tensor's elements, and the box it fills in the target tensor.
+
+    `strides`, `extent` and `target_start` have one entry for each dim of the *target*. Element `i` of the box (counted
+    from its start) is the source's flat element `offset + sum(i * strides)`, so the source may have other dims.
+    """
+
+    source: str
+    offset: int
+    strides: tuple[int, ...]
+    extent: tuple[int, ...]
+    target_start: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """One contiguous run of a C-ordered tensor: `start` and `extent` per dim, `offset` in elements."""
+
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.extent)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides in elements of a C-ordered tensor of `shape`."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def whole(source: str, shape: Sequence[int]) -> tuple[Region, ...]:
+    """A source tensor taken as it is. Nothing, where it has no elements."""
+    if 0 in shape:
+        return ()
+    return (Region(source, 0, contiguous_strides(shape), tuple(shape), (0,) * len(shape)),)
+
+
+def cut(regions: Iterable[Region], piece: Piece) -> tuple[Region, ...]:
+    """What of `regions` lies in the box `piece.start`, `piece.extent`, moved to stand at `piece.local_start`."""
+    found = []
+    low, high = piece.start, tuple(s + e for s, e in zip(piece.start, piece.extent))
+    for region in regions:
+        begin = tuple(map(max, region.target_start, low))
+        end = tuple(min(s + e, h) for s, e, h in zip(region.target_start, region.extent, high))
+        if any(b >= e for b, e in zip(begin, end)):
+            continue
+        skipped = sum((b - s) * stride for b, s, stride in zip(begin, region.target_start, region.strides))
+        found.append(
+            Region(
+                region.source,
+                region.offset + skipped,
+                region.strides,
+                tuple(e - b for b, e in zip(begin, end)),
+                tuple(b - at + local for b, at, local in zip(begin, low, piece.local_start)),
+            )
+        )
+    return tuple(found)
+
+
+def covers(regions: Sequence[Region], shape: Sequence[int]) -> bool:
+    """Whether the boxes of `regions` tile a tensor of `shape`: inside it, without overlap, nothing left out."""
+    if sum(region.size for region in regions) != math.prod(shape):
+        return False
+    for region in regions:
+        if any(s < 0 or s + e > size for s, e, size in zip(region.target_start, region.extent, shape)):
+            return False
+    return not _overlap(regions)
+
+
+def _overlap(regions: Sequence[Region]) -> bool:
+    """Sweep over the dim with the most distinct starts, so that only neighbours are compared."""
+    if len(regions) < 2:
+        return False
+    dim = max(range(len(regions[0].extent)), key=lambda d: len({region.target_start[d] for region in regions}))
+    ordered = sorted(regions, key=lambda region: region.target_start[dim])
+    for i, one in enumerate(ordered):
+        for other in itertools.islice(ordered, i + 1, None):
+            if other.target_start[dim] >= one.target_start[dim] + one.extent[dim]:
+                break
+            if all(
+                a < b + f and b < a + e
+                for a, e, b, f in zip(one.target_start, one.extent, other.target_start, other.extent)
+            ):
+                return True
+    return False
+
+
+def boxes(shape: Sequence[int], limit: int) -> Iterator[Box]:
+    """Tile a tensor with contiguous runs of at most `limit` elements (at least one), in memory order."""
+    shape = tuple(shape)
+    if 0 in shape:
+        return
+    if not shape:
+        yield Box((), (), 0)
+        return
+    strides = contiguous_strides(shape)
+    # The outermost dim whose single rows fit: everything inside it is taken whole, everything outside one at a time.
+    dim = next((d for d, row in enumerate(strides) if row <= limit), len(shape) - 1)
+    rows = max(1, limit // strides[dim])
+    outer = itertools.product(*(range(size) for size in shape[:dim]))
+    for index in outer:
+        base = sum(i * s for i, s in zip(index, strides))
+        for row in range(0, shape[dim], rows):
+            extent = min(rows, shape[dim] - row)
+            yield Box(
+                (*index, row, *(0 for _ in shape[dim + 1 :])),
+                (*(1 for _ in index), extent, *shape[dim + 1 :]),
+                base + row * strides[dim],
+            )
+
+
+def is_run(region: Region) -> bool:
+    """Whether the region's elements lie contiguously, in order, in the source file."""
+    step = 1
+    for size, stride in zip(reversed(region.extent), reversed(region.strides)):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True

@@ -1,0 +1,203 @@
+"""Plans and manifests in words and as JSON. Rows are grouped by layer, as plans are written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .dtypes import itemsize
+from .errors import printable
+from .manifest import Manifest
+from .placement import Placement, Replicate, Shard, local_shape
+
+if TYPE_CHECKING:  # a plan comes with torch; a manifest is told without it
+    from .layout import FileLayout
+    from .planning import ReshardPlan
+
+__all__ = ["manifest_report", "manifest_text", "plan_report", "plan_text", "table"]
+
+
+def placement_text(placement: Placement) -> str:
+    """A placement as torch would write it."""
+    if isinstance(placement, Replicate):
+        return "Replicate()"
+    if isinstance(placement, Shard):
+        return f"Shard({placement.dim})"
+    blocks = placement.blocks
+    packed = f"{len(blocks)}×{blocks[0]}" if len(set(blocks)) == 1 else "|".join(map(str, blocks))
+    return f"PackedShard({placement.dim}, {packed})"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes in the unit that keeps them short: 1000-based, as disks are sold."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def rows(parameters: Iterable[Any], world_size: int) -> list[dict[str, Any]]:
+    """One row for each kind of parameter: those of all layers that look the same stand together."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for parameter in parameters:
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", parameter.name)
+        placement = placement_text(parameter.placement)
+        row = found.setdefault(
+            (pattern, parameter.shape, parameter.dtype, parameter.style, placement),
+            {
+                "parameter": printable(pattern),
+                "count": 0,
+                "shape": list(parameter.shape),
+                "dtype": parameter.dtype,
+                "style": parameter.style,
+                "placement": placement,
+                "rank_0_shape": list(local_shape(parameter.placement, parameter.shape, rank=0, world_size=world_size)),
+                "reason": parameter.reason,
+            },
+        )
+        row["count"] += 1
+    return list(found.values())
+
+
+def table(lines: Sequence[Sequence[Any]], *, indent: str = "  ") -> str:
+    """Left-aligned columns; a column where every cell is empty is left out."""
+    cells = [[("" if cell is None else str(cell)) for cell in line] for line in lines]
+    kept = [i for i in range(len(cells[0])) if any(line[i] for line in cells[1:])]
+    widths = {i: max(len(line[i]) for line in cells) for i in kept}
+    return "\n".join(indent + "  ".join(line[i].ljust(widths[i]) for i in kept).rstrip() for line in cells)
+
+
+def _parameter_table(found: Sequence[Mapping[str, Any]]) -> str:
+    head = ("parameter", "×", "shape", "dtype", "style", "placement", "on rank 0", "whole because")
+    lines = [head]
+    for row in found:
+        lines.append(
+            (
+                row["parameter"],
+                str(row["count"]),
+                "×".join(map(str, row["shape"])) or "scalar",
+                row["dtype"],
+                row["style"],
+                row["placement"],
+                "×".join(map(str, row["rank_0_shape"])) or "scalar",
+                row["reason"],
+            )
+        )
+    return table(lines)
+
+
+def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
+    """The legal numbers of ranks, and for the usual others why not."""
+    legal = [size for size, why in sizes.items() if why is None]
+    lines = ["legal tp sizes: " + ", ".join(map(str, legal))]
+    usual = [size for size in sizes if size & (size - 1) == 0 and sizes[size] is not None]
+    return lines + [f"  not {size}: {sizes[size]}" for size in usual[:3]]
+
+
+def plan_report(
+    plan: ReshardPlan, layouts: Sequence[FileLayout], sizes: Mapping[int, str | None], memory: int
+) -> dict[str, Any]:
+    """What `plan` and `--dry-run` tell; `memory` is the executor's bound in bytes."""
+    return {
+        "architecture": plan.model.architecture,
+        "dtype": plan.model.dtype,
+        "world_size": plan.world_size,
+        "parameters": rows(plan.targets, plan.world_size),
+        "rank_bytes": [layout.size for layout in layouts[: plan.world_size]],
+        "replicated_bytes": replicated_bytes(plan.targets),
+        "disk_bytes": sum(layout.size for layout in layouts),
+        "memory_bytes": memory,
+        "tied": plan.tied,
+        "unused": list(plan.unused),
+        "dropped": list(plan.dropped),
+        "unused_rules": list(plan.model.unused_rules),
+        "runtime_only": list(plan.runtime_only),
+        "tp_sizes": {str(size): why for size, why in sizes.items()},
+    }
+
+
+def plan_text(report: Mapping[str, Any]) -> str:
+    """The plan's report in words."""
+    lines = [
+        f"{report['architecture']} ({report['dtype']}) for {report['world_size']} ranks",
+        "",
+        _parameter_table(report["parameters"]),
+        "",
+    ]
+    ranks = report["rank_bytes"]
+    lines.append(f"rank files: {gigabytes(max(ranks))} each at most, {gigabytes(sum(ranks))} in all")
+    lines.append(f"replicated in every file: {gigabytes(report['replicated_bytes'])}")
+    lines.append(
+        f"disk needed: {gigabytes(report['disk_bytes'])}, memory: {gigabytes(report['memory_bytes'])} of blocks"
+    )
+    lines += _notes(report)
+    lines += sizes_text({int(size): why for size, why in report["tp_sizes"].items()})
+    return "\n".join(lines)
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    lines = [f"tied: {printable(name)} → {printable(owner)}" for name, owner in report["tied"].items()]
+    for key, words in (("unused", "not used by the model, kept apart"), ("dropped", "not used by the model, dropped")):
+        if report[key]:
+            some = ", ".join(printable(name) for name in report[key][:3])
+            lines.append(f"{words}: {len(report[key])} tensors ({some}{' …' if len(report[key]) > 3 else ''})")
+    if report.get("unused_rules"):
+        lines.append("rules that match nothing here: " + ", ".join(printable(rule) for rule in report["unused_rules"]))
+    reasons = [printable(reason) for reason in report["runtime_only"]]
+    lines.append("opens in plain transformers: " + (f"no, {'; '.join(reasons)}" if reasons else "yes"))
+    return lines
+
+
+def manifest_report(manifest: Manifest) -> dict[str, Any]:
+    """What `inspect` tells about a resharded folder."""
+    return {
+        "architecture": manifest.architecture,
+        "dtype": manifest.dtype,
+        "world_size": manifest.world_size,
+        "source": {"repo_id": manifest.repo_id, "commit": manifest.commit},
+        "tool": manifest.tool,
+        "parameters": rows(manifest.parameters, manifest.world_size),
+        "replicated_bytes": replicated_bytes(manifest.parameters),
+        "ranks": [{"file": f.name, "size": f.size, "digest": f.digest} for f in manifest.rank_files],
+        "extras": [record.name for record in manifest.extras],
+        "tied": manifest.tied,
+        "unused": list(manifest.unused_file.tensors) if manifest.unused_file else [],
+        "dropped": list(manifest.dropped),
+        "runtime_only": list(manifest.runtime_only),
+    }
+
+
+def replicated_bytes(parameters: Iterable[Any]) -> int:
+    """Bytes that every rank file repeats."""
+    return sum(
+        math.prod(parameter.shape) * itemsize(parameter.dtype)
+        for parameter in parameters
+        if isinstance(parameter.placement, Replicate)
+    )
+
+
+def manifest_text(report: Mapping[str, Any]) -> str:
+    """The manifest's report in words."""
+    origin = report["source"]["repo_id"]
+    source = f" from {printable(origin)}@{report['source']['commit']}" if origin else ""
+    tool = ", ".join(f"{name} {version}" for name, version in report["tool"].items())
+    lines = [
+        f"{report['architecture']} ({report['dtype']}) for {report['world_size']} ranks{source}",
+        f"made by {tool}",
+        "",
+        _parameter_table(report["parameters"]),
+        "",
+        table(
+            [("rank file", "size", "digest")]
+            + [(r["file"], gigabytes(r["size"]), r["digest"]) for r in report["ranks"]]
+        ),
+        "",
+        f"replicated in every file: {gigabytes(report['replicated_bytes'])}",
+        f"copied along: {', '.join(printable(name) for name in report['extras']) or 'nothing'}",
+        *_notes(report),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""Where tensors come from: a checkpoint folder, read through its headers only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInputError, PolicyError, printable
+from .header import Header, TensorInfo, read_header
+
+__all__ = ["MANIFEST_NAME", "Source", "SourceFile", "model_config", "open_source", "read_json", "vetted_path"]
+
+MANIFEST_NAME = "reshard.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_JSON_LIMIT = 256 << 20  # bytes; the index of a checkpoint with a million tensors stays under it
+_COPIED = re.compile(r"(?!.*\.index\.json$)(.*\.(json|txt|model|jinja|tiktoken)|(LICENSE|NOTICE|USE_POLICY).*)", re.I)
+_PICKLES = re.compile(r".*\.(bin|pth|pt|ckpt)")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One source file and its parsed header. `size` in bytes; `mtime_ns` tells whether it changed since."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint: its files, its tensors by name, its configuration, and the small files that go along."""
+
+    root: Path
+    files: tuple[SourceFile, ...]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    extras: tuple[str, ...]
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def file(self, name: str) -> SourceFile:
+        return next(file for file in self.files if file.name == name)
+
+
+def vetted_path(root: Path, name: str, *, what: str) -> Path:
+    """The path of a plain file directly inside `root`.
+
+    A symbolic link is followed only inside `root`, or inside the cache of one Hub repo, whose snapshots are links.
+
+    Raises:
+        PolicyError: the name or a link leaves the folder.
+        BadInputError: there is no such file, or it is not a regular one.
+    """
+    if not name or name in (".", "..") or os.path.basename(name) != name or "\0" in name or "\\" in name:
+        raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
+    path = root / name
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+        mode = os.stat(real).st_mode
+    except OSError as error:
+        raise BadInputError(f"{what}: {printable(path)} cannot be read: {error.strerror}") from None
+    if not real.is_relative_to(_boundary(root)):
+        raise PolicyError(f"{what}: {printable(path)} is a link that leads out of the source folder")
+    if not stat.S_ISREG(mode):
+        raise BadInputError(f"{what}: {printable(path)} is not a regular file")
+    return real
+
+
+def _boundary(root: Path) -> Path:
+    """The folder that links may not leave: the repo's cache where `root` is `models--…/snapshots/COMMIT`."""
+    real = Path(os.path.realpath(root))
+    if real.parent.name == "snapshots" and re.match(r"(models|datasets|spaces)--", real.parent.parent.name):
+        return real.parent.parent
+    return real
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of a checkpoint as data nobody vouches for: bounded, without duplicate keys.
+
+    Raises:
+        BadInputError: not JSON, a key twice, nested too deeply, or absurdly large.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    name = printable(path)
+    try:
+        if os.stat(path).st_size > _JSON_LIMIT:
+            raise BadInputError(f"{name}: larger than {_JSON_LIMIT >> 20} MiB")
+        return json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{name}: not valid JSON: {printable(error)}") from None
+    except OSError as error:
+        raise BadInputError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def model_config(root: Path) -> dict[str, Any]:
+    """The content of `config.json`."""
+    config = read_json(vetted_path(root, "config.json", what="model configuration"))
+    if not isinstance(config, dict):
+        raise BadInputError(f"{printable(root / 'config.json')}: not a JSON object")
+    return config
+
+
+def open_source(root: Path, *, repo_id: str | None = None, commit: str | None = None) -> Source:
+    """Read a checkpoint folder: `model.safetensors`, or several files and their index. Headers only.
+
+    Raises:
+        BadInputError: a file is missing, truncated or malformed, a tensor occurs twice, or files and index disagree.
+        PolicyError: a path leads out of the folder.
+    """
+    if not root.is_dir():
+        raise BadInputError(
+            f"{printable(root)}: no such folder", hint="give a checkpoint folder, or a Hub id such as org/name"
+        )
+    names = sorted(os.listdir(root))
+    if MANIFEST_NAME in names:
+        raise BadInputError(f"{printable(root)}: already resharded", hint="start from the checkpoint it was made from")
+    config = model_config(root)
+    weight_map = _read_index(root) if INDEX_NAME in names else None
+    if weight_map is None and SINGLE_NAME not in names:
+        raise _no_weights(root, names)
+    if weight_map is not None and SINGLE_NAME in names and SINGLE_NAME not in weight_map.values():
+        raise BadInputError(f"{printable(root)}: holds both {SINGLE_NAME} and an index of other files")
+
+    wanted = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
+    files = tuple(_open_file(root, name) for name in wanted)
+    tensors = _merge_headers(files)
+    if weight_map is not None:
+        _check_index(root, weight_map, tensors)
+    extras = tuple(name for name in names if _COPIED.fullmatch(name))
+    for name in extras:
+        vetted_path(root, name, what="source")
+    return Source(root, files, tensors, config, extras, repo_id, commit)
+
+
+def _no_weights(root: Path, names: Iterable[str]) -> BadInputError:
+    pickles = [name for name in names if _PICKLES.fullmatch(name)]
+    if pickles:
+        return BadInputError(
+            f"{printable(root)}: weights are pickled ({printable(pickles[0])}), which is never opened",
+            hint="load and save it once with transformers to get safetensors files",
+        )
+    return BadInputError(f"{printable(root)}: no {SINGLE_NAME} and no {INDEX_NAME}")
+
+
+def _open_file(root: Path, name: str) -> SourceFile:
+    path = vetted_path(root, name, what="source file")
+    status = os.stat(path)
+    return SourceFile(name, path, status.st_size, status.st_mtime_ns, read_header(path, file=name))
+
+
+def _read_index(root: Path) -> dict[str, str]:
+    index = read_json(vetted_path(root, INDEX_NAME, what="index"))
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInputError(f"{INDEX_NAME}: has no weight_map")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise BadInputError(f"{INDEX_NAME}: file of {printable(tensor)} is not a name")
+        if _PICKLES.fullmatch(file) or not file.endswith(".safetensors"):
+            raise BadInputError(f"{INDEX_NAME}: {printable(file)} is not a safetensors file")
+    return weight_map
+
+
+def _merge_headers(files: Iterable[SourceFile]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    twice = []
+    for file in files:
+        for info in file.header.tensors:
+            if info.name in tensors:
+                twice.append(f"{printable(info.name)} ({tensors[info.name].file}, {file.name})")
+            tensors[info.name] = info
+    if twice:
+        raise BadInputError(f"tensors in two files: {_listed(twice)}")
+    return tensors
+
+
+def _check_index(root: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    """Files and index must say the same: neither is picked over the other."""
+    wrong = [
+        f"{printable(name)} is not in {printable(file)}"
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].file != file
+    ]
+    wrong += [
+        f"{printable(name)} ({info.file}) is not in the index"
+        for name, info in tensors.items()
+        if name not in weight_map
+    ]
+    if wrong:
+        raise BadInputError(f"{printable(root / INDEX_NAME)} and the files disagree: {_listed(wrong)}")
+
+
+def _listed(items: list[str], most: int = 5) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

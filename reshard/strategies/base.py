@@ -1,0 +1,156 @@
+"""What a tensor-parallel style is: how its parameters are cut, and what its module does around the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from .. import placement as plan
+from ..placement import PackedShard, Placement, block_sizes, local_shape, pieces
+from ..regions import contiguous_strides
+
+__all__ = ["TensorParallelLayer", "as_dtensor", "get_packed_weights", "get_tensor_shard", "take", "torch_placement"]
+
+
+def take(param: Any, placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> torch.Tensor:
+    """The part of `param` (a tensor, or a lazy safetensors slice) that `rank` holds. Any dtype; may be empty."""
+    found = [
+        param[tuple(slice(start, start + extent) for start, extent in zip(piece.start, piece.extent))]
+        if shape
+        else param[...]
+        for piece in pieces(placement, shape, rank=rank, world_size=world_size)
+    ]
+    if not found:
+        empty = local_shape(placement, shape, rank=rank, world_size=world_size)
+        return param[tuple(slice(0, size) for size in empty)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=placement.dim)  # type: ignore[union-attr]
+
+
+def get_tensor_shard(param: Any, empty_param: torch.Tensor, device_mesh: Any, rank: int, dim: int) -> torch.Tensor:
+    """`rank`'s slice of `param` along `dim` (negative counts from the end): torch.chunk's, uneven and empty included.
+
+    `param` is a tensor or a lazy safetensors slice, `empty_param` gives the full shape, `device_mesh.size()` the ranks.
+    """
+    shape = tuple(empty_param.shape)
+    return take(param, plan.Shard(dim % len(shape)), shape, rank=rank, world_size=device_mesh.size())
+
+
+def get_packed_weights(
+    param: Any,
+    empty_param: torch.Tensor,
+    device_mesh: Any,
+    rank: int,
+    dim: int,
+    blocks: int | Sequence[int] = 2,
+) -> torch.Tensor:
+    """`rank`'s slice of every block packed along `dim`, concatenated: gate|up by default, or the given blocks.
+
+    `blocks` is their number or their relative sizes. No row is ever dropped: each block is cut as torch.chunk does.
+    """
+    shape = tuple(empty_param.shape)
+    dim %= len(shape)
+    packed = PackedShard(dim, block_sizes(shape[dim], blocks))
+    return take(param, packed, shape, rank=rank, world_size=device_mesh.size())
+
+
+def torch_placement(placement: Placement, shape: Sequence[int], world_size: int) -> TorchPlacement | None:
+    """DTensor's word for a placement, or None where it has none.
+
+    `_StridedShard` describes equal blocks that divide evenly; DTensor cannot express other packed layouts.
+    """
+    if isinstance(placement, plan.Replicate):
+        return Replicate()
+    if isinstance(placement, plan.Shard):
+        return Shard(placement.dim)
+    blocks = placement.blocks
+    if len(set(blocks)) == 1 and blocks[0] % world_size == 0:
+        return _StridedShard(placement.dim, split_factor=len(blocks))
+    return None
+
+
+def as_dtensor(local: torch.Tensor, placement: Placement, mesh: DeviceMesh, shape: Sequence[int]) -> torch.Tensor:
+    """A rank's tensor as a DTensor of the global `shape`; `local` itself where DTensor has no word for its layout."""
+    found = torch_placement(placement, shape, mesh.size())
+    if found is None:
+        return local
+    return DTensor.from_local(
+        local, mesh, [found], run_check=False, shape=torch.Size(shape), stride=contiguous_strides(shape)
+    )
+
+
+class TensorParallelLayer:
+    """Base of every style; subclass it to make your own.
+
+    Offline, `partition_tensor` gives a rank's part of a parameter. At run time `_prepare_input_fn` and
+    `_prepare_output_fn` run before and after the module's forward, on local tensors. Built-in styles say how they cut
+    through `placement`, from which the executor derives its regions; the default `partition_tensor` does the same cut.
+    """
+
+    input_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
+    desired_input_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
+    output_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
+    use_local_output = True
+    use_dtensor = True
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        """How a parameter of the full `shape` lies on the ranks. `param_type` is its own name: `weight`, `bias` …"""
+        return plan.Replicate()
+
+    def partition_tensor(
+        self,
+        param: Any,
+        empty_param: torch.Tensor,
+        param_type: str,
+        param_casting_dtype: torch.dtype | None,
+        to_contiguous: bool,
+        rank: int,
+        device_mesh: Any,
+    ) -> nn.Parameter:
+        """`rank`'s part of `param` (a tensor or lazy slice of `empty_param`'s shape) as a Parameter.
+
+        A DTensor where `device_mesh` is a real mesh and the layout has a name there, else the local tensor.
+        """
+        shape = tuple(empty_param.shape)
+        placement = self.placement(param_type, shape)
+        local = take(param, placement, shape, rank=rank, world_size=device_mesh.size())
+        if param_casting_dtype is not None:
+            local = local.to(param_casting_dtype)
+        if to_contiguous:
+            local = local.contiguous()
+        if self.use_dtensor and isinstance(device_mesh, DeviceMesh):
+            local = as_dtensor(local, placement, device_mesh, shape)
+        return nn.Parameter(local, requires_grad=local.is_floating_point())
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
+    ) -> tuple:
+        return inputs
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        return outputs
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> list[Any]:
+        """Install the two functions around `module`'s forward. Returns the handles; `remove()` undoes each.
+
+        A function that a style leaves as it is costs nothing: it is not installed.
+        """
+        handles: list[Any] = []
+        if self._prepare_input_fn is not TensorParallelLayer._prepare_input_fn:
+            before = partial(self._prepare_input_fn, self.input_layouts, self.desired_input_layouts)
+            handles.append(module.register_forward_pre_hook(lambda mod, inputs: before(mod, inputs, device_mesh)))
+        if self._prepare_output_fn is not TensorParallelLayer._prepare_output_fn:
+            after = partial(self._prepare_output_fn, self.output_layouts, self.use_local_output)
+            handles.append(module.register_forward_hook(lambda mod, _, outputs: after(mod, outputs, device_mesh)))
+        return handles

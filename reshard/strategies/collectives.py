@@ -1,0 +1,39 @@
+"""The collectives the styles need, on local tensors, through c10d. Nothing here changes a tensor's dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..placement import shard_bounds
+
+__all__ = ["all_gather_last_dim", "all_reduce", "split_last_dim"]
+
+
+def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Sum over the ranks, in place."""
+    if mesh.size() > 1:
+        dist.all_reduce(x, group=mesh.get_group())
+    return x
+
+
+def all_gather_last_dim(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
+    """Join the ranks' slices of a last dim of `size` elements in all. Ranks may hold less, or nothing."""
+    world_size = mesh.size()
+    if world_size == 1:
+        return x
+    chunk = -(-size // world_size)
+    if x.shape[-1] < chunk:  # later ranks are shorter: what is padded here lies past the end of the joined tensor
+        x = torch.nn.functional.pad(x, (0, chunk - x.shape[-1]))
+    joined = x.new_empty((world_size, *x.shape))
+    dist.all_gather_into_tensor(
+        joined.flatten(0, 1) if x.ndim > 1 else joined.flatten(), x.contiguous(), group=mesh.get_group()
+    )
+    return joined.movedim(0, -2).flatten(-2)[..., :size]
+
+
+def split_last_dim(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """This rank's slice of the last dim."""
+    start, stop = shard_bounds(x.shape[-1], rank=mesh.get_local_rank(), world_size=mesh.size())
+    return x[..., start:stop]

@@ -1,0 +1,54 @@
+"""Embeddings: cut over the vocabulary, or over the hidden size. Token ids are whole on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import placement as plan
+from ..placement import Placement, shard_bounds
+from .base import TensorParallelLayer
+from .collectives import all_gather_last_dim, all_reduce
+
+__all__ = ["EmbeddingColwiseParallel", "EmbeddingRowwiseParallel"]
+
+
+class EmbeddingRowwiseParallel(TensorParallelLayer):
+    """Vocabulary-parallel: weight `Shard(0)`; ids of other ranks look up row 0 and count as zero in the sum."""
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(0) if shape else plan.Replicate()
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
+    ) -> tuple:
+        start, stop = shard_bounds(mod.num_embeddings, rank=device_mesh.get_local_rank(), world_size=device_mesh.size())
+        ids = inputs[0]
+        elsewhere = (ids < start) | (ids >= stop)
+        mod._ids_elsewhere = elsewhere
+        return ((ids - start).masked_fill(elsewhere, 0), *inputs[1:])
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        outputs = outputs.masked_fill(mod._ids_elsewhere.unsqueeze(-1), 0)
+        del mod._ids_elsewhere
+        return all_reduce(outputs, device_mesh)
+
+
+class EmbeddingColwiseParallel(TensorParallelLayer):
+    """Hidden-parallel: weight `Shard(1)`; each rank looks up its slice of every vector, and the slices are gathered."""
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(1) if len(shape) > 1 else plan.Replicate()
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        return all_gather_last_dim(outputs, mod.embedding_dim, device_mesh)

@@ -1,0 +1,123 @@
+"""Linear layers: cut by output features (colwise) or by input features (rowwise), plain or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+
+from .. import placement as plan
+from ..placement import PackedShard, Placement, block_sizes
+from .base import TensorParallelLayer
+from .collectives import all_gather_last_dim, all_reduce, split_last_dim
+
+__all__ = ["ColwiseParallel", "PackedColwiseParallel", "PackedRowwiseParallel", "RowwiseParallel"]
+
+_LAST = Shard(-1)
+
+
+class ColwiseParallel(TensorParallelLayer):
+    """Output features are split: weight `Shard(-2)`, bias `Shard(0)`; the input is whole on every rank.
+
+    The output is this rank's slice of the last dim, or, with `output_layouts=Replicate()`, gathered.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Any = None,
+        output_layouts: Any = None,
+        use_local_output: bool = True,
+        use_dtensor: bool = True,
+    ) -> None:
+        self.input_layouts = (input_layouts or Replicate(),)
+        self.output_layouts = (output_layouts or _LAST,)
+        self.desired_input_layouts = (Replicate(),)
+        self.use_local_output = use_local_output
+        self.use_dtensor = use_dtensor
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(max(len(shape) - 2, 0)) if shape else plan.Replicate()
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        if not output_layouts[0].is_replicate():
+            return outputs
+        return all_gather_last_dim(outputs, mod.out_features, device_mesh)
+
+
+class RowwiseParallel(TensorParallelLayer):
+    """Input features are split: weight `Shard(-1)`; each rank's product is a partial sum, reduced after the forward.
+
+    The bias is whole on every rank and added once, after the reduction: `hidden_in_forward` keeps the module's own
+    forward from adding it. With `input_layouts=Replicate()` the input is whole and each rank takes its slice.
+    """
+
+    hidden_in_forward = ("bias",)
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Any = None,
+        output_layouts: Any = None,
+        use_local_output: bool = True,
+        use_dtensor: bool = True,
+    ) -> None:
+        self.input_layouts = (input_layouts or _LAST,)
+        self.output_layouts = (output_layouts or Replicate(),)
+        self.desired_input_layouts = (_LAST,)
+        self.use_local_output = use_local_output
+        self.use_dtensor = use_dtensor
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(len(shape) - 1) if len(shape) > 1 else plan.Replicate()
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
+    ) -> tuple:
+        if not input_layouts[0].is_replicate():
+            return inputs
+        return (split_last_dim(inputs[0], device_mesh), *inputs[1:])
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        outputs = all_reduce(outputs, device_mesh)
+        bias = mod.__dict__.get("_hidden_bias")
+        return outputs if bias is None else outputs + bias
+
+
+class PackedColwiseParallel(TensorParallelLayer):
+    """Fused projections (gate|up): each rank takes its slice of every block of the output features.
+
+    The bias is packed as its weight is. Upstream cuts it contiguously, which does not match the weight.
+    """
+
+    def __init__(self, *, blocks: int | Sequence[int] = 2) -> None:
+        self.blocks = blocks
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        if not shape:
+            return plan.Replicate()
+        dim = max(len(shape) - 2, 0)
+        return PackedShard(dim, block_sizes(shape[dim], self.blocks))
+
+
+class PackedRowwiseParallel(RowwiseParallel):
+    """Fused weights packed along the input features."""
+
+    def __init__(self, *, blocks: int | Sequence[int] = 2, **layouts: Any) -> None:
+        super().__init__(**layouts)
+        self.blocks = blocks
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        if len(shape) < 2:
+            return plan.Replicate()
+        return PackedShard(len(shape) - 1, block_sizes(shape[-1], self.blocks))

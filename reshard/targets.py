@@ -1,0 +1,83 @@
+"""What the files hold: whole parameters with their placement, and each rank's part of them. Frozen data, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .dtypes import itemsize, torch_name
+from .placement import Piece, Placement, Shard, local_shape, pieces, shard_bounds
+from .regions import Region, cut, whole
+from .source import Source
+
+__all__ = ["LocalTensor", "Target", "rank_tensors", "unused_tensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parameter of the model, and how the rank files hold it.
+
+    `shape` is the global one, `dtype` the stored one (torch names). `compute_dtype` is what the model wants on load,
+    where that differs. `reason` says why a parameter is whole on every rank.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    placement: Placement
+    regions: tuple[Region, ...]
+    style: str | None = None
+    compute_dtype: str | None = None
+    reason: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """One tensor of one file: its local shape, and the regions that fill it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: tuple[int, ...]  # of its first piece in the global tensor
+    regions: tuple[Region, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+def rank_tensors(targets: Iterable[Target], *, rank: int, world_size: int) -> tuple[LocalTensor, ...]:
+    """What `rank`'s file holds, in the order of the model. Cut from the whole parameters: convert first, then shard."""
+    return tuple(_local(target, rank, world_size) for target in targets)
+
+
+def _local(target: Target, rank: int, world_size: int) -> LocalTensor:
+    shape = local_shape(target.placement, target.shape, rank=rank, world_size=world_size)
+    found = pieces(target.placement, target.shape, rank=rank, world_size=world_size)
+    regions = tuple(region for piece in found for region in cut(target.regions, piece))
+    return LocalTensor(target.name, shape, target.dtype, _start(target, found, rank, world_size), regions)
+
+
+def _start(target: Target, found: tuple[Piece, ...], rank: int, world_size: int) -> tuple[int, ...]:
+    if found:
+        return found[0].start
+    start = [0] * len(target.shape)
+    if isinstance(target.placement, Shard):
+        dim = target.placement.dim
+        start[dim] = shard_bounds(target.shape[dim], rank=rank, world_size=world_size)[0]
+    return tuple(start)
+
+
+def unused_tensors(source: Source, names: Iterable[str]) -> tuple[LocalTensor, ...]:
+    """Source tensors that the model does not take, as they are."""
+    found = []
+    for name in names:
+        info = source.tensors[name]
+        dtype = torch_name(info.dtype, tensor=name)
+        found.append(LocalTensor(name, info.shape, dtype, (0,) * len(info.shape), whole(name, info.shape)))
+    return tuple(found)

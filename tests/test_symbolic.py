@@ -1,0 +1,107 @@
+"""RegionTensor against torch itself: the regions of a result, read from real data, are torch's result."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reshard.regions import covers
+from reshard.symbolic import NotACopyError, RegionTensor
+
+
+def materialise(tensor: RegionTensor, sources: dict[str, torch.Tensor]) -> torch.Tensor:
+    out = torch.full(tuple(tensor.shape), -1)
+    for r in tensor.regions:
+        view = torch.as_strided(sources[r.source], r.extent, r.strides, r.offset)
+        out[tuple(slice(s, s + e) for s, e in zip(r.target_start, r.extent))] = view
+    return out
+
+
+def test_stacked_and_concatenated_experts() -> None:
+    gates = [torch.arange(12).reshape(3, 4) + 100 * i for i in range(4)]
+    ups = [gate + 50 for gate in gates]
+    sources = {f"g{i}": t for i, t in enumerate(gates)} | {f"u{i}": t for i, t in enumerate(ups)}
+
+    def symbolic(prefix: str) -> RegionTensor:
+        return torch.stack([RegionTensor.of_source(f"{prefix}{i}", (3, 4), torch.int64) for i in range(4)], dim=0)
+
+    fused = torch.cat([symbolic("g"), symbolic("u")], dim=1)
+    assert covers(fused.regions, (4, 6, 4))
+    assert len(fused.regions) == 8
+    assert torch.equal(materialise(fused, sources), torch.cat([torch.stack(gates), torch.stack(ups)], dim=1))
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[tuple[int, ...], list]:
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    steps, at = [], torch.zeros(shape)
+    for _ in range(draw(st.integers(1, 6))):
+        kind = draw(st.sampled_from(["permute", "reshape", "narrow", "cat", "unsqueeze", "flip_chunks"]))
+        if kind == "permute":
+            step = (kind, draw(st.permutations(range(at.ndim))))
+        elif kind == "reshape":
+            step = (kind, draw(factorings(at.numel())))
+        elif kind == "unsqueeze":
+            step = (kind, draw(st.integers(-1, at.ndim)))
+        else:
+            dim = draw(st.integers(0, at.ndim - 1))
+            start = draw(st.integers(0, at.shape[dim] - 1))
+            step = (kind, dim, start, draw(st.integers(1, at.shape[dim] - start)))
+        at = run(at, step)
+        if at.ndim == 0 or at.numel() > 2000:
+            break
+        steps.append(step)
+    return shape, steps
+
+
+@st.composite
+def factorings(draw: st.DrawFn, size: int) -> list[int]:
+    shape = []
+    while size > 1:
+        factor = draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0]))
+        shape.append(factor)
+        size //= factor
+    return shape or [1]
+
+
+def run(tensor, step):
+    kind, *args = step
+    if kind == "permute":
+        return tensor.permute(*args[0])
+    if kind == "reshape":
+        return tensor.reshape(args[0])
+    if kind == "unsqueeze":
+        return tensor.unsqueeze(args[0])
+    dim, start, length = args
+    if kind == "narrow":
+        return tensor.narrow(dim, start, length)
+    if kind == "cat":
+        return torch.cat([tensor, tensor.narrow(dim, start, length)], dim=dim)
+    return torch.cat(list(reversed(torch.chunk(tensor, length, dim))), dim=dim)
+
+
+@settings(max_examples=400, deadline=None)
+@given(programs())
+def test_any_chain_of_copies_equals_torch(program) -> None:
+    shape, steps = program
+    data = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    expected, symbolic = data, RegionTensor.of_source("x", shape, torch.int64)
+    for step in steps:
+        expected, symbolic = run(expected, step), run(symbolic, step)
+    assert tuple(symbolic.shape) == tuple(expected.shape)
+    assert covers(symbolic.regions, tuple(symbolic.shape))
+    assert torch.equal(materialise(symbolic, {"x": data}), expected)
+
+
+def test_interleave_is_two_regions() -> None:
+    tensor = RegionTensor.of_source("x", (8, 3), torch.int64)
+    tensor = tensor.reshape(4, 2, 3).transpose(0, 1).reshape(8, 3)
+    assert len(tensor.regions) == 2
+
+
+def test_computing_is_refused() -> None:
+    tensor = RegionTensor.of_source("x", (4, 4), torch.float32)
+    with pytest.raises(NotACopyError):
+        torch.add(tensor, tensor)
+    with pytest.raises(NotACopyError):
+        tensor.to(torch.float16)
