@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,18 @@ __all__ = ["expected_dtypes", "meta_model", "quiet_transformers"]
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' advice to itself: what matters is said by our own errors and plan."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep transformers' advice and bars to itself: what matters is said by our own errors and plan."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None) -> Any:

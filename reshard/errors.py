@@ -93,5 +93,6 @@ def printable(text: object, limit: int = 200) -> str:
 
     Names of files and tensors come from files that nobody vouches for.
     """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    # Cut first: a crafted name can have 99 MB.
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 
 from .inspection import inspect
@@ -28,10 +29,12 @@ def launch(out: str, arguments: Sequence[str]) -> int:
         nproc_per_node=world_size,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex,
         max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "runtime", *arguments)
     except ChildFailedError as error:
-        return min(abs(failure.exitcode) for failure in error.failures.values()) or 1
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
     return 0

@@ -162,11 +162,11 @@ def _refusal(model: Model, placements: Mapping[str, Placement], world_size: int)
         if isinstance(placement, Replicate):
             continue
         if parameter.heads and parameter.heads % world_size:
-            return f"{printable(parameter.name)} has {parameter.heads} heads"
+            return f"the {parameter.heads} heads of {printable(parameter.name)} do not divide"
         if parameter.style == "embedding_rowwise":
             start, stop = shard_bounds(parameter.shape[0], rank=world_size - 1, world_size=world_size)
             if start == stop:
-                return f"{printable(parameter.name)} has {parameter.shape[0]} rows, which leaves a rank without any"
+                return f"the {parameter.shape[0]} rows of {printable(parameter.name)} leave a rank without any"
     return None
 
 

@@ -137,6 +137,8 @@ def test_dtype_table_is_what_safetensors_accepts() -> None:
 @given(wanted=TENSORS, metadata=METADATA)
 def test_round_trip(tmp_path: Path, wanted: dict[str, tuple[str, list[int]]], metadata: dict[str, str] | None) -> None:
     path = tmp_path / FILE
+    if not wanted and not metadata:
+        metadata = None  # for {} and {} safetensors 0.8 writes `{},"__metadata__":{}}`, which it refuses to read
     save_file({name: tensor(*spec) for name, spec in wanted.items()}, path, metadata)
     blob = path.read_bytes()
     found = read_header(path, file=FILE)
@@ -173,12 +175,12 @@ ACCEPTED = {
     "0-d": (members(entry("w", 0, 2, dtype="F16", shape="[]")), b"\0\0"),
     "empty name": (members(entry("", 0, 1)), b"\0"),
     "unordered": (members(entry("b", 1, 2), entry("a", 0, 1)), b"\0\0"),
-    "empty tensors anywhere": (members(entry("z", 1, 1), entry("b", 1, 2), entry("a", 0, 1), entry("e", 2, 2)), b"\0\0"),
+    "empty ones anywhere": (members(entry("z", 1, 1), entry("b", 1, 2), entry("a", 0, 1), entry("e", 2, 2)), bytes(2)),
     "escaped name": (members(entry(r"\u00e9\ud83d\ude00\n", 0, 1)), b"\0"),
     "utf-8 name": (members(entry("é😀", 0, 1)), b"\0"),
     "braces in a name": (members(entry('{}[]\\"', 0, 1)), b"\0"),
     "64 dims": (members(entry("w", 0, 1, shape=f"[{','.join('1' * 64)}]")), b"\0"),
-    "64 long dims, indented": (members(entry("w", 0, 0, shape="[0" + f",\n{' ' * 12}{2**63 - 1}" + ",\n            1" * 62 + "]")), b""),
+    "64 long dims": (members(entry("w", 0, 0, shape=f"[{2**63 - 1}" + f",\n{' ' * 32}0{' ' * 20}" * 63 + "]")), b""),
     "sub-byte": (members(entry("w", 0, 3, dtype="F6_E2M3", shape="[2,2]")), b"\0\0\0"),
 }  # fmt: skip
 
@@ -293,6 +295,7 @@ MALFORMED: dict[str, tuple[bytes, bytes, str]] = {
     "too many bytes": (members(entry("w", 0, 5, dtype="F32", shape="[1]")), b"\0\0\0\0\0", "8 * 5"),
     "half a byte": (members(entry("w", 0, 1, dtype="F4", shape="[1]")), b"\0", "4 bits"),
     "a byte and a half": (members(entry("w", 0, 2, dtype="F4", shape="[3]")), b"\0\0", "12 bits"),
+    "half a byte cut off": (members(entry("w", 0, 1, dtype="F4", shape="[3]")), b"\0", "12 bits"),
     "hole at the start": (members(entry("w", 1, 2)), b"\0\0", "w: "),
     "hole": (members(entry("a", 0, 1), entry("w", 2, 3)), b"\0\0\0", "w: "),
     "overlap": (members(entry("a", 0, 2), entry("w", 1, 3)), b"\0\0\0", "w: "),
@@ -362,7 +365,7 @@ SNIPPETS = [
     *(bytes([byte]) for byte in b'{}[]:," \n\t\r\\/-+.eE012389\0\x0c\x7f\xff'),
     *(b"-0", b"1.0", b"1e0", b"NaN", b"Infinity", b"true", b"null", b'"a"', b'"U8"', b'"F4"', b'"BOOL"', b"[]", b"{}"),
     *(str(2**power + more).encode() for power in (31, 32, 62, 63, 64) for more in (-1, 0, 1)),
-    *(rb"\ud800", rb"\ude00", rb"\u0061", rb"\u 1", rb"\x41", b"\xef\xbb\xbf", b"\xc2\xa0", b"\xed\xa0\x80", "١".encode()),
+    *(rb"\ud800", rb"\ude00", rb"\u0061", rb"\u 1", rb"\x41", b"\xef\xbb\xbf", b"\xc2\xa0", b"\xed\xa0\x80"),
     *(b'"dtype":"U8",', b'"shape":[0],', b'"data_offsets":[0,0],', b'"__metadata__":{},', b'"__metadata__":{"a":"b"},'),
     *(entry("z", 0, 0) + b",", entry("a", 0, 0) + b",", entry("a", 24, 24) + b","),
 ]  # fmt: skip
@@ -374,7 +377,7 @@ EDITS = st.lists(
 
 
 def edited(base: bytes, edits: list[tuple[int, int, bytes]], length_by: int | None, tail: int) -> bytes:
-    """`base` with parts of its header replaced; its length moved by `length_by`, or made right; its data cut or grown."""
+    """`base` with parts of its header replaced; its length moved by `length_by` or right; its data cut or grown."""
     size = int.from_bytes(base[:8], "little")
     raw, data = base[8 : 8 + size], base[8 + size :]
     for at, count, new in edits:
@@ -385,7 +388,7 @@ def edited(base: bytes, edits: list[tuple[int, int, bytes]], length_by: int | No
     return struct.pack("<Q", stated) + raw + data
 
 
-@settings(max_examples=2500, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(
     base=st.sampled_from(BASES),
     edits=EDITS,
@@ -404,7 +407,7 @@ def test_never_looser_than_safetensors(
 NUMBERS = st.sampled_from(["0", "1", "2", "3", "-0", "-1", "1.0", "1e1", str(2**63), str(2**64), "true", "null", '"1"'])
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     specs=st.lists(
         st.tuples(st.sampled_from("abc"), st.sampled_from(["U8", "F4", "F16", "X"]), st.lists(NUMBERS, max_size=3))
@@ -437,26 +440,26 @@ def test_truncation_at_every_length(tmp_path: Path) -> None:
 # (e) bombs
 
 SIZE = HEADER_LIMIT - 1000
+HALF = HEADER_LIMIT // 2
 SHAPE = b'{"w":{"dtype":"U8","shape":'
 BOMBS: dict[str, Callable[[], bytes]] = {
     "40M dims": lambda: SHAPE + b"[" + b"1," * (SIZE // 2) + b'1],"data_offsets":[0,1]}}',
-    "one long dim": lambda: SHAPE + b"[" + b"1" * SIZE + b'],"data_offsets":[0,1]}}',
-    "one long float": lambda: SHAPE + b"[0." + b"1" * SIZE + b'],"data_offsets":[0,1]}}',
-    "nested lists": lambda: b'{"w":' + b"[" * SIZE,
-    "nested objects": lambda: b'{"w":' * (SIZE // 5),
+    "one long dim": lambda: SHAPE + b"[" + b"1" * HALF + b'],"data_offsets":[0,1]}}',
+    "one long float": lambda: SHAPE + b"[0." + b"1" * HALF + b'],"data_offsets":[0,1]}}',
+    "nested lists": lambda: b'{"w":' + b"[" * HALF,
+    "nested objects": lambda: b'{"w":' * (HALF // 5),
     "spaces in front": lambda: b"{" + b" " * SIZE + b"1}",
-    "spaces in an entry": lambda: SHAPE + b" " * SIZE + b"}}",
-    "newlines after": lambda: b"{}" + b"\n" * SIZE,
+    "spaces in an entry": lambda: SHAPE + b" " * HALF + b"}}",
+    "newlines after": lambda: b"{}" + b"\n" * HALF,
     "spaces, then a letter": lambda: b"{}" + b" " * SIZE + b"x",
     "one long name": lambda: b'{"' + b"a" * SIZE + b'":0}',
-    "one long escaped name": lambda: b'{"' + b"\\n" * (SIZE // 2) + b'":0}',
-    "no end of string": lambda: b'{"' + b"a" * SIZE,
-    "backslashes": lambda: b'{"' + b"\\" * SIZE,
-    "quotes": lambda: b"{" + b'"' * SIZE,
-    "braces": lambda: b"{" * SIZE,
-    "commas": lambda: b'{"w":{}' + b"," * SIZE + b"}",
-    "small members": lambda: b"{" + b'"":0,' * (SIZE // 5) + b"}",
-    "equal keys of metadata": lambda: b'{"__metadata__":{' + b'"":"",' * (SIZE // 6) + b"}}",
+    "one long escaped name": lambda: b'{"' + b"\\n" * (HALF // 2) + b'":0}',
+    "no end of string": lambda: b'{"' + b"a" * HALF,
+    "backslashes": lambda: b'{"' + b"\\" * HALF,
+    "quotes": lambda: b"{" + b'"' * HALF,
+    "commas": lambda: b'{"w":{}' + b"," * HALF + b"}",
+    "small members": lambda: b"{" + b'"":0,' * (HALF // 5) + b"}",
+    "equal keys of metadata": lambda: b'{"__metadata__":{' + b'"":"",' * (HALF // 6) + b"}}",
     "empty tensors": lambda: b"{" + (entry("w", 0, 0) + b",") * (SIZE // 60) + b"}",
 }  # fmt: skip
 
@@ -464,7 +467,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bomb(name: str) -> None:
     raw = BOMBS[name]()
-    assert SIZE // 2 < len(raw) <= HEADER_LIMIT
+    assert HALF <= len(raw) + 100 <= HEADER_LIMIT
     tracemalloc.start()
     try:
         start = time.process_time()

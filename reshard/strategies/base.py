@@ -99,6 +99,7 @@ class TensorParallelLayer:
     output_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
     use_local_output = True
     use_dtensor = True
+    hidden_in_forward: tuple[str, ...] = ()  # parameters that the output function adds, not the module's forward
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         """How a parameter of the full `shape` lies on the ranks. `param_type` is its own name: `weight`, `bias` …"""

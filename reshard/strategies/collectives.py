@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import all_gather_tensor, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import shard_bounds
@@ -26,10 +27,8 @@ def all_gather_last_dim(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.T
     chunk = -(-size // world_size)
     if x.shape[-1] < chunk:  # later ranks are shorter: what is padded here lies past the end of the joined tensor
         x = torch.nn.functional.pad(x, (0, chunk - x.shape[-1]))
-    joined = x.new_empty((world_size, *x.shape))
-    dist.all_gather_into_tensor(
-        joined.flatten(0, 1) if x.ndim > 1 else joined.flatten(), x.contiguous(), group=mesh.get_group()
-    )
+    # The functional form is the one whose name has not changed between torch 2.10 and 2.13; `dist`'s has.
+    joined = wait_tensor(all_gather_tensor(x.contiguous().unsqueeze(0), 0, mesh.get_group()))
     return joined.movedim(0, -2).flatten(-2)[..., :size]
 
 

@@ -54,8 +54,8 @@ class ColwiseParallel(TensorParallelLayer):
 class RowwiseParallel(TensorParallelLayer):
     """Input features are split: weight `Shard(-1)`; each rank's product is a partial sum, reduced after the forward.
 
-    The bias is whole on every rank and added once, after the reduction: `hidden_in_forward` keeps the module's own
-    forward from adding it. With `input_layouts=Replicate()` the input is whole and each rank takes its slice.
+    The bias is whole on every rank and added once, after the reduction. With `input_layouts=Replicate()` the input is
+    whole and each rank takes its slice.
     """
 
     hidden_in_forward = ("bias",)

@@ -1,0 +1,123 @@
+"""`torchrun --nproc-per-node N -m runtime generate|check OUT …`. Rank 0 speaks; the others are quiet."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+import click
+
+from reshard.cli import report_failure
+from reshard.errors import IntegrityError
+
+from . import load
+from .check import check as compare
+from .generate import generate_text, load_tokenizer
+from .mesh import shut_down
+
+_LET_THE_FIRST_SPEAK = 3.0  # seconds
+
+_out = click.argument("out")
+_revision = click.option("--revision", help="Branch, tag or commit where OUT is a Hub id.")
+_device = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+_no_digests = click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file.")
+_attn = click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 …")
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first():
+        click.echo(text)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Run a resharded folder. Start one process for each rank with torchrun."""
+
+
+@cli.command()
+@_out
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@_revision
+@_device
+@_no_digests
+@_attn
+def generate(
+    out: str,
+    prompt: str,
+    max_new_tokens: int,
+    revision: str | None,
+    device: str | None,
+    no_digests: bool,
+    attn: str | None,
+) -> None:
+    """Continue a prompt greedily.
+
+    \b
+    Example:
+      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "Once"
+    """
+    model = load(out, revision=revision, device=device, check_digests=not no_digests, attn_implementation=attn)
+    tokenizer = load_tokenizer(out, revision=revision)
+    _say(generate_text(model, tokenizer, prompt, max_new_tokens))
+
+
+@cli.command()
+@_out
+@click.option("--reference", required=True, metavar="SOURCE", help="The checkpoint that OUT was made from.")
+@_revision
+@_device
+@_no_digests
+@_attn
+@click.option("--format", "style", type=click.Choice(["text", "json"]), default="text")
+def check(
+    out: str,
+    reference: str,
+    revision: str | None,
+    device: str | None,
+    no_digests: bool,
+    attn: str | None,
+    style: str,
+) -> None:
+    """Compare logits and greedy tokens with the single-process model; exit 4 where rounding does not explain them.
+
+    \b
+    Example:
+      torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama
+    """
+    model = load(out, revision=revision, device=device, check_digests=not no_digests, attn_implementation=attn)
+    parity = compare(model, reference)
+    tokens = "equal" if parity.equal_tokens else "different"
+    text = f"max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}), tokens {tokens}"
+    _say(json.dumps(parity.to_json()) if style == "json" else f"{out}: {text}")
+    if not parity.ok:
+        raise IntegrityError(f"{out}: the sharded model does not compute what {reference} does")
+
+
+def main() -> None:
+    """Run a command on this rank. What fails on every rank is said by the first: it speaks and ends, and torchrun
+    stops the others while they wait. A rank that fails alone speaks after the wait."""
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    code: Any = 0
+    try:
+        cli.main(prog_name="python -m runtime", standalone_mode=False)
+    except click.exceptions.Exit as finished:
+        code = finished.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_LET_THE_FIRST_SPEAK)
+        code = report_failure(error, verbose=False)
+    finally:
+        shut_down()
+    sys.exit(code)
+
+
+main()

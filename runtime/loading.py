@@ -1,0 +1,179 @@
+"""Load this rank's own file into a transformers model whose parameters are DTensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from reshard.architecture import meta_model
+from reshard.errors import IntegrityError, ReshardError, TopologyError, printable
+from reshard.hub import locate
+from reshard.manifest import Manifest, read_manifest
+from reshard.placement import Placement, Replicate, local_shape, pieces
+from reshard.source import vetted_path
+from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_dtensor
+from reshard.targets import Target
+
+from .hooks import install_hooks, show_local
+from .mapping import map_rank_file
+from .mesh import RankInfo, agree, connect, make_mesh, pick_device, this_rank
+
+__all__ = ["full_tensor", "load"]
+
+
+def load(
+    place: str | Path,
+    mesh: DeviceMesh | None = None,
+    *,
+    device: str | None = None,
+    revision: str | None = None,
+    check_digests: bool = True,
+    attn_implementation: str | None = None,
+    strategies: ParallelInterface = ALL_PARALLEL_STYLES,
+    timeout: float = 600,
+) -> Any:
+    """Load a resharded folder (or Hub repo) on every rank of the torchrun job, and return the transformers model.
+
+    Parameters are DTensors over `mesh` (axis `tp`; made here when not given), each holding this rank's part; a layout
+    that DTensor cannot express stays a local tensor, and `full_tensor` assembles either. On CPU the tensors are views
+    of the mapped file, so memory is shared with the page cache. The forward runs on local tensors.
+
+    Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
+    `timeout` is in seconds.
+
+    Raises:
+        TopologyError: the folder was made for another number of ranks.
+        IntegrityError: a file is missing or its bytes are not those that were written.
+        VersionError: made by a newer release, or for a model the installed transformers does not know.
+    """
+    wait = timedelta(seconds=timeout)
+    info = RankInfo(mesh.get_local_rank(), mesh.size(), this_rank().local_rank) if mesh else this_rank()
+    where = pick_device(mesh.device_type if mesh else device, info.local_rank)
+    folder, manifest = _open(place, revision, info)  # fails alike on all ranks, so nobody waits for anybody
+
+    store = connect(info, wait)
+    failure, model, tensors = None, None, {}
+    try:
+        path = _own_file(folder, manifest, info.rank)
+        model = meta_model(folder, dtype=manifest.dtype, attn_implementation=attn_implementation)
+        tensors = map_rank_file(path, manifest.rank_files[info.rank], check_digests=check_digests)
+    except ReshardError as error:
+        failure = error
+    agree(store, info, failure, wait, what="loading")
+
+    mesh = mesh or make_mesh(info, where, store, wait)
+    _fill(model, manifest, tensors, mesh, where)
+    show_local(model)
+    if manifest.world_size > 1:
+        install_hooks(model, manifest.hooks, mesh, strategies)
+    _finish(model, folder, mesh)
+    return model
+
+
+def _open(place: str | Path, revision: str | None, info: RankInfo) -> tuple[Path, Manifest]:
+    folder, _, _ = locate(str(place), revision=revision)
+    manifest = read_manifest(folder)
+    if manifest.world_size != info.world_size:
+        raise TopologyError(
+            f"{printable(folder)} was made for {manifest.world_size} ranks, not for {info.world_size}",
+            hint=f"use torchrun --nproc-per-node {manifest.world_size}, or convert with --tp-size {info.world_size}",
+        )
+    return folder, manifest
+
+
+def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
+    """This rank's file. The other ranks' need not be here, but those that are must have their size."""
+    for number, record in enumerate(manifest.rank_files):
+        path = folder / record.name
+        if number == rank and not path.exists():
+            raise IntegrityError(f"{printable(path)}: is missing")
+        if path.exists() and os.stat(vetted_path(folder, record.name, what="load")).st_size != record.size:
+            raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {os.stat(path).st_size}")
+    return vetted_path(folder, manifest.rank_files[rank].name, what="load")
+
+
+def _fill(
+    model: nn.Module, manifest: Manifest, tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh, device: torch.device
+) -> None:
+    """Put every tensor in its place: parameters, then tied ones, then what no file holds."""
+    for target in manifest.parameters:
+        local = tensors[target.name].to(device)
+        if target.compute_dtype:
+            local = local.to(getattr(torch, target.compute_dtype))
+        module, own = _owner(model, target.name)
+        value: torch.Tensor = local
+        if own in module._parameters:
+            value = nn.Parameter(as_dtensor(local, target.placement, mesh, target.shape), requires_grad=False)
+            module._parameters[own] = value
+        else:
+            module._buffers[own] = value
+        value._is_hf_initialized = True
+    for name, owner in manifest.tied.items():
+        module, own = _owner(model, name)
+        source, theirs = _owner(model, owner)
+        module._parameters[own] = source._parameters[theirs]
+    by_name = {target.name: target for target in manifest.parameters}
+    model._reshard_targets = by_name | {name: by_name[owner] for name, owner in manifest.tied.items()}
+    for module in model.modules():  # buffers computed from the configuration, such as rope's frequencies
+        for own, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[own] = torch.empty_like(buffer, device=device)
+    with torch.no_grad():
+        model.initialize_weights()
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
+
+
+def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
+    model._tp_size = mesh.size()
+    model._device_mesh = mesh
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.eval()
+
+
+def full_tensor(model: Any, name: str) -> torch.Tensor:
+    """The whole of a loaded model's parameter or buffer, assembled on every rank. A collective: call it on all.
+
+    `DTensor.full_tensor()` does the same where the layout has a name in DTensor.
+    """
+    target: Target = model._reshard_targets[name]
+    module, own = _owner(model, name)
+    tensor = module._parameters.get(own, module._buffers.get(own))
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if isinstance(target.placement, Replicate):
+        return tensor
+    return _assemble(tensor, target.placement, target.shape, model._device_mesh)
+
+
+def _assemble(local: torch.Tensor, placement: Placement, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:
+    world_size = mesh.size()
+    shapes = [local_shape(placement, shape, rank=rank, world_size=world_size) for rank in range(world_size)]
+    most = max(torch.Size(s).numel() for s in shapes)
+    padded = local.new_zeros(most)
+    padded[: local.numel()] = local.detach().flatten()
+    parts = [torch.empty_like(padded) for _ in shapes]
+    dist.all_gather(parts, padded, group=mesh.get_group())
+    whole = local.new_empty(shape)
+    for rank, (part, part_shape) in enumerate(zip(parts, shapes)):
+        part = part[: torch.Size(part_shape).numel()].view(part_shape)
+        for piece in pieces(placement, shape, rank=rank, world_size=world_size):
+            there = tuple(slice(s, s + e) for s, e in zip(piece.start, piece.extent))
+            here = tuple(slice(s, s + e) for s, e in zip(piece.local_start, piece.extent))
+            whole[there] = part[here]
+    return whole
