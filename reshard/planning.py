@@ -81,7 +81,7 @@ def build_plan(
         duplicates,
         unused=() if drop_unused else model.unused,
         dropped=model.unused if drop_unused else (),
-        runtime_only=(*_not_rectangles(targets, world_size), *apart),
+        runtime_only=(*_runtime_only(targets, tied, world_size), *apart),
     )
 
 
@@ -146,11 +146,14 @@ def _tie(
     return regions, tied, duplicates, tuple(apart)
 
 
-def _not_rectangles(targets: Iterable[Target], world_size: int) -> tuple[str, ...]:
+def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size: int) -> list[str]:
+    """Why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the folder."""
+    reasons = []
     packed = [target.name for target in targets if isinstance(target.placement, PackedShard)]
-    if not packed or world_size == 1:
-        return ()
-    return (f"{len(packed)} packed parameters are not one box per rank ({packed[0]} …)",)
+    if packed and world_size > 1:
+        reasons.append(f"{len(packed)} packed parameters are not one box per rank ({packed[0]} …)")
+    reasons += [f"{name} is tied to {owner} and stored once, but it looks for both" for name, owner in tied.items()]
+    return reasons
 
 
 def _refusal(model: Model, placements: Mapping[str, Placement], world_size: int) -> str | None:

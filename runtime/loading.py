@@ -143,7 +143,15 @@ def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    if _has_unaligned_experts(model):
+        model.set_experts_implementation("eager")
     model.eval()
+
+
+def _has_unaligned_experts(model: nn.Module) -> bool:
+    """torch's grouped_mm takes only rows and columns of a multiple of 16 bytes, which a cut can spoil."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return any(p.ndim == 3 and any(size * p.element_size() % 16 for size in p.shape[1:]) for p in local)
 
 
 def full_tensor(model: Any, name: str) -> torch.Tensor:

@@ -60,5 +60,6 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **o
 
 def save(family: str, folder: Path, *, shard_bytes: int | str = 40_000, **options: Any) -> Path:
     """Write a checkpoint as several source files and an index, as big ones come."""
+    transformers.utils.logging.disable_progress_bar()
     build(family, **options).save_pretrained(folder, max_shard_size=shard_bytes)
     return folder

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.distributed._functional_collectives import all_gather_tensor, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import shard_bounds
 
 __all__ = ["all_gather_last_dim", "all_reduce", "split_last_dim"]
+
+# torch 2.13 renamed it, and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -27,8 +29,8 @@ def all_gather_last_dim(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.T
     chunk = -(-size // world_size)
     if x.shape[-1] < chunk:  # later ranks are shorter: what is padded here lies past the end of the joined tensor
         x = torch.nn.functional.pad(x, (0, chunk - x.shape[-1]))
-    # The functional form is the one whose name has not changed between torch 2.10 and 2.13; `dist`'s has.
-    joined = wait_tensor(all_gather_tensor(x.contiguous().unsqueeze(0), 0, mesh.get_group()))
+    joined = x.new_empty((world_size, *x.shape))
+    _all_gather(joined.view(-1), x.reshape(-1), group=mesh.get_group())
     return joined.movedim(0, -2).flatten(-2)[..., :size]
 
 

@@ -1,0 +1,47 @@
+"""Run under torchrun: load every folder of a list, and write down what the sharded models compute.
+
+    parity.py JOBS.json OUT.json
+
+JOBS is a list of {"name", "folder", "ids", "new_tokens"}. Rank 0 writes OUT: per job the logits, the greedy tokens and
+whether every parameter's `full_tensor()` is a DTensor's; the full tensors themselves go to OUT.NAME.pt.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import runtime
+
+
+def main(jobs_path: str, out_path: str) -> None:
+    results = {}
+    for job in json.loads(Path(jobs_path).read_text()):
+        model = runtime.load(job["folder"])
+        ids = torch.tensor(job["ids"])
+        with torch.inference_mode():
+            logits = model(ids).logits
+        tokens = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=job["new_tokens"], do_sample=False
+        )
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, tokens.tolist())
+        assert all(one == everyone[0] for one in everyone), "ranks generated different tokens"
+        parameters = {name: runtime.full_tensor(model, name).clone() for name in model.state_dict()}
+        if dist.get_rank() == 0:
+            torch.save({"logits": logits, "parameters": parameters}, f"{out_path}.{job['name']}.pt")
+            results[job["name"]] = {
+                "tokens": tokens.tolist(),
+                "plain": [n for n, p in model.named_parameters() if not isinstance(p, DTensor)],
+            }
+    if dist.get_rank() == 0:
+        with open(out_path, "w") as file:
+            json.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main(*sys.argv[1:])
