@@ -1,0 +1,36 @@
+"""Memory does not grow with the model: anonymous memory of a whole `reshard convert`, above what its imports take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import big
+import pytest
+
+LIMIT = 300 << 20
+
+
+def anonymous_peak(*arguments: str) -> int:
+    """Peak of RssAnon, in bytes, of one run of the command (sampled every 5 ms)."""
+    peak = 0
+    with subprocess.Popen([sys.executable, "-m", "reshard", *arguments], stdout=subprocess.DEVNULL) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon:")]
+            if lines:
+                peak = max(peak, int(lines[0].split()[1]) * 1024)
+            time.sleep(0.005)
+    assert process.returncode == 0
+    return peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_convert_of_two_gigabytes_stays_flat(tmp_path: Path) -> None:
+    total = big.sparse_llama(tmp_path / "source", layers=10)
+    assert total >= 2 << 30
+    planning = anonymous_peak("convert", str(tmp_path / "source"), str(tmp_path / "out"), "-tp", "4", "--dry-run")
+    whole = anonymous_peak("convert", str(tmp_path / "source"), str(tmp_path / "out"), "-tp", "4")
+    assert whole - planning < LIMIT, f"{(whole - planning) >> 20} MB above the imports"

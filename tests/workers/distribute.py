@@ -1,0 +1,94 @@
+"""Run under torchrun: seeded random tensors, cut by us and by DTensor, must be the same on every rank.
+
+Any difference is an assertion, hence a non-zero exit. Rank 0 prints how many cases were compared.
+"""
+
+import os
+import random
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from reshard.placement import PackedShard, Placement, Replicate, Shard
+from reshard.strategies import PackedColwiseParallel, RowwiseParallel, as_dtensor, take, torch_placement
+
+CASES = 150
+
+
+def random_case(draw: random.Random, world_size: int) -> tuple[tuple[int, ...], Placement]:
+    """Half of the packed ones divide evenly, so that DTensor has a word for them."""
+    shape = [draw.choice([0, 1, 2, 3, 5, 7, 8, 12]) for _ in range(draw.randint(1, 4))]
+    dim = draw.randrange(len(shape))
+    kind = draw.choice(["shard", "shard", "packed", "replicate"])
+    if kind == "replicate":
+        return tuple(shape), Replicate()
+    if kind == "shard":
+        return tuple(shape), Shard(dim)
+    if draw.random() < 0.5:
+        blocks = [draw.randint(1, 3) * world_size] * draw.randint(1, 4)
+    else:
+        blocks = [draw.randint(0, 5) for _ in range(draw.randint(1, 4))]
+    shape[dim] = sum(blocks)
+    return tuple(shape), PackedShard(dim, tuple(blocks))
+
+
+def compare(tensor: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> bool:
+    """Whether DTensor could say it too. Asserts that it says the same."""
+    rank, world_size, shape = mesh.get_local_rank(), mesh.size(), tuple(tensor.shape)
+    local = take(tensor, placement, shape, rank=rank, world_size=world_size)
+    word = torch_placement(placement, shape, world_size)
+    if word is None:
+        assert isinstance(placement, PackedShard)
+        assert len(set(placement.blocks)) > 1 or placement.blocks[0] % world_size, (shape, placement)
+        assert as_dtensor(local, placement, mesh, shape) is local
+        return False
+    expected = distribute_tensor(tensor, mesh, [word])
+    assert torch.equal(local, expected.to_local()), (shape, placement, local, expected.to_local())
+    ours = as_dtensor(local, placement, mesh, shape)
+    assert isinstance(ours, DTensor)
+    assert ours.placements == (word,)
+    assert tuple(ours.shape) == shape
+    if tensor.numel():  # strides of an empty tensor mean nothing, and torch counts a size of 0 as 1 there
+        assert ours.stride() == tensor.stride(), (shape, placement)
+    assert torch.equal(ours.full_tensor(), tensor), (shape, placement)
+    return True
+
+
+def compare_parameters(mesh: DeviceMesh) -> None:
+    """`partition_tensor` on a real mesh gives DTensor parameters that hold the whole, where DTensor can say it."""
+    rank, world_size = mesh.get_local_rank(), mesh.size()
+    for style, shape in ((RowwiseParallel(), (3, 7)), (PackedColwiseParallel(), (4 * world_size, 3))):
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        parameter = style.partition_tensor(tensor, tensor, "weight", torch.bfloat16, True, rank, mesh)
+        assert isinstance(parameter, torch.nn.Parameter)
+        assert torch.equal(parameter.data.full_tensor(), tensor.bfloat16())
+    tensor = torch.randn(7, 3)
+    assert not isinstance(
+        PackedColwiseParallel(blocks=[4, 2, 1]).partition_tensor(tensor, tensor, "weight", None, True, rank, mesh).data,
+        DTensor,
+    )
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("tp",))
+    draw = random.Random(2024)
+    generator = torch.Generator().manual_seed(2024)
+    said = dict.fromkeys((Replicate, Shard, PackedShard), 0)
+    unsaid = 0
+    for _ in range(CASES):
+        shape, placement = random_case(draw, mesh.size())
+        if compare(torch.randn(shape, generator=generator), placement, mesh):
+            said[type(placement)] += 1
+        else:
+            unsaid += 1
+    compare_parameters(mesh)
+    if mesh.get_local_rank() == 0:
+        assert min(*said.values(), unsaid) > 5, (said, unsaid)
+        print(f"compared {sum(said.values())} cases, {unsaid} without a word")
+    dist.destroy_process_group()
+
+
+main()
