@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import BadInputError, NetworkError, printable
 from .source import Source, open_source
 
-__all__ = ["locate", "resolve_source"]
+__all__ = ["SMALL_FILES", "locate", "resolve_source"]
 
-# Weights in safetensors and the small files beside them; never pickles, never code.
-_WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-]
+# The small files beside the weights; never pickles, never code.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_WANTED = ["*/*", "adapter_*", "consolidated*"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def locate(
-    place: str, *, revision: str | None = None, patterns: list[str] | None = None
+    place: str, *, revision: str | None = None, patterns: Sequence[str] = (*SMALL_FILES, "*.safetensors")
 ) -> tuple[Path, str | None, str | None]:
     """A local folder, or the snapshot of a Hub repo pinned to one commit: (folder, repo id, commit).
 
@@ -48,9 +39,7 @@ def locate(
     )
 
     try:
-        folder = snapshot_download(
-            place, revision=revision, allow_patterns=patterns or _WANTED, ignore_patterns=_NOT_WANTED
-        )
+        folder = snapshot_download(place, revision=revision, allow_patterns=list(patterns), ignore_patterns=_NOT_WANTED)
     except RepositoryNotFoundError:
         raise NetworkError(
             f"{printable(place)}: no such folder here, and no such repo on the Hub (or it is private)",

@@ -79,6 +79,7 @@ def read_model(source: Source, *, dtype: str | None = None) -> Model:
     styles, hooks, unused_rules = _expand_plan(model, model.tp_plan or {})
     dtypes = expected_dtypes(model, dtype)
     tied = {name: owner for name, owner in model.all_tied_weights_keys.items() if name in wanted and owner in wanted}
+    buffers = {name for name, _ in model.named_buffers()}
     optional = _pattern(model._keys_to_ignore_on_load_missing)
     parameters = tuple(
         Parameter(
@@ -90,8 +91,11 @@ def read_model(source: Source, *, dtype: str | None = None) -> Model:
         )
         for name, tensor in wanted.items()
     )
+    twins = {*tied, *(owner for name, owner in tied.items() if name in regions)}
     missing = tuple(
-        name for name in wanted if name not in regions and name not in tied and not (optional and optional.search(name))
+        name
+        for name in wanted
+        if name not in regions and name not in twins and not (name in buffers and optional and optional.search(name))
     )
     return Model(
         type(model).__name__,

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from reshard.architecture import meta_model
 from reshard.errors import IntegrityError, ReshardError, TopologyError, printable
-from reshard.hub import locate
+from reshard.hub import SMALL_FILES, locate
+from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
 from reshard.placement import Placement, Replicate, local_shape, pieces
 from reshard.source import vetted_path
@@ -80,7 +81,7 @@ def load(
 
 
 def _open(place: str | Path, revision: str | None, info: RankInfo) -> tuple[Path, Manifest]:
-    folder, _, _ = locate(str(place), revision=revision)
+    folder, _, _ = locate(str(place), revision=revision, patterns=(*SMALL_FILES, rank_file_name(info.rank)))
     manifest = read_manifest(folder)
     if manifest.world_size != info.world_size:
         raise TopologyError(

