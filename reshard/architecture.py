@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,13 @@ def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None
     """
     import transformers
 
-    raw = model_config(root)
-    model_type = printable(raw.get("model_type"))
+    model_type = printable(model_config(root).get("model_type"))
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise VersionError(
-            f"{printable(root)}: transformers {transformers.__version__} does not know model type {model_type!r}",
+            f"{printable(root)}: transformers {transformers.__version__} does not know model type {model_type}",
             hint=printable(str(error).splitlines()[0]),
         ) from None
     except Exception as error:
@@ -58,7 +58,8 @@ def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None
         config._attn_implementation = attn_implementation
     model_class = _model_class(transformers, config)
     try:
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
             return model_class._from_config(config, dtype=getattr(torch, dtype))
     except Exception as error:
         raise BadInputError(
@@ -68,15 +69,16 @@ def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None
 
 def _model_class(transformers: Any, config: Any) -> Any:
     names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInputError("config.json: architectures is not a list of names")
     for name in names:
-        # Optional backends leave a placeholder class behind, which is not a model.
+        # Optional backends leave a placeholder class behind, which is not a model; nor is a base class.
         found = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+            if getattr(found, "config_class", None):
+                return found
     if names:
-        raise VersionError(
-            f"transformers {transformers.__version__} has no architecture {printable(', '.join(map(str, names)))}"
-        )
+        raise VersionError(f"transformers {transformers.__version__} has no architecture {printable(', '.join(names))}")
     with contextlib.suppress(KeyError):
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     raise BadInputError(f"config.json names no architecture, and {type(config).__name__} has no causal model")

@@ -9,12 +9,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ._version import __version__
-from .errors import ReshardError
+from .errors import ReshardError, printable
 
 __all__ = ["cli", "main", "report_failure"]
 
@@ -179,10 +180,10 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
       reshard verify llama-tp4
       reshard verify llama-tp4 --against meta-llama/Llama-3.1-8B
     """
-    from . import inspect as read
     from . import verify as run
+    from .manifest import read_manifest
 
-    total = sum(record.size for record in read(out).rank_files)
+    total = sum(record.size for record in read_manifest(Path(out)).rank_files)
     with _progress(total, "checking") as report:
         found = run(out, against=against, revision=revision, progress=report)
     compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
@@ -210,6 +211,10 @@ def run(out: str, options: tuple[str, ...]) -> None:
     sys.exit(launch(out, ["generate", out, *options]))
 
 
+class _Terminated(BaseException):
+    """SIGTERM, as an exception."""
+
+
 def report_failure(error: BaseException, *, verbose: bool) -> int:
     """Say what went wrong in one line, with a hint in another where there is one. Returns the exit code."""
     if verbose and not isinstance(error, click.exceptions.Exit):
@@ -223,17 +228,17 @@ def report_failure(error: BaseException, *, verbose: bool) -> int:
     if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+    if isinstance(error, (KeyboardInterrupt, click.Abort, _Terminated)):
         click.echo("Error: interrupted", err=True)
-        return 128 + signal.SIGINT
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     click.secho("Error: ", fg="red", nl=False, err=True)
-    click.echo(f"unexpected {type(error).__name__}: {error}", err=True)
+    click.echo(f"unexpected {type(error).__name__}: {printable(error)}", err=True)
     click.secho("Hint: -v shows the traceback", dim=True, err=True)
     return 1
 
 
-def _terminate(signum: int, _: object) -> None:
-    raise SystemExit(128 + signum)  # unwinds, so that nothing half-written stays
+def _terminate(*_: object) -> None:
+    raise _Terminated  # unwinds, so that nothing half-written stays
 
 
 def main(arguments: list[str] | None = None, *, command: click.Command = cli) -> None:
@@ -246,5 +251,5 @@ def main(arguments: list[str] | None = None, *, command: click.Command = cli) ->
         sys.exit(finished.exit_code)
     except Exception as error:
         sys.exit(report_failure(error, verbose=bool({"-v", "--verbose"} & set(arguments))))
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, _Terminated) as error:
         sys.exit(report_failure(error, verbose=False))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import BadInputError, IntegrityError, printable
 from .executor import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
-from .header import read_header
+from .header import parse_header, read_header
 from .hub import resolve_source
 from .manifest import Manifest
 from .source import Source
@@ -25,6 +25,7 @@ def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revisio
     Memory is one block.
     """
     source = resolve_source(place, revision=revision)
+    _check_is_source(manifest, source)
     _check_coverage(manifest, source)
     with SourceReader(source) as reader:
         compared = sum(
@@ -41,15 +42,28 @@ def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revisio
     return compared
 
 
+def _check_is_source(manifest: Manifest, source: Source) -> None:
+    """The tensors must be those of the recorded headers: regions are offsets, which mean nothing in other shapes."""
+    recorded = {
+        info.name: (info.dtype, info.shape)
+        for file in manifest.source_files
+        for info in parse_header(file["header"].encode(), file=file["file"], file_size=file["size"]).tensors
+    }
+    found = {info.name: (info.dtype, info.shape) for info in source.tensors.values()}
+    for name in sorted(recorded.keys() | found.keys()):
+        if recorded.get(name) != found.get(name):
+            raise BadInputError(
+                f"{printable(source.root)}: is not the source: {printable(name)} should be"
+                f" {recorded.get(name, 'absent')}, and is {found.get(name, 'absent')}"
+            )
+
+
 def _check_coverage(manifest: Manifest, source: Source) -> None:
     apart = {*(manifest.unused_file.tensors if manifest.unused_file else ()), *manifest.dropped}
     taken: Counter[str] = Counter()
     for parameter in manifest.parameters:
         for region in parameter.regions:
             taken[region.source] += region.size
-    for name in (*taken, *apart, *manifest.duplicates):
-        if name not in source.tensors:
-            raise BadInputError(f"{printable(source.root)}: has no tensor {printable(name)}, so it is not the source")
     for name, info in source.tensors.items():
         owner = manifest.duplicates.get(name)
         if owner is not None and not equal_tensors(source, name, owner):

@@ -98,7 +98,8 @@ def convert(
         planned = _plan(resolve_source(str(source), revision=revision), tp_size, dtype, drop_unused)
         layouts = plan_layouts(planned)
         total = sum(layout.size for layout in layouts)
-        check_free_space(folder, total + _MANIFEST_SHARE)
+        extras_size = sum((planned.source.root / name).stat().st_size for name in planned.source.extras)
+        check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
         with (progress or _silent)(total) as report:
             written, source_digests = write_files(folder, layouts, planned.source, workers=workers, progress=report)
         extras = [_copy(planned.source, name, folder) for name in planned.source.extras]

@@ -209,13 +209,12 @@ def write_files(
         finally:
             for fd in files:
                 os.close(fd)
-    written = [
-        Evidence(
-            layout.name, layout.size, tree_digest(layout.head, (found[s.tensor.name] for s in layout.slots)), found
-        )
-        for layout, found in zip(layouts, digests)
-    ]
-    return written, source_digests
+    return [_evidence(layout, found) for layout, found in zip(layouts, digests)], source_digests
+
+
+def _evidence(layout: FileLayout, found: dict[str, str]) -> Evidence:
+    tensors = {slot.tensor.name: found[slot.tensor.name] for slot in layout.slots}  # in file order, not as finished
+    return Evidence(layout.name, layout.size, tree_digest(layout.head, tensors.values()), tensors)
 
 
 class _Scratch(threading.local):
@@ -230,12 +229,16 @@ class _Scratch(threading.local):
 
 def _create(path: Path, layout: FileLayout) -> int:
     """A new file of its full size, with its header in place."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(path, flags, 0o644)
-        if layout.size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, layout.size)
-        _pwrite(fd, memoryview(layout.head), 0)
+        try:
+            if layout.size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, layout.size)
+            _pwrite(fd, memoryview(layout.head), 0)
+        except BaseException:
+            os.close(fd)
+            raise
     except OSError as error:
         raise StorageError(f"{printable(path)}: {error.strerror}") from None
     return fd
@@ -265,10 +268,10 @@ def _run(jobs: Sequence[Callable[[], None]], workers: int) -> None:
                 stop.set()
                 raise
 
+    workers = max(1, min(workers, len(jobs)))
     with ThreadPoolExecutor(workers, thread_name_prefix="reshard") as pool:
-        pending = [pool.submit(drain) for _ in range(workers)]
         try:
-            for future in pending:
+            for future in [pool.submit(drain) for _ in range(workers)]:
                 future.result()
         except BaseException:  # an interrupt in this thread must stop the others too
             stop.set()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .digest import ALGORITHM, digest_of
+from .dtypes import CODES, FLOATING
 from .errors import BadInputError, IntegrityError, VersionError, printable
 from .placement import PackedShard, Placement, Replicate, Shard
-from .regions import Region, whole
+from .regions import Region, covers, whole
 from .source import MANIFEST_NAME, read_json, vetted_path
 from .targets import Target
 
-__all__ = ["FORMAT_VERSION", "FileRecord", "Manifest", "read_manifest"]
+__all__ = ["FORMAT_VERSION", "FileRecord", "Manifest", "read_manifest", "sealed_text"]
 
 FORMAT_VERSION = "1.0"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,18 @@ class Manifest:
             "unused": _file_to_json(self.unused_file) if self.unused_file else None,
             "extras": [_file_to_json(record) for record in self.extras],
         }
-        lines = [f"{json.dumps(key)}: {_lines(value)}" for key, value in {**content, "seal": _seal(content)}.items()]
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        return sealed_text(content)
+
+
+def sealed_text(content: Mapping[str, Any]) -> bytes:
+    """The text of a manifest: a member a line, the last of them the digest of all before it."""
+    lines = [f"{json.dumps(key)}: {_lines(value)}" for key, value in content.items()]
+    return _close(("{\n" + ",\n".join(lines) + ",\n").encode())
+
+
+def _close(body: bytes) -> bytes:
+    """No byte can change unnoticed: `body` is everything but the seal, which stands last."""
+    return body + f'"seal": "{digest_of(body)}"\n}}\n'.encode()
 
 
 def _lines(value: Any) -> str:
@@ -90,17 +102,9 @@ def _lines(value: Any) -> str:
     return json.dumps(value)
 
 
-def _seal(content: Mapping[str, Any]) -> str:
-    return digest_of(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-
-
 def _file_to_json(record: FileRecord) -> dict[str, Any]:
     content: dict[str, Any] = {"file": record.name, "size": record.size, "digest": record.digest}
     return {**content, "tensors": record.tensors} if record.tensors else content
-
-
-def _file_from_json(content: dict[str, Any]) -> FileRecord:
-    return FileRecord(content["file"], content["size"], content["digest"], content.get("tensors", {}))
 
 
 def _placement_to_json(placement: Placement) -> dict[str, Any]:
@@ -109,16 +113,6 @@ def _placement_to_json(placement: Placement) -> dict[str, Any]:
     if isinstance(placement, Shard):
         return {"type": "shard", "dim": placement.dim}
     return {"type": "packed", "dim": placement.dim, "blocks": list(placement.blocks)}
-
-
-def _placement_from_json(content: dict[str, Any]) -> Placement:
-    if content["type"] == "replicate":
-        return Replicate()
-    if content["type"] == "shard":
-        return Shard(content["dim"])
-    if content["type"] == "packed":
-        return PackedShard(content["dim"], tuple(content["blocks"]))
-    raise ValueError(f"unknown placement {content['type']}")
 
 
 def _parameter_to_json(record: Target) -> dict[str, Any]:
@@ -144,26 +138,6 @@ def _regions_to_json(record: Target) -> Any:
     return [[r.source, r.offset, list(r.strides), list(r.extent), list(r.target_start)] for r in record.regions]
 
 
-def _parameter_from_json(content: dict[str, Any]) -> Target:
-    shape = tuple(content["shape"])
-    origin = content["from"]
-    regions = (
-        whole(origin, shape)
-        if isinstance(origin, str)
-        else tuple(Region(s, o, tuple(st), tuple(e), tuple(t)) for s, o, st, e, t in origin)
-    )
-    return Target(
-        name=content["name"],
-        shape=shape,
-        dtype=content["dtype"],
-        placement=_placement_from_json(content["placement"]),
-        regions=regions,
-        style=content["style"],
-        compute_dtype=content.get("compute_dtype"),
-        reason=content.get("reason"),
-    )
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read a resharded folder's manifest.
 
@@ -185,40 +159,120 @@ def read_manifest(folder: Path) -> Manifest:
     except BadInputError as error:
         raise IntegrityError(error.message) from None
     if not isinstance(content, dict) or content.get("format") != "reshard":
-        raise BadInputError(f"{printable(path)}: not a manifest of ours")
+        raise IntegrityError(f"{printable(path)}: not a manifest of ours")
     version = content.get("format_version")
     if not isinstance(version, str) or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise VersionError(
             f"{printable(path)}: format version {printable(version)}, this release reads {FORMAT_VERSION}",
             hint="upgrade reshard",
         )
-    seal = content.pop("seal", None)
-    if seal != _seal(content):
+    raw = path.read_bytes()
+    if raw != _close(raw[: max(0, raw.rfind(b'"seal": '))]):
         raise IntegrityError(f"{printable(path)}: does not match its seal, so it was altered")
     try:
         return _from_json(content)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise IntegrityError(f"{printable(path)}: incomplete or malformed ({printable(error)})") from None
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
-    model, source = content["model"], content["source"]
+    """The manifest, every value checked for its type: a seal shows who wrote last, not that they wrote sense."""
+    model, source, mesh = content["model"], content["source"], content["mesh"]
+    ranks = tuple(_file(item) for item in content["ranks"])
+    if mesh != {"axes": ["tp"], "shape": [len(ranks)]} or not ranks:
+        raise ValueError(f"{len(ranks)} rank files for a mesh of {mesh}")
     return Manifest(
-        content["tool"],
-        model["architecture"],
-        model["model_type"],
-        model["dtype"],
-        content["mesh"]["shape"][0],
-        source["repo_id"],
-        source["commit"],
-        tuple(source["files"]),
-        tuple(_parameter_from_json(item) for item in content["parameters"]),
-        content["hooks"],
-        content["tied"],
-        content["duplicates"],
-        tuple(content["dropped"]),
-        tuple(content["runtime_only"]),
-        tuple(_file_from_json(item) for item in content["ranks"]),
-        _file_from_json(content["unused"]) if content["unused"] else None,
-        tuple(_file_from_json(item) for item in content["extras"]),
+        tool=_texts(content["tool"]),
+        architecture=_text(model["architecture"]),
+        model_type=_text(model["model_type"]),
+        dtype=_one_of(FLOATING, model["dtype"]),
+        world_size=len(ranks),
+        repo_id=_maybe(_text, source["repo_id"]),
+        commit=_maybe(_text, source["commit"]),
+        source_files=tuple(_source_file(item) for item in source["files"]),
+        parameters=tuple(_parameter(item) for item in content["parameters"]),
+        hooks=_texts(content["hooks"]),
+        tied=_texts(content["tied"]),
+        duplicates=_texts(content["duplicates"]),
+        dropped=tuple(map(_text, content["dropped"])),
+        runtime_only=tuple(map(_text, content["runtime_only"])),
+        rank_files=ranks,
+        unused_file=_maybe(_file, content["unused"]),
+        extras=tuple(_file(item) for item in content["extras"]),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {value!r}")
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {value!r}")
+    return {key: _text(item) for key, item in value.items()}
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a number of at least 0, got {value!r}")
+    return value
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    return tuple(map(_count, value))
+
+
+def _one_of(known: Collection[str], value: Any) -> str:
+    if _text(value) not in known:
+        raise ValueError(f"unknown {value!r}")
+    return value
+
+
+def _maybe(read: Callable[[Any], _T], value: Any) -> _T | None:
+    return None if value is None else read(value)
+
+
+def _file(content: dict[str, Any]) -> FileRecord:
+    return FileRecord(
+        _text(content["file"]), _count(content["size"]), _text(content["digest"]), _texts(content.get("tensors", {}))
+    )
+
+
+def _source_file(content: dict[str, Any]) -> dict[str, Any]:
+    _count(content["size"])
+    return {**_texts({key: content[key] for key in ("file", "digest", "header")}), "size": content["size"]}
+
+
+def _placement(content: dict[str, Any], shape: tuple[int, ...]) -> Placement:
+    kind = _one_of(("replicate", "shard", "packed"), content["type"])
+    if kind == "replicate":
+        return Replicate()
+    dim = _count(content["dim"])
+    if kind == "shard":
+        return Shard(range(len(shape))[dim])
+    blocks = _counts(content["blocks"])
+    if sum(blocks) != shape[dim]:
+        raise ValueError(f"blocks {blocks} in a shape of {shape}")
+    return PackedShard(dim, blocks)
+
+
+def _parameter(content: dict[str, Any]) -> Target:
+    shape, origin = _counts(content["shape"]), content["from"]
+    if isinstance(origin, str):
+        regions = whole(origin, shape)
+    else:
+        regions = tuple(Region(_text(s), _count(o), *map(_counts, boxes)) for s, o, *boxes in origin)
+    if not covers(regions, shape) or any(len(region.strides) != len(shape) for region in regions):
+        raise ValueError(f"{content['name']!r} is not filled exactly")
+    return Target(
+        name=_text(content["name"]),
+        shape=shape,
+        dtype=_one_of(CODES, content["dtype"]),
+        placement=_placement(content["placement"], shape),
+        regions=regions,
+        style=_maybe(_text, content["style"]),
+        compute_dtype=_maybe(_text, content.get("compute_dtype")),
+        reason=_maybe(_text, content.get("reason")),
     )

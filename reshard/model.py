@@ -29,6 +29,9 @@ _HEADS = {
 }
 
 
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One entry of the model's state dict: a parameter or a persistent buffer.
@@ -124,12 +127,15 @@ def _refuse_quantized(source: Source) -> None:
 
 def _refuse_absurd(source: Source) -> None:
     """A layer without a tensor of its own cannot be: refuse before building what the config asks for."""
-    for config in (source.config, source.config.get("text_config")):
-        layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
-        if isinstance(layers, int) and layers > len(source.tensors):
-            raise BadInputError(
-                f"config.json: num_hidden_layers is {layers}, but the checkpoint has {len(source.tensors)} tensors"
-            )
+
+    def walk(config: dict[str, Any]) -> None:
+        for key, value in config.items():
+            if key in _LAYER_COUNTS and isinstance(value, int) and not 0 <= value <= len(source.tensors):
+                raise BadInputError(f"config.json: {key} is {value}; the checkpoint has {len(source.tensors)} tensors")
+            if isinstance(value, dict):
+                walk(value)
+
+    walk(source.config)
 
 
 def _model_dtype(source: Source) -> str:

@@ -59,6 +59,8 @@ def build_plan(
     if model.missing:
         some = ", ".join(map(printable, model.missing[:3]))
         raise BadInputError(f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {some}")
+    for style in model.hooks.values():
+        strategies.find(style)
     placements = {parameter.name: _placement(parameter, strategies) for parameter in model.parameters}
     reason = _refusal(model, placements, world_size)
     if reason:

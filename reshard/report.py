@@ -65,7 +65,7 @@ def rows(parameters: Iterable[Any], world_size: int) -> list[dict[str, Any]]:
 
 def table(lines: Sequence[Sequence[Any]], *, indent: str = "  ") -> str:
     """Left-aligned columns; a column where every cell is empty is left out."""
-    cells = [[("" if cell is None else str(cell)) for cell in line] for line in lines]
+    cells = [[("" if cell is None else printable(cell)) for cell in line] for line in lines]
     kept = [i for i in range(len(cells[0])) if any(line[i] for line in cells[1:])]
     widths = {i: max(len(line[i]) for line in cells) for i in kept}
     return "\n".join(indent + "  ".join(line[i].ljust(widths[i]) for i in kept).rstrip() for line in cells)
@@ -183,11 +183,11 @@ def replicated_bytes(parameters: Iterable[Any]) -> int:
 def manifest_text(report: Mapping[str, Any]) -> str:
     """The manifest's report in words."""
     origin = report["source"]["repo_id"]
-    source = f" from {printable(origin)}@{report['source']['commit']}" if origin else ""
+    source = f" from {origin}@{report['source']['commit']}" if origin else ""
     tool = ", ".join(f"{name} {version}" for name, version in report["tool"].items())
     lines = [
-        f"{report['architecture']} ({report['dtype']}) for {report['world_size']} ranks{source}",
-        f"made by {tool}",
+        printable(f"{report['architecture']} ({report['dtype']}) for {report['world_size']} ranks{source}"),
+        printable(f"made by {tool}"),
         "",
         _parameter_table(report["parameters"]),
         "",

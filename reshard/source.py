@@ -142,7 +142,7 @@ def open_source(root: Path, *, repo_id: str | None = None, commit: str | None = 
     tensors = _merge_headers(files)
     if weight_map is not None:
         _check_index(root, weight_map, tensors)
-    extras = tuple(name for name in names if _COPIED.fullmatch(name))
+    extras = tuple(name for name in names if _COPIED.fullmatch(name) and not (root / name).is_dir())
     for name in extras:
         vetted_path(root, name, what="source")
     return Source(root, files, tensors, config, extras, repo_id, commit)

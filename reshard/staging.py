@@ -160,12 +160,11 @@ def sync_folder(folder: Path) -> None:
         raise StorageError(f"{printable(folder)}: {error.strerror}") from None
 
 
-def check_free_space(out: Path, needed: int) -> None:
-    """Raises StorageError, with bytes needed and free, where the disk cannot hold `needed` more bytes."""
-    parent = out if out.is_dir() else Path(os.path.abspath(out)).parent
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` more bytes."""
     try:
-        free = shutil.disk_usage(parent).free
+        free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise StorageError(f"{printable(parent)}: {error.strerror}") from None
+        raise StorageError(f"{printable(folder)}: {error.strerror}") from None
     if free < needed:
-        raise StorageError(f"{printable(out)}: needs {needed:,} bytes, but only {free:,} are free")
+        raise StorageError(f"{printable(folder)}: needs {needed:,} bytes, but only {free:,} are free")

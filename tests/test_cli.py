@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import reshard.cli
 import reshard.conversion
 import reshard.executor
-from reshard.manifest import _seal
+from reshard.manifest import sealed_text
 
 INDEX = "model.safetensors.index.json"
 RANK_FILES = [f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in (1, 2)]
@@ -50,11 +50,6 @@ class Result:
 
 
 Cli = Callable[..., Result]
-
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    """A test that shows a bug which is still there."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 class TooSlow(BaseException):
@@ -221,13 +216,10 @@ def flip(path: Path, position: int) -> None:
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest as somebody would who knows how to seal it."""
-
-    def edit(content: dict[str, Any]) -> None:
-        content.pop("seal")
-        change(content)
-        content["seal"] = _seal(content)
-
-    edit_json(folder / "reshard.json", edit)
+    content = json.loads((folder / "reshard.json").read_text())
+    content.pop("seal")
+    change(content)
+    (folder / "reshard.json").write_bytes(sealed_text(content))
 
 
 # --- sources that cannot be used ---
@@ -348,15 +340,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
 }
 
 
-BUGS = {
-    "architecture is a number": "unexpected AttributeError in _model_class",
-    "architecture is abstract": "unexpected AttributeError in read_model",
-}
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[bug(BUGS[case])] if case in BUGS else []) for case in SPOILT]
-)
+@pytest.mark.parametrize("case", SPOILT)
 def test_spoilt_source(case: str, source: Path, out: Path, refused: Refused) -> None:
     spoil, code, mentions = SPOILT[case]
     spoil(source)
@@ -370,7 +354,6 @@ def test_pickled_weights_have_a_way_out(source: Path, out: Path, refused: Refuse
     refused(3, convert(source, out), "pytorch_model.bin", hint="transformers")
 
 
-@bug("_refuse_absurd knows one name of the number of layers")
 def test_absurd_layers_under_another_name(source: Path, out: Path, cli: Cli) -> None:
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 10**6}
     (source / "config.json").write_text(json.dumps(config))
@@ -378,7 +361,6 @@ def test_absurd_layers_under_another_name(source: Path, out: Path, cli: Cli) -> 
     assert os.listdir(out.parent) == ["source"]
 
 
-@bug("extras are taken for files by their names alone")
 def test_folder_named_like_a_license_is_no_obstacle(source: Path, out: Path, cli: Cli) -> None:
     (source / "LICENSES").mkdir()
     assert cli(*convert(source, out)).code == 0
@@ -404,7 +386,6 @@ def test_unknown_style(source: Path, out: Path, refused: Refused, monkeypatch: p
     assert "colwise" in refused(3, convert(source, out)).hint
 
 
-@bug("only the styles of parameters are looked up")
 def test_unknown_style_of_a_module_without_parameters(
     source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,7 +505,6 @@ def test_disk_full_while_writing(
     refused(5, convert(source, small_disk / "out"), RANK_FILES[1], "No space left")
 
 
-@bug("_create leaves its descriptor open where the disk is full")
 def test_disk_full_leaves_no_file_open(
     source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -621,7 +601,6 @@ def test_verbose_shows_the_traceback(source: Path, out: Path, tmp_path: Path, cl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-@bug("report_failure shows an unexpected message as it is")
 def test_unexpected_failure_is_one_line(
     source: Path, out: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -761,7 +740,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
         8,
         ("reshard.json", "2.0"),
     ),
-    "another format": (lambda f: reseal(f, lambda c: c.update(format="other")), 3, ("reshard.json",)),
+    "another format": (lambda f: reseal(f, lambda c: c.update(format="other")), 4, ("reshard.json",)),
     "no manifest": (lambda f: (f / "reshard.json").unlink(), 3, ("reshard.json",)),
 }
 
@@ -786,7 +765,6 @@ def test_path_in_the_manifest_does_not_leave_the_folder(folder: Path, tmp_path: 
 
 
 WEIRD: list[Any] = [None, 0, -1, 10**30, "x", [], {}, [None], {"a": None}, True]
-MALFORMED = bug("a sealed manifest of the wrong types ends in an unexpected exception")
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "top": lambda content: content,
     "model": lambda content: content["model"],
@@ -798,9 +776,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=[MALFORMED] * (part not in ("model", "source"))) for part in PARTS]
-)
+@pytest.mark.parametrize("part", PARTS)
 def test_manifest_of_the_wrong_types(part: str, folder: Path, cli: Cli) -> None:
     """Whatever a sealed manifest says, `inspect` and `verify` have a word for it."""
     pick, path = PARTS[part], folder / "reshard.json"
@@ -816,14 +792,12 @@ def test_manifest_of_the_wrong_types(part: str, folder: Path, cli: Cli) -> None:
     assert unexpected == []
 
 
-@bug("the number of ranks is taken as it stands")
 @pytest.mark.parametrize("shape", [[0], [-1], ["2"], [3], [10**30], [None]])
 def test_manifest_with_an_impossible_number_of_ranks(shape: list[Any], folder: Path, refused: Refused) -> None:
     reseal(folder, lambda content: content["mesh"].update(shape=shape))
     refused(4, ["inspect", folder], "reshard.json")
 
 
-@bug("manifest_text prints strings of the manifest as they are")
 def test_control_characters_in_a_manifest_are_escaped(folder: Path, cli: Cli) -> None:
     def change(content: dict[str, Any]) -> None:
         content["tool"] = {EVIL: EVIL}
@@ -878,7 +852,6 @@ def _halve_last(source: Path, name: str) -> None:
     weight_map(source, lambda found: found.update({name: "last.safetensors"}))
 
 
-@bug("regions are read without asking whether the source tensor has that shape")
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.down_proj.weight"])
 def test_against_a_source_that_holds_less(name: str, resharded: Path, source: Path, cli: Cli) -> None:
     _halve_last(source, name)
@@ -962,7 +935,6 @@ def test_text_output(source: Path, out: Path, cli: Cli) -> None:
     assert "elements equal to the source" in cli("verify", out, "--against", source).out
 
 
-@bug("digests stand in the manifest in the order in which threads finish")
 def test_output_bytes_depend_on_nothing_else(source: Path, tmp_path: Path, cli: Cli) -> None:
     outs = []
     for turn, workers in enumerate((1, 4, 4, 4, 4, 4)):

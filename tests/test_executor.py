@@ -36,6 +36,7 @@ from reshard.source import Source, open_source
 from reshard.symbolic import RegionTensor
 from reshard.targets import LocalTensor, Target, rank_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "bool", "int64", "float64", "int16"]
 MEMORY_LIMIT = 100 << 20  # bytes of anonymous memory above the start
 BIG = (12_000, 12_500)  # float32: 600 MB
@@ -129,7 +130,10 @@ def test_bytes_are_torchs(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
 def test_casts_are_those_of_tensor_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, have: str, want: str
 ) -> None:
-    """As it is, gathered (transposed), and sharded. NaNs stay NaNs, what is too large becomes infinite."""
+    """As it is, gathered (transposed), and sharded. What is too large becomes infinite; NaNs stay NaNs.
+
+    Which NaN is up to torch: its vectorised cast to bfloat16 gives another one than its strided cast.
+    """
     monkeypatch.setattr(executor, "BLOCK_BYTES", block_bytes)
     tensor = torch.randn(37, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tensor[0, :6] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-41, 65519.0, 3.4e38])
@@ -146,8 +150,9 @@ def test_casts_are_those_of_tensor_to(
     found = load(tmp_path / "out.safetensors")
     expected = tensor.to(getattr(torch, want))
     assert same(found["plain"], expected)
-    assert same(found["turned"], expected.T)
-    assert same(found["shard"], expected[:, 6:])
+    for name, part in (("turned", expected.T), ("shard", expected[:, 6:])):
+        assert torch.equal(found[name].isnan(), part.isnan())
+        assert same(found[name].nan_to_num(7), part.nan_to_num(7))
 
 
 def test_a_fusion_of_sources_of_several_dtypes_is_cast(tmp_path: Path) -> None:
@@ -294,7 +299,7 @@ def test_a_source_that_changed_before_is_noticed(tmp_path: Path, change: Callabl
 @pytest.mark.xfail(strict=True, reason="told as StorageError of the output folder: os.stat in SourceReader.unchanged")
 def test_a_source_file_that_vanishes_after_it_was_digested_is_named(tmp_path: Path) -> None:
     source, tensors = simple_job(tmp_path, files=2, count=1)
-    first, second = source.files
+    first = source.files[0]
     told: list[int] = []
 
     def progress(size: int) -> None:
@@ -340,6 +345,20 @@ def test_a_failure_leaks_no_file_descriptor(tmp_path: Path) -> None:
         write_files(tmp_path, layouts, source)
     assert len(os.listdir("/proc/self/fd")) == before
     assert (tmp_path / "2.safetensors").read_bytes() == b""
+
+
+@pytest.mark.xfail(strict=True, reason="_create does not close the file when fallocate or the header's write fails")
+def test_a_disk_too_small_leaks_no_file_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, tensors = simple_job(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StorageError, match="No space left"):
+        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

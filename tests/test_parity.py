@@ -3,6 +3,7 @@ single-process model does."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -119,6 +120,10 @@ def test_parameters_are_dtensors(name: str, sharded: Any) -> None:
         assert plain == []
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers.distributed.checkpoint") is None,
+    reason="this transformers does not read rank files yet",
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_opens_in_plain_transformers_where_the_manifest_says_so(name: str, sharded: Any, singles: Any) -> None:
     """A folder that says it does, does; one that says it does not is refused rather than misread."""

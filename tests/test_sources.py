@@ -84,9 +84,6 @@ def test_unused_tensors_are_kept_apart_or_dropped(tmp_path: Path) -> None:
     rewrite(source, lambda tensors: tensors.update({"model.layers.9.extra": extra}))
     assert_same_model(source, tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / "unused.safetensors")["model.layers.9.extra"], extra)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(plain), logits(transformers.AutoModelForCausalLM.from_pretrained(source)))
-
     manifest = reshard.convert(source, tmp_path / "dropped", tp_size=1, drop_unused=True)
     assert manifest.dropped == ("model.layers.9.extra",)
     assert not (tmp_path / "dropped" / "unused.safetensors").exists()

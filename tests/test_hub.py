@@ -1,0 +1,210 @@
+"""The Hub, through the real client against a stand-in on loopback: convert from it, publish to it, load from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from fake_hub import FakeHub
+
+import reshard
+
+# What a repo may hold besides the checkpoint, and nobody asked for.
+UNWANTED = {
+    "README.md": b"# A model\n",
+    "pytorch_model.bin": b"\x80\x04.",
+    "training_args.bin": b"\x80\x04.",
+    "modeling_llama.py": b"raise SystemExit('code was run')\n",
+    "original/consolidated.00.pth": b"\x80\x04.",
+    "onnx/config.json": b"{}",
+    "onnx/model.safetensors": b"junk",
+    "adapter_config.json": b"{}",
+    "adapter_model.safetensors": b"junk",
+    "consolidated.safetensors": b"junk",
+}
+RANK_FILES = [f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in (1, 2)]
+# Each rank with a cache of its own, so that it shows what the rank fetched.
+LOAD = """
+import os, sys
+rank = os.environ.get("RANK", "0")
+os.environ["HF_HOME"] = os.path.join(os.environ["HF_HOME"], rank)
+import torch
+import runtime
+from runtime.mesh import shut_down
+
+model = runtime.load(sys.argv[1])
+with torch.inference_mode():
+    logits = model(torch.arange(3, 12)[None]).logits
+torch.save(logits, os.path.join(os.environ["HF_HOME"], "logits.pt"))
+shut_down()
+"""
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """HF_HOME of the subprocesses of one test."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def python(hub: FakeHub, home: Path) -> Command:
+    """`python(*arguments, token=…, **variables)` runs Python against the Hub of this test."""
+
+    def run(*arguments: object, token: str = "hf_test", **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**hub.environment(home, token=token), "OMP_NUM_THREADS": "1", **variables}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same_conversion(out: Path, local: Path, *, commit: str) -> None:
+    """`out` is `local`, but for where the manifest says it comes from."""
+    found, expected = contents(out), contents(local)
+    manifest = found.pop("reshard.json"), expected.pop("reshard.json")
+    assert found == expected
+    assert manifest[0] != manifest[1]
+    assert reshard.inspect(out) == dataclasses.replace(reshard.inspect(local), repo_id="org/model", commit=commit)
+
+
+def assert_network_error(done: subprocess.CompletedProcess[str], words: str) -> None:
+    assert done.returncode == 10, done.stderr
+    assert done.stdout == ""
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("Error: ")
+    assert words in error
+    assert hint.startswith("Hint: ")
+
+
+def test_convert_then_again_without_the_network(
+    hub: FakeHub, home: Path, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Equal to a local conversion; only safetensors and small files of the root are fetched; the token stays away."""
+    canary = "hf_canary_PxQ7vJ2mW9"
+    source = checkpoint("llama")
+    reshard.convert(source, tmp_path / "local", tp_size=2)
+    repo = hub.create("org/model", {**contents(source), **UNWANTED}, token=canary)
+
+    done = python("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2, token=canary)
+    assert done.returncode == 0, done.stderr
+    assert_same_conversion(tmp_path / "out", tmp_path / "local", commit=repo.revisions["main"])
+    assert hub.asked("org/model") == set(contents(source))
+    assert not [path for path in (tmp_path / "out").rglob("*") if canary.encode() in path.read_bytes()]
+    assert canary not in done.stdout + done.stderr
+
+    hub.requests.clear()
+    command = ("-m", "reshard", "convert", "org/model", tmp_path / "again", "--tp-size", 2)
+    again = python(*command, token=canary, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert hub.requests == []
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["branch", "commit"])
+def test_revision(name: str, hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoint("llama")
+    repo = hub.create("org/model", contents(source))
+    first = repo.revisions["main"]
+    repo.revisions["with/slash"] = first
+    assert repo.commit(contents(checkpoint("llama", seed=1))) != first
+
+    revision = {"branch": "with/slash", "commit": first}[name]
+    arguments = ("convert", "org/model", tmp_path / "out", "--tp-size", 2, "--revision", revision)
+    done = python("-m", "reshard", *arguments)
+    assert done.returncode == 0, done.stderr
+    reshard.convert(source, tmp_path / "local", tp_size=2)
+    assert_same_conversion(tmp_path / "out", tmp_path / "local", commit=first)
+
+
+def test_unknown_repo(hub: FakeHub, python: Command, tmp_path: Path) -> None:
+    assert_network_error(
+        python("-m", "reshard", "convert", "org/none", tmp_path / "out", "--tp-size", 2), "org/none: no such folder"
+    )
+    assert list(tmp_path.glob("*out*")) == []
+    hub.create("org/secret", token="hf_other")
+    assert_network_error(python("-m", "reshard", "inspect", "org/secret"), "or it is private")
+
+
+def test_unknown_revision(hub: FakeHub, python: Command) -> None:
+    hub.create("org/model")
+    assert_network_error(python("-m", "reshard", "inspect", "org/model", "--revision", "gone"), "gone")
+
+
+def test_server_gone(hub: FakeHub, python: Command, tmp_path: Path) -> None:
+    with FakeHub() as gone:
+        pass
+    command = ("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2)
+    assert_network_error(python(*command, HF_ENDPOINT=gone.url), "cannot be reached")
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_not_resharded(hub: FakeHub, python: Command) -> None:
+    hub.create("org/model", {"config.json": b"{}"})
+    done = python("-m", "reshard", "inspect", "org/model")
+    assert done.returncode == 3, done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("Error: ")]) == 1
+
+
+def test_load_in_one_process(
+    hub: FakeHub, home: Path, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    reshard.convert(source, tmp_path / "out", tp_size=1)
+    hub.create("org/model-tp1", contents(tmp_path / "out"))
+    done = python("-c", LOAD, "org/model-tp1")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(home / "0" / "logits.pt"), single_process_logits(source))
+
+
+def test_publish_inspect_and_load(
+    hub: FakeHub, home: Path, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A folder goes up with `hf upload`; `inspect` fetches the manifest, and each rank its own file."""
+    source = checkpoint("llama")
+    reshard.convert(source, tmp_path / "out", tp_size=2)
+    done = python(Path(sys.executable).parent / "hf", "upload", "org/model-tp2", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    published = dict(hub.repos["org/model-tp2"].files)
+    published.pop(".gitattributes")
+    assert published == contents(tmp_path / "out")
+
+    hub.requests.clear()
+    done = python("-m", "reshard", "inspect", "org/model-tp2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == python("-m", "reshard", "inspect", tmp_path / "out").stdout
+    assert hub.asked("org/model-tp2") == {"reshard.json"}
+
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    done = python(*agent, script, "org/model-tp2", PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr
+    expected = single_process_logits(source)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(home / str(rank) / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
+        fetched = [path.name for path in (home / str(rank)).rglob("snapshots/*/*.safetensors")]
+        assert fetched == [RANK_FILES[rank]]
+
+
+def single_process_logits(source: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        return transformers.AutoModelForCausalLM.from_pretrained(source)(torch.arange(3, 12)[None]).logits
