@@ -74,9 +74,9 @@ def _model_class(transformers: Any, config: Any) -> Any:
     for name in names:
         # Optional backends leave a placeholder class behind, which is not a model; nor is a base class.
         found = getattr(transformers, name, None) if name.isidentifier() else None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            if getattr(found, "config_class", None):
-                return found
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and getattr(found, "config_class", None):
+            return found
     if names:
         raise VersionError(f"transformers {transformers.__version__} has no architecture {printable(', '.join(names))}")
     with contextlib.suppress(KeyError):

@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path))
-        body = self._body()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             reply = self._answer(f"{self.command} {urlsplit(self.path).path}", body)
         except Refusal as refusal:
@@ -131,16 +131,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(reply)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
 
     def _answer(self, request: str, body: bytes) -> Reply:
         for pattern, answer in _ROUTES.items():
@@ -189,10 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, _: bytes, repo_id: str, revision: str | None) -> Reply:
         sha, tree = self._tree(repo_id, revision)
+        siblings = [{"rfilename": path} for path in tree]
         private = self._repo(repo_id).token is not None
-        return Reply(
-            {"id": repo_id, "sha": sha, "private": private, "siblings": [{"rfilename": path} for path in tree]}
-        )
+        return Reply({"id": repo_id, "sha": sha, "private": private, "siblings": siblings})
 
     def tree(self, _: bytes, repo_id: str, revision: str) -> Reply:
         entries = []

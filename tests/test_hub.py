@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,6 @@ UNWANTED = {
     "adapter_model.safetensors": b"junk",
     "consolidated.safetensors": b"junk",
 }
-RANK_FILES = [f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in (1, 2)]
 # Each rank with a cache of its own, so that it shows what the rank fetched.
 LOAD = """
 import os, sys
@@ -119,37 +119,57 @@ def test_convert_then_again_without_the_network(
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["branch", "commit"])
-def test_revision(name: str, hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_revision(hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoint("llama")
     repo = hub.create("org/model", contents(source))
-    first = repo.revisions["main"]
-    repo.revisions["with/slash"] = first
+    first = repo.revisions["with/slash"] = repo.revisions["main"]
     assert repo.commit(contents(checkpoint("llama", seed=1))) != first
 
-    revision = {"branch": "with/slash", "commit": first}[name]
-    arguments = ("convert", "org/model", tmp_path / "out", "--tp-size", 2, "--revision", revision)
-    done = python("-m", "reshard", *arguments)
+    command = ("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2, "--revision", "with/slash")
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     reshard.convert(source, tmp_path / "local", tp_size=2)
     assert_same_conversion(tmp_path / "out", tmp_path / "local", commit=first)
 
 
-def test_unknown_repo(hub: FakeHub, python: Command, tmp_path: Path) -> None:
-    assert_network_error(
-        python("-m", "reshard", "convert", "org/none", tmp_path / "out", "--tp-size", 2), "org/none: no such folder"
-    )
-    assert list(tmp_path.glob("*out*")) == []
+def test_inspect_an_older_commit(
+    hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    for seed in range(2):
+        reshard.convert(checkpoint("llama", seed=seed), tmp_path / str(seed), tp_size=1 + seed)
+    repo = hub.create("org/model-tp", contents(tmp_path / "0"))
+    first = repo.revisions["main"]
+    repo.commit(contents(tmp_path / "1"))
+    older = python("-m", "reshard", "inspect", "org/model-tp", "--revision", first)
+    newer = python("-m", "reshard", "inspect", "org/model-tp")
+    assert older.stdout == python("-m", "reshard", "inspect", tmp_path / "0").stdout != newer.stdout
+    assert newer.stdout == python("-m", "reshard", "inspect", tmp_path / "1").stdout != ""
+
+
+@pytest.mark.xfail(strict=True, reason="hub.SMALL_FILES and source._COPIED differ")
+def test_small_files_are_those_that_a_local_conversion_copies(hub: FakeHub, python: Command) -> None:
+    small = ["config.json", "merges.txt", "LICENSE", "License.md", "NOTICE", "USE_POLICY.md", "chat_template.jinja"]
+    hub.create("org/model", {**dict.fromkeys(small, b"{}"), **UNWANTED})
+    done = python("-c", "from reshard.hub import locate; locate('org/model')")
+    assert done.returncode == 0, done.stderr
+    assert hub.asked("org/model") == set(small)
+
+
+def test_unknown_repo(hub: FakeHub, python: Command) -> None:
+    assert_network_error(python("-m", "reshard", "inspect", "org/none"), "org/none: no such folder")
     hub.create("org/secret", token="hf_other")
     assert_network_error(python("-m", "reshard", "inspect", "org/secret"), "or it is private")
 
 
+@pytest.mark.xfail(strict=True, reason="the client's own message, with its line breaks, and no hint")
 def test_unknown_revision(hub: FakeHub, python: Command) -> None:
     hub.create("org/model")
-    assert_network_error(python("-m", "reshard", "inspect", "org/model", "--revision", "gone"), "gone")
+    done = python("-m", "reshard", "inspect", "org/model", "--revision", "gone")
+    assert_network_error(done, "gone")
+    assert "\\n" not in done.stderr
 
 
-def test_server_gone(hub: FakeHub, python: Command, tmp_path: Path) -> None:
+def test_server_gone(python: Command, tmp_path: Path) -> None:
     with FakeHub() as gone:
         pass
     command = ("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2)
@@ -157,11 +177,27 @@ def test_server_gone(hub: FakeHub, python: Command, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_not_resharded(hub: FakeHub, python: Command) -> None:
+@pytest.mark.xfail(strict=True, reason="transport errors other than ConnectError and timeouts are unexpected (exit 1)")
+def test_server_hangs_up(python: Command) -> None:
+    """It takes the connection and closes it without a word, as an overloaded proxy does."""
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        done = python(
+            "-m", "reshard", "inspect", "org/model", HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}"
+        )
+        server.shutdown()
+        thread.join()
+    assert_network_error(done, "org/model")
+
+
+@pytest.mark.xfail(strict=True, reason="names a folder of the cache that was never made, rather than the repo")
+def test_repo_that_is_not_resharded(hub: FakeHub, python: Command) -> None:
     hub.create("org/model", {"config.json": b"{}"})
     done = python("-m", "reshard", "inspect", "org/model")
     assert done.returncode == 3, done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("Error: ")]) == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert "no reshard.json" in error
 
 
 def test_load_in_one_process(
@@ -172,7 +208,7 @@ def test_load_in_one_process(
     hub.create("org/model-tp1", contents(tmp_path / "out"))
     done = python("-c", LOAD, "org/model-tp1")
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(home / "0" / "logits.pt"), single_process_logits(source))
+    assert_logits(home / "0", source)
 
 
 def test_publish_inspect_and_load(
@@ -181,7 +217,7 @@ def test_publish_inspect_and_load(
     """A folder goes up with `hf upload`; `inspect` fetches the manifest, and each rank its own file."""
     source = checkpoint("llama")
     reshard.convert(source, tmp_path / "out", tp_size=2)
-    done = python(Path(sys.executable).parent / "hf", "upload", "org/model-tp2", tmp_path / "out")
+    done = python("-m", "huggingface_hub.cli.hf", "upload", "org/model-tp2", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     published = dict(hub.repos["org/model-tp2"].files)
     published.pop(".gitattributes")
@@ -196,15 +232,16 @@ def test_publish_inspect_and_load(
     script = tmp_path / "load.py"
     script.write_text(LOAD)
     agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    done = python(*agent, script, "org/model-tp2", PYTHONPATH=os.pathsep.join(sys.path))
+    done = python(*agent, script, "org/model-tp2")
     assert done.returncode == 0, done.stderr
-    expected = single_process_logits(source)
     for rank in range(2):
-        torch.testing.assert_close(torch.load(home / str(rank) / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
+        assert_logits(home / str(rank), source)
         fetched = [path.name for path in (home / str(rank)).rglob("snapshots/*/*.safetensors")]
-        assert fetched == [RANK_FILES[rank]]
+        assert fetched == [f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"]
 
 
-def single_process_logits(source: Path) -> torch.Tensor:
+def assert_logits(home: Path, source: Path) -> None:
+    """What a rank of LOAD computed is what the source's model computes in this process."""
     with torch.inference_mode():
-        return transformers.AutoModelForCausalLM.from_pretrained(source)(torch.arange(3, 12)[None]).logits
+        expected = transformers.AutoModelForCausalLM.from_pretrained(source)(torch.arange(3, 12)[None]).logits
+    torch.testing.assert_close(torch.load(home / "logits.pt"), expected, rtol=1e-5, atol=1e-5)

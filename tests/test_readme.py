@@ -1,0 +1,90 @@
+"""Every command and every script of the README, run as it stands, in its order, on a pico model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+    if line.startswith(("reshard ", "torchrun ", "scripts/"))
+]
+SCRIPTS = [block for language, block in BLOCKS if language == "python"]
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+ENVIRONMENT = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str, folder: Path) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where SOURCE is a pico model with a tokenizer."""
+    root = tmp_path_factory.mktemp("readme")
+    run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
+    return root
+
+
+def test_commands(folder: Path) -> None:
+    said = {}
+    for command in COMMANDS:
+        if command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
+            assert os.access(ROOT / command, os.X_OK)
+        else:
+            said[command] = run(*shlex.split(command), folder=folder)
+    assert {"plan", "convert", "verify", "run"} <= {command.split()[1] for command in said}
+    generated = [text for command, text in said.items() if "--prompt" in command]
+    assert len(generated) == 2
+    for text in generated:
+        assert text.startswith("Once upon a time every rank opened the whole checkpoint")
+    checked = next(text for command, text in said.items() if "runtime check" in command)
+    assert "tokens equal" in checked
+
+
+def test_python(folder: Path, tmp_path: Path) -> None:
+    offline, online = SCRIPTS
+    (tmp_path / "SOURCE").symlink_to(folder / "SOURCE")
+    (tmp_path / "offline.py").write_text(offline)
+    (tmp_path / "online.py").write_text(online + "\nprint(tuple(tokens.shape), tuple(weight.shape))\n")
+    run(sys.executable, "offline.py", folder=tmp_path)
+    said = run("torchrun", "--standalone", "--nproc-per-node", "2", "online.py", folder=tmp_path)
+    assert said.count("(1, 7) (330, 64)") == 2
+
+
+def test_map_of_the_house() -> None:
+    """Every module is on the map, and the map has no others."""
+    block = next(block for _, block in BLOCKS if block.startswith("reshard/  "))
+    house = {line.split()[0].rstrip("/") for line in block.splitlines() if not line.startswith(" ")}
+    named = set(re.findall(r"[\w]+\.py\b", block)) | {"strategies"}
+    there = {path.name for package in house for path in (ROOT / package).iterdir() if not path.name.startswith("_")} - {
+        "py.typed"
+    }
+    assert named == there
+
+
+def test_styles_named() -> None:
+    from reshard.strategies import ALL_PARALLEL_STYLES
+
+    section = README.split("## Styles")[1].split("##")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == set(ALL_PARALLEL_STYLES)
+
+
+def test_ci_runs_the_readme_test_command() -> None:
+    assert "\nscripts/test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,137 @@
+"""What the runtime says when it cannot run: one line, the right exit code, on every rank, before any forward."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pico
+import pytest
+import torch.distributed as dist
+
+import reshard
+from reshard.errors import IntegrityError, TopologyError, UsageError
+from runtime.mesh import RankInfo, agree, pick_device
+
+PARTS = "shard-0000{}-model-00001-of-00001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico.save("llama", tmp_path_factory.mktemp("runtime") / "source")
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path) -> Path:
+    reshard.convert(source, tmp_path / "out", tp_size=2)
+    return tmp_path / "out"
+
+
+def check(world_size: int, folder: Path, source: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    return subprocess.run(
+        [*command, "-m", "runtime", "check", str(folder), "--reference", str(source)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+
+
+def exit_codes(done: subprocess.CompletedProcess[str]) -> set[int]:
+    """Of the ranks, from torchrun's table. Ranks that it stopped while they waited to speak are left out."""
+    return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)} - {-15}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_wrong_world_size(world_size: int, folder: Path, source: Path) -> None:
+    done = check(world_size, folder, source)
+    assert exit_codes(done) == {9}
+    assert len(errors(done)) == 1
+    assert "was made for 2 ranks" in errors(done)[0]
+    assert "--nproc-per-node 2" in done.stderr
+    assert done.stdout == ""
+
+
+def test_altered_tensor_in_one_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
+    path = folder / PARTS.format(2)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    done = check(2, folder, source)
+    assert exit_codes(done) == {4}
+    assert len(errors(done)) == 1
+    assert f"rank 1: {path}: tensor lm_head.weight was altered" in errors(done)[0]
+    assert done.stdout == ""
+
+
+def test_missing_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
+    (folder / PARTS.format(1)).unlink()
+    done = check(2, folder, source)
+    assert exit_codes(done) == {4}
+    assert len(errors(done)) == 1
+    assert f"{PARTS.format(1)}: is missing" in errors(done)[0]
+
+
+def test_check_finds_another_model(folder: Path, tmp_path: Path) -> None:
+    other = pico.save("llama", tmp_path / "other", seed=1)
+    done = check(2, folder, other)
+    assert exit_codes(done) == {4}
+    assert "does not compute what" in errors(done)[0]
+    assert "tokens different" in done.stdout
+
+
+def test_run_without_a_tokenizer(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "reshard", "run", str(folder), "--prompt", "hello"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 3
+    assert len(errors(done)) == 1
+    assert "holds no usable tokenizer" in errors(done)[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_environment_of_torchrun() -> None:
+    assert RankInfo.from_env({}) == RankInfo(0, 1, 0)
+    assert RankInfo.from_env({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == RankInfo(3, 4, 1)
+    with pytest.raises(UsageError, match="WORLD_SIZE is not set"):
+        RankInfo.from_env({"RANK": "3", "LOCAL_RANK": "1"})
+    with pytest.raises(UsageError, match="must be numbers"):
+        RankInfo.from_env({"RANK": "x", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
+
+
+def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(TopologyError, match="no CUDA device"):
+        pick_device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert str(pick_device(None, 0)) == "cuda:0"
+    with pytest.raises(TopologyError, match="local rank 1 has no GPU"):
+        pick_device(None, 1)
+
+
+def test_a_rank_that_never_answers_is_named() -> None:
+    started = time.monotonic()
+    with pytest.raises(TopologyError, match="no answer from rank 1, 2"):
+        agree(dist.HashStore(), RankInfo(0, 3, 0), None, timedelta(seconds=0.3), what="loading")
+    assert time.monotonic() - started < 5
+
+
+def test_own_failure_is_said_even_when_nobody_answers() -> None:
+    with pytest.raises(IntegrityError, match="mine"):
+        agree(dist.HashStore(), RankInfo(0, 2, 0), IntegrityError("mine"), timedelta(seconds=0.1), what="loading")
