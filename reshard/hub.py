@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import BadInputError, NetworkError, printable
-from .source import Source, open_source
+from .errors import BadInputError, NetworkError, ReshardError, printable
+from .source import NOT_WANTED, SMALL_FILES, Source, open_source, weight_files
 
-__all__ = ["SMALL_FILES", "locate", "resolve_source"]
+__all__ = ["locate", "resolve_source"]
 
-# The small files beside the weights; never pickles, never code.
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_WANTED = ["*/*", "adapter_*", "consolidated*"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def locate(
-    place: str, *, revision: str | None = None, patterns: Sequence[str] = (*SMALL_FILES, "*.safetensors")
+    place: str, *, revision: str | None = None, patterns: Sequence[str] = SMALL_FILES
 ) -> tuple[Path, str | None, str | None]:
     """A local folder, or the snapshot of a Hub repo pinned to one commit: (folder, repo id, commit).
 
-    Files already in the cache are used from there. Raises NetworkError, or BadInputError where `place` is neither.
+    Of a repo, only the files that match `patterns` are fetched; those already in the cache are used from there.
+
+    Raises:
+        NetworkError: the Hub cannot be reached, or does not give it.
+        BadInputError: `place` is neither a folder nor a Hub id.
     """
     path = Path(place)
     if path.exists():
@@ -31,33 +33,61 @@ def locate(
         raise BadInputError(f"{printable(place)}: no such folder, and not a Hub id such as org/name")
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        folder = snapshot_download(place, revision=revision, allow_patterns=list(patterns), ignore_patterns=_NOT_WANTED)
-    except RepositoryNotFoundError:
-        raise NetworkError(
-            f"{printable(place)}: no such folder here, and no such repo on the Hub (or it is private)",
-            hint="check the name; for a private repo log in with: hf auth login",
-        ) from None
-    except LocalEntryNotFoundError:
-        raise NetworkError(
-            f"{printable(place)}: no such folder here, and the Hub cannot be reached",
-            hint="check the connection, or give a local folder",
-        ) from None
-    except HFValidationError as error:
-        raise BadInputError(f"{printable(place)}: {printable(error)}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise NetworkError(f"{printable(place)}: {printable(error)}") from None
+        folder = snapshot_download(
+            place, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(NOT_WANTED)
+        )
+    except Exception as error:  # the client lets through whatever its transport and its parsers raise
+        raise _explain(error, place, revision) from None
     return Path(folder), place, Path(folder).name
 
 
+def _explain(error: Exception, place: str, revision: str | None) -> ReshardError:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = printable(place)
+    if isinstance(error, HFValidationError):
+        return BadInputError(f"{name}: {_first_line(error)}")
+    if isinstance(error, GatedRepoError):
+        return NetworkError(
+            f"{name}: access is restricted", hint="ask for access on its page, and log in with: hf auth login"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return NetworkError(
+            f"{name}: no such folder here, and no such repo on the Hub (or it is private)",
+            hint="check the name; for a private repo log in with: hf auth login",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return NetworkError(f"{name}: has no revision {printable(revision)}", hint="give a branch, tag or commit")
+    if isinstance(error, LocalEntryNotFoundError):
+        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
+        return NetworkError(
+            f"{name}: no such folder here, and the Hub does not answer{cause}",
+            hint="check the connection, or give a local folder",
+        )
+    return NetworkError(
+        f"{name}: could not be fetched: {type(error).__name__}: {_first_line(error)}",
+        hint="check the connection, and try again: what has arrived is kept",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return printable(next(iter(str(error).splitlines()), ""))
+
+
 def resolve_source(place: str, *, revision: str | None = None) -> Source:
-    """Open a checkpoint: a local folder, or a Hub id fetched into the cache first."""
+    """Open a checkpoint: a local folder, or a Hub id, of which just the files it needs are fetched into the cache."""
     root, repo_id, commit = locate(place, revision=revision)
+    if repo_id is not None:
+        locate(place, revision=commit, patterns=weight_files(root))
     return open_source(root, repo_id=repo_id, commit=commit)

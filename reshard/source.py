@@ -8,20 +8,37 @@ import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInputError, PolicyError, printable
 from .header import Header, TensorInfo, read_header
 
-__all__ = ["MANIFEST_NAME", "Source", "SourceFile", "model_config", "open_source", "read_json", "vetted_path"]
+__all__ = [
+    "MANIFEST_NAME",
+    "NOT_WANTED",
+    "SMALL_FILES",
+    "Source",
+    "SourceFile",
+    "model_config",
+    "open_source",
+    "read_json",
+    "vetted_path",
+    "weight_files",
+]
 
 MANIFEST_NAME = "reshard.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _JSON_LIMIT = 256 << 20  # bytes; the index of a checkpoint with a million tensors stays under it
-_COPIED = re.compile(r"(?!.*\.index\.json$)(.*\.(json|txt|model|jinja|tiktoken)|(LICENSE|NOTICE|USE_POLICY).*)", re.I)
+# The small files beside the weights (shell patterns); never pickles, never code.
+SMALL_FILES = (
+    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
+    *("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "[Nn]otice*", "USE_POLICY*"),
+)
+NOT_WANTED = ("*/*", "adapter_*", "consolidated*")
 _PICKLES = re.compile(r".*\.(bin|pth|pt|ckpt)")
 
 
@@ -128,24 +145,34 @@ def open_source(root: Path, *, repo_id: str | None = None, commit: str | None = 
             f"{printable(root)}: no such folder", hint="give a checkpoint folder, or a Hub id such as org/name"
         )
     names = sorted(os.listdir(root))
-    if MANIFEST_NAME in names:
-        raise BadInputError(f"{printable(root)}: already resharded", hint="start from the checkpoint it was made from")
+    wanted = weight_files(root)
     config = model_config(root)
-    weight_map = _read_index(root) if INDEX_NAME in names else None
-    if weight_map is None and SINGLE_NAME not in names:
+    if wanted == [SINGLE_NAME] and SINGLE_NAME not in names:
         raise _no_weights(root, names)
-    if weight_map is not None and SINGLE_NAME in names and SINGLE_NAME not in weight_map.values():
+    if SINGLE_NAME in names and SINGLE_NAME not in wanted:
         raise BadInputError(f"{printable(root)}: holds both {SINGLE_NAME} and an index of other files")
-
-    wanted = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
     files = tuple(_open_file(root, name) for name in wanted)
     tensors = _merge_headers(files)
-    if weight_map is not None:
-        _check_index(root, weight_map, tensors)
-    extras = tuple(name for name in names if _COPIED.fullmatch(name) and not (root / name).is_dir())
+    if INDEX_NAME in names:
+        _check_index(root, _read_index(root), tensors)
+    extras = tuple(name for name in names if _is_copied(name) and not (root / name).is_dir())
     for name in extras:
         vetted_path(root, name, what="source")
     return Source(root, files, tensors, config, extras, repo_id, commit)
+
+
+def _is_copied(name: str) -> bool:
+    def matches(patterns: Iterable[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    return matches(SMALL_FILES) and not matches((*NOT_WANTED, "*.index.json"))
+
+
+def weight_files(root: Path) -> list[str]:
+    """The names of the source files, which need not be there yet. Raises BadInputError for a resharded folder."""
+    if (root / MANIFEST_NAME).exists():
+        raise BadInputError(f"{printable(root)}: already resharded", hint="start from the checkpoint it was made from")
+    return sorted(set(_read_index(root).values())) if (root / INDEX_NAME).exists() else [SINGLE_NAME]
 
 
 def _no_weights(root: Path, names: Iterable[str]) -> BadInputError:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from reshard.architecture import quiet_transformers
-from reshard.hub import locate
+from reshard.hub import resolve_source
 
 from .generate import greedy
 
@@ -51,7 +51,7 @@ def check(model: Any, reference: str, *, revision: str | None = None, length: in
     tokens = greedy(model, ids, new_tokens)
     result: list[Any] = [None]
     if dist.get_rank() == 0:
-        result = [_compare(model, ids, logits, tokens, locate(reference, revision=revision)[0], new_tokens)]
+        result = [_compare(model, ids, logits, tokens, resolve_source(reference, revision=revision).root, new_tokens)]
     dist.broadcast_object_list(result, src=0, device=model.device)
     return result[0]
 
@@ -61,7 +61,7 @@ def _compare(
 ) -> Parity:
     dtype = str(model.dtype).removeprefix("torch.")
     with quiet_transformers():
-        single = type(model).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+        single = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device).eval()
     with torch.inference_mode():
         expected = single(ids).logits.float()
     error = (logits - expected).abs().max().item()

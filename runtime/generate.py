@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from reshard.errors import BadInputError, printable
-from reshard.hub import SMALL_FILES, locate
+from reshard.hub import locate
 
 __all__ = ["generate_text", "greedy", "load_tokenizer"]
 
@@ -17,7 +17,7 @@ def load_tokenizer(place: str, *, revision: str | None = None) -> Any:
     """The tokenizer copied into a resharded folder. Raises BadInputError where there is none."""
     from transformers import AutoTokenizer
 
-    folder: Path = locate(place, revision=revision, patterns=SMALL_FILES)[0]
+    folder: Path = locate(place, revision=revision)[0]
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -15,12 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from reshard.architecture import meta_model
+from reshard.digest import digest_file
 from reshard.errors import IntegrityError, ReshardError, TopologyError, printable
-from reshard.hub import SMALL_FILES, locate
+from reshard.hub import locate
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
 from reshard.placement import Placement, Replicate, local_shape, pieces
-from reshard.source import vetted_path
+from reshard.source import MANIFEST_NAME, SMALL_FILES, vetted_path
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_dtensor
 from reshard.targets import Target
 
@@ -59,17 +60,17 @@ def load(
     wait = timedelta(seconds=timeout)
     info = RankInfo(mesh.get_local_rank(), mesh.size(), this_rank().local_rank) if mesh else this_rank()
     where = pick_device(mesh.device_type if mesh else device, info.local_rank)
-    folder, manifest = _open(place, revision, info)  # fails alike on all ranks, so nobody waits for anybody
-
     store = connect(info, wait)
-    failure, model, tensors = None, None, {}
+    failure, seal = None, ""
     try:
-        path = _own_file(folder, manifest, info.rank)
+        folder, manifest = _open(place, revision, info)
+        seal = digest_file(folder / MANIFEST_NAME)
         model = meta_model(folder, dtype=manifest.dtype, attn_implementation=attn_implementation)
+        path = _own_file(folder, manifest, info.rank)
         tensors = map_rank_file(path, manifest.rank_files[info.rank], check_digests=check_digests)
     except ReshardError as error:
         failure = error
-    agree(store, info, failure, wait, what="loading")
+    agree(store, info, failure, wait, what="loading", value=seal)
 
     mesh = mesh or make_mesh(info, where, store, wait)
     _fill(model, manifest, tensors, mesh, where)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reshard import errors
-from reshard.errors import ReshardError, TopologyError, UsageError, printable
+from reshard.errors import RemoteMovedError, ReshardError, TopologyError, UsageError, printable
 
 __all__ = ["RankInfo", "agree", "connect", "make_mesh", "pick_device", "shut_down"]
 
@@ -73,15 +73,20 @@ def connect(info: RankInfo, timeout: timedelta) -> dist.Store:
     return store
 
 
-def agree(store: dist.Store, info: RankInfo, failure: ReshardError | None, timeout: timedelta, *, what: str) -> None:
+def agree(
+    store: dist.Store, info: RankInfo, failure: ReshardError | None, timeout: timedelta, *, what: str, value: str = ""
+) -> None:
     """Tell the other ranks how `what` went here, and learn how it went there. No collective is used.
+
+    `value` is what all must have in common, such as the digest of the manifest they read.
 
     Raises:
         ReshardError: the failure of the first rank that has one, the same on every rank.
+        RemoteMovedError: the ranks' values differ.
         TopologyError: a rank did not answer in time; it is named.
     """
     meeting = dist.PrefixStore(f"reshard/{next(_meetings)}", store)
-    status = None if failure is None else [type(failure).__name__, failure.message, failure.hint]
+    status = {"failure": failure and [type(failure).__name__, failure.message, failure.hint], "value": value}
     keys = [str(rank) for rank in range(info.world_size)]
     try:
         meeting.set(keys[info.rank], json.dumps(status))
@@ -91,12 +96,16 @@ def agree(store: dist.Store, info: RankInfo, failure: ReshardError | None, timeo
             raise failure from None
         missing = [key for key in keys if not meeting.check([key])]
         raise TopologyError(f"{what}: no answer from rank {', '.join(missing) or '?'}: {printable(error)}") from None
-    for rank, key in enumerate(keys):
-        status = json.loads(meeting.get(key))
-        if status is not None:
-            name, message, hint = status
+    answers = [json.loads(meeting.get(key)) for key in keys]
+    for rank, answer in enumerate(answers):
+        if answer["failure"] is not None:
+            name, message, hint = answer["failure"]
             prefix = "" if rank == 0 else f"rank {rank}: "
             raise getattr(errors, name, ReshardError)(prefix + message, hint=hint)
+        if answer["value"] != answers[0]["value"]:
+            raise RemoteMovedError(
+                f"{what}: rank {rank} has another version than rank 0", hint="pin one with --revision COMMIT"
+            )
 
 
 def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, timeout: timedelta) -> DeviceMesh:

@@ -146,7 +146,6 @@ def test_inspect_an_older_commit(
     assert newer.stdout == python("-m", "reshard", "inspect", tmp_path / "1").stdout != ""
 
 
-@pytest.mark.xfail(strict=True, reason="hub.SMALL_FILES and source._COPIED differ")
 def test_small_files_are_those_that_a_local_conversion_copies(hub: FakeHub, python: Command) -> None:
     small = ["config.json", "merges.txt", "LICENSE", "License.md", "NOTICE", "USE_POLICY.md", "chat_template.jinja"]
     hub.create("org/model", {**dict.fromkeys(small, b"{}"), **UNWANTED})
@@ -161,7 +160,6 @@ def test_unknown_repo(hub: FakeHub, python: Command) -> None:
     assert_network_error(python("-m", "reshard", "inspect", "org/secret"), "or it is private")
 
 
-@pytest.mark.xfail(strict=True, reason="the client's own message, with its line breaks, and no hint")
 def test_unknown_revision(hub: FakeHub, python: Command) -> None:
     hub.create("org/model")
     done = python("-m", "reshard", "inspect", "org/model", "--revision", "gone")
@@ -173,11 +171,10 @@ def test_server_gone(python: Command, tmp_path: Path) -> None:
     with FakeHub() as gone:
         pass
     command = ("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2)
-    assert_network_error(python(*command, HF_ENDPOINT=gone.url), "cannot be reached")
+    assert_network_error(python(*command, HF_ENDPOINT=gone.url), "does not answer")
     assert list(tmp_path.glob("*out*")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="transport errors other than ConnectError and timeouts are unexpected (exit 1)")
 def test_server_hangs_up(python: Command) -> None:
     """It takes the connection and closes it without a word, as an overloaded proxy does."""
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
@@ -191,7 +188,6 @@ def test_server_hangs_up(python: Command) -> None:
     assert_network_error(done, "org/model")
 
 
-@pytest.mark.xfail(strict=True, reason="names a folder of the cache that was never made, rather than the repo")
 def test_repo_that_is_not_resharded(hub: FakeHub, python: Command) -> None:
     hub.create("org/model", {"config.json": b"{}"})
     done = python("-m", "reshard", "inspect", "org/model")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from .. import placement as plan
 from ..placement import PackedShard, Placement, block_sizes
@@ -19,11 +19,8 @@ __all__ = ["ColwiseParallel", "PackedColwiseParallel", "PackedRowwiseParallel", 
 _LAST = Shard(-1)
 
 
-class ColwiseParallel(TensorParallelLayer):
-    """Output features are split: weight `Shard(-2)`, bias `Shard(0)`; the input is whole on every rank.
-
-    The output is this rank's slice of the last dim, or, with `output_layouts=Replicate()`, gathered.
-    """
+class _LinearParallel(TensorParallelLayer):
+    """A linear layer whose layouts can be chosen; subclasses say what they are by default."""
 
     def __init__(
         self,
@@ -33,11 +30,19 @@ class ColwiseParallel(TensorParallelLayer):
         use_local_output: bool = True,
         use_dtensor: bool = True,
     ) -> None:
-        self.input_layouts = (input_layouts or Replicate(),)
-        self.output_layouts = (output_layouts or _LAST,)
-        self.desired_input_layouts = (Replicate(),)
+        self.input_layouts = (input_layouts,) if input_layouts else self.input_layouts
+        self.output_layouts = (output_layouts,) if output_layouts else self.output_layouts
         self.use_local_output = use_local_output
         self.use_dtensor = use_dtensor
+
+
+class ColwiseParallel(_LinearParallel):
+    """Output features are split: weight `Shard(-2)`, bias `Shard(0)`; the input is whole on every rank.
+
+    The output is this rank's slice of the last dim, or, with `output_layouts=Replicate()`, gathered.
+    """
+
+    output_layouts = (_LAST,)
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(max(len(shape) - 2, 0)) if shape else plan.Replicate()
@@ -51,28 +56,16 @@ class ColwiseParallel(TensorParallelLayer):
         return all_gather_last_dim(outputs, mod.out_features, device_mesh)
 
 
-class RowwiseParallel(TensorParallelLayer):
+class RowwiseParallel(_LinearParallel):
     """Input features are split: weight `Shard(-1)`; each rank's product is a partial sum, reduced after the forward.
 
     The bias is whole on every rank and added once, after the reduction. With `input_layouts=Replicate()` the input is
     whole and each rank takes its slice.
     """
 
+    input_layouts = (_LAST,)
+    desired_input_layouts = (_LAST,)
     hidden_in_forward = ("bias",)
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Any = None,
-        output_layouts: Any = None,
-        use_local_output: bool = True,
-        use_dtensor: bool = True,
-    ) -> None:
-        self.input_layouts = (input_layouts or _LAST,)
-        self.output_layouts = (output_layouts or Replicate(),)
-        self.desired_input_layouts = (_LAST,)
-        self.use_local_output = use_local_output
-        self.use_dtensor = use_dtensor
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(len(shape) - 1) if len(shape) > 1 else plan.Replicate()
