@@ -141,8 +141,9 @@ def _print_plan(
 ) -> None:
     from . import plan as run
     from .conversion import plan_layouts
-    from .executor import BLOCK_BYTES, worker_count
+    from .executor import worker_count
     from .planning import legal_sizes
+    from .reader import BLOCK_BYTES
     from .report import plan_report, plan_text
 
     planned = run(source, tp_size=tp_size, revision=revision, dtype=dtype, drop_unused=drop_unused)

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import BadInputError, IntegrityError, printable
-from .executor import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
 from .header import parse_header, read_header
 from .hub import resolve_source
 from .manifest import Manifest
+from .reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
 from .source import Source
 from .targets import LocalTensor, rank_tensors, unused_tensors
 

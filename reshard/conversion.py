@@ -9,14 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ._version import __version__
-from .digest import ALGORITHM, digest_of
-from .executor import Evidence, equal_tensors, write_files
+from .digest import ALGORITHM, FileRecord, digest_of
+from .executor import write_files
 from .hub import resolve_source
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
-from .manifest import FileRecord, Manifest
+from .manifest import Manifest
 from .model import read_model
 from .placement import PackedShard
 from .planning import ReshardPlan, build_plan
+from .reader import equal_tensors
 from .source import MANIFEST_NAME, Source
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .targets import rank_tensors, unused_tensors
@@ -119,9 +120,8 @@ def _copy(source: Source, name: str, folder: Path) -> FileRecord:
 
 
 def _manifest(
-    plan: ReshardPlan, written: list[Evidence], source_digests: dict[str, str], extras: list[FileRecord]
+    plan: ReshardPlan, written: list[FileRecord], source_digests: dict[str, str], extras: list[FileRecord]
 ) -> Manifest:
-    records = [FileRecord(item.name, item.size, item.digest, item.tensors) for item in written]
     model, source = plan.model, plan.source
     return Manifest(
         tool={"reshard": __version__, **{name: version(name) for name in ("torch", "transformers")}},
@@ -146,7 +146,7 @@ def _manifest(
         duplicates=plan.duplicates,
         dropped=plan.dropped,
         runtime_only=plan.runtime_only,
-        rank_files=tuple(records[: plan.world_size]),
-        unused_file=records[plan.world_size] if plan.unused else None,
+        rank_files=tuple(written[: plan.world_size]),
+        unused_file=written[plan.world_size] if plan.unused else None,
         extras=tuple(extras),
     )

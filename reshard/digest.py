@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,24 @@ import xxhash
 
 from .errors import IntegrityError, printable
 
-__all__ = ["ALGORITHM", "digest_file", "digest_of", "new_digest", "tree_digest"]
+__all__ = ["ALGORITHM", "FileRecord", "digest_file", "digest_of", "new_digest", "tree_digest"]
 
 ALGORITHM = "xxh3-128"
 _BLOCK = 4 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file that was written: size in bytes, digest, and the digest of each of its tensors if it holds any."""
+
+    name: str
+    size: int
+    digest: str
+    tensors: dict[str, str]
+
+
 def new_digest() -> Any:
+    """A digest to be fed in blocks: `update(data)`, then `hexdigest()`."""
     return xxhash.xxh3_128()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .digest import ALGORITHM, digest_of
+from .digest import ALGORITHM, FileRecord, digest_of
 from .dtypes import CODES, FLOATING
 from .errors import BadInputError, IntegrityError, VersionError, printable
 from .placement import PackedShard, Placement, Replicate, Shard
@@ -16,20 +16,10 @@ from .regions import Region, covers, whole
 from .source import MANIFEST_NAME, read_json, vetted_path
 from .targets import Target
 
-__all__ = ["FORMAT_VERSION", "FileRecord", "Manifest", "read_manifest", "sealed_text"]
+__all__ = ["FORMAT_VERSION", "Manifest", "read_manifest", "sealed_text"]
 
 FORMAT_VERSION = "1.0"
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file of the folder: size in bytes, digest, and the digest of each of its tensors (rank files)."""
-
-    name: str
-    size: int
-    digest: str
-    tensors: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +156,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{printable(path)}: format version {printable(version)}, this release reads {FORMAT_VERSION}",
             hint="upgrade reshard",
         )
+    if content.get("digest") != ALGORITHM:
+        raise VersionError(f"{printable(path)}: digests are {printable(content.get('digest'))}, not {ALGORITHM}")
     raw = path.read_bytes()
     if raw != _close(raw[: max(0, raw.rfind(b'"seal": '))]):
         raise IntegrityError(f"{printable(path)}: does not match its seal, so it was altered")
@@ -241,8 +233,8 @@ def _file(content: dict[str, Any]) -> FileRecord:
 
 
 def _source_file(content: dict[str, Any]) -> dict[str, Any]:
-    _count(content["size"])
-    return {**_texts({key: content[key] for key in ("file", "digest", "header")}), "size": content["size"]}
+    kinds = {"file": _text, "size": _count, "digest": _text, "header": _text}
+    return {key: read(content[key]) for key, read in kinds.items()}
 
 
 def _placement(content: dict[str, Any], shape: tuple[int, ...]) -> Placement:

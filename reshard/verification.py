@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .digest import digest_file, digest_of, tree_digest
+from .digest import FileRecord, digest_file, digest_of, tree_digest
 from .errors import BadInputError, IntegrityError, printable
 from .header import read_header
-from .manifest import FileRecord, Manifest, read_manifest
+from .manifest import Manifest, read_manifest
 from .source import MANIFEST_NAME, vetted_path
 
 __all__ = ["Report", "verify"]

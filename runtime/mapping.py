@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from reshard.digest import digest_of, tree_digest
+from reshard.digest import FileRecord, digest_of, tree_digest
 from reshard.dtypes import torch_name
 from reshard.errors import BadInputError, IntegrityError, printable
 from reshard.header import TensorInfo, read_header
-from reshard.manifest import FileRecord
 
 __all__ = ["map_rank_file"]
 

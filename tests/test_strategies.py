@@ -253,7 +253,7 @@ def test_a_registered_style_is_usable_where_it_was_registered() -> None:
             return Shard(1)
 
     before = dict(ALL_PARALLEL_STYLES)
-    mine = ParallelInterface(ALL_PARALLEL_STYLES)
+    mine = ParallelInterface()
     mine.register_strategy("columns", Columns())
     tensor = torch.arange(6).reshape(2, 3)
     found = mine.find("columns").partition_tensor(tensor, tensor, "weight", None, True, 1, mesh_of(2))
@@ -264,7 +264,6 @@ def test_a_registered_style_is_usable_where_it_was_registered() -> None:
     assert "columns" not in ALL_PARALLEL_STYLES
 
 
-@pytest.mark.xfail(strict=True, reason="the docstring says so, but only ALL_PARALLEL_STYLES is given the built-ins")
 def test_every_interface_sees_the_built_in_styles() -> None:
     mine = ParallelInterface()
     mine.register_strategy("mine", TensorParallelLayer())

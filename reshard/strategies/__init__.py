@@ -32,11 +32,36 @@ __all__ = [
 ]
 
 
+_unchanged = TensorParallelLayer()
+_gathered_colwise = ColwiseParallel(output_layouts=Replicate())
+_split_rowwise = RowwiseParallel(input_layouts=Replicate())
+
+_BUILT_IN: dict[str, TensorParallelLayer] = {
+    "colwise": ColwiseParallel(),
+    "colwise_gather_output": _gathered_colwise,
+    "colwise_rep": _gathered_colwise,
+    "rowwise": RowwiseParallel(),
+    "rowwise_split_input": _split_rowwise,
+    "rowwise_rep": _split_rowwise,
+    "packed_colwise": PackedColwiseParallel(),
+    "packed_rowwise": PackedRowwiseParallel(),
+    "embedding_rowwise": EmbeddingRowwiseParallel(),
+    "embedding_colwise": EmbeddingColwiseParallel(),
+    "moe_tp_experts": MoeExpertsParallel(),
+    "all_reduce": AllReduceParallel(),
+    "replicate": _unchanged,
+    # For training: sums the gradient of a norm that sees only this rank's heads. The forward is the module's own.
+    "replicated_with_grad_allreduce": _unchanged,
+    # Parameters beside a hook-less forward (attention sinks): their own rules cut them, the module runs as it is.
+    "local_params": _unchanged,
+}
+
+
 class ParallelInterface(Mapping[str, TensorParallelLayer]):
     """Style name → strategy. Every instance sees the built-in styles and those registered on it."""
 
-    def __init__(self, strategies: Mapping[str, TensorParallelLayer] | None = None) -> None:
-        self._strategies = dict(strategies or {})
+    def __init__(self) -> None:
+        self._strategies = dict(_BUILT_IN)
 
     def register_strategy(self, name: str, strategy: TensorParallelLayer) -> None:
         """Make `name` usable in a plan. Replaces a strategy of that name."""
@@ -60,28 +85,4 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
         return len(self._strategies)
 
 
-_unchanged = TensorParallelLayer()
-_gathered_colwise = ColwiseParallel(output_layouts=Replicate())
-_split_rowwise = RowwiseParallel(input_layouts=Replicate())
-
-ALL_PARALLEL_STYLES = ParallelInterface(
-    {
-        "colwise": ColwiseParallel(),
-        "colwise_gather_output": _gathered_colwise,
-        "colwise_rep": _gathered_colwise,
-        "rowwise": RowwiseParallel(),
-        "rowwise_split_input": _split_rowwise,
-        "rowwise_rep": _split_rowwise,
-        "packed_colwise": PackedColwiseParallel(),
-        "packed_rowwise": PackedRowwiseParallel(),
-        "embedding_rowwise": EmbeddingRowwiseParallel(),
-        "embedding_colwise": EmbeddingColwiseParallel(),
-        "moe_tp_experts": MoeExpertsParallel(),
-        "all_reduce": AllReduceParallel(),
-        "replicate": _unchanged,
-        # For training: sums the gradient of a norm that sees only this rank's heads. The forward is the module's own.
-        "replicated_with_grad_allreduce": _unchanged,
-        # Parameters beside a hook-less forward (attention sinks): their own rules cut them, the module runs as it is.
-        "local_params": _unchanged,
-    }
-)
+ALL_PARALLEL_STYLES = ParallelInterface()
