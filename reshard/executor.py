@@ -53,17 +53,20 @@ def write_files(
     digests: list[dict[str, str]] = [{} for _ in layouts]
     source_digests: dict[str, str] = {}
     scratch = _Scratch()
+    stop = threading.Event()
 
     def write(index: int, slot: Slot) -> None:
         digest = new_digest()
         for offset, block in tensor_blocks(slot.tensor, reader, scratch()):
+            if stop.is_set():
+                return
             digest.update(block)
             _pwrite(files[index], block, slot.offset + offset)
             progress(len(block))
         digests[index][slot.tensor.name] = digest.hexdigest()
 
     def digest_source(name: str) -> None:
-        source_digests[name] = digest_file(source.file(name).path)
+        source_digests[name] = digest_file(source.file(name).path, scratch())
 
     jobs: list[tuple[tuple[str, float], Callable[[], None]]] = [
         (_first_byte(slot.tensor, source), partial(write, index, slot))
@@ -76,7 +79,7 @@ def write_files(
         try:
             for layout in layouts:
                 files.append(_create(folder / layout.name, layout))
-            _run([work for _, work in jobs], workers or worker_count())
+            _run([work for _, work in jobs], workers or worker_count(), stop)
             reader.unchanged()
             for fd in files:
                 os.fsync(fd)
@@ -126,9 +129,8 @@ def _first_byte(tensor: LocalTensor, source: Source) -> tuple[str, float]:
     return min(((info.file, float(info.start)) for info in infos), default=("", 0.0))
 
 
-def _run(jobs: Sequence[Callable[[], None]], workers: int) -> None:
-    """Do every job on a pool; the first failure stops the rest."""
-    stop = threading.Event()
+def _run(jobs: Sequence[Callable[[], None]], workers: int, stop: threading.Event) -> None:
+    """Do every job on a pool; the first failure, or an interrupt, sets `stop` and ends the rest."""
     waiting = iter(jobs)
     lock = threading.Lock()
 

@@ -117,7 +117,10 @@ def main() -> None:
         code = report_failure(error, verbose=False)
     finally:
         shut_down()
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: gloo's threads can abort the interpreter while it shuts down, and the work would count as failed.
+    os._exit(code)
 
 
 main()

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from reshard.architecture import meta_model
 from reshard.digest import digest_file
-from reshard.errors import IntegrityError, ReshardError, TopologyError, printable
+from reshard.errors import IntegrityError, TopologyError, printable
 from reshard.hub import locate
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
@@ -57,18 +57,21 @@ def load(
         IntegrityError: a file is missing or its bytes are not those that were written.
         VersionError: made by a newer release, or for a model the installed transformers does not know.
     """
+    if mesh is not None and mesh.ndim != 1:
+        raise TopologyError(f"the mesh has {mesh.ndim} axes; give its tp axis alone", hint='mesh["tp"]')
     wait = timedelta(seconds=timeout)
     info = RankInfo(mesh.get_local_rank(), mesh.size(), this_rank().local_rank) if mesh else this_rank()
-    where = pick_device(mesh.device_type if mesh else device, info.local_rank)
     store = connect(info, wait)
-    failure, seal = None, ""
+    failure: Exception | None = None
+    seal = ""
     try:
+        where = pick_device(mesh.device_type if mesh else device, info.local_rank)
         folder, manifest = _open(place, revision, info)
         seal = digest_file(folder / MANIFEST_NAME)
         model = meta_model(folder, dtype=manifest.dtype, attn_implementation=attn_implementation)
         path = _own_file(folder, manifest, info.rank)
         tensors = map_rank_file(path, manifest.rank_files[info.rank], check_digests=check_digests)
-    except ReshardError as error:
+    except Exception as error:  # whatever it is, the others must hear of it before they wait in a collective
         failure = error
     agree(store, info, failure, wait, what="loading", value=seal)
 

@@ -74,19 +74,19 @@ def connect(info: RankInfo, timeout: timedelta) -> dist.Store:
 
 
 def agree(
-    store: dist.Store, info: RankInfo, failure: ReshardError | None, timeout: timedelta, *, what: str, value: str = ""
+    store: dist.Store, info: RankInfo, failure: Exception | None, timeout: timedelta, *, what: str, value: str = ""
 ) -> None:
     """Tell the other ranks how `what` went here, and learn how it went there. No collective is used.
 
     `value` is what all must have in common, such as the digest of the manifest they read.
 
     Raises:
-        ReshardError: the failure of the first rank that has one, the same on every rank.
+        ReshardError: the failure of the first rank that has one, the same on every rank; on that rank it is `failure`.
         RemoteMovedError: the ranks' values differ.
         TopologyError: a rank did not answer in time; it is named.
     """
     meeting = dist.PrefixStore(f"reshard/{next(_meetings)}", store)
-    status = {"failure": failure and [type(failure).__name__, failure.message, failure.hint], "value": value}
+    status = {"failure": failure and _words(failure), "value": value}
     keys = [str(rank) for rank in range(info.world_size)]
     try:
         meeting.set(keys[info.rank], json.dumps(status))
@@ -98,6 +98,8 @@ def agree(
         raise TopologyError(f"{what}: no answer from rank {', '.join(missing) or '?'}: {printable(error)}") from None
     answers = [json.loads(meeting.get(key)) for key in keys]
     for rank, answer in enumerate(answers):
+        if failure is not None and rank == info.rank:
+            raise failure
         if answer["failure"] is not None:
             name, message, hint = answer["failure"]
             prefix = "" if rank == 0 else f"rank {rank}: "
@@ -106,6 +108,12 @@ def agree(
             raise RemoteMovedError(
                 f"{what}: rank {rank} has another version than rank 0", hint="pin one with --revision COMMIT"
             )
+
+
+def _words(failure: Exception) -> list[str | None]:
+    if isinstance(failure, ReshardError):
+        return [type(failure).__name__, failure.message, failure.hint]
+    return ["ReshardError", f"unexpected {type(failure).__name__}: {printable(failure)}", None]
 
 
 def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, timeout: timedelta) -> DeviceMesh:

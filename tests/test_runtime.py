@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 import reshard
-from reshard.errors import IntegrityError, TopologyError, UsageError
+from reshard.errors import IntegrityError, RemoteMovedError, TopologyError, UsageError
 from runtime.mesh import RankInfo, agree, pick_device
 
 PARTS = "shard-0000{}-model-00001-of-00001.safetensors"
@@ -123,6 +125,49 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(pick_device(None, 0)) == "cuda:0"
     with pytest.raises(TopologyError, match="local rank 1 has no GPU"):
         pick_device(None, 1)
+
+
+def meet(monkeypatch: pytest.MonkeyPatch, *answers: tuple[Exception | None, str]) -> list[Exception | None]:
+    """What `agree` raises on every rank, when each brings its failure and value. The ranks are threads."""
+    monkeypatch.setattr("runtime.mesh._meetings", itertools.repeat(0))
+    store = dist.HashStore()
+
+    def one(rank: int) -> Exception | None:
+        failure, value = answers[rank]
+        try:
+            agree(store, RankInfo(rank, len(answers), 0), failure, timedelta(seconds=5), what="loading", value=value)
+        except Exception as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(answers)) as pool:
+        return list(pool.map(one, range(len(answers))))
+
+
+def test_ranks_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert meet(monkeypatch, (None, "same"), (None, "same"), (None, "same")) == [None] * 3
+
+
+def test_a_failure_is_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = IntegrityError("broken", hint="mend it")
+    zero, one, two = meet(monkeypatch, (None, ""), (own, ""), (None, ""))
+    assert one is own
+    for other in (zero, two):
+        assert isinstance(other, IntegrityError)
+        assert (other.message, other.hint) == ("rank 1: broken", "mend it")
+
+
+def test_an_unexpected_failure_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ZeroDivisionError("by\nzero")
+    zero, one = meet(monkeypatch, (None, ""), (own, ""))
+    assert one is own
+    assert str(zero) == "rank 1: unexpected ZeroDivisionError: by\\nzero"
+
+
+def test_ranks_with_different_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in meet(monkeypatch, (None, "a"), (None, "a"), (None, "b")):
+        assert isinstance(found, RemoteMovedError)
+        assert "rank 2 has another version" in found.message
 
 
 def test_a_rank_that_never_answers_is_named() -> None:
