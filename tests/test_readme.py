@@ -65,7 +65,7 @@ def test_python(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "online.py").write_text(online + "\nprint(tuple(tokens.shape), tuple(weight.shape))\n")
     run(sys.executable, "offline.py", folder=tmp_path)
     said = run("torchrun", "--standalone", "--nproc-per-node", "2", "online.py", folder=tmp_path)
-    assert said.count("(1, 7) (330, 64)") == 2
+    assert (said.count("(1, 7)"), said.count("(330, 64)")) == (2, 2)  # the ranks' lines may mix
 
 
 def test_map_of_the_house() -> None:
