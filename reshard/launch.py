@@ -19,6 +19,7 @@ def launch(out: str, arguments: Sequence[str]) -> int:
     # Each process gets its share of the CPUs, unless the caller decided.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -37,4 +38,6 @@ def launch(out: str, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
+    except SignalException as stopped:
+        return 128 + stopped.sigval
     return 0
