@@ -171,7 +171,7 @@ def _expand_plan(model: Any, plan: Mapping[str, str]) -> tuple[dict[str, str], d
             name = f"{module_name}.{own}" if module_name else own
             exact = _wildcard(name)
             if exact in plan:
-                styles[name] = plan[exact]
+                styles[name] = _for_experts(plan[exact], module, own)
                 used.add(exact)
             elif rule in plan:
                 styles[name] = hooks[module_name]
@@ -183,6 +183,13 @@ def _for_module(style: str, module: torch.nn.Module) -> str:
     if isinstance(module, torch.nn.Embedding) and style in ("colwise", "rowwise"):
         return f"embedding_{style}"
     return style
+
+
+def _for_experts(style: str, module: Any, own: str) -> str:
+    """gate|up side by side are packed. inkling's plan cuts them contiguously, as they alternate in its checkpoint: but
+    they are cut here after the conversion that puts them side by side."""
+    fused = getattr(module, "is_concatenated", False) and own.startswith("gate_up_proj")
+    return "packed_colwise" if fused and style == "colwise" else style
 
 
 def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> int | None:
@@ -203,7 +210,7 @@ def _map_sources(
     """Run transformers' own renamings and conversions on symbolic tensors.
 
     The grouping follows `convert_and_load_state_dict_in_model`; the conversion sees whole tensors, so it comes before
-    any cut.
+    any cut. Returns the regions of each parameter, and the source tensors that no parameter takes.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key

@@ -7,23 +7,10 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from reshard.strategies import ParallelInterface
 
-__all__ = ["install_hooks", "show_local"]
-
-
-def show_local(model: nn.Module) -> None:
-    """Let every module's own forward see the local tensors of its parameters.
-
-    The DTensors stay in `module._parameters`, which is what `named_parameters` and `state_dict` read. An attribute in
-    the instance's `__dict__` is found before it, at no cost per call.
-    """
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor):
-                module.__dict__[name] = nn.Parameter(parameter.to_local(), requires_grad=False)
+__all__ = ["install_hooks"]
 
 
 def install_hooks(

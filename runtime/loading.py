@@ -25,7 +25,7 @@ from reshard.source import MANIFEST_NAME, SMALL_FILES, vetted_path
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_dtensor
 from reshard.targets import Target
 
-from .hooks import install_hooks, show_local
+from .hooks import install_hooks
 from .mapping import map_rank_file
 from .mesh import RankInfo, agree, connect, make_mesh, pick_device, this_rank
 
@@ -76,8 +76,8 @@ def load(
     agree(store, info, failure, wait, what="loading", value=seal)
 
     mesh = mesh or make_mesh(info, where, store, wait)
-    _fill(model, manifest, tensors, mesh, where)
-    show_local(model)
+    _fill(model, manifest, tensors, where)
+    _distribute(model, manifest, mesh)
     if manifest.world_size > 1:
         install_hooks(model, manifest.hooks, mesh, strategies)
     _finish(model, folder, mesh)
@@ -106,34 +106,52 @@ def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
     return vetted_path(folder, manifest.rank_files[rank].name, what="load")
 
 
-def _fill(
-    model: nn.Module, manifest: Manifest, tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh, device: torch.device
-) -> None:
-    """Put every tensor in its place: parameters, then tied ones, then what no file holds."""
+def _fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Put every local tensor in its place: parameters, then tied ones, then the buffers that no file holds."""
     for target in manifest.parameters:
         local = tensors[target.name].to(device)
         if target.compute_dtype:
             local = local.to(getattr(torch, target.compute_dtype))
         module, own = _owner(model, target.name)
-        value: torch.Tensor = local
         if own in module._parameters:
-            value = nn.Parameter(as_dtensor(local, target.placement, mesh, target.shape), requires_grad=False)
-            module._parameters[own] = value
+            local = module._parameters[own] = nn.Parameter(local, requires_grad=False)
         else:
-            module._buffers[own] = value
-        value._is_hf_initialized = True
+            module._buffers[own] = local
+        local._is_hf_initialized = True
     for name, owner in manifest.tied.items():
         module, own = _owner(model, name)
         source, theirs = _owner(model, owner)
         module._parameters[own] = source._parameters[theirs]
-    by_name = {target.name: target for target in manifest.parameters}
-    model._reshard_targets = by_name | {name: by_name[owner] for name, owner in manifest.tied.items()}
-    for module in model.modules():  # buffers computed from the configuration, such as rope's frequencies
-        for own, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[own] = torch.empty_like(buffer, device=device)
+    for module in model.modules():
+        computed = [own for own, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for own in computed:  # from the configuration, such as rope's frequencies
+            module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
+        # Of every other module nothing is left to compute. Some would write to loaded tensors (youtu: the pad row).
+        module._is_hf_initialized = not computed
     with torch.no_grad():
         model.initialize_weights()
+
+
+def _distribute(model: Any, manifest: Manifest, mesh: DeviceMesh) -> None:
+    """Make DTensors the parameters' public face, while each module's own forward goes on seeing the local ones.
+
+    The DTensors stand in `module._parameters`, which is what `named_parameters` and `state_dict` read. An attribute in
+    the instance's `__dict__` is found before it, at no cost per call.
+    """
+    targets = {target.name: target for target in manifest.parameters}
+    targets |= {name: targets[owner] for name, owner in manifest.tied.items()}
+    public: dict[str, nn.Parameter] = {}
+    for name, target in targets.items():
+        module, own = _owner(model, name)
+        local = module._parameters.get(own)
+        if local is None:
+            continue
+        if target.name not in public:
+            shared = as_dtensor(local.detach(), target.placement, mesh, target.shape)
+            public[target.name] = nn.Parameter(shared, requires_grad=False)
+        module._parameters[own] = public[target.name]
+        module.__dict__[own] = local
+    model._reshard_targets = targets
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,10 +1,11 @@
-"""Pico checkpoints shared by the whole run, and an environment apart from the user's."""
+"""Checkpoints shared by the whole run, the command line in this process, and an environment apart from the user's."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ _HOME = tempfile.TemporaryDirectory(prefix="reshard-hf-")
 _ENVIRONMENT = {"HF_HOME": _HOME.name, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(_ENVIRONMENT)
 
+from cli_tools import Checkpoint, Cli, Refused, Result, assert_one_error, time_limit, tree  # noqa: E402
+
+import reshard.cli  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +28,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """`checkpoint(family, **options)`: the folder of `pico.save`, made once per run. Do not change it."""
     import pico
 
@@ -36,3 +41,62 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run the command line in this process, for 20 seconds at most."""
+
+    def run(*arguments: object, seconds: float = 20) -> Result:
+        capfd.readouterr()
+        before = signal.getsignal(signal.SIGTERM)
+        code: Any = 0
+        try:
+            with time_limit(seconds):
+                reshard.cli.main([str(argument) for argument in arguments])
+        except SystemExit as finished:
+            code = finished.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(cli: Cli, tmp_path: Path) -> Refused:
+    """Run a command that must fail in one line, and leave everything under `tmp_path` as it was."""
+
+    def run(code: int, arguments: list[object], *mentions: str, hint: str = "") -> Result:
+        before = tree(tmp_path)
+        result = cli(*arguments)
+        assert_one_error(result, code, *mentions, hint=hint)
+        assert tree(tmp_path) == before
+        return result
+
+    return run
+
+
+@pytest.fixture
+def source(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A copy of a llama checkpoint in three files, to be spoilt."""
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "source"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def resharded(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The llama checkpoint on two ranks. Read only."""
+    folder = tmp_path_factory.mktemp("resharded") / "llama-tp2"
+    reshard.convert(checkpoint("llama"), folder, tp_size=2)
+    return folder
+
+
+@pytest.fixture
+def folder(resharded: Path, out: Path) -> Path:
+    """A copy of the resharded folder, at `out`, to be spoilt."""
+    return Path(shutil.copytree(resharded, out))

@@ -1,25 +1,21 @@
-"""The executor: what it writes is what torch computes, block by block, in bounded memory, or an error."""
+"""The executor: what it writes is what torch computes, block by block, in bounded memory."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from executor_tools import load, make_source, simple_job, taken_whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
 from test_placement import oracle
 from test_strategies import bits, random_bits, same
 from test_symbolic import programs, run
@@ -28,47 +24,19 @@ from reshard import executor
 from reshard import reader as reader_module
 from reshard.digest import digest_file, digest_of
 from reshard.dtypes import CODES, NAMES
-from reshard.errors import IntegrityError, StorageError
 from reshard.executor import write_files
 from reshard.header import read_header
 from reshard.layout import file_layout
 from reshard.placement import PackedShard, Placement, Replicate, Shard
 from reshard.reader import equal_tensors
 from reshard.regions import Region, covers, whole
-from reshard.source import Source, open_source
+from reshard.source import open_source
 from reshard.symbolic import RegionTensor
 from reshard.targets import LocalTensor, Target, rank_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "bool", "int64", "float64", "int16"]
 MEMORY_LIMIT = 100 << 20  # bytes of anonymous memory above the start
 BIG = (12_000, 12_500)  # float32: 600 MB
-
-
-def make_source(folder: Path, *files: dict[str, torch.Tensor]) -> Source:
-    """A checkpoint of one file, or of several and their index."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
-    names = ["model.safetensors"] if len(files) == 1 else [f"model-{i}.safetensors" for i in range(len(files))]
-    for name, tensors in zip(names, files):
-        save_file(tensors, folder / name)
-    if len(files) > 1:
-        weight_map = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return open_source(folder)
-
-
-def taken_whole(source: Source, dtype: str | None = None) -> list[LocalTensor]:
-    """Every source tensor as it is, or cast."""
-    return [
-        LocalTensor(name, info.shape, dtype or NAMES[info.dtype], (0,) * len(info.shape), whole(name, info.shape))
-        for name, info in source.tensors.items()
-    ]
-
-
-def load(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 @st.composite
@@ -223,12 +191,6 @@ def test_every_dtype_is_gathered(tmp_path: Path, code: str, monkeypatch: pytest.
     assert content[layout.slots[0].offset :] == raw.transpose(0, 1).contiguous().numpy().tobytes()
 
 
-def simple_job(tmp_path: Path, *, count: int = 20, files: int = 1) -> tuple[Source, list[LocalTensor]]:
-    groups = [{f"{f}.{i}": torch.randn(9, 7) for i in range(count)} for f in range(files)]
-    source = make_source(tmp_path / "source", *groups)
-    return source, taken_whole(source)
-
-
 def test_worker_count_does_not_change_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "BLOCK_BYTES", 64)
     source, tensors = simple_job(tmp_path, files=3)
@@ -246,136 +208,6 @@ def test_progress_adds_up_to_the_data(tmp_path: Path) -> None:
     told: list[int] = []
     write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, workers=1, progress=told.append)
     assert sum(told) == sum(tensor.nbytes for tensor in tensors)
-
-
-def once(action: Callable[[], object]) -> Callable[[int], None]:
-    """A `progress` that does something when the first block is written."""
-    lock = threading.Lock()
-    done: list[bool] = []
-
-    def progress(_: int) -> None:
-        with lock:
-            if not done:
-                done.append(True)
-                action()
-
-    return progress
-
-
-def append_byte(path: Path) -> None:
-    with open(path, "ab") as file:
-        file.write(b"x")
-
-
-def rewrite(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
-def swap(path: Path) -> None:
-    new = path.with_suffix(".new")
-    new.write_bytes(path.read_bytes()[::-1])
-    os.replace(new, path)
-
-
-@pytest.mark.parametrize("change", [append_byte, rewrite, swap, os.unlink])
-def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, change: Callable[[Path], object]) -> None:
-    source, tensors = simple_job(tmp_path)
-    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
-        write_files(
-            tmp_path,
-            [file_layout("out.safetensors", tensors)],
-            source,
-            workers=1,
-            progress=once(lambda: change(source.files[0].path)),
-        )
-
-
-@pytest.mark.parametrize("change", [append_byte, rewrite, swap])
-def test_a_source_that_changed_before_is_noticed(tmp_path: Path, change: Callable[[Path], object]) -> None:
-    source, tensors = simple_job(tmp_path)
-    change(source.files[0].path)
-    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
-
-
-def test_a_source_file_that_vanishes_after_it_was_digested_is_named(tmp_path: Path) -> None:
-    source, tensors = simple_job(tmp_path, files=2, count=1)
-    first = source.files[0]
-    told: list[int] = []
-
-    def progress(size: int) -> None:
-        told.append(size)
-        if len(told) == 2:  # with one worker, the first file is done and digested by then
-            first.path.unlink()
-
-    with pytest.raises(IntegrityError, match=first.name):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, workers=1, progress=progress)
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_the_first_failure_stops_the_rest(tmp_path: Path, workers: int) -> None:
-    source, tensors = simple_job(tmp_path, count=200)
-    calls: list[int] = []
-    failed: list[bool] = []
-
-    def fail_once(size: int) -> None:
-        calls.append(size)
-        last = threading.current_thread().name.endswith(f"_{workers - 1}")  # not the one that is waited for first
-        if last and not failed:
-            failed.append(True)
-            raise RuntimeError("no more")
-        time.sleep(0.01)
-
-    with pytest.raises(RuntimeError, match="no more"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, workers=workers, progress=fail_once)
-    assert len(calls) < 20  # each other worker ends the tensor it is at
-
-
-def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, tensors = simple_job(tmp_path)
-
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(executor, "_pwrite", full)
-    with pytest.raises(StorageError, match="No space left"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
-
-
-def test_a_failure_leaks_no_file_descriptor(tmp_path: Path) -> None:
-    source, tensors = simple_job(tmp_path)
-    layouts = [file_layout(f"{i}.safetensors", tensors) for i in range(3)]
-    (tmp_path / "2.safetensors").touch()
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(StorageError, match="File exists"):
-        write_files(tmp_path, layouts, source)
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert (tmp_path / "2.safetensors").read_bytes() == b""
-
-
-def test_a_disk_too_small_leaks_no_file_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, tensors = simple_job(tmp_path)
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(StorageError, match="No space left"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, tensors = simple_job(tmp_path)
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:7], offset))
-    write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
-    monkeypatch.undo()
-    expected = load(source.files[0].path)
-    found = load(tmp_path / "out.safetensors")
-    assert all(same(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_equal_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from ..errors import BadInputError, printable
 from .base import TensorParallelLayer, as_dtensor, get_packed_weights, get_tensor_shard, take, torch_placement
 from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
 from .linear import ColwiseParallel, PackedColwiseParallel, PackedRowwiseParallel, RowwiseParallel
-from .reduction import AllReduceParallel, MoeExpertsParallel
+from .reduction import AllReduceParallel, MoeExpertsParallel, MoeIdentityParallel
 
 __all__ = [
     "ALL_PARALLEL_STYLES",
@@ -19,6 +19,7 @@ __all__ = [
     "EmbeddingColwiseParallel",
     "EmbeddingRowwiseParallel",
     "MoeExpertsParallel",
+    "MoeIdentityParallel",
     "PackedColwiseParallel",
     "PackedRowwiseParallel",
     "ParallelInterface",
@@ -48,10 +49,13 @@ _BUILT_IN: dict[str, TensorParallelLayer] = {
     "embedding_rowwise": EmbeddingRowwiseParallel(),
     "embedding_colwise": EmbeddingColwiseParallel(),
     "moe_tp_experts": MoeExpertsParallel(),
+    "moe_identity_expert": MoeIdentityParallel(),
     "all_reduce": AllReduceParallel(),
     "replicate": _unchanged,
     # For training: sums the gradient of a norm that sees only this rank's heads. The forward is the module's own.
     "replicated_with_grad_allreduce": _unchanged,
+    # Likewise: the rope part of MLA's compressed keys goes to every rank's heads, which concerns gradients alone.
+    "mla_kv_a_proj": _unchanged,
     # Parameters beside a hook-less forward (attention sinks): their own rules cut them, the module runs as it is.
     "local_params": _unchanged,
 }

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .base import TensorParallelLayer
 from .collectives import all_reduce
 
-__all__ = ["AllReduceParallel", "MoeExpertsParallel"]
+__all__ = ["AllReduceParallel", "MoeExpertsParallel", "MoeIdentityParallel"]
 
 
 class AllReduceParallel(TensorParallelLayer):
@@ -25,3 +25,13 @@ class AllReduceParallel(TensorParallelLayer):
 
 class MoeExpertsParallel(AllReduceParallel):
     """Every rank runs a slice of every expert (`packed_colwise` gate|up, `rowwise` down): reduce the sum."""
+
+
+class MoeIdentityParallel(TensorParallelLayer):
+    """An expert that returns its input, the same on every rank: divided here, since the experts' sum is reduced."""
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
+    ) -> tuple:
+        return (inputs[0] / device_mesh.size(), *inputs[1:])

@@ -1,0 +1,213 @@
+"""Where `reshard convert` writes: what is there already, locks, disks, signals, and what changes meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cli_tools import (
+    RANK_FILES,
+    Cli,
+    Refused,
+    assert_one_error,
+    convert,
+    first_file,
+    tree,
+)
+
+import reshard.cli
+import reshard.conversion
+import reshard.executor
+
+
+@pytest.mark.parametrize("kind", ["resharded", "folder", "file", "dangling link"])
+def test_out_exists(kind: str, source: Path, out: Path, resharded: Path, refused: Refused) -> None:
+    if kind == "resharded":
+        shutil.copytree(resharded, out)
+    elif kind == "folder":
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+    elif kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to("nowhere")
+    refused(7, convert(source, out), "out: already exists", hint="--overwrite")
+    if kind != "resharded":
+        refused(7, convert(source, out, "--overwrite"), "not a resharded folder")
+
+
+def test_link_to_a_resharded_folder_is_not_overwritten(
+    source: Path, out: Path, tmp_path: Path, resharded: Path, refused: Refused
+) -> None:
+    out.symlink_to(shutil.copytree(resharded, tmp_path / "kept"))
+    refused(7, convert(source, out, "--overwrite"), "out")
+
+
+def test_overwrite(source: Path, folder: Path, tmp_path: Path, cli: Cli, resharded: Path) -> None:
+    (folder / "stale.txt").write_text("old")
+    result = cli("convert", source, folder, "--tp-size", 4, "--overwrite")
+    assert (result.code, result.err) == (0, "")
+    assert len(list(folder.glob("shard-*"))) == 4
+    assert not (folder / "stale.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    assert cli("verify", folder).code == 0
+
+
+def test_failed_overwrite_keeps_the_earlier_folder(source: Path, folder: Path, refused: Refused) -> None:
+    os.truncate(first_file(source), 5000)
+    refused(3, convert(source, folder, "--overwrite"), first_file(source).name)
+
+
+def test_parent_is_missing(source: Path, tmp_path: Path, refused: Refused) -> None:
+    refused(5, convert(source, tmp_path / "no" / "out"), "/no: no such folder")
+
+
+def test_lock_is_busy(source: Path, out: Path, refused: Refused) -> None:
+    with open(f"{out}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(6, convert(source, out), "out.lock")
+
+
+def test_leftovers_of_a_killed_run_are_cleared(source: Path, out: Path, tmp_path: Path, cli: Cli) -> None:
+    Path(f"{out}.lock").touch()
+    Path(f"{out}.part").mkdir()
+    (Path(f"{out}.part") / RANK_FILES[0]).write_bytes(b"half")
+    assert cli(*convert(source, out)).code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    assert cli("verify", out).code == 0
+
+
+# --- disks ---
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 kB: the first rank file fits, the second does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk takes root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "reshard-test", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mount: {mounted.stderr.decode().strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_disk_too_small_is_said_before_writing(
+    source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reshard.conversion, "write_files", None)  # would fail otherwise
+    result = refused(5, convert(source, small_disk / "out"), "needs 1,1", "only 65,536 are free")
+    assert "out" in result.error
+
+
+def test_disk_full_while_writing(
+    source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reshard.conversion, "check_free_space", lambda *_: None)
+    refused(5, convert(source, small_disk / "out"), RANK_FILES[1], "No space left")
+
+
+def test_disk_full_leaves_no_file_open(
+    source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reshard.executor.os, "posix_fallocate", fail)
+    before = os.listdir("/proc/self/fd")
+    refused(5, convert(source, out), RANK_FILES[0], "No space left")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_write_error(source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(reshard.executor.os, "pwrite", fail)
+    refused(5, convert(source, out), "Input/output error")
+
+
+# --- interruptions ---
+
+
+def on_progress(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Call `action` once, from the thread that has just written the first block."""
+    left = [action]
+
+    def update(_: int) -> None:
+        if left:
+            left.pop()()
+
+    @contextlib.contextmanager
+    def progress(*_: object) -> Iterator[Callable[[int], object]]:
+        yield update
+
+    monkeypatch.setattr(reshard.cli, "_progress", progress)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_nothing(
+    number: int,
+    code: int,
+    overwrite: bool,
+    source: Path,
+    out: Path,
+    tmp_path: Path,
+    resharded: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+
+    def interrupt() -> None:
+        seen.append(Path(f"{out}.part").is_dir())
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)  # the main thread takes the signal meanwhile
+
+    if overwrite:
+        shutil.copytree(resharded, out)
+    on_progress(monkeypatch, interrupt)
+    before = tree(tmp_path)
+    result = cli(*convert(source, out, "--workers", 2, *(["--overwrite"] if overwrite else [])))
+    assert seen == [True]
+    assert result.code == code
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    assert result.err.strip() in ("", "Error: interrupted")
+    assert tree(tmp_path) == before
+
+
+def test_source_changes_meanwhile(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_progress(monkeypatch, lambda: os.utime(first_file(source), ns=(1, 1)))
+    result = cli(*convert(source, out))
+    assert_one_error(result, 4, first_file(source).name, "changed")
+    assert os.listdir(out.parent) == ["source"]
+
+
+def test_source_vanishes_meanwhile(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = source / "model-00003-of-00003.safetensors"
+    on_progress(monkeypatch, last.unlink)
+    result = cli(*convert(source, out, "--workers", 1))
+    assert result.code in (3, 4)
+    assert_one_error(result, result.code, last.name)
+    assert os.listdir(out.parent) == ["source"]
+
+
+def test_out_appears_meanwhile(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_progress(monkeypatch, out.mkdir)
+    assert_one_error(cli(*convert(source, out)), 7, "out")
+    assert sorted(os.listdir(out.parent)) == ["out", "source"]
+    assert os.listdir(out) == []
