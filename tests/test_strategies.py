@@ -47,6 +47,8 @@ DIMS: dict[str, tuple[int | None, int | None, int | None]] = {
     "embedding_rowwise": (0, 0, 0),
     "embedding_colwise": (None, 1, 1),
     "moe_tp_experts": (None, None, None),
+    "moe_identity_expert": (None, None, None),
+    "mla_kv_a_proj": (None, None, None),
     "all_reduce": (None, None, None),
     "replicate": (None, None, None),
     "replicated_with_grad_allreduce": (None, None, None),

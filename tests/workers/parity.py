@@ -2,8 +2,8 @@
 
     parity.py JOBS.json OUT.json
 
-JOBS is a list of {"name", "folder", "ids", "new_tokens"}. Rank 0 writes OUT: per job the logits, the greedy tokens and
-whether every parameter's `full_tensor()` is a DTensor's; the full tensors themselves go to OUT.NAME.pt.
+JOBS is a list of {"name", "folder", "ids", "new_tokens"}. Rank 0 writes OUT, after each job: the greedy tokens and the
+parameters that are no DTensors; logits and full tensors go to OUT.NAME.pt.
 """
 
 import json
@@ -38,9 +38,7 @@ def main(jobs_path: str, out_path: str) -> None:
                 "tokens": tokens.tolist(),
                 "plain": [n for n, p in model.named_parameters() if not isinstance(p, DTensor)],
             }
-    if dist.get_rank() == 0:
-        with open(out_path, "w") as file:
-            json.dump(results, file)
+            Path(out_path).write_text(json.dumps(results))  # at once: a later job may end us
     dist.barrier()
     dist.destroy_process_group()
 
