@@ -13,7 +13,9 @@ import torch
 from .errors import BadInputError, VersionError, printable
 from .source import model_config
 
-__all__ = ["expected_dtypes", "meta_model", "quiet_transformers"]
+__all__ = ["KV_GROUPS", "expected_dtypes", "meta_model", "quiet_transformers"]
+
+KV_GROUPS = "num_key_value_groups"  # an attention module's number of query heads for each KV head
 
 
 @contextlib.contextmanager

@@ -101,7 +101,8 @@ def _placement_to_json(placement: Placement) -> dict[str, Any]:
     if isinstance(placement, Replicate):
         return {"type": "replicate"}
     if isinstance(placement, Shard):
-        return {"type": "shard", "dim": placement.dim}
+        copies = {"copies": placement.copies} if placement.copies > 1 else {}
+        return {"type": "shard", "dim": placement.dim, **copies}
     return {"type": "packed", "dim": placement.dim, "blocks": list(placement.blocks)}
 
 
@@ -182,7 +183,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         repo_id=_maybe(_text, source["repo_id"]),
         commit=_maybe(_text, source["commit"]),
         source_files=tuple(_source_file(item) for item in source["files"]),
-        parameters=tuple(_parameter(item) for item in content["parameters"]),
+        parameters=tuple(_parameter(item, len(ranks)) for item in content["parameters"]),
         hooks=_texts(content["hooks"]),
         tied=_texts(content["tied"]),
         duplicates=_texts(content["duplicates"]),
@@ -237,20 +238,26 @@ def _source_file(content: dict[str, Any]) -> dict[str, Any]:
     return {key: read(content[key]) for key, read in kinds.items()}
 
 
-def _placement(content: dict[str, Any], shape: tuple[int, ...]) -> Placement:
+def _placement(content: dict[str, Any], shape: tuple[int, ...], world_size: int) -> Placement:
     kind = _one_of(("replicate", "shard", "packed"), content["type"])
     if kind == "replicate":
         return Replicate()
     dim = _count(content["dim"])
     if kind == "shard":
-        return Shard(range(len(shape))[dim])
+        return Shard(range(len(shape))[dim], _ranks_in_a_row(content.get("copies", 1), world_size))
     blocks = _counts(content["blocks"])
     if sum(blocks) != shape[dim]:
         raise ValueError(f"blocks {blocks} in a shape of {shape}")
     return PackedShard(dim, blocks)
 
 
-def _parameter(content: dict[str, Any]) -> Target:
+def _ranks_in_a_row(copies: Any, world_size: int) -> int:
+    if _count(copies) == 0 or world_size % copies:
+        raise ValueError(f"{copies} copies on {world_size} ranks")
+    return copies
+
+
+def _parameter(content: dict[str, Any], world_size: int) -> Target:
     shape, origin = _counts(content["shape"]), content["from"]
     if isinstance(origin, str):
         regions = whole(origin, shape)
@@ -262,7 +269,7 @@ def _parameter(content: dict[str, Any]) -> Target:
         name=_text(content["name"]),
         shape=shape,
         dtype=_one_of(CODES, content["dtype"]),
-        placement=_placement(content["placement"], shape),
+        placement=_placement(content["placement"], shape, world_size),
         regions=regions,
         style=_maybe(_text, content["style"]),
         compute_dtype=_maybe(_text, content.get("compute_dtype")),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .architecture import expected_dtypes, meta_model
+from .architecture import KV_GROUPS, expected_dtypes, meta_model
 from .dtypes import FLOATING, torch_name
 from .errors import BadInputError, printable
 from .regions import Region, covers
@@ -37,7 +37,8 @@ class Parameter:
     """One entry of the model's state dict: a parameter or a persistent buffer.
 
     `dtype` is what the model computes with (a torch name). `heads` counts the attention heads along its cut dim where
-    the module views its output as heads, so that no head may be cut in two.
+    the module views its output as heads, so that no head may be cut in two. `shared` are heads that several ranks can
+    hold alike: KV heads, each used by the query heads of its group.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Parameter:
     dtype: str
     style: str | None
     heads: int | None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def read_model(source: Source, *, dtype: str | None = None) -> Model:
             tuple(tensor.shape),
             str(dtypes[name]).removeprefix("torch."),
             styles.get(name),
-            _heads(model, name, styles.get(name), tuple(tensor.shape)),
+            *_heads(model, name, styles.get(name), tuple(tensor.shape)),
         )
         for name, tensor in wanted.items()
     )
@@ -192,16 +194,19 @@ def _for_experts(style: str, module: Any, own: str) -> str:
     return "packed_colwise" if fused and style == "colwise" else style
 
 
-def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> int | None:
+def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> tuple[int | None, bool]:
+    """How many heads a parameter's cut dim holds, and whether ranks may share them."""
     projection = name.split(".")[-2] if "." in name else ""
     if style != "colwise" or projection not in _HEADS:
-        return None
+        return None, False
     config = model.config.get_text_config()
     attention = model.get_submodule(name.rsplit(".", 2)[0])
+    # Each rank then runs fewer query heads for each KV head it holds, which the attention must be told of.
+    shared = _HEADS[projection] == "num_key_value_heads" and hasattr(attention, KV_GROUPS)
     head_dim = getattr(attention, "head_dim", None)
     if projection != "query_key_value" and isinstance(head_dim, int) and shape[0] % head_dim == 0:
-        return shape[0] // head_dim
-    return getattr(config, _HEADS[projection], None) or getattr(config, "num_attention_heads", None)
+        return shape[0] // head_dim, shared
+    return getattr(config, _HEADS[projection], None) or getattr(config, "num_attention_heads", None), shared
 
 
 def _map_sources(

@@ -54,9 +54,17 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Each rank holds one range of `dim` (non-negative), as torch.chunk cuts it."""
+    """Each rank holds one range of `dim` (non-negative), as torch.chunk cuts it.
+
+    With `copies`, that many ranks in a row hold the same range: KV heads of a model with fewer of them than ranks.
+    """
 
     dim: int
+    copies: int = 1
+
+    def bounds(self, size: int, *, rank: int, world_size: int) -> tuple[int, int]:
+        """The range of a dim of `size` that `rank` holds."""
+        return shard_bounds(size, rank=rank // self.copies, world_size=world_size // self.copies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ class Piece:
 def _ranges(placement: Shard | PackedShard, size: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
     """The ranges of the sharded dim that `rank` holds, in local order."""
     if isinstance(placement, Shard):
-        yield shard_bounds(size, rank=rank, world_size=world_size)
+        yield placement.bounds(size, rank=rank, world_size=world_size)
         return
     if sum(placement.blocks) != size:
         raise ValueError(f"blocks {placement.blocks} do not fill a dim of {size}")

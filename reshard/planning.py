@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .dtypes import FLOATING, torch_name
 from .errors import BadInputError, TopologyError, printable
 from .model import Model, Parameter
-from .placement import PackedShard, Placement, Replicate, shard_bounds
+from .placement import PackedShard, Placement, Replicate, Shard, shard_bounds
 from .regions import Region
 from .source import Source
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
@@ -61,7 +61,7 @@ def build_plan(
         raise BadInputError(f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {some}")
     for style in model.hooks.values():
         strategies.find(style)
-    placements = {parameter.name: _placement(parameter, strategies) for parameter in model.parameters}
+    placements = _placements(model, strategies, world_size)
     reason = _refusal(model, placements, world_size)
     if reason:
         sizes = [size for size, why in legal_sizes(model, strategies=strategies).items() if why is None]
@@ -87,12 +87,19 @@ def build_plan(
     )
 
 
-def _placement(parameter: Parameter, strategies: ParallelInterface) -> Placement:
+def _placements(model: Model, strategies: ParallelInterface, world_size: int) -> dict[str, Placement]:
+    return {parameter.name: _placement(parameter, strategies, world_size) for parameter in model.parameters}
+
+
+def _placement(parameter: Parameter, strategies: ParallelInterface, world_size: int) -> Placement:
     if parameter.style is None:
         return Replicate()
     own_name = parameter.name.rpartition(".")[2]
     try:
-        return strategies.find(parameter.style).placement(own_name, parameter.shape)
+        placement = strategies.find(parameter.style).placement(own_name, parameter.shape)
+        if isinstance(placement, Shard) and parameter.shared and parameter.heads:
+            return replace(placement, copies=_copies(parameter.heads, world_size))
+        return placement
     except ValueError as error:
         raise BadInputError(f"{printable(parameter.name)}: {parameter.style}: {error}") from None
 
@@ -158,6 +165,11 @@ def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size
     return reasons
 
 
+def _copies(heads: int, world_size: int) -> int:
+    """How many ranks in a row hold the same KV head: one, or where there are more ranks than heads, their share."""
+    return world_size // heads if world_size > heads and world_size % heads == 0 else 1
+
+
 def _refusal(model: Model, placements: Mapping[str, Placement], world_size: int) -> str | None:
     """Why the model cannot run on `world_size` ranks, or None."""
     if world_size < 1:
@@ -166,7 +178,8 @@ def _refusal(model: Model, placements: Mapping[str, Placement], world_size: int)
         placement = placements[parameter.name]
         if isinstance(placement, Replicate):
             continue
-        if parameter.heads and parameter.heads % world_size:
+        copies = placement.copies if isinstance(placement, Shard) else 1
+        if parameter.heads and parameter.heads % (world_size // copies):
             return f"the {parameter.heads} heads of {printable(parameter.name)} do not divide"
         if parameter.style == "embedding_rowwise":
             start, stop = shard_bounds(parameter.shape[0], rank=world_size - 1, world_size=world_size)
@@ -179,8 +192,8 @@ def legal_sizes(
     model: Model, *, strategies: ParallelInterface = ALL_PARALLEL_STYLES, most: int = _LARGEST
 ) -> dict[int, str | None]:
     """For each number of ranks up to `most`: None where it fits, else why it does not."""
-    placements = {parameter.name: _placement(parameter, strategies) for parameter in model.parameters}
-    return {size: _refusal(model, placements, size) for size in range(1, most + 1)}
+    sizes = range(1, most + 1)
+    return {size: _refusal(model, _placements(model, strategies, size), size) for size in sizes}
 
 
 def _join(sizes: Iterable[int]) -> str:

@@ -24,7 +24,9 @@ def placement_text(placement: Placement) -> str:
     if isinstance(placement, Replicate):
         return "Replicate()"
     if isinstance(placement, Shard):
-        return f"Shard({placement.dim})"
+        return (
+            f"Shard({placement.dim})" if placement.copies == 1 else f"Shard({placement.dim}), {placement.copies} copies"
+        )
     blocks = placement.blocks
     packed = f"{len(blocks)}×{blocks[0]}" if len(set(blocks)) == 1 else "|".join(map(str, blocks))
     return f"PackedShard({placement.dim}, {packed})"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .dtypes import itemsize, torch_name
-from .placement import Piece, Placement, Shard, local_shape, pieces, shard_bounds
+from .placement import Piece, Placement, Shard, local_shape, pieces
 from .regions import Region, cut, whole
 from .source import Source
 
@@ -69,7 +69,7 @@ def _start(target: Target, found: tuple[Piece, ...], rank: int, world_size: int)
     start = [0] * len(target.shape)
     if isinstance(target.placement, Shard):
         dim = target.placement.dim
-        start[dim] = shard_bounds(target.shape[dim], rank=rank, world_size=world_size)[0]
+        start[dim] = target.placement.bounds(target.shape[dim], rank=rank, world_size=world_size)[0]
     return tuple(start)
 
 

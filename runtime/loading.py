@@ -14,13 +14,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from reshard.architecture import meta_model
+from reshard.architecture import KV_GROUPS, meta_model
 from reshard.digest import digest_file
 from reshard.errors import IntegrityError, TopologyError, printable
 from reshard.hub import locate
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
-from reshard.placement import Placement, Replicate, local_shape, pieces
+from reshard.placement import Placement, Replicate, Shard, local_shape, pieces
 from reshard.source import MANIFEST_NAME, SMALL_FILES, vetted_path
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_dtensor
 from reshard.targets import Target
@@ -152,6 +152,19 @@ def _distribute(model: Any, manifest: Manifest, mesh: DeviceMesh) -> None:
         module._parameters[own] = public[target.name]
         module.__dict__[own] = local
     model._reshard_targets = targets
+    _share_heads(model, manifest)
+
+
+def _share_heads(model: Any, manifest: Manifest) -> None:
+    """Where ranks share a KV head, each runs that many times fewer query heads for it than the configuration says."""
+    shares = {
+        target.name.rsplit(".", 2)[0]: target.placement.copies
+        for target in manifest.parameters
+        if isinstance(target.placement, Shard) and target.placement.copies > 1
+    }
+    for name, copies in shares.items():
+        attention = model.get_submodule(name)
+        setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -16,7 +16,7 @@ LARGEST = 3_000_000  # parameters of a model still called pico
 _SMALL: dict[str, int] = {
     **{"vocab_size": 130, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64},
     **{"num_hidden_layers": 2, "num_layers": 2, "n_layers": 2, "sliding_window": 16},
-    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "global_head_dim": 8},
+    **{"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     # experts
     **{"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "zero_expert_num": 2},

@@ -28,6 +28,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-uneven": ("llama", {"intermediate_size": 50, "vocab_size": 131}),
     **{f"{family}-bf16": (family, {"dtype": torch.bfloat16}) for family in pico.FAMILIES},
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),  # shared by 2 ranks, and by 4
+    "qwen2-two-kv-heads": ("qwen2", {"num_key_value_heads": 2}),  # biased, shared by 2 of 4 ranks
+    "gemma3-two-kv-heads": ("gemma3_text", {"num_key_value_heads": 2, "head_dim": 8}),
     "mixtral-uneven": ("mixtral", {"intermediate_size": 22}),
 }
 WORLD_SIZES = (1, 2, 4)

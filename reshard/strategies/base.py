@@ -62,14 +62,14 @@ def get_packed_weights(
 
 
 def torch_placement(placement: Placement, shape: Sequence[int], world_size: int) -> TorchPlacement | None:
-    """DTensor's word for a placement, or None where it has none.
+    """DTensor's word for a placement on a mesh of one axis, or None where it has none.
 
     `_StridedShard` describes equal blocks that divide evenly; DTensor cannot express other packed layouts.
     """
     if isinstance(placement, plan.Replicate):
         return Replicate()
     if isinstance(placement, plan.Shard):
-        return Shard(placement.dim)
+        return Shard(placement.dim) if placement.copies == 1 else None
     blocks = placement.blocks
     if len(set(blocks)) == 1 and blocks[0] % world_size == 0:
         return _StridedShard(placement.dim, split_factor=len(blocks))
@@ -77,13 +77,28 @@ def torch_placement(placement: Placement, shape: Sequence[int], world_size: int)
 
 
 def as_dtensor(local: torch.Tensor, placement: Placement, mesh: DeviceMesh, shape: Sequence[int]) -> torch.Tensor:
-    """A rank's tensor as a DTensor of the global `shape`; `local` itself where DTensor has no word for its layout."""
-    found = torch_placement(placement, shape, mesh.size())
-    if found is None:
+    """A rank's tensor as a DTensor of the global `shape`; `local` itself where DTensor has no word for its layout.
+
+    Ranges held by several ranks in a row are a shard over the groups of a two-axis view of the mesh, replicated inside.
+    The first such view is made by a collective: call it alike on all ranks.
+    """
+    if isinstance(placement, plan.Shard) and placement.copies > 1:
+        mesh, placements = _grouped(mesh, placement.copies), [Shard(placement.dim), Replicate()]
+    else:
+        placements = [torch_placement(placement, shape, mesh.size())]
+    if None in placements:
         return local
     return DTensor.from_local(
-        local, mesh, [found], run_check=False, shape=torch.Size(shape), stride=contiguous_strides(shape)
+        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=contiguous_strides(shape)
     )
+
+
+def _grouped(mesh: DeviceMesh, copies: int) -> DeviceMesh:
+    views: dict[int, DeviceMesh] = mesh.__dict__.setdefault("_reshard_views", {})
+    if copies not in views:
+        grid = mesh.mesh.view(-1, copies)
+        views[copies] = DeviceMesh(mesh.device_type, grid, mesh_dim_names=("tp_group", "tp_copy"))
+    return views[copies]
 
 
 class TensorParallelLayer:
