@@ -107,11 +107,11 @@ def test_plan(source: Path, cli: Cli, tmp_path: Path) -> None:
     whole = [row for row in report["parameters"] if row["placement"] == "Replicate()"]
     assert all(row["reason"] for row in whole)
     assert report["replicated_bytes"] == sum(row["count"] * math.prod(row["shape"]) * 4 for row in whole) > 0
-    assert [size for size, why in report["tp_sizes"].items() if why is None] == ["1", "2", "4"]
+    assert [size for size, why in report["tp_sizes"].items() if why is None] == ["1", "2", "4", "8"]
     assert report["unused"] == report["dropped"] == report["runtime_only"] == []
     text = cli("plan", source, "--tp-size", 2)
     assert (text.code, text.err) == (0, "")
-    assert "legal tp sizes: 1, 2, 4\n" in text.out
+    assert "legal tp sizes: 1, 2, 4, 8\n" in text.out
     assert tree(tmp_path) == before
 
 

@@ -54,6 +54,29 @@ def test_round_trip(converted: tuple[Manifest, Path]) -> None:
     assert found.to_bytes() == manifest.to_bytes() == (folder / MANIFEST_NAME).read_bytes()
 
 
+def test_round_trip_of_shared_heads(tmp_path: Path) -> None:
+    source = pico.save("llama", tmp_path / "source", num_key_value_heads=2, num_hidden_layers=1)
+    manifest = reshard.convert(source, tmp_path / "out", tp_size=4)
+    assert read_manifest(tmp_path / "out") == manifest
+    placements = {p.name.split(".")[-2]: p.placement for p in manifest.parameters if "self_attn" in p.name}
+    assert placements == {
+        "q_proj": Shard(0),
+        "k_proj": Shard(0, copies=2),
+        "v_proj": Shard(0, copies=2),
+        "o_proj": Shard(1),
+    }
+    reshard.verify(tmp_path / "out", against=source)
+
+
+@pytest.mark.parametrize("copies", [0, 3, -1, "2", None])
+def test_copies_that_cannot_be(content: dict[str, Any], tmp_path: Path, copies: Any) -> None:
+    altered = copy.deepcopy(content)
+    sharded = next(p for p in altered["parameters"] if p["placement"]["type"] == "shard")
+    sharded["placement"]["copies"] = copies
+    with pytest.raises(IntegrityError):
+        read(tmp_path, sealed(altered))
+
+
 def test_manifests_here_hold_every_kind_of_record(converted: tuple[Manifest, Path]) -> None:
     """So that the round trip means something."""
     manifest, folder = converted

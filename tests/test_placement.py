@@ -133,3 +133,17 @@ def test_blocks_must_fill_the_dim() -> None:
         pieces(packed, (8, 2), rank=0, world_size=2)
     with pytest.raises(ValueError, match="do not fill a dim of 8"):
         local_shape(packed, (8, 2), rank=0, world_size=2)
+
+
+@given(placed_shapes(), st.integers(1, 4), st.integers(1, 4))
+def test_copies_are_a_shard_over_groups_of_ranks(
+    placed: tuple[tuple[int, ...], Placement], groups: int, copies: int
+) -> None:
+    """Ranks in a row hold the same range: that of their group, were the groups the ranks."""
+    shape, _ = placed
+    for dim in range(len(shape)):
+        for rank in range(groups * copies):
+            shared = {"rank": rank, "world_size": groups * copies}
+            alone = {"rank": rank // copies, "world_size": groups}
+            assert pieces(Shard(dim, copies), shape, **shared) == pieces(Shard(dim), shape, **alone)
+            assert local_shape(Shard(dim, copies), shape, **shared) == local_shape(Shard(dim), shape, **alone)
