@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +21,7 @@ from reshard.errors import RemoteMovedError, ReshardError, TopologyError, UsageE
 
 __all__ = ["RankInfo", "agree", "connect", "make_mesh", "pick_device", "shut_down"]
 
+_GLOO_LETS_GO = 0.2  # seconds
 _meetings = itertools.count()
 
 
@@ -131,7 +134,15 @@ def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, timeout: 
             timeout=timeout,
             **options,
         )
+        atexit.register(_leave)
     return init_device_mesh(device.type, (info.world_size,), mesh_dim_names=("tp",))
+
+
+def _leave() -> None:
+    """At exit, leave the group we made, and let gloo's threads let go of the last tensors: one that does so while the
+    interpreter shuts down aborts the process ("terminate called without an active exception")."""
+    shut_down()
+    time.sleep(_GLOO_LETS_GO)
 
 
 def shut_down() -> None:
