@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import click
 from ._version import __version__
 from .errors import ReshardError, printable
 
-__all__ = ["cli", "main", "report_failure"]
+__all__ = ["cli", "main", "report_failure", "wants_traceback"]
 
 _DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -198,7 +198,8 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("out", type=click.Path())
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def run(out: str, options: tuple[str, ...]) -> None:
+@click.pass_context
+def run(context: click.Context, out: str, options: tuple[str, ...]) -> None:
     """Generate text from the resharded folder OUT, on as many processes as it has ranks.
 
     OPTIONS are those of `python -m runtime generate`.
@@ -209,11 +210,17 @@ def run(out: str, options: tuple[str, ...]) -> None:
     """
     from .launch import launch
 
-    sys.exit(launch(out, ["generate", out, *options]))
+    verbose = ["--verbose"] if context.find_root().params["verbose"] else []
+    sys.exit(launch(out, [*verbose, "generate", out, *options]))
 
 
 class _Terminated(BaseException):
     """SIGTERM, as an exception."""
+
+
+def wants_traceback(arguments: Sequence[str]) -> bool:
+    """Whether `--verbose` is among the arguments: asked before they are parsed, since parsing can be what fails."""
+    return not {"-v", "--verbose"}.isdisjoint(arguments)
 
 
 def report_failure(error: BaseException, *, verbose: bool) -> int:
@@ -251,6 +258,6 @@ def main(arguments: list[str] | None = None, *, command: click.Command = cli) ->
     except click.exceptions.Exit as finished:
         sys.exit(finished.exit_code)
     except Exception as error:
-        sys.exit(report_failure(error, verbose=bool({"-v", "--verbose"} & set(arguments))))
+        sys.exit(report_failure(error, verbose=wants_traceback(arguments)))
     except (KeyboardInterrupt, _Terminated) as error:
         sys.exit(report_failure(error, verbose=False))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .dtypes import itemsize
 from .errors import printable
 from .manifest import Manifest
 from .placement import Placement, Replicate, Shard, local_shape
@@ -175,11 +173,7 @@ def manifest_report(manifest: Manifest) -> dict[str, Any]:
 
 def replicated_bytes(parameters: Iterable[Any]) -> int:
     """Bytes that every rank file repeats."""
-    return sum(
-        math.prod(parameter.shape) * itemsize(parameter.dtype)
-        for parameter in parameters
-        if isinstance(parameter.placement, Replicate)
-    )
+    return sum(parameter.nbytes for parameter in parameters if isinstance(parameter.placement, Replicate))
 
 
 def manifest_text(report: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from reshard.cli import report_failure
+from reshard.cli import report_failure, wants_traceback
 from reshard.errors import IntegrityError
 
 from . import load
@@ -38,7 +38,8 @@ def _say(text: str) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-def cli() -> None:
+@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
+def cli(verbose: bool) -> None:
     """Run a resharded folder. Start one process for each rank with torchrun."""
 
 
@@ -114,7 +115,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_LET_THE_FIRST_SPEAK)
-        code = report_failure(error, verbose=False)
+        code = report_failure(error, verbose=wants_traceback(sys.argv))
     finally:
         shut_down()
     sys.stdout.flush()

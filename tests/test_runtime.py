@@ -93,9 +93,10 @@ def test_check_finds_another_model(folder: Path, tmp_path: Path) -> None:
     assert "tokens different" in done.stdout
 
 
-def test_run_without_a_tokenizer(folder: Path) -> None:
+@pytest.mark.parametrize("verbose", [[], ["-v"]])
+def test_run_without_a_tokenizer(folder: Path, verbose: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "reshard", "run", str(folder), "--prompt", "hello"],
+        [sys.executable, "-m", "reshard", *verbose, "run", str(folder), "--prompt", "hello"],
         capture_output=True,
         text=True,
         check=False,
@@ -104,7 +105,7 @@ def test_run_without_a_tokenizer(folder: Path) -> None:
     assert done.returncode == 3
     assert len(errors(done)) == 1
     assert "holds no usable tokenizer" in errors(done)[0]
-    assert "Traceback" not in done.stderr
+    assert ("Traceback" in done.stderr) == bool(verbose)
 
 
 def test_environment_of_torchrun() -> None:
