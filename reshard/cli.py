@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -25,9 +26,47 @@ _format = click.option(
     "--format", "style", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
 )
 _revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
-_tp_size = click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Number of ranks.")
-_dtype = click.option("--dtype", type=click.Choice(_DTYPES), help="Store floating parameters in this dtype.")
-_drop_unused = click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use.")
+_WHAT_TO_CUT = (
+    click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Tensor-parallel ranks."),
+    click.option(
+        "--ep-size",
+        type=click.IntRange(min=1),
+        default=1,
+        help="Spread whole experts over this many ranks. One of --tp-size and --ep-size divides the other.",
+    ),
+    click.option(
+        "--plan",
+        "tp_plan",
+        type=click.Path(exists=True, dir_okay=False),
+        help='Rules (pattern → style, JSON or TOML) instead of the model\'s, or beside them with extends = "auto".',
+    ),
+    click.option(
+        "--strategies",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Python file that registers styles of your own. It is run.",
+    ),
+    _revision,
+    click.option("--dtype", type=click.Choice(_DTYPES), help="Store floating parameters in this dtype."),
+    click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
+)
+
+
+def _what_to_cut(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that `plan` and `convert` share. The command gets them as the library's arguments."""
+
+    @functools.wraps(command)
+    def with_library_arguments(*arguments: Any, tp_plan: str | None, strategies: str | None, **options: Any) -> None:
+        if tp_plan is not None:
+            options["tp_plan"] = tp_plan
+        if strategies is not None:
+            from .strategies import load_strategies
+
+            options["strategies"] = load_strategies(strategies)
+        command(*arguments, **options)
+
+    for option in reversed(_WHAT_TO_CUT):
+        with_library_arguments = option(with_library_arguments)
+    return with_library_arguments
 
 
 def _print(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
@@ -64,51 +103,28 @@ def cli(verbose: bool) -> None:
 @cli.command()
 @click.argument("source")
 @click.argument("out", type=click.Path())
-@_tp_size
-@_revision
-@_dtype
-@_drop_unused
+@_what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
 @click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @_format
-def convert(
-    source: str,
-    out: str,
-    tp_size: int,
-    revision: str | None,
-    dtype: str | None,
-    drop_unused: bool,
-    overwrite: bool,
-    workers: int | None,
-    dry_run: bool,
-    style: str,
-) -> None:
+def convert(source: str, out: str, overwrite: bool, workers: int | None, dry_run: bool, style: str, **cut: Any) -> None:
     """Write SOURCE (a checkpoint folder or a Hub id) into the folder OUT, one file for each rank.
 
     OUT appears only when it is complete. No GPU, no weights in memory.
 
     \b
-    Example:
+    Examples:
       reshard convert meta-llama/Llama-3.1-8B llama-tp4 --tp-size 4
+      reshard convert Qwen/Qwen3-30B-A3B qwen-ep4 --tp-size 4 --ep-size 4
     """
     if dry_run:
-        _print_plan(source, tp_size, revision, dtype, drop_unused, style)
+        _print_plan(source, style, **cut)
         return
     from . import convert as run
     from .report import manifest_report
 
-    manifest = run(
-        source,
-        out,
-        tp_size=tp_size,
-        revision=revision,
-        dtype=dtype,
-        drop_unused=drop_unused,
-        overwrite=overwrite,
-        workers=workers,
-        progress=_progress,
-    )
+    manifest = run(source, out, overwrite=overwrite, workers=workers, progress=_progress, **cut)
     size = sum(record.size for record in manifest.rank_files)
     _print(
         {"out": out, **manifest_report(manifest)},
@@ -119,26 +135,22 @@ def convert(
 
 @cli.command()
 @click.argument("source")
-@_tp_size
-@_revision
-@_dtype
-@_drop_unused
+@_what_to_cut
 @_format
-def plan(source: str, tp_size: int, revision: str | None, dtype: str | None, drop_unused: bool, style: str) -> None:
+def plan(source: str, style: str, **cut: Any) -> None:
     """Print how SOURCE would be cut for a number of ranks: styles, placements, sizes, and which numbers are legal.
 
     Only headers are read.
 
     \b
-    Example:
+    Examples:
       reshard plan ./llama --tp-size 4
+      reshard plan ./bert --tp-size 2 --plan bert.toml
     """
-    _print_plan(source, tp_size, revision, dtype, drop_unused, style)
+    _print_plan(source, style, **cut)
 
 
-def _print_plan(
-    source: str, tp_size: int, revision: str | None, dtype: str | None, drop_unused: bool, style: str
-) -> None:
+def _print_plan(source: str, style: str, **cut: Any) -> None:
     from . import plan as run
     from .conversion import plan_layouts
     from .executor import worker_count
@@ -146,7 +158,7 @@ def _print_plan(
     from .reader import BLOCK_BYTES
     from .report import plan_report, plan_text
 
-    planned = run(source, tp_size=tp_size, revision=revision, dtype=dtype, drop_unused=drop_unused)
+    planned = run(source, **cut)
     sizes = legal_sizes(planned.model)
     _print(plan_report(planned, plan_layouts(planned), sizes, worker_count() * BLOCK_BYTES), style, plan_text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +15,15 @@ from .hub import resolve_source
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
 from .manifest import Manifest
 from .model import read_model
-from .placement import PackedShard
+from .placement import is_box
 from .planning import ReshardPlan, build_plan
 from .reader import equal_tensors
+from .rules import AUTO, read_rules
 from .source import MANIFEST_NAME, Source
 from .staging import check_free_space, copy_file, staged_folder, write_file
+from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
 from .targets import rank_tensors, unused_tensors
+from .topology import Topology
 
 __all__ = ["convert", "plan", "plan_layouts"]
 
@@ -31,35 +34,39 @@ def plan(
     source: str | Path,
     *,
     tp_size: int,
+    ep_size: int = 1,
+    tp_plan: Mapping[str, str] | str | Path = AUTO,
+    strategies: ParallelInterface = ALL_PARALLEL_STYLES,
     revision: str | None = None,
     dtype: str | None = None,
     drop_unused: bool = False,
 ) -> ReshardPlan:
     """Plan a checkpoint (folder or Hub id) for `tp_size` ranks, from its headers alone.
 
-    `dtype` (a torch name such as `bfloat16`) stores every floating parameter in that dtype, except those the model
-    keeps in fp32. Raises a `ReshardError`.
+    `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
+    "auto" for the model's own, or rules (pattern → style) or the file that holds them; with `"extends": "auto"` among
+    them they are added to the model's own. `strategies` says what the styles mean. `dtype` (a torch name such as
+    `bfloat16`) stores every floating parameter in that dtype, except those the model keeps in fp32.
+
+    Raises a `ReshardError`.
     """
-    return _plan(resolve_source(str(source), revision=revision), tp_size, dtype, drop_unused)
-
-
-def _plan(source: Source, tp_size: int, dtype: str | None, drop_unused: bool) -> ReshardPlan:
-    model = read_model(source, dtype=dtype)
+    topology = Topology(tp_size, ep_size)
+    rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
+    checkpoint = resolve_source(str(source), revision=revision)
     return build_plan(
-        source,
-        model,
-        tp_size,
+        checkpoint,
+        read_model(checkpoint, dtype=dtype, tp_plan=rules, experts=ep_size > 1),
+        topology,
         cast=dtype is not None,
         drop_unused=drop_unused,
-        equal=partial(equal_tensors, source),
+        strategies=strategies,
+        equal=partial(equal_tensors, checkpoint),
     )
 
 
 def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
     """Every file the plan writes: one for each rank, and the unused tensors' if there are any."""
-    rectangles = frozenset(
-        target.name for target in plan.targets if plan.world_size == 1 or not isinstance(target.placement, PackedShard)
-    )
+    rectangles = frozenset(target.name for target in plan.targets if plan.world_size == 1 or is_box(target.placement))
     layouts = [
         file_layout(
             rank_file_name(rank),
@@ -78,6 +85,9 @@ def convert(
     out: str | Path,
     *,
     tp_size: int,
+    ep_size: int = 1,
+    tp_plan: Mapping[str, str] | str | Path = AUTO,
+    strategies: ParallelInterface = ALL_PARALLEL_STYLES,
     revision: str | None = None,
     dtype: str | None = None,
     drop_unused: bool = False,
@@ -85,10 +95,11 @@ def convert(
     workers: int | None = None,
     progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]] | None = None,
 ) -> Manifest:
-    """Reshard a checkpoint (folder or Hub id) into `out`, one safetensors file for each of `tp_size` ranks.
+    """Reshard a checkpoint (folder or Hub id) into `out`, one safetensors file for each rank.
 
     `out` appears in one step when everything is on disk; on any failure nothing is left and an earlier `out` is
-    untouched. Memory does not grow with the model (see `write_files`). `progress`, given the bytes to write, returns a
+    untouched. Memory does not grow with the model (see `write_files`). What to cut and how is said as for `plan`.
+    `progress`, given the bytes to write, returns a
     context manager whose value is called with the bytes just written.
 
     Raises:
@@ -96,7 +107,16 @@ def convert(
     """
     out = Path(out)
     with staged_folder(out, overwrite=overwrite) as folder:
-        planned = _plan(resolve_source(str(source), revision=revision), tp_size, dtype, drop_unused)
+        planned = plan(
+            source,
+            tp_size=tp_size,
+            ep_size=ep_size,
+            tp_plan=tp_plan,
+            strategies=strategies,
+            revision=revision,
+            dtype=dtype,
+            drop_unused=drop_unused,
+        )
         layouts = plan_layouts(planned)
         total = sum(layout.size for layout in layouts)
         extras_size = sum((planned.source.root / name).stat().st_size for name in planned.source.extras)
@@ -128,7 +148,7 @@ def _manifest(
         architecture=model.architecture,
         model_type=model.model_type,
         dtype=model.dtype,
-        world_size=plan.world_size,
+        topology=plan.topology,
         repo_id=source.repo_id,
         commit=source.commit,
         source_files=tuple(
@@ -142,6 +162,7 @@ def _manifest(
         ),
         parameters=plan.targets,
         hooks=model.hooks,
+        custom=plan.custom,
         tied=plan.tied,
         duplicates=plan.duplicates,
         dropped=plan.dropped,

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .digest import ALGORITHM, FileRecord, digest_of
 from .dtypes import CODES, FLOATING
-from .errors import BadInputError, IntegrityError, VersionError, printable
-from .placement import PackedShard, Placement, Replicate, Shard
+from .errors import BadInputError, IntegrityError, TopologyError, VersionError, printable
+from .fields import count, counts, maybe, one_of, text, texts
+from .placement_json import placement_from_json, placement_to_json
 from .regions import Region, covers, whole
 from .source import MANIFEST_NAME, read_json, vetted_path
 from .targets import Target
+from .topology import Topology
 
 __all__ = ["FORMAT_VERSION", "Manifest", "read_manifest", "sealed_text"]
 
-FORMAT_VERSION = "1.0"
-_T = TypeVar("_T")
+FORMAT_VERSION = "2.0"
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """The whole of `reshard.json`. `source_files` keep each source file's size, digest and header text.
 
-    `runtime_only` says why plain transformers cannot open the folder; empty where it can.
+    `hooks` are styles by module. `custom` names the classes of the styles that are not built in. `runtime_only` says
+    why plain transformers cannot open the folder; empty where it can.
     """
 
     tool: dict[str, str]
     architecture: str
     model_type: str
     dtype: str
-    world_size: int
+    topology: Topology
     repo_id: str | None
     commit: str | None
     source_files: tuple[dict[str, Any], ...]
     parameters: tuple[Target, ...]
     hooks: dict[str, str]
+    custom: dict[str, str]
     tied: dict[str, str]
     duplicates: dict[str, str]
     dropped: tuple[str, ...]
@@ -46,6 +49,10 @@ class Manifest:
     rank_files: tuple[FileRecord, ...]
     unused_file: FileRecord | None
     extras: tuple[FileRecord, ...]
+
+    @property
+    def world_size(self) -> int:
+        return self.topology.world_size
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the folder but the manifest itself."""
@@ -58,10 +65,11 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "tool": self.tool,
             "model": {"architecture": self.architecture, "model_type": self.model_type, "dtype": self.dtype},
-            "mesh": {"axes": ["tp"], "shape": [self.world_size]},
+            "mesh": self.topology.to_json(),
             "source": {"repo_id": self.repo_id, "commit": self.commit, "files": list(self.source_files)},
             "parameters": [_parameter_to_json(parameter) for parameter in self.parameters],
             "hooks": self.hooks,
+            "custom_strategies": self.custom,
             "tied": self.tied,
             "duplicates": self.duplicates,
             "dropped": list(self.dropped),
@@ -97,22 +105,13 @@ def _file_to_json(record: FileRecord) -> dict[str, Any]:
     return {**content, "tensors": record.tensors} if record.tensors else content
 
 
-def _placement_to_json(placement: Placement) -> dict[str, Any]:
-    if isinstance(placement, Replicate):
-        return {"type": "replicate"}
-    if isinstance(placement, Shard):
-        copies = {"copies": placement.copies} if placement.copies > 1 else {}
-        return {"type": "shard", "dim": placement.dim, **copies}
-    return {"type": "packed", "dim": placement.dim, "blocks": list(placement.blocks)}
-
-
 def _parameter_to_json(record: Target) -> dict[str, Any]:
     content: dict[str, Any] = {
         "name": record.name,
         "shape": list(record.shape),
         "dtype": record.dtype,
         "style": record.style,
-        "placement": _placement_to_json(record.placement),
+        "placement": placement_to_json(record.placement),
         "from": _regions_to_json(record),
     }
     if record.compute_dtype:
@@ -164,7 +163,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise IntegrityError(f"{printable(path)}: does not match its seal, so it was altered")
     try:
         return _from_json(content)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, TopologyError) as error:
         raise IntegrityError(f"{printable(path)}: incomplete or malformed ({printable(error)})") from None
 
 
@@ -172,106 +171,57 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     """The manifest, every value checked for its type: a seal shows who wrote last, not that they wrote sense."""
     model, source, mesh = content["model"], content["source"], content["mesh"]
     ranks = tuple(_file(item) for item in content["ranks"])
-    if mesh != {"axes": ["tp"], "shape": [len(ranks)]} or not ranks:
+    topology = Topology(count(mesh["tp"]), count(mesh.get("ep", 1)))
+    if topology.world_size != len(ranks):
         raise ValueError(f"{len(ranks)} rank files for a mesh of {mesh}")
     return Manifest(
-        tool=_texts(content["tool"]),
-        architecture=_text(model["architecture"]),
-        model_type=_text(model["model_type"]),
-        dtype=_one_of(FLOATING, model["dtype"]),
-        world_size=len(ranks),
-        repo_id=_maybe(_text, source["repo_id"]),
-        commit=_maybe(_text, source["commit"]),
+        tool=texts(content["tool"]),
+        architecture=text(model["architecture"]),
+        model_type=text(model["model_type"]),
+        dtype=one_of(FLOATING, model["dtype"]),
+        topology=topology,
+        repo_id=maybe(text, source["repo_id"]),
+        commit=maybe(text, source["commit"]),
         source_files=tuple(_source_file(item) for item in source["files"]),
         parameters=tuple(_parameter(item, len(ranks)) for item in content["parameters"]),
-        hooks=_texts(content["hooks"]),
-        tied=_texts(content["tied"]),
-        duplicates=_texts(content["duplicates"]),
-        dropped=tuple(map(_text, content["dropped"])),
-        runtime_only=tuple(map(_text, content["runtime_only"])),
+        hooks=texts(content["hooks"]),
+        custom=texts(content["custom_strategies"]),
+        tied=texts(content["tied"]),
+        duplicates=texts(content["duplicates"]),
+        dropped=tuple(map(text, content["dropped"])),
+        runtime_only=tuple(map(text, content["runtime_only"])),
         rank_files=ranks,
-        unused_file=_maybe(_file, content["unused"]),
+        unused_file=maybe(_file, content["unused"]),
         extras=tuple(_file(item) for item in content["extras"]),
     )
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, got {value!r}")
-    return value
-
-
-def _texts(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, got {value!r}")
-    return {key: _text(item) for key, item in value.items()}
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"expected a number of at least 0, got {value!r}")
-    return value
-
-
-def _counts(value: Any) -> tuple[int, ...]:
-    return tuple(map(_count, value))
-
-
-def _one_of(known: Collection[str], value: Any) -> str:
-    if _text(value) not in known:
-        raise ValueError(f"unknown {value!r}")
-    return value
-
-
-def _maybe(read: Callable[[Any], _T], value: Any) -> _T | None:
-    return None if value is None else read(value)
-
-
 def _file(content: dict[str, Any]) -> FileRecord:
     return FileRecord(
-        _text(content["file"]), _count(content["size"]), _text(content["digest"]), _texts(content.get("tensors", {}))
+        text(content["file"]), count(content["size"]), text(content["digest"]), texts(content.get("tensors", {}))
     )
 
 
 def _source_file(content: dict[str, Any]) -> dict[str, Any]:
-    kinds = {"file": _text, "size": _count, "digest": _text, "header": _text}
+    kinds = {"file": text, "size": count, "digest": text, "header": text}
     return {key: read(content[key]) for key, read in kinds.items()}
 
 
-def _placement(content: dict[str, Any], shape: tuple[int, ...], world_size: int) -> Placement:
-    kind = _one_of(("replicate", "shard", "packed"), content["type"])
-    if kind == "replicate":
-        return Replicate()
-    dim = _count(content["dim"])
-    if kind == "shard":
-        return Shard(range(len(shape))[dim], _ranks_in_a_row(content.get("copies", 1), world_size))
-    blocks = _counts(content["blocks"])
-    if sum(blocks) != shape[dim]:
-        raise ValueError(f"blocks {blocks} in a shape of {shape}")
-    return PackedShard(dim, blocks)
-
-
-def _ranks_in_a_row(copies: Any, world_size: int) -> int:
-    if _count(copies) == 0 or world_size % copies:
-        raise ValueError(f"{copies} copies on {world_size} ranks")
-    return copies
-
-
 def _parameter(content: dict[str, Any], world_size: int) -> Target:
-    shape, origin = _counts(content["shape"]), content["from"]
+    shape, origin = counts(content["shape"]), content["from"]
     if isinstance(origin, str):
         regions = whole(origin, shape)
     else:
-        regions = tuple(Region(_text(s), _count(o), *map(_counts, boxes)) for s, o, *boxes in origin)
+        regions = tuple(Region(text(s), count(o), *map(counts, boxes)) for s, o, *boxes in origin)
     if not covers(regions, shape) or any(len(region.strides) != len(shape) for region in regions):
         raise ValueError(f"{content['name']!r} is not filled exactly")
     return Target(
-        name=_text(content["name"]),
+        name=text(content["name"]),
         shape=shape,
-        dtype=_one_of(CODES, content["dtype"]),
-        placement=_placement(content["placement"], shape, world_size),
+        dtype=one_of(CODES, content["dtype"]),
+        placement=placement_from_json(content["placement"], shape, world_size),
         regions=regions,
-        style=_maybe(_text, content["style"]),
-        compute_dtype=_maybe(_text, content.get("compute_dtype")),
-        reason=_maybe(_text, content.get("reason")),
+        style=maybe(text, content["style"]),
+        compute_dtype=maybe(text, content.get("compute_dtype")),
+        reason=maybe(text, content.get("reason")),
     )

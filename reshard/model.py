@@ -13,8 +13,9 @@ import torch
 
 from .architecture import KV_GROUPS, expected_dtypes, meta_model
 from .dtypes import FLOATING, torch_name
-from .errors import BadInputError, printable
+from .errors import BadInputError, TopologyError, printable
 from .regions import Region, covers
+from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 from .source import Source
 from .symbolic import NotACopyError, RegionTensor
 
@@ -22,12 +23,11 @@ __all__ = ["Model", "Parameter", "read_model"]
 
 # Projections whose output the attention views as heads, and the config field that counts them.
 _HEADS = {
-    "q_proj": "num_attention_heads",
-    "k_proj": "num_key_value_heads",
-    "v_proj": "num_key_value_heads",
-    "query_key_value": "num_attention_heads",
+    **dict.fromkeys(("q_proj", "query", "q", "query_key_value"), "num_attention_heads"),
+    **dict.fromkeys(("k_proj", "key", "k", "v_proj", "value", "v"), "num_key_value_heads"),
 }
-
+# What an attention calls the size of a head.
+_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
 
@@ -36,17 +36,19 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "enco
 class Parameter:
     """One entry of the model's state dict: a parameter or a persistent buffer.
 
-    `dtype` is what the model computes with (a torch name). `heads` counts the attention heads along its cut dim where
-    the module views its output as heads, so that no head may be cut in two. `shared` are heads that several ranks can
-    hold alike: KV heads, each used by the query heads of its group.
+    `dtype` is what the model computes with (a torch name). `style` cuts it by tensor parallelism, `expert_style` by
+    expert. `heads` counts the attention heads along its cut dim where the module views its output as heads, so that no
+    head may be cut in two. `shared` are heads that several ranks can hold alike: KV heads, each used by the query heads
+    of its group.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     style: str | None
-    heads: int | None
+    heads: int | None = None
     shared: bool = False
+    expert_style: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ class Model:
     """A checkpoint seen by its model: no data has been read.
 
     `regions` says for each parameter present in the checkpoint where its elements come from; `unused` are source
-    tensors that the model does not take; `missing` are parameters the checkpoint lacks.
+    tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
+    modules, `manual` those of them that the user chose.
     """
 
     architecture: str
@@ -62,6 +65,7 @@ class Model:
     dtype: str
     parameters: tuple[Parameter, ...]
     hooks: dict[str, str]
+    manual: frozenset[str]
     unused_rules: tuple[str, ...]
     tied: dict[str, str]
     regions: dict[str, tuple[Region, ...]]
@@ -69,11 +73,16 @@ class Model:
     missing: tuple[str, ...]
 
 
-def read_model(source: Source, *, dtype: str | None = None) -> Model:
-    """Match a checkpoint with its model. `dtype` (a torch name) overrides the configuration's.
+def read_model(
+    source: Source, *, dtype: str | None = None, tp_plan: Mapping[str, str] | str = AUTO, experts: bool = False
+) -> Model:
+    """Match a checkpoint with its model. `dtype` (a torch name) overrides the configuration's, `tp_plan` (rules, see
+    `model_rules`) the model's own. `experts` applies its expert-parallel rules too.
 
     Raises:
-        BadInputError: quantized, not buildable, a conversion that computes values, or shapes that do not match.
+        BadInputError: quantized, not buildable, a conversion that computes values, shapes that do not match, or rules
+            that match nothing.
+        TopologyError: `experts`, and the model has no rules for them.
     """
     _refuse_quantized(source)
     _refuse_absurd(source)
@@ -81,7 +90,11 @@ def read_model(source: Source, *, dtype: str | None = None) -> Model:
     model = meta_model(source.root, dtype=dtype)
     wanted = model.state_dict()
     regions, unused = _map_sources(model, source, wanted)
-    styles, hooks, unused_rules = _expand_plan(model, model.tp_plan or {})
+    rules, written = model_rules(model, tp_plan)
+    expert = expert_rules(model) if experts else {}
+    if experts and not expert:
+        raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
+    styles = expand(model, rules, expert)
     dtypes = expected_dtypes(model, dtype)
     tied = {name: owner for name, owner in model.all_tied_weights_keys.items() if name in wanted and owner in wanted}
     buffers = {name for name, _ in model.named_buffers()}
@@ -91,8 +104,9 @@ def read_model(source: Source, *, dtype: str | None = None) -> Model:
             name,
             tuple(tensor.shape),
             str(dtypes[name]).removeprefix("torch."),
-            styles.get(name),
-            *_heads(model, name, styles.get(name), tuple(tensor.shape)),
+            styles.parameters.get(name),
+            *_heads(model, name, styles.parameters.get(name), tuple(tensor.shape)),
+            styles.experts.get(name),
         )
         for name, tensor in wanted.items()
     )
@@ -107,8 +121,9 @@ def read_model(source: Source, *, dtype: str | None = None) -> Model:
         model.config.model_type,
         dtype,
         parameters,
-        hooks,
-        unused_rules,
+        styles.modules,
+        frozenset(name for name in styles.modules if wildcard(name) in written),
+        styles.unused,
         tied,
         regions,
         unused,
@@ -156,54 +171,16 @@ def _pattern(patterns: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
 
 
-def _wildcard(name: str) -> str:
-    """Layer numbers as `*`, the way plans are written (transformers' `replace_layer_number_by_wildcard`)."""
-    return re.sub(r"\.\d+(\.|$)", lambda match: ".*" + match.group(1), name)
-
-
-def _expand_plan(model: Any, plan: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Concrete styles: of every parameter (its own rule, else its module's), and of every module that has a rule."""
-    styles, hooks, used = {}, {}, set()
-    for module_name, module in model.named_modules():
-        rule = _wildcard(module_name)
-        if rule in plan:
-            hooks[module_name] = _for_module(plan[rule], module)
-            used.add(rule)
-        for own, _ in module.named_parameters(recurse=False):
-            name = f"{module_name}.{own}" if module_name else own
-            exact = _wildcard(name)
-            if exact in plan:
-                styles[name] = _for_experts(plan[exact], module, own)
-                used.add(exact)
-            elif rule in plan:
-                styles[name] = hooks[module_name]
-    return styles, hooks, tuple(rule for rule in plan if rule not in used)
-
-
-def _for_module(style: str, module: torch.nn.Module) -> str:
-    """transformers 5.17 shards embeddings by the linear styles; later ones name what it does."""
-    if isinstance(module, torch.nn.Embedding) and style in ("colwise", "rowwise"):
-        return f"embedding_{style}"
-    return style
-
-
-def _for_experts(style: str, module: Any, own: str) -> str:
-    """gate|up side by side are packed. inkling's plan cuts them contiguously, as they alternate in its checkpoint: but
-    they are cut here after the conversion that puts them side by side."""
-    fused = getattr(module, "is_concatenated", False) and own.startswith("gate_up_proj")
-    return "packed_colwise" if fused and style == "colwise" else style
-
-
 def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> tuple[int | None, bool]:
     """How many heads a parameter's cut dim holds, and whether ranks may share them."""
     projection = name.split(".")[-2] if "." in name else ""
-    if style != "colwise" or projection not in _HEADS:
+    if style not in ("colwise", "local_colwise") or projection not in _HEADS:
         return None, False
     config = model.config.get_text_config()
     attention = model.get_submodule(name.rsplit(".", 2)[0])
     # Each rank then runs fewer query heads for each KV head it holds, which the attention must be told of.
     shared = _HEADS[projection] == "num_key_value_heads" and hasattr(attention, KV_GROUPS)
-    head_dim = getattr(attention, "head_dim", None)
+    head_dim = next((getattr(attention, size) for size in _HEAD_SIZES if hasattr(attention, size)), None)
     if projection != "query_key_value" and isinstance(head_dim, int) and shape[0] % head_dim == 0:
         return shape[0] // head_dim, shared
     return getattr(config, _HEADS[projection], None) or getattr(config, "num_attention_heads", None), shared

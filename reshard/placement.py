@@ -1,6 +1,6 @@
 """Which part of a tensor each rank holds. Integers only: no torch, no files.
 
-The words are torch's (`torch.distributed.tensor`): a placement says how one tensor lies on the one-dimensional mesh.
+The words are torch's (`torch.distributed.tensor`): a placement says how one tensor lies on the ranks.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 __all__ = [
+    "Explicit",
+    "Nested",
     "PackedShard",
     "Piece",
     "Placement",
     "Replicate",
     "Shard",
     "block_sizes",
+    "is_box",
     "local_shape",
+    "offset",
     "pieces",
     "shard_bounds",
+    "shared",
 ]
 
 
@@ -54,17 +59,9 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Each rank holds one range of `dim` (non-negative), as torch.chunk cuts it.
-
-    With `copies`, that many ranks in a row hold the same range: KV heads of a model with fewer of them than ranks.
-    """
+    """Each rank holds one range of `dim` (non-negative), as torch.chunk cuts it."""
 
     dim: int
-    copies: int = 1
-
-    def bounds(self, size: int, *, rank: int, world_size: int) -> tuple[int, int]:
-        """The range of a dim of `size` that `rank` holds."""
-        return shard_bounds(size, rank=rank // self.copies, world_size=world_size // self.copies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,18 @@ class PackedShard:
     blocks: tuple[int, ...]
 
 
-Placement: TypeAlias = Replicate | Shard | PackedShard
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Two axes of a mesh whose ranks stand in rows of `row`: `outer` cuts over the rows, `inner` cuts over the ranks
+    of a row what their row holds.
+
+    KV heads fewer than ranks: `Nested(Shard(0), Replicate(), row)`. Experts that are cut themselves: `Nested(Shard(0),
+    PackedShard(1, …), row)`.
+    """
+
+    outer: Shard | PackedShard
+    inner: Replicate | Shard | PackedShard
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +98,39 @@ class Piece:
     local_start: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Explicit:
+    """Boxes listed rank by rank, as a custom strategy chose them: `shapes` of the ranks' tensors, and their `boxes`."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    boxes: tuple[tuple[Piece, ...], ...]
+
+
+Placement: TypeAlias = Replicate | Shard | PackedShard | Nested | Explicit
+
+
+def shared(placement: Placement, copies: int) -> Placement:
+    """The same cut over fewer ranks, where each part is held by `copies` ranks in a row.
+
+    Raises:
+        ValueError: `placement` is listed rank by rank, or is cut by two axes already.
+    """
+    if copies == 1 or isinstance(placement, Replicate):
+        return placement
+    if isinstance(placement, (Shard, PackedShard)):
+        return Nested(placement, Replicate(), copies)
+    if isinstance(placement, Nested) and isinstance(placement.inner, Replicate):
+        return Nested(placement.outer, Replicate(), placement.row * copies)
+    raise ValueError("it is cut over all ranks, so it cannot be shared by some")
+
+
 def _ranges(placement: Shard | PackedShard, size: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
     """The ranges of the sharded dim that `rank` holds, in local order."""
-    if isinstance(placement, Shard):
-        yield placement.bounds(size, rank=rank, world_size=world_size)
-        return
-    if sum(placement.blocks) != size:
-        raise ValueError(f"blocks {placement.blocks} do not fill a dim of {size}")
+    blocks = (size,) if isinstance(placement, Shard) else placement.blocks
+    if sum(blocks) != size:
+        raise ValueError(f"blocks {blocks} do not fill a dim of {size}")
     base = 0
-    for block in placement.blocks:
+    for block in blocks:
         start, stop = shard_bounds(block, rank=rank, world_size=world_size)
         yield base + start, base + stop
         base += block
@@ -111,8 +143,12 @@ def pieces(placement: Placement, shape: Sequence[int], *, rank: int, world_size:
     """
     shape = tuple(shape)
     zeros = (0,) * len(shape)
+    if isinstance(placement, Explicit):
+        return placement.boxes[rank]
     if isinstance(placement, Replicate):
         return (Piece(zeros, shape, zeros),) if 0 not in shape else ()
+    if isinstance(placement, Nested):
+        return _nested_pieces(placement, shape, rank, world_size)
     dim = placement.dim
     found, local = [], 0
     for start, stop in _ranges(placement, shape[dim], rank, world_size):
@@ -125,10 +161,59 @@ def pieces(placement: Placement, shape: Sequence[int], *, rank: int, world_size:
     return tuple(found)
 
 
+def _nested_pieces(placement: Nested, shape: tuple[int, ...], rank: int, world_size: int) -> tuple[Piece, ...]:
+    """The outer boxes of the rank's row, met with the inner boxes of what the row holds."""
+    rows = world_size // placement.row
+    outer = pieces(placement.outer, shape, rank=rank // placement.row, world_size=rows)
+    held = local_shape(placement.outer, shape, rank=rank // placement.row, world_size=rows)
+    found = []
+    for box in pieces(placement.inner, held, rank=rank % placement.row, world_size=placement.row):
+        for part in outer:
+            start = tuple(map(max, box.start, part.local_start))
+            stop = tuple(min(a + b, c + d) for a, b, c, d in zip(box.start, box.extent, part.local_start, part.extent))
+            if all(low < high for low, high in zip(start, stop)):
+                found.append(
+                    Piece(
+                        tuple(at - local + origin for at, local, origin in zip(start, part.local_start, part.start)),
+                        tuple(high - low for low, high in zip(start, stop)),
+                        tuple(at - origin + local for at, origin, local in zip(start, box.start, box.local_start)),
+                    )
+                )
+    return tuple(found)
+
+
 def local_shape(placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> tuple[int, ...]:
     """Shape of the rank's tensor."""
     if isinstance(placement, Replicate):
         return tuple(shape)
+    if isinstance(placement, Explicit):
+        return placement.shapes[rank]
+    if isinstance(placement, Nested):
+        row, place = divmod(rank, placement.row)
+        held = local_shape(placement.outer, shape, rank=row, world_size=world_size // placement.row)
+        return local_shape(placement.inner, held, rank=place, world_size=placement.row)
     dim = placement.dim
     length = sum(stop - start for start, stop in _ranges(placement, shape[dim], rank, world_size))
     return (*shape[:dim], length, *shape[dim + 1 :])
+
+
+def offset(placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> tuple[int, ...]:
+    """Where the rank's tensor begins in the whole one; past the end of the dim where the rank holds nothing."""
+    found = pieces(placement, shape, rank=rank, world_size=world_size)
+    if found:
+        return found[0].start
+    if isinstance(placement, Nested):
+        return offset(placement.outer, shape, rank=rank // placement.row, world_size=world_size // placement.row)
+    start = [0] * len(shape)
+    if isinstance(placement, Shard):
+        start[placement.dim] = shard_bounds(shape[placement.dim], rank=rank, world_size=world_size)[0]
+    return tuple(start)
+
+
+def is_box(placement: Placement) -> bool:
+    """Whether every rank holds one box of the whole tensor, whatever its size."""
+    if isinstance(placement, Nested):
+        return is_box(placement.outer) and is_box(placement.inner)
+    if isinstance(placement, Explicit):
+        return all(len(boxes) <= 1 for boxes in placement.boxes)
+    return isinstance(placement, (Replicate, Shard))

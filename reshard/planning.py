@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import torch
 
 from .dtypes import FLOATING, torch_name
 from .errors import BadInputError, TopologyError, printable
 from .model import Model, Parameter
-from .placement import PackedShard, Placement, Replicate, Shard, shard_bounds
+from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
 from .regions import Region
 from .source import Source
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
 from .targets import Target
+from .topology import Topology
 
 __all__ = ["ReshardPlan", "build_plan", "legal_sizes"]
 
@@ -24,50 +27,55 @@ class ReshardPlan:
     """Everything `convert` will do. `runtime_only` says why plain transformers cannot open the folder, if it cannot.
 
     `tied` parameters share the tensor of their owner. `duplicates` are source tensors equal to another that is stored.
+    `custom` styles, by name, are of the named classes.
     """
 
     source: Source
     model: Model
-    world_size: int
+    topology: Topology
     targets: tuple[Target, ...]
     tied: dict[str, str]
     duplicates: dict[str, str]
     unused: tuple[str, ...]
     dropped: tuple[str, ...]
     runtime_only: tuple[str, ...]
+    custom: dict[str, str]
+
+    @property
+    def world_size(self) -> int:
+        return self.topology.world_size
 
 
 def build_plan(
     source: Source,
     model: Model,
-    world_size: int,
+    topology: Topology,
     *,
     cast: bool = False,
     drop_unused: bool = False,
     strategies: ParallelInterface = ALL_PARALLEL_STYLES,
     equal: Callable[[str, str], bool] | None = None,
 ) -> ReshardPlan:
-    """Plan a checkpoint for `world_size` ranks. Integers only; no tensor data is read, except by `equal`.
+    """Plan a checkpoint for the ranks of `topology`. Integers only; no tensor data is read, except by `equal`.
 
     `cast` stores every floating tensor in the dtype the model wants (`--dtype`). `equal` compares two source tensors
     that the model ties though the checkpoint holds both; without it they are taken to be equal.
 
     Raises:
         TopologyError: the model does not allow this many ranks.
-        BadInputError: an unknown style, or parameters that the checkpoint lacks.
+        BadInputError: an unknown style, a rule that cuts nothing, or parameters that the checkpoint lacks.
     """
     if model.missing:
         some = ", ".join(map(printable, model.missing[:3]))
         raise BadInputError(f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {some}")
-    for style in model.hooks.values():
-        strategies.find(style)
-    placements = _placements(model, strategies, world_size)
-    reason = _refusal(model, placements, world_size)
+    _check_styles(model, strategies)
+    reason = _refusal(model, strategies, topology)
     if reason:
         sizes = [size for size, why in legal_sizes(model, strategies=strategies).items() if why is None]
         raise TopologyError(
-            f"{world_size} ranks do not fit {model.architecture}: {reason}", hint=f"legal sizes: {_join(sizes)}"
+            f"{topology} do not fit {model.architecture}: {reason}", hint=f"legal sizes: {_join(sizes)}"
         )
+    placements = {parameter.name: _placement(parameter, strategies, topology) for parameter in model.parameters}
     regions, tied, duplicates, apart = _tie(model, placements, equal)
     targets = tuple(
         _target(parameter, placements[parameter.name], regions[parameter.name], source, cast)
@@ -77,31 +85,71 @@ def build_plan(
     return ReshardPlan(
         source,
         model,
-        world_size,
+        topology,
         targets,
         tied,
         duplicates,
         unused=() if drop_unused else model.unused,
         dropped=model.unused if drop_unused else (),
-        runtime_only=(*_runtime_only(targets, tied, world_size), *apart),
+        runtime_only=(*_runtime_only(targets, tied, topology.world_size), *apart),
+        custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
     )
 
 
-def _placements(model: Model, strategies: ParallelInterface, world_size: int) -> dict[str, Placement]:
-    return {parameter.name: _placement(parameter, strategies, world_size) for parameter in model.parameters}
+def _check_styles(model: Model, strategies: ParallelInterface) -> None:
+    """Every style is known, and a rule the user wrote for a module that only holds others does not cut in vain."""
+    holders = {parameter.name.rpartition(".")[0] for parameter in model.parameters}
+    for module, style in model.hooks.items():
+        cuts = not isinstance(strategies.find(style).placement("weight", (8, 8)), Replicate)
+        if cuts and module in model.manual and module not in holders:
+            raise BadInputError(
+                f"the rule {printable(module)} → {printable(style)} cuts nothing: it has no parameters of its own",
+                hint="name the modules inside it",
+            )
 
 
-def _placement(parameter: Parameter, strategies: ParallelInterface, world_size: int) -> Placement:
-    if parameter.style is None:
-        return Replicate()
-    own_name = parameter.name.rpartition(".")[2]
+def _placement(parameter: Parameter, strategies: ParallelInterface, topology: Topology) -> Placement:
     try:
-        placement = strategies.find(parameter.style).placement(own_name, parameter.shape)
-        if isinstance(placement, Shard) and parameter.shared and parameter.heads:
-            return replace(placement, copies=_copies(parameter.heads, world_size))
-        return placement
+        if parameter.expert_style and topology.ep > 1:
+            return _expert_placement(parameter, parameter.expert_style, strategies, topology)
+        if parameter.style is None or topology.tp == 1 < topology.world_size:
+            return Replicate()
+        copies = _copies(parameter, topology.tp)
+        placement = _cut(parameter, parameter.style, strategies, parameter.shape, topology.tp // copies)
+        return shared(placement, topology.tp_row * copies)
     except ValueError as error:
         raise BadInputError(f"{printable(parameter.name)}: {parameter.style}: {error}") from None
+
+
+def _cut(
+    parameter: Parameter, style: str, strategies: ParallelInterface, shape: tuple[int, ...], ranks: int
+) -> Placement:
+    own_name = parameter.name.rpartition(".")[2]
+    return strategies.find(style).placement_on(own_name, shape, getattr(torch, parameter.dtype), ranks)
+
+
+def _expert_placement(
+    parameter: Parameter, expert_style: str, strategies: ParallelInterface, topology: Topology
+) -> Placement:
+    """Cut by expert over the ep axis; where ranks share their experts, by the tensor-parallel rule among them."""
+    outer = _cut(parameter, expert_style, strategies, parameter.shape, topology.ep)
+    if topology.ep_row == 1 or not isinstance(outer, Shard):
+        return outer
+    held = local_shape(outer, parameter.shape, rank=0, world_size=topology.ep)
+    inner = _cut(parameter, parameter.style, strategies, held, topology.ep_row) if parameter.style else Replicate()
+    if not isinstance(inner, (Shard, PackedShard)):
+        raise TopologyError(
+            f"{topology}: {printable(parameter.name)} has no rule that cuts it for the {topology.ep_row} ranks that"
+            " would share its experts",
+            hint=f"use --ep-size {topology.world_size}",
+        )
+    return Nested(outer, inner, topology.ep_row)
+
+
+def _copies(parameter: Parameter, tp: int) -> int:
+    """How many ranks in a row hold the same KV head: one, or where there are more ranks than heads, their share."""
+    heads = parameter.heads if parameter.shared else None
+    return tp // heads if heads and tp > heads and tp % heads == 0 else 1
 
 
 def _target(
@@ -114,16 +162,15 @@ def _target(
         )
     stored = torch_name(codes.pop(), tensor=parameter.name) if codes else parameter.dtype
     reason = None
+    style = parameter.expert_style or parameter.style
     if isinstance(placement, Replicate):
         reason = "no rule in the tp_plan" if parameter.style is None else f"{parameter.style} keeps it whole"
     if stored in FLOATING and stored != parameter.dtype:
         if cast:
             stored = parameter.dtype
         else:
-            return Target(
-                parameter.name, parameter.shape, stored, placement, regions, parameter.style, parameter.dtype, reason
-            )
-    return Target(parameter.name, parameter.shape, stored, placement, regions, parameter.style, None, reason)
+            return Target(parameter.name, parameter.shape, stored, placement, regions, style, parameter.dtype, reason)
+    return Target(parameter.name, parameter.shape, stored, placement, regions, style, None, reason)
 
 
 def _tie(
@@ -158,32 +205,24 @@ def _tie(
 def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size: int) -> list[str]:
     """Why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the folder."""
     reasons = []
-    packed = [target.name for target in targets if isinstance(target.placement, PackedShard)]
+    packed = [target.name for target in targets if not is_box(target.placement)]
     if packed and world_size > 1:
         reasons.append(f"{len(packed)} packed parameters are not one box per rank ({packed[0]} …)")
     reasons += [f"{name} is tied to {owner} and stored once, but it looks for both" for name, owner in tied.items()]
     return reasons
 
 
-def _copies(heads: int, world_size: int) -> int:
-    """How many ranks in a row hold the same KV head: one, or where there are more ranks than heads, their share."""
-    return world_size // heads if world_size > heads and world_size % heads == 0 else 1
-
-
-def _refusal(model: Model, placements: Mapping[str, Placement], world_size: int) -> str | None:
-    """Why the model cannot run on `world_size` ranks, or None."""
-    if world_size < 1:
-        return "there must be at least one"
+def _refusal(model: Model, strategies: ParallelInterface, topology: Topology) -> str | None:
+    """Why the model cannot run on these ranks, or None."""
     for parameter in model.parameters:
-        placement = placements[parameter.name]
-        if isinstance(placement, Replicate):
-            continue
-        copies = placement.copies if isinstance(placement, Shard) else 1
-        if parameter.heads and parameter.heads % (world_size // copies):
-            return f"the {parameter.heads} heads of {printable(parameter.name)} do not divide"
+        heads, experts = parameter.heads, parameter.shape[:1] if parameter.expert_style else ()
+        if heads and heads % (topology.tp // _copies(parameter, topology.tp)):
+            return f"the {heads} heads of {printable(parameter.name)} do not divide"
+        if experts and experts[0] % topology.ep:
+            return f"the {experts[0]} experts of {printable(parameter.name)} do not divide"
         if parameter.style == "embedding_rowwise":
-            start, stop = shard_bounds(parameter.shape[0], rank=world_size - 1, world_size=world_size)
-            if start == stop:
+            last = {"rank": topology.world_size - 1, "world_size": topology.world_size}
+            if not local_shape(_placement(parameter, strategies, topology), parameter.shape, **last)[0]:
                 return f"the {parameter.shape[0]} rows of {printable(parameter.name)} leave a rank without any"
     return None
 
@@ -191,9 +230,8 @@ def _refusal(model: Model, placements: Mapping[str, Placement], world_size: int)
 def legal_sizes(
     model: Model, *, strategies: ParallelInterface = ALL_PARALLEL_STYLES, most: int = _LARGEST
 ) -> dict[int, str | None]:
-    """For each number of ranks up to `most`: None where it fits, else why it does not."""
-    sizes = range(1, most + 1)
-    return {size: _refusal(model, _placements(model, strategies, size), size) for size in sizes}
+    """For each number of tensor-parallel ranks up to `most`: None where it fits, else why it does not."""
+    return {size: _refusal(model, strategies, Topology(size)) for size in range(1, most + 1)}
 
 
 def _join(sizes: Iterable[int]) -> str:

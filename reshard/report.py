@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import printable
 from .manifest import Manifest
-from .placement import Placement, Replicate, Shard, local_shape
+from .placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
+from .topology import Topology
 
 if TYPE_CHECKING:  # a plan comes with torch; a manifest is told without it
     from .layout import FileLayout
@@ -22,9 +23,14 @@ def placement_text(placement: Placement) -> str:
     if isinstance(placement, Replicate):
         return "Replicate()"
     if isinstance(placement, Shard):
-        return (
-            f"Shard({placement.dim})" if placement.copies == 1 else f"Shard({placement.dim}), {placement.copies} copies"
-        )
+        return f"Shard({placement.dim})"
+    if isinstance(placement, Explicit):
+        return f"{sum(map(len, placement.boxes))} boxes"
+    if isinstance(placement, Nested):
+        outer = placement_text(placement.outer)
+        if isinstance(placement.inner, Replicate):
+            return f"{outer}, {placement.row} copies"
+        return f"{outer}, {placement_text(placement.inner)}"
     blocks = placement.blocks
     packed = f"{len(blocks)}×{blocks[0]}" if len(set(blocks)) == 1 else "|".join(map(str, blocks))
     return f"PackedShard({placement.dim}, {packed})"
@@ -106,6 +112,7 @@ def plan_report(
         "architecture": plan.model.architecture,
         "dtype": plan.model.dtype,
         "world_size": plan.world_size,
+        "mesh": plan.topology.to_json(),
         "parameters": rows(plan.targets, plan.world_size),
         "rank_bytes": [layout.size for layout in layouts[: plan.world_size]],
         "replicated_bytes": replicated_bytes(plan.targets),
@@ -115,6 +122,7 @@ def plan_report(
         "unused": list(plan.unused),
         "dropped": list(plan.dropped),
         "unused_rules": list(plan.model.unused_rules),
+        "custom_strategies": plan.custom,
         "runtime_only": list(plan.runtime_only),
         "tp_sizes": {str(size): why for size, why in sizes.items()},
     }
@@ -123,7 +131,7 @@ def plan_report(
 def plan_text(report: Mapping[str, Any]) -> str:
     """The plan's report in words."""
     lines = [
-        f"{report['architecture']} ({report['dtype']}) for {report['world_size']} ranks",
+        f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}",
         "",
         _parameter_table(report["parameters"]),
         "",
@@ -147,6 +155,8 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
             lines.append(f"{words}: {len(report[key])} tensors ({some}{' …' if len(report[key]) > 3 else ''})")
     if report.get("unused_rules"):
         lines.append("rules that match nothing here: " + ", ".join(printable(rule) for rule in report["unused_rules"]))
+    for name, strategy in report["custom_strategies"].items():
+        lines.append(f"custom strategy: {printable(name)} ({printable(strategy)})")
     reasons = [printable(reason) for reason in report["runtime_only"]]
     lines.append("opens in plain transformers: " + (f"no, {'; '.join(reasons)}" if reasons else "yes"))
     return lines
@@ -158,6 +168,7 @@ def manifest_report(manifest: Manifest) -> dict[str, Any]:
         "architecture": manifest.architecture,
         "dtype": manifest.dtype,
         "world_size": manifest.world_size,
+        "mesh": manifest.topology.to_json(),
         "source": {"repo_id": manifest.repo_id, "commit": manifest.commit},
         "tool": manifest.tool,
         "parameters": rows(manifest.parameters, manifest.world_size),
@@ -167,6 +178,7 @@ def manifest_report(manifest: Manifest) -> dict[str, Any]:
         "tied": manifest.tied,
         "unused": list(manifest.unused_file.tensors) if manifest.unused_file else [],
         "dropped": list(manifest.dropped),
+        "custom_strategies": manifest.custom,
         "runtime_only": list(manifest.runtime_only),
     }
 
@@ -182,7 +194,7 @@ def manifest_text(report: Mapping[str, Any]) -> str:
     source = f" from {origin}@{report['source']['commit']}" if origin else ""
     tool = ", ".join(f"{name} {version}" for name, version in report["tool"].items())
     lines = [
-        printable(f"{report['architecture']} ({report['dtype']}) for {report['world_size']} ranks{source}"),
+        printable(f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}{source}"),
         printable(f"made by {tool}"),
         "",
         _parameter_table(report["parameters"]),

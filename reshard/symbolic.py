@@ -1,9 +1,11 @@
 """A tensor that knows only where its elements come from.
 
 Transformers describes checkpoint conversions (fuse the experts, split a fused projection, permute for rope) as
-operations on tensors. Run on `RegionTensor`s, the same operations yield regions instead of data, so whatever upstream
-does by moving elements is understood here without a second copy of its rules. An operation that computes raises
-`NotACopyError`.
+operations on tensors, and a tensor-parallel strategy cuts tensors. Run on `RegionTensor`s, the same code yields regions
+instead of data: whatever moves elements is understood here without a second copy of its rules. An operation that
+computes raises `NotACopyError`.
+
+torch breaks every operation on tensors into a few of its own (`torch.ops.aten`); those that only move are below.
 """
 
 from __future__ import annotations
@@ -20,161 +22,145 @@ from .reshape import reshape
 
 __all__ = ["NotACopyError", "RegionTensor"]
 
+_aten = torch.ops.aten
+
 
 class NotACopyError(Exception):
     """The operation computes new values, so no region describes its result."""
 
 
-class RegionTensor:
-    """Stands in for a tensor of `shape` and `dtype` whose elements are given by `regions`."""
+class RegionTensor(torch.Tensor):
+    """Stands in for a tensor of `shape` and `dtype`, always contiguous, whose elements are given by `regions`."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, regions: Sequence[Region]) -> None:
-        self.shape = torch.Size(shape)
-        self.dtype = dtype
-        self.regions = tuple(regions)
-        self.device = torch.device("cpu")
+    regions: tuple[Region, ...]
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, regions: Sequence[Region]) -> RegionTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device="cpu")
+        tensor.regions = tuple(regions)
+        return tensor
 
     @classmethod
     def of_source(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> RegionTensor:
         return cls(shape, dtype, whole(name, shape))
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        handler = _FUNCTIONS.get(func)
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        handler = _MOVES.get(func.overloadpacket)
         if handler is None:
-            raise NotACopyError(getattr(func, "__name__", str(func)))
+            raise NotACopyError(func.overloadpacket.__name__)
         return handler(*args, **(kwargs or {}))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise NotACopyError(name)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def _same(self, *args: Any, **kwargs: Any) -> RegionTensor:
-        return self
-
-    contiguous = clone = detach = _same
-
-    def narrow(self, dim: int, start: int, length: int) -> RegionTensor:
-        dim %= self.ndim
-        zeros = (0,) * self.ndim
-        extent = (*self.shape[:dim], length, *self.shape[dim + 1 :])
-        piece = Piece((*zeros[:dim], start, *zeros[dim + 1 :]), extent, zeros)
-        return RegionTensor(extent, self.dtype, cut(self.regions, piece))
-
-    def __getitem__(self, index: Any) -> RegionTensor:
-        result, dim = self, 0
-        index = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in index:
-            at = index.index(Ellipsis)
-            index = (*index[:at], *[slice(None)] * (self.ndim - len(index) + 1), *index[at + 1 :])
-        for item in index:
-            if isinstance(item, int):
-                result = result.narrow(dim, item % result.shape[dim], 1).squeeze(dim)
-            elif isinstance(item, slice) and item.step in (None, 1):
-                start, stop, _ = item.indices(result.shape[dim])
-                result, dim = result.narrow(dim, start, max(0, stop - start)), dim + 1
-            else:
-                raise NotACopyError("indexing")
-        return result
-
-    def permute(self, *dims: Any) -> RegionTensor:
-        order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-        order = [d % self.ndim for d in order]
-        regions = [
-            Region(
-                r.source, r.offset, *(tuple(field[d] for d in order) for field in (r.strides, r.extent, r.target_start))
-            )
-            for r in self.regions
-        ]
-        return RegionTensor([self.shape[d] for d in order], self.dtype, regions)
-
-    def transpose(self, dim0: int, dim1: int) -> RegionTensor:
-        order = list(range(self.ndim))
-        order[dim0], order[dim1] = order[dim1], order[dim0]
-        return self.permute(order)
-
-    def t(self) -> RegionTensor:
-        return self.permute(list(reversed(range(self.ndim))))
-
-    @property
-    def T(self) -> RegionTensor:
-        return self.t()
-
-    def unsqueeze(self, dim: int) -> RegionTensor:
-        dim %= self.ndim + 1
-
-        def widen(values: tuple[int, ...], new: int) -> tuple[int, ...]:
-            return (*values[:dim], new, *values[dim:])
-
-        regions = [
-            Region(r.source, r.offset, widen(r.strides, 0), widen(r.extent, 1), widen(r.target_start, 0))
-            for r in self.regions
-        ]
-        return RegionTensor(widen(tuple(self.shape), 1), self.dtype, regions)
-
-    def squeeze(self, dim: int) -> RegionTensor:
-        dim %= self.ndim
-        if self.shape[dim] != 1:
-            return self
-        shape = (*self.shape[:dim], *self.shape[dim + 1 :])
-        return RegionTensor(shape, self.dtype, [_drop(r, dim) for r in self.regions])
-
-    def split(self, sizes: int | Sequence[int], dim: int = 0) -> tuple[RegionTensor, ...]:
-        total = self.shape[dim]
-        if isinstance(sizes, int):
-            sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return tuple(self.narrow(dim, start, size) for start, size in zip(starts, sizes))
-
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[RegionTensor, ...]:
-        return self.split(max(1, -(-self.shape[dim] // chunks)), dim)
-
-    def unbind(self, dim: int = 0) -> tuple[RegionTensor, ...]:
-        return tuple(self.narrow(dim, i, 1).squeeze(dim) for i in range(self.shape[dim]))
-
-    def reshape(self, *shape: Any) -> RegionTensor:
-        wanted = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        if -1 in wanted:
-            wanted[wanted.index(-1)] = self.numel() // max(1, -math.prod(wanted))
-        if math.prod(wanted) != self.numel():
-            raise ValueError(f"cannot reshape {tuple(self.shape)} to {tuple(wanted)}")
-        return RegionTensor(wanted, self.dtype, reshape(self.regions, tuple(self.shape), tuple(wanted)))
-
-    view = reshape
-
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> RegionTensor:
-        end = end_dim % self.ndim
-        return self.reshape([*self.shape[:start_dim], -1, *self.shape[end + 1 :]])
+    def __repr__(self, **_: Any) -> str:
+        return f"RegionTensor({tuple(self.shape)}, {self.dtype}, {len(self.regions)} regions)"
 
 
-def _drop(region: Region, dim: int) -> Region:
-    """The region without a dim of extent one."""
-    keep = [d for d in range(len(region.extent)) if d != dim]
-    return Region(
-        region.source,
-        region.offset,
-        *(tuple(field[d] for d in keep) for field in (region.strides, region.extent, region.target_start)),
-    )
+def _with(tensor: RegionTensor, shape: Sequence[int], regions: Sequence[Region]) -> RegionTensor:
+    return RegionTensor(shape, tensor.dtype, regions)
+
+
+def _same(tensor: RegionTensor, *_: Any, **__: Any) -> RegionTensor:
+    return _with(tensor, tensor.shape, tensor.regions)
+
+
+def _to(tensor: RegionTensor, *, dtype: torch.dtype | None = None, **_: Any) -> RegionTensor:
+    if dtype not in (None, tensor.dtype):
+        raise NotACopyError(f"cast from {tensor.dtype} to {dtype}")
+    return _same(tensor)
+
+
+def _narrow(tensor: RegionTensor, dim: int, start: int, length: int) -> RegionTensor:
+    dim %= tensor.ndim
+    zeros = (0,) * tensor.ndim
+    extent = (*tensor.shape[:dim], length, *tensor.shape[dim + 1 :])
+    return _with(tensor, extent, cut(tensor.regions, Piece((*zeros[:dim], start, *zeros[dim + 1 :]), extent, zeros)))
+
+
+def _slice(
+    tensor: RegionTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> RegionTensor:
+    if step != 1:
+        chosen = range(*slice(start, end, step).indices(tensor.shape[dim]))
+        return _cat([_narrow(tensor, dim, at, 1) for at in chosen], dim) if chosen else _narrow(tensor, dim, 0, 0)
+    first, last, _ = slice(start, end).indices(tensor.shape[dim])
+    return _narrow(tensor, dim, first, max(0, last - first))
+
+
+def _select(tensor: RegionTensor, dim: int, index: int) -> RegionTensor:
+    return _squeeze(_narrow(tensor, dim, index % tensor.shape[dim], 1), dim)
+
+
+def _permute(tensor: RegionTensor, dims: Sequence[int]) -> RegionTensor:
+    order = [d % tensor.ndim for d in dims]
+
+    def reorder(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(values[d] for d in order)
+
+    regions = [
+        Region(r.source, r.offset, reorder(r.strides), reorder(r.extent), reorder(r.target_start))
+        for r in tensor.regions
+    ]
+    return _with(tensor, reorder(tensor.shape), regions)
+
+
+def _transpose(tensor: RegionTensor, dim0: int, dim1: int) -> RegionTensor:
+    order = list(range(tensor.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permute(tensor, order)
+
+
+def _t(tensor: RegionTensor) -> RegionTensor:
+    return _permute(tensor, list(reversed(range(tensor.ndim))))
+
+
+def _unsqueeze(tensor: RegionTensor, dim: int) -> RegionTensor:
+    dim %= tensor.ndim + 1
+
+    def widen(values: Sequence[int], new: int) -> tuple[int, ...]:
+        return (*values[:dim], new, *values[dim:])
+
+    regions = [
+        Region(r.source, r.offset, widen(r.strides, 0), widen(r.extent, 1), widen(r.target_start, 0))
+        for r in tensor.regions
+    ]
+    return _with(tensor, widen(tensor.shape, 1), regions)
+
+
+def _squeeze(tensor: RegionTensor, dims: int | Sequence[int] | None = None) -> RegionTensor:
+    chosen = range(tensor.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
+    dropped = {d % tensor.ndim for d in chosen if tensor.shape[d] == 1}
+
+    def narrow(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(value for d, value in enumerate(values) if d not in dropped)
+
+    regions = [
+        Region(r.source, r.offset, narrow(r.strides), narrow(r.extent), narrow(r.target_start)) for r in tensor.regions
+    ]
+    return _with(tensor, narrow(tensor.shape), regions)
+
+
+def _split(tensor: RegionTensor, sizes: int | Sequence[int], dim: int = 0) -> list[RegionTensor]:
+    if isinstance(sizes, int):
+        sizes = [min(sizes, tensor.shape[dim] - start) for start in range(0, tensor.shape[dim], sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [_narrow(tensor, dim, start, size) for start, size in zip(starts, sizes)]
+
+
+def _unbind(tensor: RegionTensor, dim: int = 0) -> list[RegionTensor]:
+    return [_select(tensor, dim, i) for i in range(tensor.shape[dim])]
+
+
+def _view(tensor: RegionTensor, shape: Sequence[int], *_: Any) -> RegionTensor:
+    if isinstance(shape, torch.dtype):
+        raise NotACopyError(f"view as {shape}")
+    wanted = list(shape)
+    if -1 in wanted:
+        wanted[wanted.index(-1)] = tensor.numel() // max(1, -math.prod(wanted))
+    return _with(tensor, wanted, reshape(tensor.regions, tuple(tensor.shape), tuple(wanted)))
 
 
 def _stack(tensors: Sequence[RegionTensor], dim: int = 0) -> RegionTensor:
-    return _cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+    return _cat([_unsqueeze(tensor, dim) for tensor in tensors], dim)
 
 
 def _cat(tensors: Sequence[RegionTensor], dim: int = 0) -> RegionTensor:
@@ -182,29 +168,31 @@ def _cat(tensors: Sequence[RegionTensor], dim: int = 0) -> RegionTensor:
     dim %= first.ndim
     regions, at = [], 0
     for tensor in tensors:
-        if tensor.dtype != first.dtype:
-            raise NotACopyError("concatenation of different dtypes")
+        if not isinstance(tensor, RegionTensor) or tensor.dtype != first.dtype:
+            raise NotACopyError("concatenation of different dtypes, or with new values")
         if (*tensor.shape[:dim], *tensor.shape[dim + 1 :]) != (*first.shape[:dim], *first.shape[dim + 1 :]):
             raise ValueError(f"cannot concatenate {tuple(first.shape)} and {tuple(tensor.shape)} along dim {dim}")
         for r in tensor.regions:
             start = (*r.target_start[:dim], r.target_start[dim] + at, *r.target_start[dim + 1 :])
             regions.append(Region(r.source, r.offset, r.strides, r.extent, start))
         at += tensor.shape[dim]
-    return RegionTensor((*first.shape[:dim], at, *first.shape[dim + 1 :]), first.dtype, regions)
+    return _with(first, (*first.shape[:dim], at, *first.shape[dim + 1 :]), regions)
 
 
-_FUNCTIONS: dict[Callable, Callable] = {
-    torch.stack: _stack,
-    torch.cat: _cat,
-    torch.concat: _cat,
-    torch.chunk: RegionTensor.chunk,
-    torch.split: RegionTensor.split,
-    torch.transpose: RegionTensor.transpose,
-    torch.permute: RegionTensor.permute,
-    torch.reshape: RegionTensor.reshape,
-    torch.flatten: RegionTensor.flatten,
-    torch.squeeze: RegionTensor.squeeze,
-    torch.unsqueeze: RegionTensor.unsqueeze,
-    torch.unbind: RegionTensor.unbind,
-    torch.narrow: RegionTensor.narrow,
+_MOVES: dict[Any, Callable] = {
+    **dict.fromkeys((_aten.alias, _aten.clone, _aten.detach, _aten.lift_fresh), _same),
+    **dict.fromkeys((_aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.reshape), _view),
+    **dict.fromkeys((_aten.split, _aten.split_with_sizes), _split),
+    _aten._to_copy: _to,
+    _aten.cat: _cat,
+    _aten.narrow: _narrow,
+    _aten.permute: _permute,
+    _aten.select: _select,
+    _aten.slice: _slice,
+    _aten.squeeze: _squeeze,
+    _aten.stack: _stack,
+    _aten.t: _t,
+    _aten.transpose: _transpose,
+    _aten.unbind: _unbind,
+    _aten.unsqueeze: _unsqueeze,
 }

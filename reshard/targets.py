@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .dtypes import itemsize, torch_name
-from .placement import Piece, Placement, Shard, local_shape, pieces
+from .placement import Placement, local_shape, offset, pieces
 from .regions import Region, cut, whole
 from .source import Source
 
@@ -60,17 +60,8 @@ def _local(target: Target, rank: int, world_size: int) -> LocalTensor:
     shape = local_shape(target.placement, target.shape, rank=rank, world_size=world_size)
     found = pieces(target.placement, target.shape, rank=rank, world_size=world_size)
     regions = tuple(region for piece in found for region in cut(target.regions, piece))
-    return LocalTensor(target.name, shape, target.dtype, _start(target, found, rank, world_size), regions)
-
-
-def _start(target: Target, found: tuple[Piece, ...], rank: int, world_size: int) -> tuple[int, ...]:
-    if found:
-        return found[0].start
-    start = [0] * len(target.shape)
-    if isinstance(target.placement, Shard):
-        dim = target.placement.dim
-        start[dim] = target.placement.bounds(target.shape[dim], rank=rank, world_size=world_size)[0]
-    return tuple(start)
+    start = offset(target.placement, target.shape, rank=rank, world_size=world_size)
+    return LocalTensor(target.name, shape, target.dtype, start, regions)
 
 
 def unused_tensors(source: Source, names: Iterable[str]) -> tuple[LocalTensor, ...]:

@@ -13,6 +13,7 @@ import click
 
 from reshard.cli import report_failure, wants_traceback
 from reshard.errors import IntegrityError
+from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
 from . import load
 from .check import check as compare
@@ -26,6 +27,11 @@ _revision = click.option("--revision", help="Branch, tag or commit where OUT is 
 _device = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 _no_digests = click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file.")
 _attn = click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 …")
+_strategies = click.option(
+    "--strategies",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Python file that registers the styles of your own that OUT was made with. It is run.",
+)
 
 
 def _is_first() -> bool:
@@ -35,6 +41,20 @@ def _is_first() -> bool:
 def _say(text: str) -> None:
     if _is_first():
         click.echo(text)
+
+
+def _load(
+    out: str, strategies: str | None, *, revision: str | None, device: str | None, digests: bool, attn: str | None
+) -> Any:
+    known = load_strategies(strategies) if strategies else ALL_PARALLEL_STYLES
+    return load(
+        out,
+        revision=revision,
+        device=device,
+        check_digests=digests,
+        attn_implementation=attn,
+        strategies=known,
+    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,6 +71,7 @@ def cli(verbose: bool) -> None:
 @_device
 @_no_digests
 @_attn
+@_strategies
 def generate(
     out: str,
     prompt: str,
@@ -59,6 +80,7 @@ def generate(
     device: str | None,
     no_digests: bool,
     attn: str | None,
+    strategies: str | None,
 ) -> None:
     """Continue a prompt greedily.
 
@@ -66,7 +88,7 @@ def generate(
     Example:
       torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "Once"
     """
-    model = load(out, revision=revision, device=device, check_digests=not no_digests, attn_implementation=attn)
+    model = _load(out, strategies, revision=revision, device=device, digests=not no_digests, attn=attn)
     tokenizer = load_tokenizer(out, revision=revision)
     _say(generate_text(model, tokenizer, prompt, max_new_tokens))
 
@@ -78,6 +100,7 @@ def generate(
 @_device
 @_no_digests
 @_attn
+@_strategies
 @click.option("--format", "style", type=click.Choice(["text", "json"]), default="text")
 def check(
     out: str,
@@ -86,6 +109,7 @@ def check(
     device: str | None,
     no_digests: bool,
     attn: str | None,
+    strategies: str | None,
     style: str,
 ) -> None:
     """Compare logits and greedy tokens with the single-process model; exit 4 where rounding does not explain them.
@@ -94,7 +118,7 @@ def check(
     Example:
       torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama
     """
-    model = load(out, revision=revision, device=device, check_digests=not no_digests, attn_implementation=attn)
+    model = _load(out, strategies, revision=revision, device=device, digests=not no_digests, attn=attn)
     parity = compare(model, reference)
     tokens = "equal" if parity.equal_tokens else "different"
     text = f"max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}), tokens {tokens}"

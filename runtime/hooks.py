@@ -8,24 +8,29 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from reshard.strategies import ParallelInterface
+from reshard.strategies import ParallelInterface, rows_of
+from reshard.topology import Topology
 
 __all__ = ["install_hooks"]
 
 
 def install_hooks(
-    model: nn.Module, hooks: Mapping[str, str], mesh: DeviceMesh, strategies: ParallelInterface
+    model: nn.Module, hooks: Mapping[str, str], mesh: DeviceMesh, topology: Topology, strategies: ParallelInterface
 ) -> list[Any]:
-    """Install each module's style. Returns the handles; `remove()` undoes each.
+    """Install each module's style around its forward. `mesh` has one axis, over all ranks.
 
-    A parameter that the style adds itself (a rowwise bias, after the reduction) is hidden from the module's forward.
+    Returns the handles; `remove()` undoes each, and so takes the functions off again.
     """
     handles: list[Any] = []
+    tp_mesh = mesh if topology.tp_row == 1 else rows_of(mesh, topology.tp_row)["rows"]
     for name, style in hooks.items():
         strategy, module = strategies.find(style), model.get_submodule(name)
-        for own in strategy.hidden_in_forward:
-            if module._parameters.get(own) is not None:
-                module.__dict__[f"_hidden_{own}"] = module.__dict__[own]
-                module.__dict__[own] = None
-        handles += strategy.prepare_module_tp(module, mesh)
+        spanned = mesh if strategy.over_all_ranks else tp_mesh
+        if spanned.size() == 1:
+            continue
+        if not strategy.local_forward:  # it wants to meet the DTensors behind the local tensors
+            for own in module._parameters:
+                module.__dict__.pop(own, None)
+        installed = strategy.prepare_module_tp(module, spanned)
+        handles += installed if isinstance(installed, list) else []
     return handles

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from reshard.architecture import KV_GROUPS, meta_model
 from reshard.digest import digest_file
-from reshard.errors import IntegrityError, TopologyError, printable
+from reshard.errors import BadInputError, IntegrityError, TopologyError, printable
 from reshard.hub import locate
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
-from reshard.placement import Placement, Replicate, Shard, local_shape, pieces
+from reshard.placement import Nested, Placement, Replicate, local_shape, pieces
 from reshard.source import MANIFEST_NAME, SMALL_FILES, vetted_path
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_dtensor
 from reshard.targets import Target
@@ -67,6 +67,7 @@ def load(
     try:
         where = pick_device(mesh.device_type if mesh else device, info.local_rank)
         folder, manifest = _open(place, revision, info)
+        _check_custom(manifest, strategies)
         seal = digest_file(folder / MANIFEST_NAME)
         model = meta_model(folder, dtype=manifest.dtype, attn_implementation=attn_implementation)
         path = _own_file(folder, manifest, info.rank)
@@ -77,9 +78,9 @@ def load(
 
     mesh = mesh or make_mesh(info, where, store, wait)
     _fill(model, manifest, tensors, where)
-    _distribute(model, manifest, mesh)
+    _distribute(model, manifest, mesh, strategies)
     if manifest.world_size > 1:
-        install_hooks(model, manifest.hooks, mesh, strategies)
+        install_hooks(model, manifest.hooks, mesh, manifest.topology, strategies)
     _finish(model, folder, mesh)
     return model
 
@@ -93,6 +94,15 @@ def _open(place: str | Path, revision: str | None, info: RankInfo) -> tuple[Path
             hint=f"use torchrun --nproc-per-node {manifest.world_size}, or convert with --tp-size {info.world_size}",
         )
     return folder, manifest
+
+
+def _check_custom(manifest: Manifest, strategies: ParallelInterface) -> None:
+    for style, name in manifest.custom.items():
+        if style not in strategies:
+            raise BadInputError(
+                f"{printable(style)} is a style of your own ({printable(name)}), which is not known here",
+                hint="give the file that registers it: --strategies FILE.py",
+            )
 
 
 def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
@@ -132,7 +142,7 @@ def _fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], d
         model.initialize_weights()
 
 
-def _distribute(model: Any, manifest: Manifest, mesh: DeviceMesh) -> None:
+def _distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: ParallelInterface) -> None:
     """Make DTensors the parameters' public face, while each module's own forward goes on seeing the local ones.
 
     The DTensors stand in `module._parameters`, which is what `named_parameters` and `state_dict` read. An attribute in
@@ -147,8 +157,10 @@ def _distribute(model: Any, manifest: Manifest, mesh: DeviceMesh) -> None:
         if local is None:
             continue
         if target.name not in public:
-            shared = as_dtensor(local.detach(), target.placement, mesh, target.shape)
-            public[target.name] = nn.Parameter(shared, requires_grad=False)
+            face = local.detach()
+            if target.style is None or strategies.find(target.style).use_dtensor:
+                face = as_dtensor(face, target.placement, mesh, target.shape)
+            public[target.name] = nn.Parameter(face, requires_grad=False)
         module._parameters[own] = public[target.name]
         module.__dict__[own] = local
     model._reshard_targets = targets
@@ -157,14 +169,16 @@ def _distribute(model: Any, manifest: Manifest, mesh: DeviceMesh) -> None:
 
 def _share_heads(model: Any, manifest: Manifest) -> None:
     """Where ranks share a KV head, each runs that many times fewer query heads for it than the configuration says."""
+    row = manifest.topology.tp_row
     shares = {
-        target.name.rsplit(".", 2)[0]: target.placement.copies
+        target.name.rsplit(".", 2)[0]: target.placement.row // row
         for target in manifest.parameters
-        if isinstance(target.placement, Shard) and target.placement.copies > 1
+        if isinstance(target.placement, Nested) and isinstance(target.placement.inner, Replicate)
     }
     for name, copies in shares.items():
         attention = model.get_submodule(name)
-        setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
+        if copies > 1:
+            setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

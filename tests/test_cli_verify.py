@@ -68,11 +68,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "swapped rank files": (_swap, 4, (RANK_FILES[0],)),
     "rank file is a link out": (lambda f: link(f / RANK_FILES[0], f.parent / "x"), 11, (RANK_FILES[0],)),
     "rank file is a fifo": (lambda f: fifo(f / RANK_FILES[0]), 3, (RANK_FILES[0],)),
-    "newer format": (lambda f: reseal(f, lambda c: c.update(format_version="2.0")), 8, ("reshard.json", "2.0")),
+    "newer format": (lambda f: reseal(f, lambda c: c.update(format_version="3.0")), 8, ("reshard.json", "3.0")),
     "newer format, unsealed": (
-        lambda f: edit_json(f / "reshard.json", lambda c: c.update(format_version="2.0")),
+        lambda f: edit_json(f / "reshard.json", lambda c: c.update(format_version="3.0")),
         8,
-        ("reshard.json", "2.0"),
+        ("reshard.json", "3.0"),
     ),
     "another format": (lambda f: reseal(f, lambda c: c.update(format="other")), 4, ("reshard.json",)),
     "no manifest": (lambda f: (f / "reshard.json").unlink(), 3, ("reshard.json",)),
@@ -96,7 +96,7 @@ def test_not_a_resharded_folder(command: str, source: Path, tmp_path: Path, refu
 
 
 def test_newer_minor_format_is_read(folder: Path, cli: Cli) -> None:
-    reseal(folder, lambda content: content.update(format_version="1.7", added_later=True))
+    reseal(folder, lambda content: content.update(format_version="2.7", added_later=True))
     assert cli("verify", folder).code == 0
 
 
@@ -134,9 +134,9 @@ def test_manifest_of_the_wrong_types(part: str, folder: Path, cli: Cli) -> None:
     assert unexpected == []
 
 
-@pytest.mark.parametrize("shape", [[0], [-1], ["2"], [3], [10**30], [None]])
-def test_manifest_with_an_impossible_number_of_ranks(shape: list[Any], folder: Path, refused: Refused) -> None:
-    reseal(folder, lambda content: content["mesh"].update(shape=shape))
+@pytest.mark.parametrize("size", [0, -1, "2", 3, 10**30, None])
+def test_manifest_with_an_impossible_number_of_ranks(size: Any, folder: Path, refused: Refused) -> None:
+    reseal(folder, lambda content: content["mesh"].update(tp=size))
     refused(4, ["inspect", folder], "reshard.json")
 
 

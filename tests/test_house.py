@@ -22,14 +22,14 @@ TORCH_FREE = [
         f"reshard.{name}"
         for name in (
             *("placement", "regions", "layout", "manifest", "source", "header"),
-            *("targets", "report", "verification", "cli"),
+            *("targets", "report", "verification", "cli", "topology", "fields", "placement_json"),
         )
     ),
 ]
 RUNTIME_MAY_IMPORT = {
     "layout",
     *("architecture", "cli", "digest", "dtypes", "errors", "header", "hub", "manifest", "placement", "source"),
-    *("strategies", "targets"),
+    *("strategies", "targets", "topology"),
 }
 
 

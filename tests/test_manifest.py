@@ -15,7 +15,8 @@ import pytest
 import reshard
 from reshard.errors import BadInputError, IntegrityError, ReshardError, VersionError
 from reshard.manifest import FORMAT_VERSION, Manifest, read_manifest, sealed_text
-from reshard.placement import PackedShard, Shard
+from reshard.placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard
+from reshard.placement_json import placement_from_json, placement_to_json
 from reshard.source import MANIFEST_NAME
 
 FLIPS = 300
@@ -61,20 +62,74 @@ def test_round_trip_of_shared_heads(tmp_path: Path) -> None:
     placements = {p.name.split(".")[-2]: p.placement for p in manifest.parameters if "self_attn" in p.name}
     assert placements == {
         "q_proj": Shard(0),
-        "k_proj": Shard(0, copies=2),
-        "v_proj": Shard(0, copies=2),
+        "k_proj": Nested(Shard(0), Replicate(), 2),
+        "v_proj": Nested(Shard(0), Replicate(), 2),
         "o_proj": Shard(1),
     }
     reshard.verify(tmp_path / "out", against=source)
 
 
-@pytest.mark.parametrize("copies", [0, 3, -1, "2", None])
-def test_copies_that_cannot_be(content: dict[str, Any], tmp_path: Path, copies: Any) -> None:
+_CUT = {"type": "shard", "dim": 0}
+_WHOLE = {"type": "replicate"}
+_NESTED = {"type": "nested", "outer": _CUT, "inner": _WHOLE, "row": 2}
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"type": "shard", "dim": 9},
+        {"type": "shard", "dim": -1},
+        {"type": "packed", "dim": 0, "blocks": [1, 1]},
+        *({"type": "nested", "outer": _CUT, "inner": _WHOLE, "row": row} for row in (0, 1, 3, -1, "2", None)),
+        {"type": "nested", "outer": _WHOLE, "inner": _CUT, "row": 2},
+        {
+            "type": "nested",
+            "outer": _CUT,
+            "inner": {"type": "nested", "outer": _CUT, "inner": _WHOLE, "row": 2},
+            "row": 2,
+        },
+        {"type": "nested", "outer": _CUT, "inner": {"type": "packed", "dim": 1, "blocks": [1]}, "row": 2},
+        {"type": "explicit", "shapes": [[1, 1]], "boxes": [[]]},  # one rank of two
+        {
+            "type": "explicit",
+            "shapes": [[1, 1]] * 2,
+            "boxes": [[[[0, 0], [2, 1], [0, 0]]], []],
+        },  # past its tensor's end
+        {"type": "explicit", "shapes": [[1, 1]] * 2, "boxes": [[[[10**9, 0], [1, 1], [0, 0]]], []]},
+        {"type": "explicit", "shapes": [[1]] * 2, "boxes": [[[[0], [1], [0]]], []]},  # another number of dims
+        {"type": "diagonal"},
+    ],
+)
+def test_placements_that_cannot_be(content: dict[str, Any], tmp_path: Path, placement: Any) -> None:
     altered = copy.deepcopy(content)
-    sharded = next(p for p in altered["parameters"] if p["placement"]["type"] == "shard")
-    sharded["placement"]["copies"] = copies
+    sharded = next(p for p in altered["parameters"] if p["placement"]["type"] == "shard" and len(p["shape"]) == 2)
+    sharded["placement"] = placement
     with pytest.raises(IntegrityError):
         read(tmp_path, sealed(altered))
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Replicate(),
+        Shard(1),
+        PackedShard(0, (4, 2)),
+        Nested(Shard(0), Replicate(), 2),
+        Nested(PackedShard(0, (4, 2)), Shard(1), 2),
+        Explicit(((2, 3),) * 4, ((Piece((0, 0), (2, 3), (0, 0)),), (), (), (Piece((4, 0), (2, 3), (0, 0)),))),
+    ],
+)
+def test_placements_as_json_and_back(placement: Placement) -> None:
+    text = json.dumps(placement_to_json(placement))
+    assert placement_from_json(json.loads(text), (6, 3), 4) == placement
+
+
+@pytest.mark.parametrize(
+    "mesh", [{}, {"tp": 0}, {"tp": 3}, {"tp": 2, "ep": 3}, {"tp": 2, "ep": 4}, {"tp": "2"}, None, []]
+)
+def test_meshes_that_cannot_be(content: dict[str, Any], tmp_path: Path, mesh: Any) -> None:
+    with pytest.raises(IntegrityError):
+        read(tmp_path, sealed({**content, "mesh": mesh}))
 
 
 def test_manifests_here_hold_every_kind_of_record(converted: tuple[Manifest, Path]) -> None:
@@ -99,7 +154,7 @@ def test_own_seal_is_the_documented_one(content: dict[str, Any], tmp_path: Path)
     assert read(tmp_path, sealed(content)).model_type == "gemma2"
 
 
-@pytest.mark.parametrize("version", ["2.0", "0.9", "10.0", "", "one", None, 1, 1.0, [1]])
+@pytest.mark.parametrize("version", ["3.0", "1.0", "0.9", "10.0", "", "one", None, 1, 1.0, [1]])
 def test_another_major_version(content: dict[str, Any], tmp_path: Path, version: Any) -> None:
     with pytest.raises(VersionError) as caught:
         read(tmp_path, sealed({**content, "format_version": version}))
@@ -108,7 +163,7 @@ def test_another_major_version(content: dict[str, Any], tmp_path: Path, version:
 
 
 def test_a_newer_minor_version_with_fields_of_its_own_is_read(content: dict[str, Any], tmp_path: Path) -> None:
-    found = read(tmp_path, sealed({**content, "format_version": "1.7", "news": [1]}))
+    found = read(tmp_path, sealed({**content, "format_version": "2.7", "news": [1]}))
     assert found == read(tmp_path, sealed(content))
 
 
@@ -159,8 +214,20 @@ def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
 
 
 FIELDS = [
-    *("tool", "model", "mesh", "source", "parameters", "hooks", "tied", "duplicates", "dropped", "runtime_only"),
-    *("ranks", "unused", "extras", "seal", "model.architecture", "model.model_type", "model.dtype", "mesh.shape"),
+    *(
+        "tool",
+        "model",
+        "mesh",
+        "source",
+        "parameters",
+        "hooks",
+        "custom_strategies",
+        "tied",
+        "duplicates",
+        "dropped",
+        "runtime_only",
+    ),
+    *("ranks", "unused", "extras", "seal", "model.architecture", "model.model_type", "model.dtype", "mesh.tp"),
     *("source.repo_id", "source.commit", "source.files"),
     *(f"parameters.0.{name}" for name in ("name", "shape", "dtype", "style", "placement", "from", "placement.type")),
     *(f"ranks.1.{name}" for name in ("file", "size", "digest")),

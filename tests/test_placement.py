@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.placement import (
+    Explicit,
+    Nested,
     PackedShard,
+    Piece,
     Placement,
     Replicate,
     Shard,
     block_sizes,
+    is_box,
     local_shape,
+    offset,
     pieces,
     shard_bounds,
+    shared,
 )
 
 WORLD_SIZES = st.integers(1, 9)
@@ -135,15 +141,64 @@ def test_blocks_must_fill_the_dim() -> None:
         local_shape(packed, (8, 2), rank=0, world_size=2)
 
 
-@given(placed_shapes(), st.integers(1, 4), st.integers(1, 4))
-def test_copies_are_a_shard_over_groups_of_ranks(
-    placed: tuple[tuple[int, ...], Placement], groups: int, copies: int
-) -> None:
-    """Ranks in a row hold the same range: that of their group, were the groups the ranks."""
-    shape, _ = placed
-    for dim in range(len(shape)):
-        for rank in range(groups * copies):
-            shared = {"rank": rank, "world_size": groups * copies}
-            alone = {"rank": rank // copies, "world_size": groups}
-            assert pieces(Shard(dim, copies), shape, **shared) == pieces(Shard(dim), shape, **alone)
-            assert local_shape(Shard(dim, copies), shape, **shared) == local_shape(Shard(dim), shape, **alone)
+@st.composite
+def nested(draw: st.DrawFn) -> tuple[tuple[int, ...], Nested, int]:
+    """A placement over rows of ranks and inside them, along two dims; and the number of rows."""
+    rows, row = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    sizes, cuts = [], []
+    for _ in range(2):
+        blocks = draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))
+        sizes.append(sum(blocks))
+        cuts.append(tuple(blocks))
+    shape = (sizes[0], 2, sizes[1])
+    outer: Placement = PackedShard(0, cuts[0]) if len(cuts[0]) > 1 else Shard(0)
+    inner: Placement = PackedShard(2, cuts[1]) if len(cuts[1]) > 1 else Shard(2)
+    if draw(st.booleans()):
+        inner = Replicate()
+    assert not isinstance(outer, Replicate)
+    return shape, Nested(outer, inner, row), rows
+
+
+@settings(max_examples=300, deadline=None)
+@given(nested())
+def test_nested_is_one_cut_after_the_other(case: tuple[tuple[int, ...], Nested, int]) -> None:
+    """Ranks in a row cut among them what the row holds, were the rows the ranks."""
+    shape, placement, rows = case
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    for rank in range(rows * placement.row):
+        held = oracle(tensor, placement.outer, rank // placement.row, rows)
+        expected = oracle(held, placement.inner, rank % placement.row, placement.row)
+        at = {"rank": rank, "world_size": rows * placement.row}
+        local = torch.full(expected.shape, -1)
+        assert local_shape(placement, shape, **at) == tuple(expected.shape)
+        for piece in pieces(placement, shape, **at):
+            assert 0 not in piece.extent
+            local[box(piece.local_start, piece.extent)] = tensor[box(piece.start, piece.extent)]
+        assert torch.equal(local, expected)
+        explicit = Explicit((tuple(expected.shape),) * (rank + 1), (pieces(placement, shape, **at),) * (rank + 1))
+        assert pieces(explicit, shape, **at) == pieces(placement, shape, **at)
+        assert local_shape(explicit, shape, **at) == tuple(expected.shape)
+
+
+def test_sharing_a_cut_among_ranks_in_a_row() -> None:
+    assert shared(Shard(1), 1) == Shard(1)
+    assert shared(Replicate(), 3) == Replicate()
+    assert shared(Shard(1), 2) == Nested(Shard(1), Replicate(), 2)
+    assert shared(Nested(Shard(0), Replicate(), 2), 3) == Nested(Shard(0), Replicate(), 6)
+    for already in (Nested(Shard(0), Shard(1), 2), Explicit(((1,),), ((),))):
+        with pytest.raises(ValueError, match="cannot be shared"):
+            shared(already, 2)
+
+
+def test_offsets_and_boxes() -> None:
+    at = {"rank": 3, "world_size": 4}
+    assert offset(Shard(0), (10, 2), **at) == (9, 0)
+    assert offset(Shard(0), (3, 2), **at) == (3, 0)  # holds nothing: past the end
+    assert offset(Nested(Shard(0), Replicate(), 2), (10, 2), **at) == (5, 0)
+    assert offset(Replicate(), (10, 2), **at) == (0, 0)
+    assert is_box(Nested(Shard(0), Shard(1), 2))
+    assert not is_box(Nested(Shard(0), PackedShard(1, (1, 1)), 2))
+    assert not is_box(PackedShard(0, (1, 1)))
+    one, two = Piece((0,), (1,), (0,)), Piece((3,), (1,), (1,))
+    assert is_box(Explicit(((1,), (0,)), ((one,), ())))
+    assert not is_box(Explicit(((2,),), ((one, two),)))

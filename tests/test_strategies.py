@@ -44,8 +44,22 @@ DIMS: dict[str, tuple[int | None, int | None, int | None]] = {
     "rowwise_rep": (None, 1, 2),
     "packed_colwise": (0, 0, 1),
     "packed_rowwise": (None, 1, 2),
+    "local_colwise": (0, 0, 1),
+    "local_rowwise": (None, 1, 2),
+    "local_packed_rowwise": (None, 1, 2),
+    "local": (None, None, None),
+    "conv1d_colwise": (0, 1, 2),
+    "conv1d_colwise_gather_output": (0, 1, 2),
+    "conv1d_rowwise": (None, 0, 0),
+    "conv1d_rowwise_split_input": (None, 0, 0),
     "embedding_rowwise": (0, 0, 0),
+    "embedding_local_colwise": (None, 1, 1),
     "embedding_colwise": (None, 1, 1),
+    "sequence_parallel": (None, None, None),
+    "grouped_gemm": (0, 0, 0),
+    "ep_dispatch_experts": (None, None, None),
+    "ep_router": (None, None, None),
+    "gather": (None, None, None),
     "moe_tp_experts": (None, None, None),
     "moe_identity_expert": (None, None, None),
     "mla_kv_a_proj": (None, None, None),
@@ -115,7 +129,7 @@ def test_all_cuts_agree(style: str, sizes: list[int], world_size: int, dtype: to
     placement: Placement
     if dim is None:
         placement = Replicate()
-    elif style.startswith("packed"):
+    elif "packed" in style:
         sizes[dim] *= 2
         placement = PackedShard(dim, (sizes[dim] // 2,) * 2)
     else:

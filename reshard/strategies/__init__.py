@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+import runpy
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from pathlib import Path
 
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 
 from ..errors import BadInputError, printable
-from .base import TensorParallelLayer, as_dtensor, get_packed_weights, get_tensor_shard, take, torch_placement
+from .base import (
+    LocalLayer,
+    TensorParallelLayer,
+    as_dtensor,
+    get_packed_weights,
+    get_tensor_shard,
+    rows_of,
+    take,
+    torch_placement,
+)
+from .conv1d import Conv1DColwiseParallel, Conv1DRowwiseParallel
 from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
+from .experts import (
+    AllReduceParallel,
+    ExpertsDispatchParallel,
+    ExpertShardParallel,
+    MoeExpertsParallel,
+    MoeIdentityParallel,
+)
 from .linear import ColwiseParallel, PackedColwiseParallel, PackedRowwiseParallel, RowwiseParallel
-from .reduction import AllReduceParallel, MoeExpertsParallel, MoeIdentityParallel
+from .sequence import SequenceParallel
 
 __all__ = [
     "ALL_PARALLEL_STYLES",
     "AllReduceParallel",
     "ColwiseParallel",
+    "Conv1DColwiseParallel",
+    "Conv1DRowwiseParallel",
     "EmbeddingColwiseParallel",
     "EmbeddingRowwiseParallel",
+    "ExpertShardParallel",
+    "ExpertsDispatchParallel",
+    "LocalLayer",
     "MoeExpertsParallel",
     "MoeIdentityParallel",
     "PackedColwiseParallel",
     "PackedRowwiseParallel",
     "ParallelInterface",
     "RowwiseParallel",
+    "SequenceParallel",
     "TensorParallelLayer",
     "as_dtensor",
     "get_packed_weights",
     "get_tensor_shard",
+    "load_strategies",
+    "rows_of",
     "take",
     "torch_placement",
 ]
 
 
-_unchanged = TensorParallelLayer()
+_unchanged = LocalLayer()
 _gathered_colwise = ColwiseParallel(output_layouts=Replicate())
 _split_rowwise = RowwiseParallel(input_layouts=Replicate())
 
@@ -46,11 +75,27 @@ _BUILT_IN: dict[str, TensorParallelLayer] = {
     "rowwise_rep": _split_rowwise,
     "packed_colwise": PackedColwiseParallel(),
     "packed_rowwise": PackedRowwiseParallel(),
+    # The older guide's names for parameters that are local tensors to everybody, not DTensors.
+    "local_colwise": ColwiseParallel(use_dtensor=False),
+    "local_rowwise": RowwiseParallel(use_dtensor=False),
+    "local_packed_rowwise": PackedRowwiseParallel(use_dtensor=False),
+    "local": LocalLayer(use_dtensor=False),
+    "conv1d_colwise": Conv1DColwiseParallel(),
+    "conv1d_colwise_gather_output": Conv1DColwiseParallel(output_layouts=Replicate()),
+    "conv1d_rowwise": Conv1DRowwiseParallel(),
+    "conv1d_rowwise_split_input": Conv1DRowwiseParallel(input_layouts=Replicate()),
     "embedding_rowwise": EmbeddingRowwiseParallel(),
     "embedding_colwise": EmbeddingColwiseParallel(),
+    "embedding_local_colwise": EmbeddingColwiseParallel(output_layouts=Shard(-1), use_dtensor=False),
+    "sequence_parallel": SequenceParallel(),
     "moe_tp_experts": MoeExpertsParallel(),
     "moe_identity_expert": MoeIdentityParallel(),
     "all_reduce": AllReduceParallel(),
+    "gather": AllReduceParallel(),  # the older guide's name: it sums the module's outputs
+    "grouped_gemm": ExpertShardParallel(),
+    "ep_dispatch_experts": ExpertsDispatchParallel(),
+    # transformers 5.17 masks the routes behind the router, later ones in front of the experts, as is done here.
+    "ep_router": _unchanged,
     "replicate": _unchanged,
     # For training: sums the gradient of a norm that sees only this rank's heads. The forward is the module's own.
     "replicated_with_grad_allreduce": _unchanged,
@@ -59,6 +104,7 @@ _BUILT_IN: dict[str, TensorParallelLayer] = {
     # Parameters beside a hook-less forward (attention sinks): their own rules cut them, the module runs as it is.
     "local_params": _unchanged,
 }
+_WITH_BLOCKS = re.compile(r"(\w+)\[(\d+(?:,\d+)*)\]")
 
 
 class ParallelInterface(Mapping[str, TensorParallelLayer]):
@@ -72,12 +118,25 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
         self._strategies[name] = strategy
 
     def find(self, name: str) -> TensorParallelLayer:
-        """The strategy of a style. Raises BadInputError, with the known styles, where there is none."""
+        """The strategy of a style. `packed_colwise[4,1,1]` is `packed_colwise` with blocks of these relative sizes.
+
+        Raises BadInputError, with the known styles, where there is none.
+        """
+        packed = _WITH_BLOCKS.fullmatch(name)
+        if packed and isinstance(self.get(packed[1]), (PackedColwiseParallel, PackedRowwiseParallel)):
+            strategy = copy(self[packed[1]])
+            strategy.blocks = [int(size) for size in packed[2].split(",")]  # type: ignore[attr-defined]
+            return strategy
         if name not in self:
             raise BadInputError(
-                f"unknown tensor-parallel style {printable(name)!r}", hint=f"known styles: {', '.join(sorted(self))}"
+                f"unknown tensor-parallel style {printable(name)!r}",
+                hint=f"known styles: {', '.join(sorted(self))}; a style of your own comes with --strategies FILE.py",
             )
         return self[name]
+
+    def custom(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of `names` that are not built in, and the class of each."""
+        return {name: type(self[name]).__name__ for name in names if self.get(name) is not _BUILT_IN.get(name)}
 
     def __getitem__(self, name: str) -> TensorParallelLayer:
         return self._strategies[name]
@@ -90,3 +149,26 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
 
 
 ALL_PARALLEL_STYLES = ParallelInterface()
+
+
+def load_strategies(path: str | Path) -> ParallelInterface:
+    """Run a Python file of yours and return the styles it defines beside the built-in ones.
+
+    The file registers them on `ALL_PARALLEL_STYLES` under their names. It is code: run only files you wrote or read.
+
+    Raises:
+        BadInputError: there is no such file, it fails, or it registers nothing.
+    """
+    before = dict(ALL_PARALLEL_STYLES)
+    try:
+        runpy.run_path(str(path), run_name="strategies")
+    except OSError as error:
+        raise BadInputError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+    except Exception as error:
+        raise BadInputError(f"{printable(path)}: {type(error).__name__}: {printable(error)}") from error
+    if dict(ALL_PARALLEL_STYLES) == before:
+        raise BadInputError(
+            f"{printable(path)}: registers no strategy",
+            hint="end it with ALL_PARALLEL_STYLES.register_strategy(NAME, STRATEGY)",
+        )
+    return ALL_PARALLEL_STYLES

@@ -16,22 +16,39 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from .. import placement as plan
 from ..placement import PackedShard, Placement, block_sizes, local_shape, pieces
 from ..regions import contiguous_strides
+from .tracing import traced_placement
 
-__all__ = ["TensorParallelLayer", "as_dtensor", "get_packed_weights", "get_tensor_shard", "take", "torch_placement"]
+__all__ = [
+    "LocalLayer",
+    "TensorParallelLayer",
+    "as_dtensor",
+    "get_packed_weights",
+    "get_tensor_shard",
+    "rows_of",
+    "take",
+    "torch_placement",
+]
 
 
 def take(param: Any, placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> torch.Tensor:
     """The part of `param` (a tensor, or a lazy safetensors slice) that `rank` holds. Any dtype; may be empty."""
-    found = [
-        param[tuple(slice(start, start + extent) for start, extent in zip(piece.start, piece.extent))]
-        if shape
-        else param[...]
-        for piece in pieces(placement, shape, rank=rank, world_size=world_size)
-    ]
-    if not found:
-        empty = local_shape(placement, shape, rank=rank, world_size=world_size)
-        return param[tuple(slice(0, size) for size in empty)]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=placement.dim)  # type: ignore[union-attr]
+    local = local_shape(placement, shape, rank=rank, world_size=world_size)
+    if 0 in local:
+        return param[tuple(slice(0, size) for size in local)]
+    if not local:
+        return param[...]
+    found = pieces(placement, shape, rank=rank, world_size=world_size)
+    parts = [param[_index(piece.start, piece.extent)] for piece in found]
+    if len(parts) == 1:
+        return parts[0]
+    joined = parts[0].new_empty(local)
+    for piece, part in zip(found, parts):
+        joined[_index(piece.local_start, piece.extent)] = part
+    return joined
+
+
+def _index(start: Sequence[int], extent: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(at, at + size) for at, size in zip(start, extent))
 
 
 def get_tensor_shard(param: Any, empty_param: torch.Tensor, device_mesh: Any, rank: int, dim: int) -> torch.Tensor:
@@ -61,7 +78,7 @@ def get_packed_weights(
     return take(param, packed, shape, rank=rank, world_size=device_mesh.size())
 
 
-def torch_placement(placement: Placement, shape: Sequence[int], world_size: int) -> TorchPlacement | None:
+def torch_placement(placement: Placement, world_size: int) -> TorchPlacement | None:
     """DTensor's word for a placement on a mesh of one axis, or None where it has none.
 
     `_StridedShard` describes equal blocks that divide evenly; DTensor cannot express other packed layouts.
@@ -69,23 +86,27 @@ def torch_placement(placement: Placement, shape: Sequence[int], world_size: int)
     if isinstance(placement, plan.Replicate):
         return Replicate()
     if isinstance(placement, plan.Shard):
-        return Shard(placement.dim) if placement.copies == 1 else None
-    blocks = placement.blocks
-    if len(set(blocks)) == 1 and blocks[0] % world_size == 0:
-        return _StridedShard(placement.dim, split_factor=len(blocks))
+        return Shard(placement.dim)
+    blocks = placement.blocks if isinstance(placement, PackedShard) else ()
+    if blocks and len(set(blocks)) == 1 and blocks[0] % world_size == 0:
+        return _StridedShard(placement.dim, split_factor=len(blocks))  # type: ignore[union-attr]
     return None
 
 
 def as_dtensor(local: torch.Tensor, placement: Placement, mesh: DeviceMesh, shape: Sequence[int]) -> torch.Tensor:
     """A rank's tensor as a DTensor of the global `shape`; `local` itself where DTensor has no word for its layout.
 
-    Ranges held by several ranks in a row are a shard over the groups of a two-axis view of the mesh, replicated inside.
-    The first such view is made by a collective: call it alike on all ranks.
+    A nested placement stands on a two-axis view of the mesh. The first such view is made by a collective: call it alike
+    on all ranks.
     """
-    if isinstance(placement, plan.Shard) and placement.copies > 1:
-        mesh, placements = _grouped(mesh, placement.copies), [Shard(placement.dim), Replicate()]
+    if isinstance(placement, plan.Nested):
+        mesh = rows_of(mesh, placement.row)
+        placements = [
+            torch_placement(placement.outer, mesh.size(0)),
+            torch_placement(placement.inner, placement.row),
+        ]
     else:
-        placements = [torch_placement(placement, shape, mesh.size())]
+        placements = [torch_placement(placement, mesh.size())]
     if None in placements:
         return local
     return DTensor.from_local(
@@ -93,20 +114,22 @@ def as_dtensor(local: torch.Tensor, placement: Placement, mesh: DeviceMesh, shap
     )
 
 
-def _grouped(mesh: DeviceMesh, copies: int) -> DeviceMesh:
+def rows_of(mesh: DeviceMesh, row: int) -> DeviceMesh:
+    """The mesh as two axes, `rows` and `row`: that many ranks in each row. Made once, by a collective."""
     views: dict[int, DeviceMesh] = mesh.__dict__.setdefault("_reshard_views", {})
-    if copies not in views:
-        grid = mesh.mesh.view(-1, copies)
-        views[copies] = DeviceMesh(mesh.device_type, grid, mesh_dim_names=("tp_group", "tp_copy"))
-    return views[copies]
+    if row not in views:
+        views[row] = DeviceMesh(mesh.device_type, mesh.mesh.view(-1, row), mesh_dim_names=("rows", "row"))
+    return views[row]
 
 
 class TensorParallelLayer:
     """Base of every style; subclass it to make your own.
 
-    Offline, `partition_tensor` gives a rank's part of a parameter. At run time `_prepare_input_fn` and
-    `_prepare_output_fn` run before and after the module's forward, on local tensors. Built-in styles say how they cut
-    through `placement`, from which the executor derives its regions; the default `partition_tensor` does the same cut.
+    Offline, `partition_tensor` gives a rank's part of a parameter; it may only move elements, and is run once for each
+    rank on a tensor that records where they go. At run time `_prepare_input_fn` and `_prepare_output_fn` run before
+    and after the module's forward. With `use_dtensor` the module sees its parameters as DTensors there, else this
+    rank's local tensors. A style whose cut does not depend on the rank's data can say it through `placement` instead,
+    as the built-in ones do: the default `partition_tensor` does the same cut.
     """
 
     input_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
@@ -114,11 +137,35 @@ class TensorParallelLayer:
     output_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
     use_local_output = True
     use_dtensor = True
-    hidden_in_forward: tuple[str, ...] = ()  # parameters that the output function adds, not the module's forward
+    over_all_ranks = False  # where expert parallelism spans more ranks than tensor parallelism: which it works on
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Any = None,
+        output_layouts: Any = None,
+        use_local_output: bool = True,
+        use_dtensor: bool = True,
+    ) -> None:
+        self.input_layouts = (input_layouts,) if input_layouts else self.input_layouts
+        self.output_layouts = (output_layouts,) if output_layouts else self.output_layouts
+        self.use_local_output = use_local_output
+        self.use_dtensor = use_dtensor
+
+    @property
+    def local_forward(self) -> bool:
+        """Whether the functions and the module's forward work on local tensors."""
+        return not self.use_dtensor
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         """How a parameter of the full `shape` lies on the ranks. `param_type` is its own name: `weight`, `bias` …"""
         return plan.Replicate()
+
+    def placement_on(self, param_type: str, shape: Sequence[int], dtype: torch.dtype, world_size: int) -> Placement:
+        """`placement`, or where `partition_tensor` is the strategy's own, what that makes of the parameter."""
+        if type(self).partition_tensor is TensorParallelLayer.partition_tensor:
+            return self.placement(param_type, shape)
+        return traced_placement(self, param_type, shape, dtype, world_size)
 
     def partition_tensor(
         self,
@@ -148,7 +195,7 @@ class TensorParallelLayer:
     @staticmethod
     def _prepare_input_fn(
         input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
-    ) -> tuple:
+    ) -> Any:
         return inputs
 
     @staticmethod
@@ -157,7 +204,7 @@ class TensorParallelLayer:
     ) -> Any:
         return outputs
 
-    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> list[Any]:
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         """Install the two functions around `module`'s forward. Returns the handles; `remove()` undoes each.
 
         A function that a style leaves as it is costs nothing: it is not installed.
@@ -170,3 +217,12 @@ class TensorParallelLayer:
             after = partial(self._prepare_output_fn, self.output_layouts, self.use_local_output)
             handles.append(module.register_forward_hook(lambda mod, _, outputs: after(mod, outputs, device_mesh)))
         return handles
+
+
+class LocalLayer(TensorParallelLayer):
+    """A style whose functions work on local tensors, so that nothing is wrapped at any call.
+
+    `use_dtensor` says only whether its parameters are DTensors to others.
+    """
+
+    local_forward = True

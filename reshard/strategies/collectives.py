@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import shard_bounds
 
-__all__ = ["all_gather_last_dim", "all_reduce", "split_last_dim"]
+__all__ = ["all_gather", "all_reduce", "split"]
 
 # torch 2.13 renamed it, and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,20 +21,21 @@ def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     return x
 
 
-def all_gather_last_dim(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
-    """Join the ranks' slices of a last dim of `size` elements in all. Ranks may hold less, or nothing."""
+def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
+    """Join the ranks' slices of `dim`, of `size` elements in all. Ranks may hold less, or nothing."""
     world_size = mesh.size()
     if world_size == 1:
         return x
+    dim %= x.ndim
     chunk = -(-size // world_size)
-    if x.shape[-1] < chunk:  # later ranks are shorter: what is padded here lies past the end of the joined tensor
-        x = torch.nn.functional.pad(x, (0, chunk - x.shape[-1]))
+    if x.shape[dim] < chunk:  # later ranks are shorter: what is padded here lies past the end of the joined tensor
+        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, chunk - x.shape[dim]))
     joined = x.new_empty((world_size, *x.shape))
     _all_gather(joined.view(-1), x.reshape(-1), group=mesh.get_group())
-    return joined.movedim(0, -2).flatten(-2)[..., :size]
+    return joined.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)
 
 
-def split_last_dim(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """This rank's slice of the last dim."""
-    start, stop = shard_bounds(x.shape[-1], rank=mesh.get_local_rank(), world_size=mesh.size())
-    return x[..., start:stop]
+def split(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+    """This rank's slice of `dim`."""
+    start, stop = shard_bounds(x.shape[dim], rank=mesh.get_local_rank(), world_size=mesh.size())
+    return x.narrow(dim, start, stop - start)

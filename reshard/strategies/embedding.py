@@ -10,13 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import placement as plan
 from ..placement import Placement, shard_bounds
-from .base import TensorParallelLayer
-from .collectives import all_gather_last_dim, all_reduce
+from .base import LocalLayer
+from .collectives import all_gather, all_reduce
 
 __all__ = ["EmbeddingColwiseParallel", "EmbeddingRowwiseParallel"]
 
 
-class EmbeddingRowwiseParallel(TensorParallelLayer):
+class EmbeddingRowwiseParallel(LocalLayer):
     """Vocabulary-parallel: weight `Shard(0)`; ids of other ranks look up row 0 and count as zero in the sum."""
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
@@ -41,8 +41,11 @@ class EmbeddingRowwiseParallel(TensorParallelLayer):
         return all_reduce(outputs, device_mesh)
 
 
-class EmbeddingColwiseParallel(TensorParallelLayer):
-    """Hidden-parallel: weight `Shard(1)`; each rank looks up its slice of every vector, and the slices are gathered."""
+class EmbeddingColwiseParallel(LocalLayer):
+    """Hidden-parallel: weight `Shard(1)`; each rank looks up its slice of every vector, and the slices are gathered.
+
+    With `output_layouts=Shard(-1)` they stay apart: a table of each head's own numbers, such as T5's position bias.
+    """
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(1) if len(shape) > 1 else plan.Replicate()
@@ -51,4 +54,6 @@ class EmbeddingColwiseParallel(TensorParallelLayer):
     def _prepare_output_fn(
         output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
     ) -> Any:
-        return all_gather_last_dim(outputs, mod.embedding_dim, device_mesh)
+        if not output_layouts[0].is_replicate():
+            return outputs
+        return all_gather(outputs, -1, mod.embedding_dim, device_mesh)

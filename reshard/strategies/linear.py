@@ -11,32 +11,15 @@ from torch.distributed.tensor import Shard
 
 from .. import placement as plan
 from ..placement import PackedShard, Placement, block_sizes
-from .base import TensorParallelLayer
-from .collectives import all_gather_last_dim, all_reduce, split_last_dim
+from .base import LocalLayer
+from .collectives import all_gather, all_reduce, split
 
 __all__ = ["ColwiseParallel", "PackedColwiseParallel", "PackedRowwiseParallel", "RowwiseParallel"]
 
 _LAST = Shard(-1)
 
 
-class _LinearParallel(TensorParallelLayer):
-    """A linear layer whose layouts can be chosen; subclasses say what they are by default."""
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Any = None,
-        output_layouts: Any = None,
-        use_local_output: bool = True,
-        use_dtensor: bool = True,
-    ) -> None:
-        self.input_layouts = (input_layouts,) if input_layouts else self.input_layouts
-        self.output_layouts = (output_layouts,) if output_layouts else self.output_layouts
-        self.use_local_output = use_local_output
-        self.use_dtensor = use_dtensor
-
-
-class ColwiseParallel(_LinearParallel):
+class ColwiseParallel(LocalLayer):
     """Output features are split: weight `Shard(-2)`, bias `Shard(0)`; the input is whole on every rank.
 
     The output is this rank's slice of the last dim, or, with `output_layouts=Replicate()`, gathered.
@@ -53,10 +36,10 @@ class ColwiseParallel(_LinearParallel):
     ) -> Any:
         if not output_layouts[0].is_replicate():
             return outputs
-        return all_gather_last_dim(outputs, mod.out_features, device_mesh)
+        return all_gather(outputs, -1, mod.out_features, device_mesh)
 
 
-class RowwiseParallel(_LinearParallel):
+class RowwiseParallel(LocalLayer):
     """Input features are split: weight `Shard(-1)`; each rank's product is a partial sum, reduced after the forward.
 
     The bias is whole on every rank and added once, after the reduction. With `input_layouts=Replicate()` the input is
@@ -65,7 +48,6 @@ class RowwiseParallel(_LinearParallel):
 
     input_layouts = (_LAST,)
     desired_input_layouts = (_LAST,)
-    hidden_in_forward = ("bias",)
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(len(shape) - 1) if len(shape) > 1 else plan.Replicate()
@@ -76,7 +58,7 @@ class RowwiseParallel(_LinearParallel):
     ) -> tuple:
         if not input_layouts[0].is_replicate():
             return inputs
-        return (split_last_dim(inputs[0], device_mesh), *inputs[1:])
+        return (split(inputs[0], -1, device_mesh), *inputs[1:])
 
     @staticmethod
     def _prepare_output_fn(
@@ -86,14 +68,21 @@ class RowwiseParallel(_LinearParallel):
         bias = mod.__dict__.get("_hidden_bias")
         return outputs if bias is None else outputs + bias
 
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        if getattr(module, "bias", None) is not None:
+            module.__dict__["_hidden_bias"] = module.bias
+            module.__dict__["bias"] = None
+        return super().prepare_module_tp(module, device_mesh)
 
-class PackedColwiseParallel(TensorParallelLayer):
+
+class PackedColwiseParallel(LocalLayer):
     """Fused projections (gate|up): each rank takes its slice of every block of the output features.
 
     The bias is packed as its weight is. Upstream cuts it contiguously, which does not match the weight.
     """
 
-    def __init__(self, *, blocks: int | Sequence[int] = 2) -> None:
+    def __init__(self, *, blocks: int | Sequence[int] = 2, **layouts: Any) -> None:
+        super().__init__(**layouts)
         self.blocks = blocks
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from reshard.placement import PackedShard, Placement, Replicate, Shard
-from reshard.strategies import PackedColwiseParallel, RowwiseParallel, as_dtensor, take, torch_placement
+from reshard.placement import Nested, PackedShard, Placement, Replicate, Shard
+from reshard.strategies import PackedColwiseParallel, RowwiseParallel, as_dtensor, rows_of, take, torch_placement
 
 CASES = 150
 
@@ -39,7 +39,7 @@ def compare(tensor: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> boo
     """Whether DTensor could say it too. Asserts that it says the same."""
     rank, world_size, shape = mesh.get_local_rank(), mesh.size(), tuple(tensor.shape)
     local = take(tensor, placement, shape, rank=rank, world_size=world_size)
-    word = torch_placement(placement, shape, world_size)
+    word = torch_placement(placement, world_size)
     if word is None:
         assert isinstance(placement, PackedShard)
         assert len(set(placement.blocks)) > 1 or placement.blocks[0] % world_size, (shape, placement)
@@ -55,6 +55,28 @@ def compare(tensor: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> boo
         assert ours.stride() == tensor.stride(), (shape, placement)
     assert torch.equal(ours.full_tensor(), tensor), (shape, placement)
     return True
+
+
+def compare_nested(mesh: DeviceMesh, generator: torch.Generator) -> None:
+    """Rows of two ranks: the outer placement over the rows, the inner one inside, against DTensor on two axes."""
+    rank, world_size, row = mesh.get_local_rank(), mesh.size(), 2
+    rows = world_size // row
+    shape = (2 * rows + 1, 2 * 3 * row, 5)
+    tensor = torch.randn(shape, generator=generator)
+    view = rows_of(mesh, row)
+    assert rows_of(mesh, row) is view
+    for inner in (Replicate(), Shard(1), Shard(2), PackedShard(1, (3 * row, 3 * row))):
+        placement = Nested(Shard(0), inner, row)
+        local = take(tensor, placement, shape, rank=rank, world_size=world_size)
+        words = [torch_placement(Shard(0), rows), torch_placement(inner, row)]
+        assert torch.equal(local, distribute_tensor(tensor, view, words).to_local()), placement
+        ours = as_dtensor(local, placement, mesh, shape)
+        assert isinstance(ours, DTensor)
+        assert ours.placements == tuple(words)
+        assert torch.equal(ours.full_tensor(), tensor), placement
+    unsaid = Nested(Shard(0), PackedShard(1, (4 * row, 2 * row)), row)
+    local = take(tensor, unsaid, shape, rank=rank, world_size=world_size)
+    assert as_dtensor(local, unsaid, mesh, shape) is local
 
 
 def compare_parameters(mesh: DeviceMesh) -> None:
@@ -86,6 +108,8 @@ def main() -> None:
         else:
             unsaid += 1
     compare_parameters(mesh)
+    if mesh.size() % 2 == 0:
+        compare_nested(mesh, generator)
     if mesh.get_local_rank() == 0:
         assert min(*said.values(), unsaid) > 5, (said, unsaid)
         print(f"compared {sum(said.values())} cases, {unsaid} without a word")

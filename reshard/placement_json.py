@@ -1,0 +1,79 @@
+"""Placements as the manifest writes them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .fields import count, counts, one_of
+from .placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
+
+__all__ = ["placement_from_json", "placement_to_json"]
+
+_KINDS = ("replicate", "shard", "packed", "nested", "explicit")
+
+
+def placement_to_json(placement: Placement) -> dict[str, Any]:
+    """A placement as a JSON object."""
+    if isinstance(placement, Replicate):
+        return {"type": "replicate"}
+    if isinstance(placement, Shard):
+        return {"type": "shard", "dim": placement.dim}
+    if isinstance(placement, PackedShard):
+        return {"type": "packed", "dim": placement.dim, "blocks": list(placement.blocks)}
+    if isinstance(placement, Nested):
+        outer, inner = placement_to_json(placement.outer), placement_to_json(placement.inner)
+        return {"type": "nested", "outer": outer, "inner": inner, "row": placement.row}
+    return {
+        "type": "explicit",
+        "shapes": list(map(list, placement.shapes)),
+        "boxes": [[[list(b.start), list(b.extent), list(b.local_start)] for b in boxes] for boxes in placement.boxes],
+    }
+
+
+def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_size: int) -> Placement:
+    """The placement of a tensor of `shape` on `world_size` ranks.
+
+    Raises:
+        ValueError, TypeError, KeyError or IndexError: it is not one that such a tensor can have.
+    """
+    kind = one_of(_KINDS, content["type"])
+    if kind == "explicit":
+        return _explicit(content, tuple(shape), world_size)
+    if kind == "nested":
+        row = count(content["row"])
+        if row < 2 or world_size % row:
+            raise ValueError(f"rows of {row} among {world_size} ranks")
+        outer = placement_from_json(content["outer"], shape, world_size // row)
+        if not isinstance(outer, (Shard, PackedShard)):
+            raise ValueError("nested: the outer placement does not cut")
+        inner = placement_from_json(content["inner"], shape, row)
+        if isinstance(inner, (Nested, Explicit)):
+            raise ValueError("nested: the inner placement is not a plain one")
+        nested = Nested(outer, inner, row)
+        for rank in range(world_size):  # the inner one must fit what its row holds
+            pieces(nested, shape, rank=rank, world_size=world_size)
+        return nested
+    if kind == "replicate":
+        return Replicate()
+    dim = range(len(shape))[count(content["dim"])]
+    if kind == "shard":
+        return Shard(dim)
+    blocks = counts(content["blocks"])
+    if sum(blocks) != shape[dim]:
+        raise ValueError(f"blocks {blocks} in a shape of {shape}")
+    return PackedShard(dim, blocks)
+
+
+def _explicit(content: dict[str, Any], shape: tuple[int, ...], world_size: int) -> Explicit:
+    shapes = tuple(map(counts, content["shapes"]))
+    boxes = tuple(tuple(Piece(*map(counts, box)) for box in of_rank) for of_rank in content["boxes"])
+    if not len(shapes) == len(boxes) == world_size:
+        raise ValueError(f"boxes of {len(boxes)} ranks, not {world_size}")
+    for local, of_rank in zip(shapes, boxes):
+        for box in of_rank:
+            for start, whole in ((box.start, shape), (box.local_start, local)):
+                fits = len(start) == len(box.extent) == len(whole)
+                if not fits or any(at + size > limit for at, size, limit in zip(start, box.extent, whole)):
+                    raise ValueError(f"a box of {box.extent} at {start} in a shape of {whole}")
+    return Explicit(shapes, boxes)

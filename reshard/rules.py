@@ -1,0 +1,196 @@
+"""From a plan's rules (pattern → style) to the style of every parameter and module of a model.
+
+Patterns are written as transformers writes them: the name of a module or parameter with `*` for every layer number. A
+rule for a module is also the rule of its own parameters, unless they have one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import BadInputError, printable
+from .source import read_json
+
+__all__ = ["AUTO", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
+
+AUTO = "auto"
+_BASE = "extends"  # the key of a plan file that says what its rules are added to
+
+# What a style is called for a module that is not an `nn.Linear`. 5.17 shards embeddings by the linear styles as well.
+_FOR_EMBEDDINGS = {
+    "colwise": "embedding_colwise",
+    "rowwise": "embedding_rowwise",
+    "local_colwise": "embedding_local_colwise",
+}
+_FOR_CONV1D = {
+    **{style: f"conv1d_{style}" for style in ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")},
+    **{"colwise_rep": "conv1d_colwise_gather_output", "rowwise_rep": "conv1d_rowwise_split_input"},
+}
+
+
+def read_rules(path: str | Path) -> dict[str, str]:
+    """The rules of a plan file, JSON or TOML by its suffix: pattern → style, and perhaps `extends = "auto"`.
+
+    Raises:
+        BadInputError: it cannot be read, or is not such a table.
+    """
+    path = Path(path)
+    if path.suffix == ".toml":
+        rules = _read_toml(path)
+    elif path.suffix == ".json":
+        rules = read_json(path)
+    else:
+        raise BadInputError(f"{printable(path)}: a plan is a .json or a .toml file")
+    if not isinstance(rules, dict) or not rules:
+        raise BadInputError(f"{printable(path)}: holds no rules", hint='a rule is: "layers.*.mlp.up_proj": "colwise"')
+    for pattern, style in rules.items():
+        if not isinstance(style, str):
+            raise BadInputError(
+                f"{printable(path)}: the style of {printable(pattern)} is not a name",
+                hint="in TOML, write patterns in quotes" if path.suffix == ".toml" else None,
+            )
+    return rules
+
+
+def _read_toml(path: Path) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise BadInputError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInputError(f"{printable(path)}: not valid TOML: {printable(error)}") from None
+
+
+def wildcard(name: str) -> str:
+    """Layer numbers as `*`, the way plans are written (transformers' `replace_layer_number_by_wildcard`)."""
+    return re.sub(r"\.\d+(\.|$)", lambda match: ".*" + match.group(1), name)
+
+
+def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> tuple[dict[str, str], frozenset[str]]:
+    """The rules to use, in full names, and which of them the user wrote.
+
+    `tp_plan` is "auto", for the model's own, or the user's rules, which replace those unless they extend "auto". A
+    pattern may leave out what stands before it, such as `model.`, where only one name ends with it.
+
+    Raises:
+        BadInputError: a rule matches nothing, or several kinds of modules.
+    """
+    own = dict(model.tp_plan or {})
+    if isinstance(tp_plan, str):
+        if tp_plan != AUTO:
+            raise BadInputError(f"tp_plan is {printable(tp_plan)!r}", hint='give "auto", a plan file, or rules')
+        return own, frozenset()
+    rules = dict(tp_plan)
+    base = rules.pop(_BASE, None)
+    if base not in (None, AUTO):
+        raise BadInputError(
+            f"the plan extends {printable(base)!r}", hint=f'{_BASE} = "{AUTO}" is the only base there is'
+        )
+    names = list(dict.fromkeys(wildcard(name) for name, _ in _named(model)))
+    written = {_full_name(pattern, names): style for pattern, style in rules.items()}
+    return {**(own if base else {}), **written}, frozenset(written)
+
+
+def _named(model: Any) -> list[tuple[str, Any]]:
+    return [*model.named_modules(), *model.named_parameters(remove_duplicate=False)]
+
+
+def _full_name(pattern: str, names: list[str]) -> str:
+    if pattern in names:
+        return pattern
+    found = [name for name in names if name.endswith(f".{pattern}")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise BadInputError(f"the rule for {printable(pattern)} is ambiguous", hint=f"write one of: {_some(found)}")
+    near = difflib.get_close_matches(wildcard(pattern), names, n=4, cutoff=0.5)
+    near += [name for name in names if name.endswith("." + pattern.rpartition(".")[2]) and name not in near]
+    raise BadInputError(
+        f"the rule for {printable(pattern)} matches nothing in the model",
+        hint=f"names like it: {_some(near)}" if near else "reshard plan SOURCE --tp-size 1 prints every parameter",
+    )
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(map(printable, names[:most])) + (" …" if len(names) > most else "")
+
+
+def expert_rules(model: Any) -> dict[str, str]:
+    """The model's expert-parallel rules: which modules hold experts, and that their parameters are cut by expert.
+
+    transformers 5.17 masks routes at the router and reduces behind the experts; here both happen around the experts.
+    """
+    rules = dict(getattr(model, "_ep_plan", None) or {})
+    if "ep_router" in rules.values():
+        rules = {
+            pattern: "ep_dispatch_experts" if style == "moe_tp_experts" else style for pattern, style in rules.items()
+        }
+    return rules
+
+
+@dataclass(frozen=True, slots=True)
+class Styles:
+    """Styles by full name: of `parameters`, of `modules` (whose forward they surround), and of the parameters that are
+    cut by expert. `unused` are rules that match nothing."""
+
+    parameters: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> Styles:
+    """Concrete styles of every parameter (its own rule, else its module's) and of every module that has a rule.
+
+    Where a module has an expert rule, it comes before its other one, and before those of the modules inside it.
+    """
+    found, used = Styles(), set()
+    inside: list[str] = []  # modules with an expert rule
+    for module_name, module in model.named_modules():
+        rule = wildcard(module_name)
+        if rule in experts:
+            found.modules[module_name] = experts[rule]
+            inside.append(f"{module_name}.")
+        elif rule in rules and not module_name.startswith(tuple(inside)):
+            found.modules[module_name] = _for_module(rules[rule], module)
+        used |= {rule} & rules.keys()
+        for own, _ in module.named_parameters(recurse=False):
+            name = f"{module_name}.{own}" if module_name else own
+            exact = wildcard(name)
+            used |= {exact} & rules.keys()
+            if exact in experts:
+                found.experts[name] = experts[exact]
+            elif name.startswith(tuple(inside)):
+                continue
+            if exact in rules:
+                found.parameters[name] = _for_experts(rules[exact], module, own)
+            elif rule in rules:
+                found.parameters[name] = _for_module(rules[rule], module)
+    return Styles(found.parameters, found.modules, found.experts, tuple(rule for rule in rules if rule not in used))
+
+
+def _for_module(style: str, module: torch.nn.Module) -> str:
+    if isinstance(module, torch.nn.Embedding):
+        return _FOR_EMBEDDINGS.get(style, style)
+    if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, which GPT-2 and its kin use
+        return _FOR_CONV1D.get(style, style)
+    return style
+
+
+def _for_experts(style: str, module: Any, own: str) -> str:
+    """gate|up side by side are packed. inkling's plan cuts them contiguously, as they alternate in its checkpoint: but
+    they are cut here after the conversion that puts them side by side."""
+    fused = getattr(module, "is_concatenated", False) and own.startswith("gate_up_proj")
+    return "packed_colwise" if fused and style == "colwise" else style

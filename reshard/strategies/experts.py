@@ -1,0 +1,90 @@
+"""Mixtures of experts, and whatever else gives a partial sum when it runs on sharded parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import placement as plan
+from ..placement import Placement
+from .base import LocalLayer
+from .collectives import all_reduce
+
+__all__ = [
+    "AllReduceParallel",
+    "ExpertShardParallel",
+    "ExpertsDispatchParallel",
+    "MoeExpertsParallel",
+    "MoeIdentityParallel",
+]
+
+
+class AllReduceParallel(LocalLayer):
+    """The module's output (the first, where it gives several) is a partial sum: reduce it.
+
+    Its own parameters are whole unless they have a rule.
+    """
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        first = outputs if isinstance(outputs, torch.Tensor) or outputs is None else outputs[0]
+        if first is not None:
+            all_reduce(first, device_mesh)  # in place, so the outputs hold the sum
+        return outputs
+
+
+class MoeExpertsParallel(AllReduceParallel):
+    """Every rank runs a slice of every expert (`packed_colwise` gate|up, `rowwise` down): reduce the sum."""
+
+
+class MoeIdentityParallel(LocalLayer):
+    """An expert that returns its input, the same on every rank: divided here, since the experts' sum is reduced."""
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
+    ) -> tuple:
+        return (inputs[0] / device_mesh.size(), *inputs[1:])
+
+
+class ExpertShardParallel(LocalLayer):
+    """Whole experts on each rank: every parameter of fused experts is `Shard(0)`."""
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(0) if shape else plan.Replicate()
+
+
+class ExpertsDispatchParallel(AllReduceParallel):
+    """Experts on the ranks by expert (`grouped_gemm`): each runs the routes to its own on all tokens; reduce the sum.
+
+    The module's forward takes `(hidden_states, top_k_index, top_k_weights)`. A route to another rank's expert gets the
+    id after the last one and weight zero, which transformers' experts skip.
+    """
+
+    over_all_ranks = True
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
+    ) -> tuple:
+        hidden_states, top_k_index, top_k_weights = inputs
+        first, count = mod._first_expert, mod.num_experts
+        elsewhere = (top_k_index < first) | (top_k_index >= first + count)
+        index = (top_k_index - first).masked_fill(elsewhere, count)
+        return hidden_states, index, top_k_weights.masked_fill(elsewhere, 0)
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        """Tell the module which experts it has. Ranks in a row share the same ones where experts are cut as well."""
+        fused = next(tensor for tensor in vars(module).values() if isinstance(tensor, torch.Tensor) and tensor.ndim > 1)
+        everyone, mine = module.num_experts, fused.shape[0]
+        row = device_mesh.size() * mine // everyone
+        module.num_experts = mine
+        module._first_expert = device_mesh.get_local_rank() // row * mine
+        module._is_expert_parallel = True  # transformers' own sign to skip the id after the last
+        return super().prepare_module_tp(module, device_mesh)
