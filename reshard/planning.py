@@ -205,9 +205,9 @@ def _tie(
 def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size: int) -> list[str]:
     """Why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the folder."""
     reasons = []
-    packed = [target.name for target in targets if not is_box(target.placement)]
-    if packed and world_size > 1:
-        reasons.append(f"{len(packed)} packed parameters are not one box per rank ({packed[0]} …)")
+    scattered = [target.name for target in targets if not is_box(target.placement)]
+    if scattered and world_size > 1:
+        reasons.append(f"{len(scattered)} parameters are not one box per rank ({scattered[0]} …)")
     reasons += [f"{name} is tied to {owner} and stored once, but it looks for both" for name, owner in tied.items()]
     return reasons
 

@@ -120,7 +120,7 @@ def check(
     """
     model = _load(out, strategies, revision=revision, device=device, digests=not no_digests, attn=attn)
     parity = compare(model, reference)
-    tokens = "equal" if parity.equal_tokens else "different"
+    tokens = {True: "equal", False: "different", None: "not generated"}[parity.equal_tokens]
     text = f"max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}), tokens {tokens}"
     _say(json.dumps(parity.to_json()) if style == "json" else f"{out}: {text}")
     if not parity.ok:

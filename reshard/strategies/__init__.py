@@ -136,7 +136,7 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
 
     def custom(self, names: Iterable[str]) -> dict[str, str]:
         """Those of `names` that are not built in, and the class of each."""
-        return {name: type(self[name]).__name__ for name in names if self.get(name) is not _BUILT_IN.get(name)}
+        return {name: type(self[name]).__name__ for name in sorted(names) if self.get(name) is not _BUILT_IN.get(name)}
 
     def __getitem__(self, name: str) -> TensorParallelLayer:
         return self._strategies[name]
