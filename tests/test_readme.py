@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pico
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,9 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith(("reshard ", "torchrun ", "scripts/"))
 ]
-SCRIPTS = [block for language, block in BLOCKS if language == "python"]
+NAMED = re.compile(r"# (\w+\.(?:py|toml))\n")
+FILES = {match[1]: block for _, block in BLOCKS if (match := NAMED.match(block))}
+SCRIPTS = [block for language, block in BLOCKS if language == "python" and not NAMED.match(block)]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 ENVIRONMENT = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
 
@@ -36,9 +39,12 @@ def run(*command: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where SOURCE is a pico model with a tokenizer."""
+    """Where SOURCE is a pico model with a tokenizer, MOE one with experts, and the README's own files are there."""
     root = tmp_path_factory.mktemp("readme")
     run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
+    pico.save("qwen3_moe", root / "MOE")
+    for name, text in FILES.items():
+        (root / name).write_text(text)
     return root
 
 
@@ -54,8 +60,9 @@ def test_commands(folder: Path) -> None:
     assert len(generated) == 2
     for text in generated:
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
-    checked = next(text for command, text in said.items() if "runtime check" in command)
-    assert "tokens equal" in checked
+    checked = [text for command, text in said.items() if "runtime check" in command]
+    assert len(checked) == 2
+    assert all("tokens equal" in text for text in checked)
 
 
 def test_python(folder: Path, tmp_path: Path) -> None:

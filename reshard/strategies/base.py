@@ -32,23 +32,20 @@ __all__ = [
 
 def take(param: Any, placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> torch.Tensor:
     """The part of `param` (a tensor, or a lazy safetensors slice) that `rank` holds. Any dtype; may be empty."""
-    local = local_shape(placement, shape, rank=rank, world_size=world_size)
-    if 0 in local:
-        return param[tuple(slice(0, size) for size in local)]
-    if not local:
+    if isinstance(placement, plan.Nested):
+        row, place = divmod(rank, placement.row)
+        held = take(param, placement.outer, shape, rank=row, world_size=world_size // placement.row)
+        return take(held, placement.inner, held.shape, rank=place, world_size=placement.row)
+    if not shape:
         return param[...]
-    found = pieces(placement, shape, rank=rank, world_size=world_size)
-    parts = [param[_index(piece.start, piece.extent)] for piece in found]
-    if len(parts) == 1:
-        return parts[0]
-    joined = parts[0].new_empty(local)
-    for piece, part in zip(found, parts):
-        joined[_index(piece.local_start, piece.extent)] = part
-    return joined
-
-
-def _index(start: Sequence[int], extent: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(at, at + size) for at, size in zip(start, extent))
+    found = [
+        param[tuple(slice(start, start + extent) for start, extent in zip(piece.start, piece.extent))]
+        for piece in pieces(placement, shape, rank=rank, world_size=world_size)
+    ]
+    if not found:
+        empty = local_shape(placement, shape, rank=rank, world_size=world_size)
+        return param[tuple(slice(0, size) for size in empty)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=placement.dim)  # type: ignore[union-attr]
 
 
 def get_tensor_shard(param: Any, empty_param: torch.Tensor, device_mesh: Any, rank: int, dim: int) -> torch.Tensor:
