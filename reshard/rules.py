@@ -183,6 +183,8 @@ def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> 
 
 def _for_module(style: str, module: torch.nn.Module) -> str:
     if isinstance(module, torch.nn.Embedding):
+        if len(module._parameters) > 1:  # t5gemma2's looks for tokens of its own in the ids, which a cut would shift
+            return "replicate"
         return _FOR_EMBEDDINGS.get(style, style)
     if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, which GPT-2 and its kin use
         return _FOR_CONV1D.get(style, style)

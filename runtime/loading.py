@@ -132,12 +132,15 @@ def _fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], d
         module, own = _owner(model, name)
         source, theirs = _owner(model, owner)
         module._parameters[own] = source._parameters[theirs]
-    for module in model.modules():
-        computed = [own for own, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        for own in computed:  # from the configuration, such as rope's frequencies
-            module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
-        # Of every other module nothing is left to compute. Some would write to loaded tensors (youtu: the pad row).
-        module._is_hf_initialized = not computed
+    computed = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    unfinished = {""}
+    for name in computed:  # from the configuration, such as rope's frequencies; by its module, or one around it
+        module, own = _owner(model, name)
+        module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
+        unfinished |= {name[:end] for end, character in enumerate(name) if character == "."}
+    # Of every other module nothing is left to compute. Some would write to loaded tensors (youtu: the pad row).
+    for name, module in model.named_modules():
+        module._is_hf_initialized = name not in unfinished
     with torch.no_grad():
         model.initialize_weights()
 
