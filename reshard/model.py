@@ -173,11 +173,12 @@ def _pattern(patterns: Any) -> re.Pattern[str] | None:
 
 def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> tuple[int | None, bool]:
     """How many heads a parameter's cut dim holds, and whether ranks may share them."""
-    projection = name.split(".")[-2] if "." in name else ""
+    module = name.rpartition(".")[0].removesuffix(".linear")  # gemma4's vision projections wrap a linear layer
+    projection = module.rpartition(".")[2]
     if style not in ("colwise", "local_colwise") or projection not in _HEADS:
         return None, False
     config = model.config.get_text_config()
-    attention = model.get_submodule(name.rsplit(".", 2)[0])
+    attention = model.get_submodule(module.rpartition(".")[0])
     # Each rank then runs fewer query heads for each KV head it holds, which the attention must be told of.
     shared = _HEADS[projection] == "num_key_value_heads" and hasattr(attention, KV_GROUPS)
     head_dim = next((getattr(attention, size) for size in _HEAD_SIZES if hasattr(attention, size)), None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .corrections import corrected
 from .errors import BadInputError, printable
 from .source import read_json
 
@@ -87,7 +88,7 @@ def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> tuple[dict[str,
     Raises:
         BadInputError: a rule matches nothing, or several kinds of modules.
     """
-    own = dict(model.tp_plan or {})
+    own, _ = corrected(model.tp_plan or {}, model.config)
     if isinstance(tp_plan, str):
         if tp_plan != AUTO:
             raise BadInputError(f"tp_plan is {printable(tp_plan)!r}", hint='give "auto", a plan file, or rules')
@@ -134,10 +135,9 @@ def expert_rules(model: Any) -> dict[str, str]:
     """
     rules = dict(getattr(model, "_ep_plan", None) or {})
     if "ep_router" in rules.values():
-        rules = {
-            pattern: "ep_dispatch_experts" if style == "moe_tp_experts" else style for pattern, style in rules.items()
-        }
-    return rules
+        rules = {pattern: style.replace("moe_tp_experts", "ep_dispatch_experts") for pattern, style in rules.items()}
+    # Some list the rules of other modules again.
+    return {pattern: style for pattern, style in rules.items() if style in ("grouped_gemm", "ep_dispatch_experts")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,15 +173,17 @@ def _distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Pa
 def _share_heads(model: Any, manifest: Manifest) -> None:
     """Where ranks share a KV head, each runs that many times fewer query heads for it than the configuration says."""
     row = manifest.topology.tp_row
-    shares = {
-        target.name.rsplit(".", 2)[0]: target.placement.row // row
-        for target in manifest.parameters
-        if isinstance(target.placement, Nested) and isinstance(target.placement.inner, Replicate)
-    }
+    shares = {}
+    for target in manifest.parameters:
+        placement = target.placement
+        if isinstance(placement, Nested) and isinstance(placement.inner, Replicate) and placement.row > row:
+            attention = target.name.rpartition(".")[0]
+            while not hasattr(model.get_submodule(attention), KV_GROUPS):
+                attention = attention.rpartition(".")[0]
+            shares[attention] = placement.row // row
     for name, copies in shares.items():
         attention = model.get_submodule(name)
-        if copies > 1:
-            setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
+        setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

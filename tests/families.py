@@ -1,56 +1,52 @@
-"""A pico model of every causal family of the installed transformers, without a table of families: numbers that make a
-model big are made small wherever a configuration has them."""
+"""A pico model of every family of the installed transformers that has a plan: numbers that make a model big are made
+small wherever a configuration, or one nested in it, has them."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from family_tables import FIRST_SPECIAL, LAYER_COUNTS, LAYERS, NESTED, NEVER_NONE, OVERRIDES, SMALL
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+MODEL_TYPES = tuple(sorted(CONFIG_MAPPING_NAMES))
 LARGEST = 3_000_000  # parameters of a model still called pico
 
-_SMALL: dict[str, int] = {
-    **{"vocab_size": 130, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64},
-    **{"num_hidden_layers": 2, "num_layers": 2, "n_layers": 2, "sliding_window": 16},
-    **{"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    # experts
-    **{"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "zero_expert_num": 2},
-    **{"num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    **{"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "expert_ffn_hidden_size": 24},
-    **{"ffn_hidden_size": 48, "intermediate_size_mlp": 48, "first_k_dense_replace": 1},
-    # compressed attention
-    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-    **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
-    # linear attention and state space
-    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8},
-    # embeddings of each layer's own
-    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 130, "num_kv_shared_layers": 0},
-}
-_KINDS = ("layer_types", "mlp_layer_types", "block_types", "layers_block_type")
+# The auto classes a family is looked up in, in order.
+_TASKS = (
+    *("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
+    *("TEXT_TO_WAVEFORM", "MASKED_LM", "TOKEN_CLASSIFICATION"),
+)
 
 
 def build(model_type: str) -> Any:
-    """A random model of the family in fp32, or None where the family has no tp_plan.
+    """A random model of the family in fp32, or None where the family has no plan.
 
     Raises whatever its configuration or class raises: not every family can be made small this way.
     """
-    config = _config(model_type)
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    model_class = getattr(transformers, names if isinstance(names, str) else names[0])
+    if not _may_have_plan(model_type):
+        return None
+    config = small_config(model_type)
+    model_class = _model_class(config)
+    if model_class is None:
+        return None
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in model_class._from_config(config).parameters())
+        model = model_class._from_config(config)
+    if not model.tp_plan and not getattr(model, "ep_plan", None):
+        return None
+    if getattr(transformers, model_class.__name__, None) is not model_class:
+        raise LookupError(f"transformers does not export {model_class.__name__}")
+    size = sum(parameter.numel() for parameter in model.parameters())
     if size > LARGEST:
         raise ValueError(f"{size} parameters")
     torch.manual_seed(0)
     model = model_class._from_config(config).eval()
-    if not model.tp_plan:
-        return None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,38 +58,135 @@ def build(model_type: str) -> Any:
     return model
 
 
-def _config(model_type: str) -> Any:
-    config_class = transformers.CONFIG_MAPPING[model_type]
-    config = config_class()
-    text = config.get_text_config()
-    has = text.to_dict()
-    small = {name: value for name, value in _SMALL.items() if has.get(name) is not None or name.endswith("_token_id")}
-    small = {name: value for name, value in small.items() if name in has}
-    if "qk_rope_head_dim" in small:  # the head's size follows from its parts, and every head has its own key
-        small.pop("head_dim", None)
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    if text is config:
-        config = text = config_class(**small)
-    else:
-        for name, value in small.items():
-            setattr(text, name, value)
-    _shorten(text)
-    return config
-
-
-def _shorten(config: Any) -> None:
-    """As few layers as show every kind there is."""
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
-    if kinds:
-        config.num_hidden_layers = max(2, len(kinds))
-    for name in _KINDS:
-        kinds = list(dict.fromkeys(getattr(config, name, None) or []))
-        if kinds:
-            setattr(config, name, (kinds * config.num_hidden_layers)[: config.num_hidden_layers])
-
-
 def save(model: Any, folder: Path) -> Path:
     """Write the model as a checkpoint of several files."""
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder, max_shard_size="40KB")
     return folder
+
+
+def small_config(model_type: str) -> Any:
+    """The family's configuration with small numbers, in nested configurations too."""
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    overrides = OVERRIDES.get(model_type, {})
+    found = _shrink(config_class(**NESTED.get(model_type, {})), {})
+    return config_class(**_merge(found, overrides))
+
+
+def _may_have_plan(model_type: str) -> bool:
+    """Whether a configuration nested in the default one, or a class of the family's module, has a plan."""
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    package = Path(sys.modules[config_class.__module__].__file__ or "").parent
+    if any("_tp_plan" in path.read_text() for path in package.glob("modeling_*.py")):
+        return True
+    try:
+        config = config_class()
+    except Exception:
+        config = config_class
+    plans = ("base_model_tp_plan", "base_model_ep_plan")
+    return any(getattr(one, plan, None) for one in (config, *_nested(config)) for plan in plans)
+
+
+def _nested(config: Any) -> Iterator[Any]:
+    for value in vars(config).values():
+        if isinstance(value, transformers.PreTrainedConfig):
+            yield value
+            yield from _nested(value)
+
+
+def _model_class(config: Any) -> Any:
+    """The class that does most with this configuration: a causal model, a conditional one, …, the base model."""
+    listed = []
+    for mapping in [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in _TASKS] + ["MODEL_MAPPING_NAMES"]:
+        names = getattr(modeling_auto, mapping, {}).get(config.model_type, ())
+        listed += [getattr(transformers, name, None) for name in ((names,) if isinstance(names, str) else names)]
+    fitting = [found for found in listed if _fits(found, config)]
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    if not fitting and importlib.util.find_spec(module):
+        fitting = [found for found in vars(importlib.import_module(module)).values() if _fits(found, config)][::-1]
+    return (fitting or listed or [None])[0]  # some families have a sibling's classes
+
+
+def _fits(found: Any, config: Any) -> bool:
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return is_model and found.config_class is type(config) and not found.__name__.endswith("PreTrainedModel")
+
+
+def _with_sections(rope: dict[str, Any]) -> dict[str, Any]:
+    """Sections of a head's rotary dims that add up to half of 8."""
+    if "rope_type" in rope:
+        return {**rope, "mrope_section": [2, 1, 1]}
+    return {name: _with_sections(value) if isinstance(value, dict) else value for name, value in rope.items()}
+
+
+def _has_mrope(config: Any) -> bool:
+    """Whether the family's code looks for sections, which have defaults of its own size."""
+    path = Path(sys.modules[type(config).__module__].__file__ or "")
+    modeling = path.with_name(path.name.replace("configuration_", "modeling_"))
+    return modeling.exists() and '"mrope_section"' in modeling.read_text()
+
+
+def _shrink(config: Any, special: dict[str, int]) -> dict[str, Any]:
+    """Keyword arguments that make the same configuration small. `special` numbers the special tokens met so far."""
+    found: dict[str, Any] = {}
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    for name, value in values.items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            found[name] = {"model_type": value.model_type, **_chosen(value), **_shrink(value, special)}
+        elif name in SMALL and (_is_number(value) or name in NEVER_NONE or (isinstance(SMALL[name], list) and value)):
+            found[name] = SMALL[name]
+        elif name in SMALL and isinstance(value, list) and all(map(_is_number, value)):
+            found[name] = [SMALL[name]] * len(value)
+        elif name.endswith(("_token_id", "_token_index")) and _is_number(value):
+            found[name] = special.setdefault(name, FIRST_SPECIAL + len(special))
+        elif name == "rope_parameters" and isinstance(value, dict) and _has_mrope(config):
+            found[name] = _with_sections(value)
+    if "qk_rope_head_dim" in found:  # the head's size follows from its parts, and every head has its own key
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    return {**found, **_shorten({**values, **found})}
+
+
+def _shorten(values: dict[str, Any]) -> dict[str, Any]:
+    """As few layers as show every kind there is, and of every list with an entry a layer, the entries of those."""
+    found: dict[str, Any] = {}
+    for name in LAYER_COUNTS:
+        count = values.get(name)
+        if not _is_number(count) or count <= LAYERS:
+            continue
+        lists = {
+            own: value for own, value in values.items() if isinstance(value, (list, tuple)) and len(value) == count
+        }
+        kinds = [repr([value[layer] for value in lists.values()]) for layer in range(count)]
+        layers = sorted({kind: layer for layer, kind in reversed(list(enumerate(kinds)))}.values())[:6]
+        layers = sorted((layers + [layer for layer in range(count) if layer not in layers])[: max(LAYERS, len(layers))])
+        found[name] = len(layers)
+        found |= {own: [value[layer] for layer in layers] for own, value in lists.items()}
+    return found
+
+
+def _chosen(config: Any) -> dict[str, Any]:
+    """Fields that whoever nests this configuration chose: those that are not the class's defaults."""
+    try:
+        usual = vars(type(config)())
+    except Exception:
+        return {}
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("_")
+        and name in usual
+        and isinstance(value, (int, float, str, bool))
+        and usual[name] != value
+    }
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        nested = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = _merge(base[name], value) if nested else value
+    return merged
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ class Toy(nn.Module):
         self.head = nn.Linear(2, 4)
         self.conv = Conv1D(4, 2)
         self.tp_plan, self._ep_plan = TP_PLAN, EP_PLAN
+        self.config = SimpleNamespace(model_type="toy")
 
 
 @pytest.fixture
@@ -135,8 +137,13 @@ def test_expert_rules_come_before_the_others(model: Any) -> None:
 
 
 def test_the_routers_rule_of_older_releases_is_the_experts(model: Any) -> None:
-    model._ep_plan = {"gate": "ep_router", "experts": "moe_tp_experts", "experts.up": "grouped_gemm"}
-    assert expert_rules(model) == {"gate": "ep_router", "experts": "ep_dispatch_experts", "experts.up": "grouped_gemm"}
+    model._ep_plan = {
+        "gate": "ep_router",
+        "mlp.up": "colwise",
+        "experts": "moe_tp_experts",
+        "experts.up": "grouped_gemm",
+    }
+    assert expert_rules(model) == {"experts": "ep_dispatch_experts", "experts.up": "grouped_gemm"}
     model._ep_plan = None
     assert expert_rules(model) == {}
 

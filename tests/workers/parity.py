@@ -2,8 +2,9 @@
 
     parity.py JOBS.json OUT.json
 
-JOBS is a list of {"name", "folder", "ids", "new_tokens"}. Rank 0 writes OUT, after each job: the greedy tokens and the
-parameters that are no DTensors; logits and full tensors go to OUT.NAME.pt.
+JOBS is a list of {"name", "folder", "new_tokens"} with either "ids" or "inputs", a file of the forward's arguments;
+"new_tokens" null generates none. Rank 0 writes OUT, after each job: the greedy tokens and the parameters that are no
+DTensors; the compared output and full tensors go to OUT.NAME.pt.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from family_inputs import main_output
 from torch.distributed.tensor import DTensor
 
 import runtime
@@ -22,23 +24,25 @@ def main(jobs_path: str, out_path: str) -> None:
     results = {}
     for job in json.loads(Path(jobs_path).read_text()):
         model = runtime.load(job["folder"])
-        ids = torch.tensor(job["ids"])
+        inputs = {"input_ids": torch.tensor(job["ids"])} if "ids" in job else torch.load(job["inputs"])
         with torch.inference_mode():
-            logits = model(ids).logits
-        tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=job["new_tokens"], do_sample=False
-        )
+            logits = main_output(model(**inputs))
+        tokens = None
+        if job["new_tokens"]:
+            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+            tokens = model.generate(**inputs, max_new_tokens=job["new_tokens"], do_sample=False).tolist()
         everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, tokens.tolist())
+        dist.all_gather_object(everyone, tokens)
         assert all(one == everyone[0] for one in everyone), "ranks generated different tokens"
         parameters = {name: runtime.full_tensor(model, name).clone() for name in model.state_dict()}
         if dist.get_rank() == 0:
             torch.save({"logits": logits, "parameters": parameters}, f"{out_path}.{job['name']}.pt")
             results[job["name"]] = {
-                "tokens": tokens.tolist(),
+                "tokens": tokens,
                 "plain": [n for n, p in model.named_parameters() if not isinstance(p, DTensor)],
             }
-            Path(out_path).write_text(json.dumps(results))  # at once: a later job may end us
+            Path(f"{out_path}.part").write_text(json.dumps(results))  # at once: a later job may end us
+            os.replace(f"{out_path}.part", out_path)
     dist.barrier()
     dist.destroy_process_group()
 

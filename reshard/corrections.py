@@ -1,0 +1,62 @@
+"""Plans of transformers that no tensor-parallel run can be right with, and rules that are.
+
+Found by comparing every family with its single-process model (transformers 5.17 to 5.23). Each correction computes the
+attention or activation whole on every rank and cuts only its weights: slower than the plan meant, and exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["corrected"]
+
+_WHOLE_ATTENTION = {
+    **{f"self_attn.{name}": "colwise_gather_output" for name in ("q_proj", "k_proj", "v_proj")},
+    "self_attn.o_proj": "rowwise_split_input",
+}
+
+# Model type (of a nested configuration too) → the end of a rule's pattern → the style it should have.
+_RULES: dict[str, dict[str, str]] = {
+    # The decoder, which has no plan, appends its whole heads to the cache that the encoder fills.
+    "diffusion_gemma_text": _WHOLE_ATTENTION,
+    # dt_proj makes the mask of all heads on every rank, which has only its own heads' keys.
+    "doge": {**_WHOLE_ATTENTION, "self_attn.dt_proj": "replicate"},
+    # q_norm and k_norm are over all heads together.
+    "esmc": _WHOLE_ATTENTION,
+    # The sparse activation takes the mean and deviation over the whole intermediate size.
+    "gemma3n_text": {
+        "mlp.gate_proj": "colwise_gather_output",
+        "mlp.up_proj": "colwise_gather_output",
+        "mlp.down_proj": "rowwise_split_input",
+    },
+    # The linear attention has an o_proj too, and its other projections have no rules.
+    "glm5_next_text": {
+        "self_attn.q_b_proj": "colwise_gather_output",
+        "self_attn.kv_b_proj": "colwise_gather_output",
+        "self_attn.o_proj": "rowwise_split_input",
+    },
+    # The value embeddings and the scale alpha are of all heads.
+    "neomme": {
+        **_WHOLE_ATTENTION,
+        "output_projection.gate_proj": "colwise_gather_output",
+        "output_projection.o_proj": "rowwise_split_input",
+    },
+}
+
+
+def corrected(rules: Mapping[str, str], config: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+    """A model's own rules with those put right that are wrong, and the patterns of these. `config` is the model's."""
+    fixes = {end: style for kind in _model_types(config) for end, style in _RULES.get(kind, {}).items()}
+    found = dict(rules)
+    for pattern in rules:
+        for end, style in fixes.items():
+            if pattern == end or pattern.endswith(f".{end}"):
+                found[pattern] = style
+    return found, tuple(pattern for pattern in rules if found[pattern] != rules[pattern])
+
+
+def _model_types(config: Any) -> Iterable[str]:
+    yield getattr(config, "model_type", "")
+    for part in getattr(config, "sub_configs", {}):
+        yield from _model_types(getattr(config, part, None))
