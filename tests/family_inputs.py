@@ -143,6 +143,12 @@ def _scanned(config: Any) -> dict[str, Any]:
     return {**_pixels(config.vision_config), "decoder_input_ids": IDS.clone()}
 
 
+def _on_canvas(config: Any) -> dict[str, Any]:
+    """A text, and the canvas to refine, which is random where it is not given."""
+    canvas = torch.randint(3, 100, (ROWS, config.canvas_length), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": IDS.clone(), "decoder_input_ids": canvas}
+
+
 def _segmented(config: Any) -> dict[str, Any]:
     return {"pixel_values": _noise(1, 3, 192, 192)}
 
@@ -151,5 +157,5 @@ _OWN: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{"jev": _question, "kyutai_speech_to_text": _codes, "muse_glimmer_assistant": _drafted},
     **{"qwen3_omni_moe_talker_text": _embedded(LENGTH), "qwen3_omni_moe_talker_code_predictor": _embedded(4)},
     **{"pi0": _robot, "voxtral_realtime": _heard, "pp_formulanet": _scanned},
-    **{"deepseek_ocr2_vision": _segmented},
+    **{"deepseek_ocr2_vision": _segmented, "diffusion_gemma": _on_canvas},
 }

@@ -1,5 +1,5 @@
-"""The family matrix: every family with a plan, built small, resharded, run under torchrun, compared with one
-process."""
+"""The family matrix: every family with a plan, built small, resharded, run under torchrun, compared with one process;
+and, where asked, what transformers' own tensor parallelism computes of the same checkpoint."""
 
 from __future__ import annotations
 
@@ -9,82 +9,91 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import families
 import torch
 from family_inputs import inputs, main_output
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 import reshard
+from reshard.rules import expert_rules
 
-WORKER = Path(__file__).parent / "workers" / "parity.py"
+WORKERS = Path(__file__).parent / "workers"
 NEW_TOKENS = 4
 TIMEOUT = 90  # seconds without a further result after which a torchrun job is given up
+EXACT = 1e-5  # largest relative error in fp32
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """How far a family came: `step` is not built, single (one process cannot run it), convert, run, or parity.
 
-    `styles` are those of the plan's parameters and modules; `equal_tokens` is None where the model generates no text.
+    `styles` are those of the plan's parameters and modules, `conversions` the operations that its checkpoint may go
+    through. `equal_tokens` is None where the model generates no text. `upstream` is the error of transformers' own
+    tensor parallelism, or its last words.
     """
 
     family: str
-    world_size: int
     step: str
     detail: str
     styles: tuple[str, ...] = ()
+    conversions: tuple[str, ...] = ()
     error: float | None = None  # largest relative error of the output
     equal_tokens: bool | None = None
+    upstream: float | str | None = None
 
     @property
     def ok(self) -> bool:
-        return self.error is not None and self.error <= 1e-5 and self.equal_tokens is not False
+        return self.error is not None and self.error <= EXACT and self.equal_tokens is not False
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What one process computed, and the styles of the plan."""
+    """What one process computed, and the row so far."""
 
     output: torch.Tensor
     tokens: list[list[int]] | None
-    remark: str
-    styles: tuple[str, ...]
+    row: Row
 
 
-def walk(root: Path, world_size: int, model_types: tuple[str, ...] = families.MODEL_TYPES) -> list[Row]:
-    """One row for each family that has a plan, in order. `root` is an empty folder."""
+def walk(
+    root: Path,
+    tp_size: int,
+    ep_size: int = 1,
+    model_types: tuple[str, ...] = families.MODEL_TYPES,
+    *,
+    upstream: bool = False,
+) -> list[Row]:
+    """One row for each family that has a plan (for experts, where `ep_size` asks for one). `root` is an empty folder."""
     rows: dict[str, Row] = {}
     jobs: dict[str, _Job] = {}
     for family in model_types:
         try:
             model = families.build(family)
         except Exception as error:
-            rows[family] = Row(family, world_size, "not built", _line(error))
+            rows[family] = Row(family, "not built", _line(error))
             continue
-        if model is None:
+        if model is None or (ep_size > 1 and not expert_rules(model)):
             continue
-        prepared = _prepare(family, model, root, world_size)
+        prepared = _prepare(family, model, root, tp_size, ep_size)
         if isinstance(prepared, Row):
             rows[family] = prepared
         else:
             jobs[family] = prepared
-    waiting = list(jobs)
-    while waiting:
-        done, words = _run(root, world_size, {family: jobs[family] for family in waiting})
-        for family, result in done.items():
-            rows[family] = _compare(family, world_size, root, result, jobs[family])
-        if len(done) < len(waiting):  # the first without a result ended the job: go on behind it
-            bad = next(family for family in waiting if family not in done)
-            rows[bad] = Row(bad, world_size, "run", words, jobs[bad].styles)
-            done[bad] = {}
-        waiting = [family for family in waiting if family not in done]
+    ranks = max(tp_size, ep_size)
+    for family, result in _run_all("parity.py", root, ranks, jobs).items():
+        rows[family] = _compare(family, root, result, jobs[family])
+    if upstream:
+        for family, result in _run_all("upstream.py", root, ranks, jobs).items():
+            rows[family] = replace(rows[family], upstream=_upstream(family, root, result, jobs[family]))
     return [rows[family] for family in model_types if family in rows]
 
 
-def _prepare(family: str, model: Any, root: Path, world_size: int) -> Row | _Job:
+def _prepare(family: str, model: Any, root: Path, tp_size: int, ep_size: int) -> Row | _Job:
     """Write the family's checkpoint, run it in this process and reshard it. A row where one of these fails."""
     source, out = root / f"{family}.source", root / family
     try:
@@ -93,18 +102,30 @@ def _prepare(family: str, model: Any, root: Path, world_size: int) -> Row | _Job
         torch.save(arguments, root / f"{family}.inputs")
         with torch.inference_mode():
             output = main_output(single(**arguments))
+            again = main_output(single(**arguments))
+        if not torch.equal(output, again):
+            raise ValueError("its output is another every time")
         if not output.isfinite().all() or not output.any():
             raise ValueError("its output is zero or not finite")
         tokens, remark = _generate(single, arguments)
     except Exception as error:
-        return Row(family, world_size, "single", _line(error))
+        return Row(family, "single", _line(error))
     try:
-        manifest = reshard.convert(source, out, tp_size=world_size)
+        manifest = reshard.convert(source, out, tp_size=tp_size, ep_size=ep_size)
         reshard.verify(out, against=source)
     except Exception as error:
-        return Row(family, world_size, "convert", _line(error))
+        return Row(family, "convert", _line(error))
     styles = {target.style for target in manifest.parameters if target.style} | set(manifest.hooks.values())
-    return _Job(output, tokens, remark, tuple(sorted(styles)))
+    return _Job(output, tokens, Row(family, "run", remark, tuple(sorted(styles)), _conversions(model)))
+
+
+def _conversions(model: Any) -> tuple[str, ...]:
+    entries = get_model_conversion_mapping(model)
+    return tuple(sorted({type(operation).__name__ for entry in entries for operation in _operations(entry)}))
+
+
+def _operations(entry: Any) -> list[Any]:
+    return entry.operations if isinstance(entry, WeightConverter) else []
 
 
 def _generate(model: Any, arguments: dict[str, Any]) -> tuple[list[list[int]] | None, str]:
@@ -118,25 +139,39 @@ def _generate(model: Any, arguments: dict[str, Any]) -> tuple[list[list[int]] | 
         return None, f"no tokens: {_line(error)}"
 
 
-def _run(root: Path, world_size: int, waiting: dict[str, _Job]) -> tuple[dict[str, Any], str]:
+def _run_all(worker: str, root: Path, ranks: int, jobs: dict[str, _Job]) -> dict[str, dict[str, Any]]:
+    """The worker's result for each job; {"error": its last words} where it has none."""
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < len(jobs):
+        waiting = {family: job for family, job in jobs.items() if family not in found}
+        done, words = _run(worker, root, ranks, waiting)
+        found |= done
+        if len(done) < len(waiting) and not any("error" in result for result in done.values()):
+            # The first without a result ended the job: go on behind it.
+            found[next(family for family in waiting if family not in done)] = {"error": words}
+    return found
+
+
+def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple[dict[str, Any], str]:
     """Results of the families that one torchrun job came through, and its last words if it ended early."""
     entries = [
         {
             "name": family,
             "folder": str(root / family),
+            "source": str(root / f"{family}.source"),
             "inputs": str(root / f"{family}.inputs"),
             "new_tokens": NEW_TOKENS if job.tokens is not None else None,
         }
         for family, job in waiting.items()
     ]
-    out, log = root / "out.json", root / "out.log"
+    out, log = root / f"{worker}.json", root / f"{worker}.log"
     out.unlink(missing_ok=True)
     (root / "jobs.json").write_text(json.dumps(entries))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [*command, str(WORKER), str(root / "jobs.json"), str(out)],
+            [*command, str(WORKERS / worker), str(root / "jobs.json"), str(out)],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -164,11 +199,20 @@ def _wait(process: subprocess.Popen[bytes], out: Path) -> bool:
     return True
 
 
-def _compare(family: str, world_size: int, root: Path, result: dict[str, Any], job: _Job) -> Row:
-    got = torch.load(root / f"out.json.{family}.pt")["logits"]
-    error = ((got - job.output).abs().max() / job.output.abs().max()).item()
+def _compare(family: str, root: Path, result: dict[str, Any], job: _Job) -> Row:
+    if "error" in result:
+        return replace(job.row, detail=result["error"])
     equal = None if job.tokens is None else result["tokens"] == job.tokens
-    return Row(family, world_size, "parity", job.remark, job.styles, error, equal)
+    return replace(job.row, step="parity", error=_error(root / f"parity.py.json.{family}.pt", job), equal_tokens=equal)
+
+
+def _upstream(family: str, root: Path, result: dict[str, Any], job: _Job) -> float | str:
+    return result["error"] if "error" in result else _error(root / f"upstream.py.json.{family}.pt", job)
+
+
+def _error(path: Path, job: _Job) -> float:
+    got = torch.load(path)["logits"]
+    return ((got - job.output).abs().max() / job.output.abs().max()).item()
 
 
 def _line(error: BaseException) -> str:
