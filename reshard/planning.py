@@ -62,13 +62,18 @@ def build_plan(
     that the model ties though the checkpoint holds both; without it they are taken to be equal.
 
     Raises:
-        TopologyError: the model does not allow this many ranks.
+        TopologyError: the model does not allow this many ranks, or has no plan for more than one.
         BadInputError: an unknown style, a rule that cuts nothing, or parameters that the checkpoint lacks.
     """
     if model.missing:
         some = ", ".join(map(printable, model.missing[:3]))
         raise BadInputError(f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {some}")
     _check_styles(model, strategies)
+    if topology.tp > 1 and not any(parameter.style for parameter in model.parameters):
+        raise TopologyError(
+            f"{model.architecture} has no tensor-parallel plan: every rank would hold all of it",
+            hint="give it one with --plan FILE",
+        )
     reason = _refusal(model, strategies, topology)
     if reason:
         sizes = [size for size, why in legal_sizes(model, strategies=strategies).items() if why is None]

@@ -68,7 +68,7 @@ def walk(
     *,
     upstream: bool = False,
 ) -> list[Row]:
-    """One row for each family that has a plan (for experts, where `ep_size` asks for one). `root` is an empty folder."""
+    """One row for each family that has a plan; for experts, where `ep_size` asks for it. `root` is an empty folder."""
     rows: dict[str, Row] = {}
     jobs: dict[str, _Job] = {}
     for family in model_types:
@@ -77,9 +77,9 @@ def walk(
         except Exception as error:
             rows[family] = Row(family, "not built", _line(error))
             continue
-        if model is None or (ep_size > 1 and not expert_rules(model)):
+        if model is None or not (expert_rules(model) if ep_size > 1 else model.tp_plan):
             continue
-        prepared = _prepare(family, model, root, tp_size, ep_size)
+        prepared = _prepare(family, model, root, tp_size if model.tp_plan else 1, ep_size)
         if isinstance(prepared, Row):
             rows[family] = prepared
         else:

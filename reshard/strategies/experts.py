@@ -23,6 +23,10 @@ __all__ = [
 ]
 
 
+# Experts whose forward runs whatever id it meets (transformers 5.23).
+_SKIP_NONE = ("NemotronHExperts", "OpenAIPrivacyFilterExperts")
+
+
 class AllReduceParallel(LocalLayer):
     """The module's output (the first, where it gives several) is a partial sum: reduce it.
 
@@ -63,8 +67,8 @@ class ExpertShardParallel(LocalLayer):
 class ExpertsDispatchParallel(AllReduceParallel):
     """Experts on the ranks by expert (`grouped_gemm`): each runs the routes to its own on all tokens; reduce the sum.
 
-    The module's forward takes `(hidden_states, top_k_index, top_k_weights)`. A route to another rank's expert gets the
-    id after the last one and weight zero, which transformers' experts skip.
+    The module's forward takes `(hidden_states, top_k_index, top_k_weights)`. A route to another rank's expert gets
+    weight zero and the id after the last one, which transformers' experts skip; where they do not, that of one of ours.
     """
 
     over_all_ranks = True
@@ -76,7 +80,7 @@ class ExpertsDispatchParallel(AllReduceParallel):
         hidden_states, top_k_index, top_k_weights = inputs
         first, count = mod._first_expert, mod.num_experts
         elsewhere = (top_k_index < first) | (top_k_index >= first + count)
-        index = (top_k_index - first).masked_fill(elsewhere, count)
+        index = (top_k_index - first).masked_fill(elsewhere, mod._no_expert)
         return hidden_states, index, top_k_weights.masked_fill(elsewhere, 0)
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
@@ -86,5 +90,6 @@ class ExpertsDispatchParallel(AllReduceParallel):
         row = device_mesh.size() * mine // everyone
         module.num_experts = mine
         module._first_expert = device_mesh.get_local_rank() // row * mine
+        module._no_expert = 0 if type(module).__name__ in _SKIP_NONE else mine
         module._is_expert_parallel = True  # transformers' own sign to skip the id after the last
         return super().prepare_module_tp(module, device_mesh)

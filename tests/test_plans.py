@@ -1,0 +1,214 @@
+"""Plans that are not the model's own, and meshes with an expert axis: run under torchrun on gloo, they compute what the
+single-process model does, and every parameter assembled again is the source's."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+import transformers
+from family_inputs import inputs, main_output
+from test_parity import NEW_TOKENS, WORKERS, torchrun
+
+import reshard
+
+_SIZES = {"vocab_size": 130, "num_hidden_layers": 2, "intermediate_size": 50, "hidden_size": 32}
+_ATTENTION = ("encoder.block.*.layer.*.SelfAttention", "decoder.block.*.layer.*.SelfAttention")
+_CROSS = "decoder.block.*.layer.*.EncDecAttention"
+_T5_MLP = tuple(f"{stack}.block.*.layer.*.DenseReluDense" for stack in ("encoder", "decoder"))
+
+# Families without a plan of their own: their class, their configuration, and a plan for them.
+UNPLANNED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "bert": (
+        "BertForMaskedLM",
+        {**_SIZES, "num_attention_heads": 8, "max_position_embeddings": 64},
+        {
+            **dict.fromkeys((f"attention.self.{name}" for name in ("query", "key", "value")), "colwise"),
+            **{"attention.output.dense": "rowwise", "intermediate.dense": "colwise"},
+            **{"layer.*.output.dense": "rowwise", "word_embeddings": "rowwise"},
+            "cls.predictions.decoder": "colwise_gather_output",
+        },
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 130, "n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 64, "eos_token_id": 2},
+        {
+            **{"attn.c_attn": "colwise_gather_output", "attn.c_proj": "rowwise_split_input"},
+            **{"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise", "wte": "rowwise", "wpe": "colwise"},
+            "ln_f": "sequence_parallel",
+        },
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {
+            **{"vocab_size": 130, "d_model": 32, "d_kv": 8, "d_ff": 50, "num_layers": 2, "num_decoder_layers": 2},
+            **{"num_heads": 8, "decoder_start_token_id": 0},
+        },
+        {
+            **{f"{attention}.{name}": "colwise" for attention in _ATTENTION for name in "qkv"},
+            **{f"{attention}.o": "rowwise" for attention in _ATTENTION},
+            **{f"{attention}.relative_attention_bias": "local_colwise" for attention in _ATTENTION},
+            # Counts its heads from the configuration, for a position bias of zeros.
+            **{f"{_CROSS}.{name}": "colwise_gather_output" for name in "qkv"},
+            f"{_CROSS}.o": "rowwise_split_input",
+            **{f"{mlp}.wi": "colwise" for mlp in _T5_MLP},
+            **{f"{mlp}.wo": "rowwise" for mlp in _T5_MLP},
+            "shared": "rowwise",
+        },
+    ),
+}
+# Families of tests/pico.py with rules beside their own.
+PLANNED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "phi3-packed": (
+        "phi3",
+        {},
+        {"mlp.gate_up_proj": "packed_colwise[1,1]", "mlp.down_proj": "rowwise", "model.norm": "sequence_parallel"},
+    ),
+    "llama-local": (
+        "llama",
+        {"mlp_bias": True, "attention_bias": True},
+        {
+            **dict.fromkeys(("mlp.up_proj", "mlp.gate_proj", "self_attn.q_proj"), "local_colwise"),
+            **dict.fromkeys(("mlp.down_proj", "self_attn.o_proj"), "local_rowwise"),
+            **{"input_layernorm": "local", "embed_tokens": "replicate"},
+        },
+    ),
+    "qwen3-replicated": (
+        "qwen3",
+        {},
+        {**dict.fromkeys(("lm_head", "mlp.gate_proj", "mlp.down_proj"), "replicate"), "mlp.up_proj": "colwise_rep"},
+    ),
+}
+# Meshes with an expert axis, by number of ranks.
+MESHES = {2: ((2, 2), (1, 2)), 4: ((4, 4), (4, 2), (2, 4), (1, 4))}
+MOE = tuple(pico.MOE)
+
+Results = dict[str, dict[str, Any]]
+
+
+def unplanned(name: str) -> Any:
+    """A random model of a family without a plan, its biases and norms included."""
+    kind, options, _ = UNPLANNED[name]
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(noise * 0.2 if parameter.ndim > 1 else 1 + noise * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Each checkpoint, and what one process computes of it."""
+    root, found = tmp_path_factory.mktemp("sources"), {}
+    models = {name: unplanned(name) for name in UNPLANNED}
+    models |= {name: pico.build(family, **options) for name, (family, options, _) in PLANNED.items()}
+    models |= {family: pico.build(family) for family in MOE}
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        arguments = inputs(model)
+        torch.save(arguments, root / f"{name}.inputs")
+        with torch.inference_mode():
+            output = main_output(model(**arguments))
+        tokens = None
+        if model.can_generate():
+            mask = torch.ones_like(arguments["input_ids"])
+            tokens = model.generate(
+                **arguments, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+            ).tolist()
+        parameters = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        found[name] = {"output": output, "tokens": tokens, "parameters": parameters, "source": root / name}
+    return found
+
+
+@pytest.fixture(scope="module")
+def sharded(singles: Results, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """The results of so many ranks, made when they are first asked for."""
+    return functools.cache(lambda ranks: run(ranks, singles, tmp_path_factory.mktemp(f"ranks{ranks}")))
+
+
+def run(ranks: int, singles: Results, root: Path) -> Results:
+    """Every plan and every mesh of so many ranks, converted, checked against its source, and run in one job."""
+    cuts: dict[str, tuple[str, dict[str, Any]]] = {
+        **{name: (name, {"tp_size": ranks, "tp_plan": plan}) for name, (_, _, plan) in UNPLANNED.items()},
+        **{
+            name: (name, {"tp_size": ranks, "tp_plan": {"extends": "auto", **plan}})
+            for name, (_, _, plan) in PLANNED.items()
+        },
+        **{
+            f"{family} tp{tp} ep{ep}": (family, {"tp_size": tp, "ep_size": ep})
+            for family in MOE
+            for tp, ep in MESHES[ranks]
+        },
+    }
+    jobs = []
+    for name, (checkpoint, cut) in cuts.items():
+        single = singles[checkpoint]
+        reshard.convert(single["source"], root / name, **cut)
+        reshard.verify(root / name, against=single["source"])
+        new_tokens = None if single["tokens"] is None else NEW_TOKENS
+        arguments = f"{single['source']}.inputs"
+        jobs.append({"name": name, "folder": str(root / name), "inputs": arguments, "new_tokens": new_tokens})
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    done = torchrun(ranks, str(WORKERS / "parity.py"), str(root / "jobs.json"), str(root / "out.json"))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((root / "out.json").read_text())
+    return {
+        name: {**results[name], **torch.load(root / f"out.json.{name}.pt"), "single": singles[checkpoint]}
+        for name, (checkpoint, _) in cuts.items()
+    }
+
+
+CASES = [
+    (ranks, name)
+    for ranks, meshes in MESHES.items()
+    for name in (*UNPLANNED, *PLANNED, *(f"{family} tp{tp} ep{ep}" for family in MOE for tp, ep in meshes))
+]
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_computes_what_one_process_does(ranks: int, name: str, sharded: Callable[[int], Results]) -> None:
+    found = sharded(ranks)[name]
+    single = found["single"]
+    error = (found["logits"] - single["output"]).abs().max() / single["output"].abs().max()
+    assert error <= 1e-5
+    assert found["tokens"] == single["tokens"]
+    for key, tensor in single["parameters"].items():
+        assert torch.equal(found["parameters"][key], tensor), key
+
+
+@pytest.mark.parametrize("ranks", MESHES)
+def test_parameters_are_dtensors_unless_local_was_asked_for(ranks: int, sharded: Callable[[int], Results]) -> None:
+    for name, found in sharded(ranks).items():
+        kept_local = set(found["plain"])
+        if name == "llama-local":
+            assert "model.layers.0.mlp.up_proj.weight" in kept_local
+            assert "model.layers.0.self_attn.k_proj.weight" not in kept_local
+        elif name == "t5":
+            assert kept_local == {
+                f"{s}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for s in ("encoder", "decoder")
+            }
+        else:
+            assert not kept_local, name
+
+
+def test_a_rule_that_cuts_nothing_is_refused(singles: Results) -> None:
+    with pytest.raises(reshard.ReshardError, match="cuts nothing") as caught:
+        reshard.plan(singles["bert"]["source"], tp_size=2, tp_plan={"bert.encoder.layer.*.attention": "colwise"})
+    assert caught.value.hint == "name the modules inside it"
+
+
+def test_without_a_plan_nothing_would_be_cut(singles: Results) -> None:
+    assert reshard.plan(singles["bert"]["source"], tp_size=1).world_size == 1
+    with pytest.raises(reshard.ReshardError, match="BertForMaskedLM has no tensor-parallel plan") as caught:
+        reshard.plan(singles["bert"]["source"], tp_size=2)
+    assert caught.value.exit_code == 9
+    assert "--plan" in (caught.value.hint or "")
