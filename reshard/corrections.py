@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["corrected"]
+__all__ = ["CORRECTIONS", "corrected"]
 
 _WHOLE_ATTENTION = {
     **{f"self_attn.{name}": "colwise_gather_output" for name in ("q_proj", "k_proj", "v_proj")},
@@ -17,7 +17,7 @@ _WHOLE_ATTENTION = {
 }
 
 # Model type (of a nested configuration too) → the end of a rule's pattern → the style it should have.
-_RULES: dict[str, dict[str, str]] = {
+CORRECTIONS: dict[str, dict[str, str]] = {
     # The decoder, which has no plan, appends its whole heads to the cache that the encoder fills.
     "diffusion_gemma_text": _WHOLE_ATTENTION,
     # dt_proj makes the mask of all heads on every rank, which has only its own heads' keys.
@@ -47,7 +47,7 @@ _RULES: dict[str, dict[str, str]] = {
 
 def corrected(rules: Mapping[str, str], config: Any) -> tuple[dict[str, str], tuple[str, ...]]:
     """A model's own rules with those put right that are wrong, and the patterns of these. `config` is the model's."""
-    fixes = {end: style for kind in _model_types(config) for end, style in _RULES.get(kind, {}).items()}
+    fixes = {end: style for kind in _model_types(config) for end, style in CORRECTIONS.get(kind, {}).items()}
     found = dict(rules)
     for pattern in rules:
         for end, style in fixes.items():

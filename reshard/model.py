@@ -3,6 +3,7 @@ tensors they are made of."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from copy import deepcopy
@@ -57,7 +58,7 @@ class Model:
 
     `regions` says for each parameter present in the checkpoint where its elements come from; `unused` are source
     tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
-    modules, `manual` those of them that the user chose.
+    modules, `manual` those of them that the user chose. `experts` divides the number of experts of every layer.
     """
 
     architecture: str
@@ -66,6 +67,7 @@ class Model:
     parameters: tuple[Parameter, ...]
     hooks: dict[str, str]
     manual: frozenset[str]
+    experts: int
     unused_rules: tuple[str, ...]
     tied: dict[str, str]
     regions: dict[str, tuple[Region, ...]]
@@ -91,10 +93,11 @@ def read_model(
     wanted = model.state_dict()
     regions, unused = _map_sources(model, source, wanted)
     rules, written = model_rules(model, tp_plan)
-    expert = expert_rules(model) if experts else {}
+    expert = expert_rules(model)
     if experts and not expert:
         raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
-    styles = expand(model, rules, expert)
+    styles = expand(model, rules, expert if experts else {})
+    counts = {wanted[name].shape[0] for name in expand(model, {}, expert).experts}
     dtypes = expected_dtypes(model, dtype)
     tied = {name: owner for name, owner in model.all_tied_weights_keys.items() if name in wanted and owner in wanted}
     buffers = {name for name, _ in model.named_buffers()}
@@ -123,6 +126,7 @@ def read_model(
         parameters,
         styles.modules,
         frozenset(name for name in styles.modules if wildcard(name) in written),
+        math.gcd(*counts),
         styles.unused,
         tied,
         regions,

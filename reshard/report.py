@@ -124,6 +124,7 @@ def plan_report(
         "unused_rules": list(plan.model.unused_rules),
         "custom_strategies": plan.custom,
         "runtime_only": list(plan.runtime_only),
+        "ep_sizes": [size for size in range(2, plan.model.experts + 1) if plan.model.experts % size == 0],
         "tp_sizes": {str(size): why for size, why in sizes.items()},
     }
 
@@ -143,6 +144,8 @@ def plan_text(report: Mapping[str, Any]) -> str:
         f"disk needed: {gigabytes(report['disk_bytes'])}, memory: {gigabytes(report['memory_bytes'])} of blocks"
     )
     lines += _notes(report)
+    if report["ep_sizes"]:
+        lines.append("legal ep sizes: " + ", ".join(map(str, report["ep_sizes"])))
     lines += sizes_text({int(size): why for size, why in report["tp_sizes"].items()})
     return "\n".join(lines)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pico
 import pytest
+import torch
+import transformers
 
 import reshard
 from reshard.errors import TopologyError
@@ -59,10 +62,18 @@ def test_placements(tp: int, ep: int, source: Path, tmp_path: Path) -> None:
     reshard.verify(tmp_path / "out", against=source)
 
 
-def test_whole_experts_open_in_plain_transformers(source: Path, tmp_path: Path) -> None:
-    """Cut by expert each parameter is one box for each rank; cut inside, gate|up is two."""
-    assert reshard.plan(source, tp_size=2, ep_size=2).runtime_only == ()
+@pytest.mark.parametrize(("tp", "ep"), [(2, 2), (2, 4), (1, 2)])
+def test_whole_experts_open_in_plain_transformers(tp: int, ep: int, source: Path, tmp_path: Path) -> None:
+    """Cut by expert each parameter is one box for each rank; cut inside, gate|up is two, and the folder says so."""
     assert reshard.plan(source, tp_size=2).runtime_only != ()
+    manifest = reshard.convert(source, tmp_path / "out", tp_size=tp, ep_size=ep)
+    assert manifest.runtime_only == ()
+    if not importlib.util.find_spec("transformers.distributed.checkpoint"):
+        pytest.skip("this transformers does not read rank files")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = transformers.AutoModelForCausalLM.from_pretrained(source).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
