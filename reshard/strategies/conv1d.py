@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import placement as plan
 from ..placement import Placement
-from .collectives import all_gather
 from .linear import ColwiseParallel, RowwiseParallel
 
 __all__ = ["Conv1DColwiseParallel", "Conv1DRowwiseParallel"]
@@ -20,21 +19,15 @@ __all__ = ["Conv1DColwiseParallel", "Conv1DRowwiseParallel"]
 class Conv1DColwiseParallel(ColwiseParallel):
     """Output features are split: weight `Shard(1)`, bias `Shard(0)`."""
 
+    features = "nf"
+
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(len(shape) - 1) if shape else plan.Replicate()
 
-    @staticmethod
-    def _prepare_output_fn(
-        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
-    ) -> Any:
-        if not output_layouts[0].is_replicate():
-            return outputs
-        return all_gather(outputs, -1, mod._whole_nf, device_mesh)
-
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
-        module.__dict__["_whole_nf"] = module.nf
+        handles = super().prepare_module_tp(module, device_mesh)
         module.nf = module.weight.shape[-1]  # its forward gives the output that many features
-        return super().prepare_module_tp(module, device_mesh)
+        return handles
 
 
 class Conv1DRowwiseParallel(RowwiseParallel):

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
 
 from .. import placement as plan
 from ..placement import Placement, shard_bounds
 from .base import LocalLayer
-from .collectives import all_gather, all_reduce
+from .collectives import all_reduce
+from .linear import ColwiseParallel
 
 __all__ = ["EmbeddingColwiseParallel", "EmbeddingRowwiseParallel"]
 
@@ -41,19 +43,14 @@ class EmbeddingRowwiseParallel(LocalLayer):
         return all_reduce(outputs, device_mesh)
 
 
-class EmbeddingColwiseParallel(LocalLayer):
+class EmbeddingColwiseParallel(ColwiseParallel):
     """Hidden-parallel: weight `Shard(1)`; each rank looks up its slice of every vector, and the slices are gathered.
 
     With `output_layouts=Shard(-1)` they stay apart: a table of each head's own numbers, such as T5's position bias.
     """
 
+    output_layouts = (Replicate(),)
+    features = "embedding_dim"
+
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(1) if len(shape) > 1 else plan.Replicate()
-
-    @staticmethod
-    def _prepare_output_fn(
-        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
-    ) -> Any:
-        if not output_layouts[0].is_replicate():
-            return outputs
-        return all_gather(outputs, -1, mod.embedding_dim, device_mesh)

@@ -26,6 +26,7 @@ class ColwiseParallel(LocalLayer):
     """
 
     output_layouts = (_LAST,)
+    features = "out_features"  # what the module calls the size of that dim
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(max(len(shape) - 2, 0)) if shape else plan.Replicate()
@@ -36,7 +37,12 @@ class ColwiseParallel(LocalLayer):
     ) -> Any:
         if not output_layouts[0].is_replicate():
             return outputs
-        return all_gather(outputs, -1, mod.out_features, device_mesh)
+        return all_gather(outputs, -1, mod._whole_features, device_mesh)
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        if self.output_layouts[0].is_replicate():
+            module.__dict__["_whole_features"] = getattr(module, self.features, None)
+        return super().prepare_module_tp(module, device_mesh)
 
 
 class RowwiseParallel(LocalLayer):
