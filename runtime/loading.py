@@ -97,10 +97,15 @@ def _open(place: str | Path, revision: str | None, info: RankInfo) -> tuple[Path
 
 
 def _check_custom(manifest: Manifest, strategies: ParallelInterface) -> None:
-    for style, name in manifest.custom.items():
-        if style not in strategies:
+    """Every style means here what it meant when the folder was made."""
+    used = {*manifest.hooks.values(), *(target.style for target in manifest.parameters if target.style)}
+    known = strategies.custom(used)
+    for style in sorted(manifest.custom.keys() | known.keys()):
+        if manifest.custom.get(style) != known.get(style):
+            made, here = (of.get(style, "the built-in one") for of in (manifest.custom, known))
             raise BadInputError(
-                f"{printable(style)} is a style of your own ({printable(name)}), which is not known here",
+                f"the folder was made with a style {printable(style)} that is {printable(made)}; here it is"
+                f" {printable(here) if style in strategies else 'not known'}",
                 hint="give the file that registers it: --strategies FILE.py",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -34,10 +35,10 @@ def folder(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def check(world_size: int, folder: Path, source: Path) -> subprocess.CompletedProcess[str]:
+def check(world_size: int, folder: Path, source: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     return subprocess.run(
-        [*command, "-m", "runtime", "check", str(folder), "--reference", str(source)],
+        [*command, "-m", "runtime", "check", str(folder), "--reference", str(source), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -63,6 +64,49 @@ def test_wrong_world_size(world_size: int, folder: Path, source: Path) -> None:
     assert "was made for 2 ranks" in errors(done)[0]
     assert "--nproc-per-node 2" in done.stderr
     assert done.stdout == ""
+
+
+STRATEGIES = """
+from reshard.strategies import ALL_PARALLEL_STYLES, ColwiseParallel
+
+class {name}(ColwiseParallel):
+    pass
+
+ALL_PARALLEL_STYLES.register_strategy("{style}", {name}())
+"""
+
+
+@pytest.mark.parametrize(
+    ("style", "options", "words"),
+    [
+        ("mine", None, "with a style mine that is Mine; here it is not known"),
+        ("colwise", None, "with a style colwise that is Mine; here it is the built-in one"),
+        ("mine", ("mine", "Other"), "with a style mine that is Mine; here it is Other"),
+        ("mine", ("mine", "Mine"), None),
+        ("colwise", ("colwise", "Mine"), None),
+    ],
+)
+def test_a_style_of_ones_own_means_the_same_at_run_time(
+    style: str, options: tuple[str, str] | None, words: str | None, source: Path, tmp_path: Path
+) -> None:
+    plan, made = tmp_path / "plan.json", tmp_path / "made.py"
+    plan.write_text(json.dumps({"extends": "auto", "mlp.up_proj": style, "mlp.gate_proj": style}))
+    made.write_text(STRATEGIES.format(style=style, name="Mine"))
+    cut = ["--tp-size", "2", "--plan", str(plan), "--strategies", str(made)]
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-m", "reshard", "convert", str(source), str(out), *cut], check=True, timeout=120)
+    if options is None:
+        done = check(2, out, source)
+    else:
+        (tmp_path / "known.py").write_text(STRATEGIES.format(style=options[0], name=options[1]))
+        done = check(2, out, source, "--strategies", str(tmp_path / "known.py"))
+    if words is None:
+        assert done.returncode == 0, done.stderr
+        assert "tokens equal" in done.stdout
+    else:
+        assert exit_codes(done) == {3}
+        assert words in errors(done)[0]
+        assert "--strategies FILE.py" in done.stderr
 
 
 def test_altered_tensor_in_one_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
