@@ -13,7 +13,7 @@ from .model import Model, Parameter
 from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
 from .regions import Region
 from .source import Source
-from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
+from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, TensorParallelLayer
 from .targets import Target
 from .topology import Topology
 
@@ -83,7 +83,7 @@ def build_plan(
     placements = {parameter.name: _placement(parameter, strategies, topology) for parameter in model.parameters}
     regions, tied, duplicates, apart = _tie(model, placements, equal)
     targets = tuple(
-        _target(parameter, placements[parameter.name], regions[parameter.name], source, cast)
+        _target(parameter, placements[parameter.name], regions[parameter.name], source, topology, cast)
         for parameter in model.parameters
         if parameter.name in regions
     )
@@ -105,12 +105,19 @@ def _check_styles(model: Model, strategies: ParallelInterface) -> None:
     """Every style is known, and a rule the user wrote for a module that only holds others does not cut in vain."""
     holders = {parameter.name.rpartition(".")[0] for parameter in model.parameters}
     for module, style in model.hooks.items():
-        cuts = not isinstance(strategies.find(style).placement("weight", (8, 8)), Replicate)
-        if cuts and module in model.manual and module not in holders:
+        strategy = strategies.find(style)
+        if module in model.manual and module not in holders and _cuts(strategy):
             raise BadInputError(
                 f"the rule {printable(module)} → {printable(style)} cuts nothing: it has no parameters of its own",
                 hint="name the modules inside it",
             )
+
+
+def _cuts(strategy: TensorParallelLayer) -> bool:
+    try:
+        return not isinstance(strategy.placement("weight", (8, 8)), Replicate)
+    except ValueError:  # blocks that 8 does not hold
+        return True
 
 
 def _placement(parameter: Parameter, strategies: ParallelInterface, topology: Topology) -> Placement:
@@ -158,7 +165,12 @@ def _copies(parameter: Parameter, tp: int) -> int:
 
 
 def _target(
-    parameter: Parameter, placement: Placement, regions: tuple[Region, ...], source: Source, cast: bool
+    parameter: Parameter,
+    placement: Placement,
+    regions: tuple[Region, ...],
+    source: Source,
+    topology: Topology,
+    cast: bool,
 ) -> Target:
     codes = {source.tensors[region.source].dtype for region in regions}
     if len(codes) > 1:
@@ -166,16 +178,18 @@ def _target(
             f"{printable(parameter.name)}: made of tensors of different dtypes ({', '.join(sorted(codes))})"
         )
     stored = torch_name(codes.pop(), tensor=parameter.name) if codes else parameter.dtype
-    reason = None
-    style = parameter.expert_style or parameter.style
-    if isinstance(placement, Replicate):
-        reason = "no rule in the tp_plan" if parameter.style is None else f"{parameter.style} keeps it whole"
+    compute_dtype = None
     if stored in FLOATING and stored != parameter.dtype:
-        if cast:
-            stored = parameter.dtype
-        else:
-            return Target(parameter.name, parameter.shape, stored, placement, regions, style, parameter.dtype, reason)
-    return Target(parameter.name, parameter.shape, stored, placement, regions, style, None, reason)
+        stored, compute_dtype = (parameter.dtype, None) if cast else (stored, parameter.dtype)
+    style = parameter.expert_style or parameter.style
+    reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None
+    return Target(parameter.name, parameter.shape, stored, placement, regions, style, compute_dtype, reason)
+
+
+def _why_whole(parameter: Parameter, topology: Topology) -> str:
+    if parameter.style is None:
+        return "no rule in the tp_plan"
+    return "tp is 1" if topology.tp == 1 < topology.world_size else f"{parameter.style} keeps it whole"
 
 
 def _tie(

@@ -59,6 +59,8 @@ def test_placements(tp: int, ep: int, source: Path, tmp_path: Path) -> None:
     names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight")
     assert tuple(placements[name] for name in names) == LAYOUTS[tp, ep]
     assert manifest.hooks["model.layers.0.mlp.experts"] == ("ep_dispatch_experts" if ep > 1 else "moe_tp_experts")
+    reasons = {p.reason for p in manifest.parameters if "q_proj" in p.name}
+    assert reasons == {"tp is 1" if tp == 1 else None}
     reshard.verify(tmp_path / "out", against=source)
 
 
