@@ -59,6 +59,7 @@ class Model:
     `regions` says for each parameter present in the checkpoint where its elements come from; `unused` are source
     tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
     modules, `manual` those of them that the user chose. `experts` divides the number of experts of every layer.
+    `unused_rules` of the plan match nothing; `corrected_rules` are those of the model's own that cannot be right.
     """
 
     architecture: str
@@ -69,6 +70,7 @@ class Model:
     manual: frozenset[str]
     experts: int
     unused_rules: tuple[str, ...]
+    corrected_rules: tuple[str, ...]
     tied: dict[str, str]
     regions: dict[str, tuple[Region, ...]]
     unused: tuple[str, ...]
@@ -92,11 +94,11 @@ def read_model(
     model = meta_model(source.root, dtype=dtype)
     wanted = model.state_dict()
     regions, unused = _map_sources(model, source, wanted)
-    rules, written = model_rules(model, tp_plan)
+    rules = model_rules(model, tp_plan)
     expert = expert_rules(model)
     if experts and not expert:
         raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
-    styles = expand(model, rules, expert if experts else {})
+    styles = expand(model, rules.styles, expert if experts else {})
     counts = {wanted[name].shape[0] for name in expand(model, {}, expert).experts}
     dtypes = expected_dtypes(model, dtype)
     tied = {name: owner for name, owner in model.all_tied_weights_keys.items() if name in wanted and owner in wanted}
@@ -125,9 +127,10 @@ def read_model(
         dtype,
         parameters,
         styles.modules,
-        frozenset(name for name in styles.modules if wildcard(name) in written),
+        frozenset(name for name in styles.modules if wildcard(name) in rules.written),
         math.gcd(*counts),
         styles.unused,
+        rules.corrected,
         tied,
         regions,
         unused,

@@ -122,6 +122,7 @@ def plan_report(
         "unused": list(plan.unused),
         "dropped": list(plan.dropped),
         "unused_rules": list(plan.model.unused_rules),
+        "corrected_rules": list(plan.model.corrected_rules),
         "custom_strategies": plan.custom,
         "runtime_only": list(plan.runtime_only),
         "ep_sizes": [size for size in range(2, plan.model.experts + 1) if plan.model.experts % size == 0],
@@ -150,6 +151,10 @@ def plan_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(printable, names))
+
+
 def _notes(report: Mapping[str, Any]) -> list[str]:
     lines = [f"tied: {printable(name)} → {printable(owner)}" for name, owner in report["tied"].items()]
     for key, words in (("unused", "not used by the model, kept apart"), ("dropped", "not used by the model, dropped")):
@@ -157,7 +162,9 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
             some = ", ".join(printable(name) for name in report[key][:3])
             lines.append(f"{words}: {len(report[key])} tensors ({some}{' …' if len(report[key]) > 3 else ''})")
     if report.get("unused_rules"):
-        lines.append("rules that match nothing here: " + ", ".join(printable(rule) for rule in report["unused_rules"]))
+        lines.append("rules that match nothing here: " + _listed(report["unused_rules"]))
+    if report.get("corrected_rules"):
+        lines.append("rules of the model that cannot be right, put right: " + _listed(report["corrected_rules"]))
     for name, strategy in report["custom_strategies"].items():
         lines.append(f"custom strategy: {printable(name)} ({printable(strategy)})")
     reasons = [printable(reason) for reason in report["runtime_only"]]

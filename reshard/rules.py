@@ -20,7 +20,7 @@ from .corrections import corrected
 from .errors import BadInputError, printable
 from .source import read_json
 
-__all__ = ["AUTO", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
+__all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
 
 AUTO = "auto"
 _BASE = "extends"  # the key of a plan file that says what its rules are added to
@@ -79,20 +79,29 @@ def wildcard(name: str) -> str:
     return re.sub(r"\.\d+(\.|$)", lambda match: ".*" + match.group(1), name)
 
 
-def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> tuple[dict[str, str], frozenset[str]]:
-    """The rules to use, in full names, and which of them the user wrote.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Pattern → style, in full names. `written` are the user's, `corrected` those of the model that were put right."""
+
+    styles: dict[str, str]
+    written: frozenset[str] = frozenset()
+    corrected: tuple[str, ...] = ()
+
+
+def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
+    """The rules to use for a model.
 
     `tp_plan` is "auto", for the model's own, or the user's rules, which replace those unless they extend "auto". A
     pattern may leave out what stands before it, such as `model.`, where only one name ends with it.
 
     Raises:
-        BadInputError: a rule matches nothing, or several kinds of modules.
+        BadInputError: a rule matches nothing, or several kinds of modules, or two match the same.
     """
-    own, _ = corrected(model.tp_plan or {}, model.config)
+    own = _own_rules(model)
     if isinstance(tp_plan, str):
         if tp_plan != AUTO:
             raise BadInputError(f"tp_plan is {printable(tp_plan)!r}", hint='give "auto", a plan file, or rules')
-        return own, frozenset()
+        return own
     rules = dict(tp_plan)
     base = rules.pop(_BASE, None)
     if base not in (None, AUTO):
@@ -100,8 +109,21 @@ def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> tuple[dict[str,
             f"the plan extends {printable(base)!r}", hint=f'{_BASE} = "{AUTO}" is the only base there is'
         )
     names = list(dict.fromkeys(wildcard(name) for name, _ in _named(model)))
-    written = {_full_name(pattern, names): style for pattern, style in rules.items()}
-    return {**(own if base else {}), **written}, frozenset(written)
+    written: dict[str, str] = {}
+    for pattern, style in rules.items():
+        name = _full_name(pattern, names)
+        if name in written:
+            raise BadInputError(f"two rules are for {printable(name)}", hint=f"one is {printable(pattern)}")
+        written[name] = style
+    if base is None:
+        return Rules(written, frozenset(written))
+    kept = tuple(pattern for pattern in own.corrected if pattern not in written)
+    return Rules({**own.styles, **written}, frozenset(written), kept)
+
+
+def _own_rules(model: Any) -> Rules:
+    styles, put_right = corrected(model.tp_plan or {}, model.config)
+    return Rules(styles, corrected=put_right)
 
 
 def _named(model: Any) -> list[tuple[str, Any]]:

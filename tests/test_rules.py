@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from reshard.errors import BadInputError
-from reshard.rules import AUTO, expand, expert_rules, model_rules, read_rules
+from reshard.rules import AUTO, Rules, expand, expert_rules, model_rules, read_rules
 
 
 class Layer(nn.Module):
@@ -60,20 +60,18 @@ def model() -> Any:
 
 
 def test_auto_is_the_models_own(model: Any) -> None:
-    assert model_rules(model, AUTO) == (TP_PLAN, frozenset())
+    assert model_rules(model, AUTO) == Rules(TP_PLAN)
 
 
 def test_rules_replace_the_models_own_unless_they_extend_them(model: Any) -> None:
     rules = {"head": "replicate", "text.embed": "rowwise"}
-    assert model_rules(model, rules) == (rules, frozenset(rules))
-    found, written = model_rules(model, {"extends": "auto", **rules})
-    assert found == {**TP_PLAN, **rules}
-    assert written == frozenset(rules)
+    assert model_rules(model, rules) == Rules(rules, frozenset(rules))
+    assert model_rules(model, {"extends": "auto", **rules}) == Rules({**TP_PLAN, **rules}, frozenset(rules))
 
 
 def test_what_stands_before_may_be_left_out_where_it_is_clear(model: Any) -> None:
-    found, _ = model_rules(model, {"text.layers.*.up_proj": "colwise", "head.weight": "colwise"})
-    assert set(found) == {"text.layers.*.up_proj", "head.weight"}
+    found = model_rules(model, {"text.layers.*.up_proj": "colwise", "head.weight": "colwise"})
+    assert set(found.styles) == {"text.layers.*.up_proj", "head.weight"}
     with pytest.raises(BadInputError, match=r"layers\.\*\.up_proj is ambiguous") as caught:
         model_rules(model, {"layers.*.up_proj": "colwise"})
     assert caught.value.hint == "write one of: text.layers.*.up_proj, vision.layers.*.up_proj"
@@ -91,6 +89,24 @@ def test_a_rule_that_matches_nothing_lists_candidates(model: Any, pattern: str, 
     with pytest.raises(BadInputError, match="matches nothing") as caught:
         model_rules(model, {"extends": "auto", pattern: "colwise"})
     assert candidate in (caught.value.hint or "")
+
+
+def test_two_rules_for_one_name_are_refused(model: Any) -> None:
+    rules = {"text.layers.*.up_proj": "colwise", "layers.*.up_proj": "rowwise"}
+    del model.vision  # so that the second is clear, and the same
+    with pytest.raises(BadInputError, match=r"two rules are for text\.layers\.\*\.up_proj"):
+        model_rules(model, rules)
+
+
+def test_rules_that_cannot_be_right_are_put_right_and_told(model: Any) -> None:
+    model.config.model_type = "gemma3n_text"
+    model.tp_plan = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.down_proj": "rowwise", "head": "colwise"}
+    found = model_rules(model, AUTO)
+    assert found.styles["layers.*.mlp.gate_proj"] == "colwise_gather_output"
+    assert found.styles["head"] == "colwise"
+    assert found.corrected == ("layers.*.mlp.gate_proj", "layers.*.mlp.down_proj")
+    assert model_rules(model, {"head": "colwise"}).corrected == ()
+    assert model_rules(model, {"extends": "auto", "head": "rowwise"}).corrected == found.corrected
 
 
 @pytest.mark.parametrize("plan", ["manual", {"extends": "mine", "head": "colwise"}])

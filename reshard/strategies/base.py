@@ -125,8 +125,8 @@ class TensorParallelLayer:
     Offline, `partition_tensor` gives a rank's part of a parameter; it may only move elements, and is run once for each
     rank on a tensor that records where they go. At run time `_prepare_input_fn` and `_prepare_output_fn` run before
     and after the module's forward. With `use_dtensor` the module sees its parameters as DTensors there, else this
-    rank's local tensors. A style whose cut does not depend on the rank's data can say it through `placement` instead,
-    as the built-in ones do: the default `partition_tensor` does the same cut.
+    rank's local tensors. A cut that is a plain placement can be said through `placement` instead, as the built-in
+    styles do: the default `partition_tensor` makes it.
     """
 
     input_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
