@@ -4,6 +4,7 @@ and, where asked, what transformers' own tensor parallelism computes of the same
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -207,11 +208,16 @@ def _compare(family: str, root: Path, result: dict[str, Any], job: _Job) -> Row:
 
 
 def _upstream(family: str, root: Path, result: dict[str, Any], job: _Job) -> float | str:
-    return result["error"] if "error" in result else _error(root / f"upstream.py.json.{family}.pt", job)
+    if "error" in result:
+        return result["error"]
+    error = _error(root / f"upstream.py.json.{family}.pt", job)
+    return error if math.isfinite(error) else "an output of another shape, or not finite"
 
 
 def _error(path: Path, job: _Job) -> float:
     got = torch.load(path)["logits"]
+    if got.shape != job.output.shape:
+        return math.inf
     return ((got - job.output).abs().max() / job.output.abs().max()).item()
 
 

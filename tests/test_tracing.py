@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +85,15 @@ def test_what_is_planned_is_what_is_cut(name: str, dtype: torch.dtype) -> None:
 
 
 def test_a_dtensor_is_made_without_a_process_group() -> None:
-    cut, plain = CUTS["rows"]
-    assert style(cut, use_dtensor=True).placement_on("weight", SHAPE, torch.float32, 3) == plain
-    assert not torch.distributed.is_initialized()
+    code = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_tracing import CUTS, SHAPE, style
+cut, plain = CUTS["rows"]
+assert style(cut, use_dtensor=True).placement_on("weight", SHAPE, torch.float32, 3) == plain
+assert not torch.distributed.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
