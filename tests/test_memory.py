@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import big
 import pytest
+from big_checkpoints import LLAMA_1B, write
 
 LIMIT = 300 << 20
 
@@ -29,7 +29,7 @@ def anonymous_peak(*arguments: str) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_convert_of_two_gigabytes_stays_flat(tmp_path: Path) -> None:
-    total = big.sparse_llama(tmp_path / "source", layers=10)
+    _, total = write(tmp_path / "source", {**LLAMA_1B, "num_hidden_layers": 10})
     assert total >= 2 << 30
     planning = anonymous_peak("convert", str(tmp_path / "source"), str(tmp_path / "out"), "-tp", "4", "--dry-run")
     whole = anonymous_peak("convert", str(tmp_path / "source"), str(tmp_path / "out"), "-tp", "4")

@@ -1,0 +1,134 @@
+"""Checkpoints as big as real ones, made in a moment: of sparse files, or filled with random bytes. For benchmarks and
+the memory test."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DEEPSEEK_V3", "LLAMA_1B", "LLAMA_70B", "QWEN3_MOE", "tensors", "write"]
+
+Config = dict[str, Any]
+Tensors = Iterator[tuple[str, list[int]]]  # name and shape; bf16, but for biases of routers
+
+_LLAMA: Config = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 128256},
+    "tie_word_embeddings": False,
+}
+LLAMA_1B: Config = {
+    **_LLAMA,
+    **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "head_dim": 64},
+}
+LLAMA_70B: Config = {
+    **_LLAMA,
+    **{"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    **{"num_key_value_heads": 8, "head_dim": 128},
+}
+QWEN3_MOE: Config = {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16", "vocab_size": 151936},
+    **{"hidden_size": 1024, "intermediate_size": 3072, "moe_intermediate_size": 512, "num_hidden_layers": 12},
+    **{"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 64},
+    **{"num_experts_per_tok": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False},
+}
+DEEPSEEK_V3: Config = {
+    **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16"},
+    **{"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048},
+    **{"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256},
+    **{"n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4},
+    **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+    "tie_word_embeddings": False,
+}
+
+
+def tensors(config: Config) -> Tensors:
+    """Every tensor of a published checkpoint of this configuration, in order: experts one by one."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    attention = _mla if "kv_lora_rank" in config else _attention
+    experts = config.get("num_experts") or config.get("n_routed_experts") or 0
+    yield "model.embed_tokens.weight", [vocabulary, hidden]
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        yield from attention(f"{at}.self_attn", config)
+        yield f"{at}.input_layernorm.weight", [hidden]
+        yield f"{at}.post_attention_layernorm.weight", [hidden]
+        if layer < config.get("first_k_dense_replace", 0) or not experts:
+            yield from _mlp(f"{at}.mlp", hidden, config["intermediate_size"])
+            continue
+        small = config["moe_intermediate_size"]
+        yield f"{at}.mlp.gate.weight", [experts, hidden]
+        if "n_group" in config:
+            yield f"{at}.mlp.gate.e_score_correction_bias", [experts]
+            yield from _mlp(f"{at}.mlp.shared_experts", hidden, small * config["n_shared_experts"])
+        for expert in range(experts):
+            yield from _mlp(f"{at}.mlp.experts.{expert}", hidden, small)
+    yield "model.norm.weight", [hidden]
+    yield "lm_head.weight", [vocabulary, hidden]
+
+
+def _mlp(at: str, hidden: int, inner: int) -> Tensors:
+    yield f"{at}.gate_proj.weight", [inner, hidden]
+    yield f"{at}.up_proj.weight", [inner, hidden]
+    yield f"{at}.down_proj.weight", [hidden, inner]
+
+
+def _attention(at: str, config: Config) -> Tensors:
+    hidden, size = config["hidden_size"], config["head_dim"]
+    heads, shared = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    yield f"{at}.q_proj.weight", [heads, hidden]
+    yield f"{at}.k_proj.weight", [shared, hidden]
+    yield f"{at}.v_proj.weight", [shared, hidden]
+    yield f"{at}.o_proj.weight", [hidden, heads]
+    if config["model_type"] == "qwen3_moe":
+        yield f"{at}.q_norm.weight", [size]
+        yield f"{at}.k_norm.weight", [size]
+
+
+def _mla(at: str, config: Config) -> Tensors:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    q_rank, kv_rank, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    yield f"{at}.q_a_proj.weight", [q_rank, hidden]
+    yield f"{at}.q_a_layernorm.weight", [q_rank]
+    yield f"{at}.q_b_proj.weight", [heads * (nope + rope), q_rank]
+    yield f"{at}.kv_a_proj_with_mqa.weight", [kv_rank + rope, hidden]
+    yield f"{at}.kv_a_layernorm.weight", [kv_rank]
+    yield f"{at}.kv_b_proj.weight", [heads * (nope + value), kv_rank]
+    yield f"{at}.o_proj.weight", [hidden, heads * value]
+
+
+def write(folder: Path, config: Config, *, files: int = 4, filled: bool = False) -> tuple[int, int]:
+    """A checkpoint of `files` files and an index, sparse unless `filled`. Returns its tensors and their bytes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    listed = list(tensors(config))
+    share = -(-len(listed) // files)
+    weight_map, total = {}, 0
+    for number in range(files):
+        name = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        entries, at = {}, 0
+        for tensor, shape in listed[number * share : (number + 1) * share]:
+            wide = tensor.endswith("e_score_correction_bias")
+            size = (4 if wide else 2) * math.prod(shape)
+            entries[tensor] = {"dtype": "F32" if wide else "BF16", "shape": shape, "data_offsets": [at, at + size]}
+            weight_map[tensor], at = name, at + size
+        header = json.dumps(entries).encode()
+        with open(folder / name, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            if filled:
+                _fill(file, at)
+            file.truncate(8 + len(header) + at)
+        total += at
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return len(listed), total
+
+
+def _fill(file: Any, size: int) -> None:
+    block = os.urandom(16 << 20)
+    while size:
+        size -= file.write(block[: min(size, len(block))])
