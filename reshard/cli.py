@@ -106,9 +106,12 @@ def cli(verbose: bool) -> None:
 @_what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
 @click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
+@click.option("--no-sync", is_flag=True, help="Do not wait for the disk. A power loss soon after can undo the work.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @_format
-def convert(source: str, out: str, overwrite: bool, workers: int | None, dry_run: bool, style: str, **cut: Any) -> None:
+def convert(
+    source: str, out: str, overwrite: bool, workers: int | None, no_sync: bool, dry_run: bool, style: str, **cut: Any
+) -> None:
     """Write SOURCE (a checkpoint folder or a Hub id) into the folder OUT, one file for each rank.
 
     OUT appears only when it is complete. No GPU, no weights in memory.
@@ -124,7 +127,7 @@ def convert(source: str, out: str, overwrite: bool, workers: int | None, dry_run
     from . import convert as run
     from .report import manifest_report
 
-    manifest = run(source, out, overwrite=overwrite, workers=workers, progress=_progress, **cut)
+    manifest = run(source, out, overwrite=overwrite, workers=workers, sync=not no_sync, progress=_progress, **cut)
     size = sum(record.size for record in manifest.rank_files)
     _print(
         {"out": out, **manifest_report(manifest)},

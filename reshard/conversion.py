@@ -93,12 +93,14 @@ def convert(
     drop_unused: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
+    sync: bool = True,
     progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]] | None = None,
 ) -> Manifest:
     """Reshard a checkpoint (folder or Hub id) into `out`, one safetensors file for each rank.
 
     `out` appears in one step when everything is on disk; on any failure nothing is left and an earlier `out` is
     untouched. Memory does not grow with the model (see `write_files`). What to cut and how is said as for `plan`.
+    `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress`, given the bytes to write, returns a
     context manager whose value is called with the bytes just written.
 
@@ -106,7 +108,7 @@ def convert(
         ReshardError: its subclass and exit code say which kind of failure.
     """
     out = Path(out)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, overwrite=overwrite, sync=sync) as folder:
         planned = plan(
             source,
             tp_size=tp_size,
@@ -122,10 +124,12 @@ def convert(
         extras_size = sum((planned.source.root / name).stat().st_size for name in planned.source.extras)
         check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
         with (progress or _silent)(total) as report:
-            written, source_digests = write_files(folder, layouts, planned.source, workers=workers, progress=report)
-        extras = [_copy(planned.source, name, folder) for name in planned.source.extras]
+            written, source_digests = write_files(
+                folder, layouts, planned.source, workers=workers, sync=sync, progress=report
+            )
+        extras = [_copy(planned.source, name, folder, sync) for name in planned.source.extras]
         manifest = _manifest(planned, written, source_digests, extras)
-        write_file(folder / MANIFEST_NAME, manifest.to_bytes())
+        write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest
 
 
@@ -134,8 +138,8 @@ def _silent(_: int) -> Iterator[Callable[[int], object]]:
     yield lambda _: None
 
 
-def _copy(source: Source, name: str, folder: Path) -> FileRecord:
-    data = copy_file(source.root / name, folder / name)
+def _copy(source: Source, name: str, folder: Path, sync: bool) -> FileRecord:
+    data = copy_file(source.root / name, folder / name, sync=sync)
     return FileRecord(name, len(data), digest_of(data), {})
 
 

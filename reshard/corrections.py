@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["CORRECTIONS", "corrected"]
+__all__ = ["CORRECTIONS", "corrected", "has_expert_plan"]
 
 _WHOLE_ATTENTION = {
     **{f"self_attn.{name}": "colwise_gather_output" for name in ("q_proj", "k_proj", "v_proj")},
@@ -24,6 +24,8 @@ CORRECTIONS: dict[str, dict[str, str]] = {
     "doge": {**_WHOLE_ATTENTION, "self_attn.dt_proj": "replicate"},
     # q_norm and k_norm are over all heads together.
     "esmc": _WHOLE_ATTENTION,
+    # Query, key and value are one behind the other, each with all heads (5.17).
+    "ernie4_5_vl_moe_vision": {"attn.qkv": "colwise_gather_output", "attn.proj": "rowwise_split_input"},
     # The sparse activation takes the mean and deviation over the whole intermediate size.
     "gemma3n_text": {
         "mlp.gate_proj": "colwise_gather_output",
@@ -45,6 +47,15 @@ CORRECTIONS: dict[str, dict[str, str]] = {
 }
 
 
+# Their experts take every token scaled by its router's score, not the routes (5.17 has a plan all the same).
+_NO_EXPERT_PLAN = ("llama4_text",)
+
+
+def has_expert_plan(config: Any) -> bool:
+    """Whether the model's experts can be reached by route, so that ranks can hold some of them."""
+    return not set(_model_types(config)) & set(_NO_EXPERT_PLAN)
+
+
 def corrected(rules: Mapping[str, str], config: Any) -> tuple[dict[str, str], tuple[str, ...]]:
     """A model's own rules with those put right that are wrong, and the patterns of these. `config` is the model's."""
     fixes = {end: style for kind in _model_types(config) for end, style in CORRECTIONS.get(kind, {}).items()}
@@ -53,7 +64,10 @@ def corrected(rules: Mapping[str, str], config: Any) -> tuple[dict[str, str], tu
         for end, style in fixes.items():
             if pattern == end or pattern.endswith(f".{end}"):
                 found[pattern] = style
-    return found, tuple(pattern for pattern in rules if found[pattern] != rules[pattern])
+        experts = pattern.removesuffix(".gate_up_proj")
+        if experts != pattern and rules.get(f"{experts}.down_proj") == "rowwise":
+            found.setdefault(experts, "moe_tp_experts")  # qwen3_omni_moe of 5.17 leaves the sum unreduced
+    return found, tuple(pattern for pattern in found if found[pattern] != rules.get(pattern))
 
 
 def _model_types(config: Any) -> Iterable[str]:

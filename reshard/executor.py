@@ -37,13 +37,14 @@ def write_files(
     source: Source,
     *,
     workers: int | None = None,
+    sync: bool = True,
     progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[list[FileRecord], dict[str, str]]:
     """Write every file of a plan into `folder`; also digest the source files. `progress` is told of bytes written.
 
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
-    Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. Every file is
-    on disk (`fsync`) on return. Returns what was written, and the digests of the source files by name.
+    Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With
+    `sync`, every file is on disk on return. Returns what was written, and the digests of the source files by name.
 
     Raises:
         StorageError: the disk refused.
@@ -81,7 +82,7 @@ def write_files(
                 files.append(_create(folder / layout.name, layout))
             _run([work for _, work in jobs], workers or worker_count(), stop)
             reader.unchanged()
-            for fd in files:
+            for fd in files if sync else ():
                 os.fsync(fd)
         except OSError as error:
             raise StorageError(f"{printable(folder)}: {error.strerror}") from None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .corrections import corrected
+from .corrections import corrected, has_expert_plan
 from .errors import BadInputError, printable
 from .source import read_json
 
@@ -155,7 +155,7 @@ def expert_rules(model: Any) -> dict[str, str]:
 
     transformers 5.17 masks routes at the router and reduces behind the experts; here both happen around the experts.
     """
-    rules = dict(getattr(model, "_ep_plan", None) or {})
+    rules = dict(getattr(model, "_ep_plan", None) or {}) if has_expert_plan(model.config) else {}
     if "ep_router" in rules.values():
         rules = {pattern: style.replace("moe_tp_experts", "ep_dispatch_experts") for pattern, style in rules.items()}
     # Some list the rules of other modules again.
@@ -208,6 +208,8 @@ def _for_module(style: str, module: torch.nn.Module) -> str:
         if len(module._parameters) > 1:  # t5gemma2's looks for tokens of its own in the ids, which a cut would shift
             return "replicate"
         return _FOR_EMBEDDINGS.get(style, style)
+    if style.startswith("embedding_") and not module._parameters:
+        return "replicate"  # something around an embedding (neomme in 5.17)
     if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, which GPT-2 and its kin use
         return _FOR_CONV1D.get(style, style)
     return style

@@ -20,11 +20,11 @@ _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # renameat2(2)
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> Iterator[Path]:
     """Give a new folder to fill; put it at `out` when the block ends well, and leave nothing when it does not.
 
     The move never replaces anything, unless `overwrite` and `out` is a folder of ours; then the two are exchanged in
-    one step. One process at a time: `OUT.lock` is held meanwhile.
+    one step. With `sync`, folder and move are on disk on return. One process at a time: `OUT.lock` is held meanwhile.
 
     Raises:
         DestinationExistsError: `out` exists (now, or when the work is done).
@@ -42,10 +42,12 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise StorageError(f"{printable(part)}: {error.strerror}") from None
         try:
             yield part
-            sync_folder(part)
+            if sync:
+                sync_folder(part)
             _check_destination(out, overwrite)
             _move(part, out, overwrite)
-            sync_folder(out.parent)
+            if sync:
+                sync_folder(out.parent)
         finally:
             _remove(part)  # after an exchange this is the old folder
 
@@ -127,24 +129,25 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small new file, through to the disk."""
+def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a small new file; with `sync`, through to the disk."""
     try:
         with open(path, "xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(f"{printable(path)}: {error.strerror}") from None
 
 
-def copy_file(source: Path, target: Path) -> bytes:
-    """Copy a small file, through to the disk. Returns its bytes."""
+def copy_file(source: Path, target: Path, *, sync: bool = True) -> bytes:
+    """Copy a small file as `write_file` writes it. Returns its bytes."""
     try:
         data = source.read_bytes()
     except OSError as error:
         raise StorageError(f"{printable(source)}: {error.strerror}") from None
-    write_file(target, data)
+    write_file(target, data, sync=sync)
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,6 @@ __all__ = [
     "MoeExpertsParallel",
     "MoeIdentityParallel",
 ]
-
-
-# Experts whose forward runs whatever id it meets (transformers 5.23).
-_SKIP_NONE = ("NemotronHExperts", "OpenAIPrivacyFilterExperts")
 
 
 class AllReduceParallel(LocalLayer):
@@ -90,6 +87,16 @@ class ExpertsDispatchParallel(AllReduceParallel):
         row = device_mesh.size() * mine // everyone
         module.num_experts = mine
         module._first_expert = device_mesh.get_local_rank() // row * mine
-        module._no_expert = 0 if type(module).__name__ in _SKIP_NONE else mine
+        module._no_expert = mine if _skips_past_the_last(module) else 0
         module._is_expert_parallel = True  # transformers' own sign to skip the id after the last
         return super().prepare_module_tp(module, device_mesh)
+
+
+def _skips_past_the_last(module: nn.Module) -> bool:
+    """Whether the experts' forward knows an id after the last, and runs nothing for it. Not all of them do, and asking
+    the forward itself could end a CUDA context, so its source is read: without one, routes elsewhere cost a run."""
+    try:
+        source = inspect.getsource(inspect.unwrap(type(module).forward))
+    except OSError:
+        return False
+    return "num_experts + 1" in source and "== self.num_experts" in source

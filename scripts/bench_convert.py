@@ -1,0 +1,164 @@
+"""`reshard convert` against `cp -r` of the same folder, interleaved in one run; medians and ratios.
+
+    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--repeat 5] [--case dense] [--peers] …
+
+`copy` is the whole process less that of `--dry-run`, which is imports and planning. `cp+sync` waits for the disk as
+`reshard` does by default. The source is in the page cache, but for the case `cold`. Peers: one script that loads the
+whole checkpoint and splits it, and transformers' tensor-parallel load followed by a save of torch's distributed
+checkpoint, under torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from big_checkpoints import LLAMA_1B, QWEN3_MOE, write
+
+RESHARD = [sys.executable, "-m", "reshard", "convert"]
+LOAD_AND_SPLIT = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+source, out, ranks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+out.mkdir()
+state = {}
+for path in sorted(source.glob("*.safetensors")):
+    state.update(load_file(path))
+for rank in range(ranks):
+    save_file({name: tensor.chunk(ranks)[rank].contiguous() for name, tensor in state.items()}, out / f"{rank}.safetensors")
+"""
+TP_AND_DCP = """
+import sys
+import torch.distributed as dist, torch.distributed.checkpoint as dcp
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+dcp.save({"model": model.state_dict()}, checkpoint_id=sys.argv[2])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, how it is cut, and whether the source is dropped from the page cache before every run."""
+
+    config: dict
+    options: tuple[str, ...]
+    cold: bool = False
+
+
+CASES = {
+    **{f"dense tp{tp}": Case(LLAMA_1B, ("--tp-size", str(tp))) for tp in (2, 4, 8)},
+    "dense cast": Case(LLAMA_1B, ("--tp-size", "4", "--dtype", "float16")),
+    "dense cold": Case(LLAMA_1B, ("--tp-size", "4"), cold=True),
+    "experts tp4": Case(QWEN3_MOE, ("--tp-size", "4")),
+    "experts ep4": Case(QWEN3_MOE, ("--tp-size", "4", "--ep-size", "4")),
+}
+
+
+def contenders(source: Path, out: Path, case: Case, *, peers: bool) -> dict[str, list[list[str]]]:
+    """Name → the commands that are timed together."""
+    convert = [*RESHARD, str(source), str(out), *case.options]
+    found = {
+        "cp": [["cp", "-r", str(source), str(out)]],
+        "cp+sync": [["cp", "-r", str(source), str(out)], ["sync"]],
+        "dry run": [[*convert, "--dry-run"]],
+        "reshard": [convert],
+        "reshard --no-sync": [[*convert, "--no-sync"]],
+    }
+    if peers:
+        ranks = case.options[1]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        script = out.with_name("peer.py")
+        script.write_text(TP_AND_DCP)
+        found["load and split"] = [[sys.executable, "-c", LOAD_AND_SPLIT, str(source), str(out), ranks]]
+        found["transformers + DCP"] = [[*torchrun, str(script), str(source), str(out)]]
+    return found
+
+
+def timed(commands: list[list[str]], prepare: Callable[[], None]) -> float:
+    """Seconds that the commands take together, after everything written before is on the disk."""
+    prepare()
+    os.sync()
+    start = time.perf_counter()
+    for command in commands:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return time.perf_counter() - start
+
+
+def drop_from_cache(source: Path) -> None:
+    """Ask the kernel to forget the files' pages."""
+    for path in source.iterdir():
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def warm(source: Path) -> None:
+    for path in source.iterdir():
+        with open(path, "rb", buffering=0) as file:
+            while file.read(16 << 20):
+                pass
+
+
+@click.command()
+@click.option("--folder", type=click.Path(file_okay=False), help="Where to work. [default: a temporary folder]")
+@click.option("--repeat", default=5, show_default=True)
+@click.option("--case", "names", multiple=True, help=f"Some of: {', '.join(CASES)}. [default: all]")
+@click.option("--layers", type=int, help="More or fewer layers than the configuration has.")
+@click.option("--peers", is_flag=True, help="Also run the other tools (slow, and needs memory for the whole model).")
+def main(folder: str | None, repeat: int, names: tuple[str, ...], layers: int | None, peers: bool) -> None:
+    """Print seconds and ratios for each case."""
+    root = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        for name, case in CASES.items():
+            if not names or any(name.startswith(chosen) for chosen in names):
+                run(name, case, root, repeat, layers, peers)
+    finally:
+        shutil.rmtree(root)
+
+
+def run(name: str, case: Case, root: Path, repeat: int, layers: int | None, peers: bool) -> None:
+    source, out = root / "source", root / "out"
+    config = {**case.config, "num_hidden_layers": layers or case.config["num_hidden_layers"]}
+    count, size = write(source, config, filled=True)
+    warm(source)
+
+    def prepare() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        if case.cold:
+            drop_from_cache(source)
+
+    commands = contenders(source, out, case, peers=peers)
+    seconds: dict[str, list[float]] = {contender: [] for contender in commands}
+    for _ in range(repeat):
+        for contender, steps in commands.items():
+            seconds[contender].append(timed(steps, prepare))
+    shutil.rmtree(source)
+    shutil.rmtree(out, ignore_errors=True)
+    median = {contender: statistics.median(runs) for contender, runs in seconds.items()}
+    click.echo(f"\n{name}: {count:,} tensors, {size / 1e9:.2f} GB, medians of {repeat}")
+    for contender, value in median.items():
+        low, high = min(seconds[contender]), max(seconds[contender])
+        click.echo(f"  {contender:20} {value:6.2f} s  ({low:.2f} to {high:.2f})  {value / median['cp']:5.2f} × cp")
+    copy, quick = (median[kind] - median["dry run"] for kind in ("reshard", "reshard --no-sync"))
+    click.echo(f"  copy, in time with the disk   {copy:6.2f} s  {copy / median['cp+sync']:5.2f} × cp+sync")
+    click.echo(f"  copy, --no-sync               {quick:6.2f} s  {quick / median['cp']:5.2f} × cp")
+    click.echo(
+        f"  whole process                 {median['reshard']:6.2f} s  {median['reshard'] / median['cp+sync']:5.2f} × cp+sync"
+    )
+
+
+if __name__ == "__main__":
+    main()
