@@ -36,7 +36,8 @@ state = {}
 for path in sorted(source.glob("*.safetensors")):
     state.update(load_file(path))
 for rank in range(ranks):
-    save_file({name: tensor.chunk(ranks)[rank].contiguous() for name, tensor in state.items()}, out / f"{rank}.safetensors")
+    parts = {name: tensor.chunk(ranks)[rank].contiguous() for name, tensor in state.items()}
+    save_file(parts, out / f"{rank}.safetensors")
 """
 TP_AND_DCP = """
 import sys
@@ -155,9 +156,8 @@ def run(name: str, case: Case, root: Path, repeat: int, layers: int | None, peer
     copy, quick = (median[kind] - median["dry run"] for kind in ("reshard", "reshard --no-sync"))
     click.echo(f"  copy, in time with the disk   {copy:6.2f} s  {copy / median['cp+sync']:5.2f} × cp+sync")
     click.echo(f"  copy, --no-sync               {quick:6.2f} s  {quick / median['cp']:5.2f} × cp")
-    click.echo(
-        f"  whole process                 {median['reshard']:6.2f} s  {median['reshard'] / median['cp+sync']:5.2f} × cp+sync"
-    )
+    whole = median["reshard"]
+    click.echo(f"  whole process                 {whole:6.2f} s  {whole / median['cp+sync']:5.2f} × cp+sync")
 
 
 if __name__ == "__main__":
