@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench_forward.py [--repeat 3] [--layers 16] [--length 512]
 
-One thread a rank, gloo, bf16, a llama of 1B shape with random weights. Prefill is a forward of one prompt that gives the
-logits of its last token, decode a step of one token with a cache behind it. Each run is a torchrun job of its own.
+One thread a rank, gloo, bf16, a llama of 1B shape with random weights. Prefill is a forward of one prompt that gives
+the logits of its last token, decode a step of one token with a cache behind it. Each run is a torchrun job of its own.
 """
 
 from __future__ import annotations
