@@ -20,6 +20,11 @@ from .targets import LocalTensor
 __all__ = ["worker_count", "write_files"]
 
 
+# For a larger write Linux takes page cache in pieces so large that finding them can cost more than the write: in a
+# virtual machine, 2.3 s for 3 GB in writes of 4 MiB, and 0.8 s in these.
+_WRITE_BYTES = 256 << 10
+
+
 def worker_count() -> int:
     """Threads used unless told otherwise: the CPUs this process may use, at most 8."""
     return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
@@ -27,7 +32,7 @@ def worker_count() -> int:
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(fd, data, offset)
+        written = os.pwrite(fd, data[:_WRITE_BYTES], offset)
         data, offset = data[written:], offset + written
 
 
