@@ -118,7 +118,11 @@ def warm(source: Path) -> None:
 @click.option("--repeat", default=5, show_default=True)
 @click.option("--case", "names", multiple=True, help=f"Some of: {', '.join(CASES)}. [default: all]")
 @click.option("--layers", type=int, help="More or fewer layers than the configuration has.")
-@click.option("--peers", is_flag=True, help="Also run the other tools (slow, and needs memory for the whole model).")
+@click.option(
+    "--peers",
+    is_flag=True,
+    help="In the cases `dense tp…`, also run the other tools: slow, and memory for the whole model.",
+)
 def main(folder: str | None, repeat: int, names: tuple[str, ...], layers: int | None, peers: bool) -> None:
     """Print seconds and ratios for each case."""
     root = Path(tempfile.mkdtemp(dir=folder))
@@ -141,7 +145,7 @@ def run(name: str, case: Case, root: Path, repeat: int, layers: int | None, peer
         if case.cold:
             drop_from_cache(source)
 
-    commands = contenders(source, out, case, peers=peers)
+    commands = contenders(source, out, case, peers=peers and name.startswith("dense tp"))
     seconds: dict[str, list[float]] = {contender: [] for contender in commands}
     for _ in range(repeat):
         for contender, steps in commands.items():
