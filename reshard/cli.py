@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from ._version import __version__
-from .errors import ReshardError, printable
+from .errors import ReshardError, StorageError, printable
 
 __all__ = ["cli", "entry", "main", "report_failure", "wants_traceback"]
 
@@ -292,7 +292,12 @@ def entry() -> None:
         code: Any = 0
     except SystemExit as ended:
         code = ended.code
-    with contextlib.suppress(OSError, ValueError):
+    try:
         sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    except OSError as error:  # what was to be printed is not: the reader has gone, or the disk is full
+        gone = isinstance(error, BrokenPipeError)
+        code = (
+            128 + signal.SIGPIPE if gone else report_failure(StorageError(f"output: {error.strerror}"), verbose=False)
+        )
+    sys.stderr.flush()
+    os._exit(code or 0)

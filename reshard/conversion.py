@@ -101,8 +101,7 @@ def convert(
     `out` appears in one step when everything is on disk; on any failure nothing is left and an earlier `out` is
     untouched. Memory does not grow with the model (see `write_files`). What to cut and how is said as for `plan`.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
-    `progress`, given the bytes to write, returns a
-    context manager whose value is called with the bytes just written.
+    `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
 
     Raises:
         ReshardError: its subclass and exit code say which kind of failure.

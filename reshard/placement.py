@@ -211,9 +211,7 @@ def offset(placement: Placement, shape: Sequence[int], *, rank: int, world_size:
 
 
 def is_box(placement: Placement) -> bool:
-    """Whether every rank holds one box of the whole tensor, whatever its size."""
+    """Whether every rank holds one box of the whole tensor, and the boxes fit together as torch cuts them."""
     if isinstance(placement, Nested):
         return is_box(placement.outer) and is_box(placement.inner)
-    if isinstance(placement, Explicit):
-        return all(len(boxes) <= 1 for boxes in placement.boxes)
     return isinstance(placement, (Replicate, Shard))

@@ -7,6 +7,7 @@ from typing import Any
 
 from .fields import count, counts, one_of
 from .placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
+from .regions import Region, covers
 
 __all__ = ["placement_from_json", "placement_to_json"]
 
@@ -44,13 +45,11 @@ def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_siz
         row = count(content["row"])
         if row < 2 or world_size % row:
             raise ValueError(f"rows of {row} among {world_size} ranks")
+        one_of(("shard", "packed"), content["outer"]["type"])
+        one_of(("replicate", "shard", "packed"), content["inner"]["type"])
         outer = placement_from_json(content["outer"], shape, world_size // row)
-        if not isinstance(outer, (Shard, PackedShard)):
-            raise ValueError("nested: the outer placement does not cut")
         inner = placement_from_json(content["inner"], shape, row)
-        if isinstance(inner, (Nested, Explicit)):
-            raise ValueError("nested: the inner placement is not a plain one")
-        nested = Nested(outer, inner, row)
+        nested = Nested(outer, inner, row)  # type: ignore[arg-type]
         for rank in range(world_size):  # the inner one must fit what its row holds
             pieces(nested, shape, rank=rank, world_size=world_size)
         return nested
@@ -76,4 +75,6 @@ def _explicit(content: dict[str, Any], shape: tuple[int, ...], world_size: int) 
                 fits = len(start) == len(box.extent) == len(whole)
                 if not fits or any(at + size > limit for at, size, limit in zip(start, box.extent, whole)):
                     raise ValueError(f"a box of {box.extent} at {start} in a shape of {whole}")
+        if not covers([Region("", 0, box.extent, box.extent, box.local_start) for box in of_rank], local):
+            raise ValueError(f"boxes that do not fill a tensor of {local}")
     return Explicit(shapes, boxes)

@@ -69,16 +69,12 @@ def build_plan(
         some = ", ".join(map(printable, model.missing[:3]))
         raise BadInputError(f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {some}")
     _check_styles(model, strategies)
-    if topology.tp > 1 and not any(parameter.style for parameter in model.parameters):
-        raise TopologyError(
-            f"{model.architecture} has no tensor-parallel plan: every rank would hold all of it",
-            hint="give it one with --plan FILE",
-        )
     reason = _refusal(model, strategies, topology)
     if reason:
         sizes = [size for size, why in legal_sizes(model, strategies=strategies).items() if why is None]
         raise TopologyError(
-            f"{topology} do not fit {model.architecture}: {reason}", hint=f"legal sizes: {_join(sizes)}"
+            f"{topology} do not fit {model.architecture}: {reason}",
+            hint=f"legal sizes: {_join(sizes)}" if _has_plan(model) else "give it a plan with --plan FILE",
         )
     placements = {parameter.name: _placement(parameter, strategies, topology) for parameter in model.parameters}
     regions, tied, duplicates, apart = _tie(model, placements, equal)
@@ -231,8 +227,14 @@ def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size
     return reasons
 
 
+def _has_plan(model: Model) -> bool:
+    return any(parameter.style for parameter in model.parameters)
+
+
 def _refusal(model: Model, strategies: ParallelInterface, topology: Topology) -> str | None:
     """Why the model cannot run on these ranks, or None."""
+    if topology.tp > 1 and not _has_plan(model):
+        return "it has no tensor-parallel plan, so every rank would hold all of it"
     for parameter in model.parameters:
         heads, experts = parameter.heads, parameter.shape[:1] if parameter.expert_style else ()
         if heads and heads % (topology.tp // _copies(parameter, topology.tp)):

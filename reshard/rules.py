@@ -67,7 +67,7 @@ def _read_toml(path: Path) -> Any:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInputError(f"{printable(path)}: cannot be read: {error.strerror}") from None
     except ValueError as error:

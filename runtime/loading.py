@@ -192,8 +192,10 @@ def _share_heads(model: Any, manifest: Manifest) -> None:
         placement = target.placement
         if isinstance(placement, Nested) and isinstance(placement.inner, Replicate) and placement.row > row:
             attention = target.name.rpartition(".")[0]
-            while not hasattr(model.get_submodule(attention), KV_GROUPS):
+            while attention and not hasattr(model.get_submodule(attention), KV_GROUPS):
                 attention = attention.rpartition(".")[0]
+            if not attention:
+                raise IntegrityError(f"{printable(target.name)}: its heads are shared, but no attention holds it")
             shares[attention] = placement.row // row
     for name, copies in shares.items():
         attention = model.get_submodule(name)

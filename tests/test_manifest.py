@@ -97,6 +97,7 @@ _NESTED = {"type": "nested", "outer": _CUT, "inner": _WHOLE, "row": 2}
         },  # past its tensor's end
         {"type": "explicit", "shapes": [[1, 1]] * 2, "boxes": [[[[10**9, 0], [1, 1], [0, 0]]], []]},
         {"type": "explicit", "shapes": [[1]] * 2, "boxes": [[[[0], [1], [0]]], []]},  # another number of dims
+        {"type": "explicit", "shapes": [[2, 1]] * 2, "boxes": [[[[0, 0], [1, 1], [0, 0]]], []]},  # not filled
         {"type": "diagonal"},
     ],
 )
@@ -116,7 +117,10 @@ def test_placements_that_cannot_be(content: dict[str, Any], tmp_path: Path, plac
         PackedShard(0, (4, 2)),
         Nested(Shard(0), Replicate(), 2),
         Nested(PackedShard(0, (4, 2)), Shard(1), 2),
-        Explicit(((2, 3),) * 4, ((Piece((0, 0), (2, 3), (0, 0)),), (), (), (Piece((4, 0), (2, 3), (0, 0)),))),
+        Explicit(
+            ((2, 3), (0, 3), (0, 3), (2, 3)),
+            ((Piece((0, 0), (2, 3), (0, 0)),), (), (), (Piece((4, 0), (2, 3), (0, 0)),)),
+        ),
     ],
 )
 def test_placements_as_json_and_back(placement: Placement) -> None:

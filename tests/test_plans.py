@@ -17,6 +17,7 @@ from family_inputs import inputs, main_output
 from test_parity import NEW_TOKENS, WORKERS, torchrun
 
 import reshard
+from reshard.planning import legal_sizes
 
 _SIZES = {"vocab_size": 130, "num_hidden_layers": 2, "intermediate_size": 50, "hidden_size": 32}
 _ATTENTION = ("encoder.block.*.layer.*.SelfAttention", "decoder.block.*.layer.*.SelfAttention")
@@ -207,8 +208,11 @@ def test_a_rule_that_cuts_nothing_is_refused(singles: Results) -> None:
 
 
 def test_without_a_plan_nothing_would_be_cut(singles: Results) -> None:
-    assert reshard.plan(singles["bert"]["source"], tp_size=1).world_size == 1
-    with pytest.raises(reshard.ReshardError, match="BertForMaskedLM has no tensor-parallel plan") as caught:
+    alone = reshard.plan(singles["bert"]["source"], tp_size=1)
+    assert [size for size, why in legal_sizes(alone.model).items() if why is None] == [1]
+    with pytest.raises(
+        reshard.ReshardError, match="do not fit BertForMaskedLM: it has no tensor-parallel plan"
+    ) as caught:
         reshard.plan(singles["bert"]["source"], tp_size=2)
     assert caught.value.exit_code == 9
     assert "--plan" in (caught.value.hint or "")

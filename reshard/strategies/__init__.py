@@ -114,7 +114,9 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
         self._strategies = dict(_BUILT_IN)
 
     def register_strategy(self, name: str, strategy: TensorParallelLayer) -> None:
-        """Make `name` usable in a plan. Replaces a strategy of that name."""
+        """Make `name` usable in a plan. Replaces a strategy of that name. Raises TypeError where it is not one."""
+        if not isinstance(strategy, TensorParallelLayer):
+            raise TypeError(f"{name}: register an instance of a TensorParallelLayer, not {strategy!r}")
         self._strategies[name] = strategy
 
     def find(self, name: str) -> TensorParallelLayer:
