@@ -10,10 +10,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import families
 import family_report
 import matrix
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import conversion_mapping
 
+import reshard
 from reshard.corrections import CORRECTIONS
 
 SAMPLE = (
@@ -81,6 +87,25 @@ def test_the_sample_uses_every_style_and_every_conversion() -> None:
 
     everything = family_report.read("5.23")
     assert used([record for record in everything if record["family"] in SAMPLE]) == used(everything)
+
+
+@pytest.mark.skipif("molmo2_text" not in families.MODEL_TYPES, reason="not in this transformers")
+def test_a_conversion_that_no_family_with_a_plan_uses(tmp_path: Path) -> None:
+    """Molmo2 has no plan, and the only `Split`: with it and the walk, every registered conversion has been run."""
+    config = families.small_config("molmo2_text")
+    model = transformers.AutoModel.from_config(config)
+    reshard.convert(families.save(model, tmp_path / "source"), tmp_path / "out", tp_size=1)
+    stored = load_file(tmp_path / "out" / "shard-00001-model-00001-of-00001.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stored[name], tensor), name
+    registered = {
+        type(operation).__name__
+        for entries in conversion_mapping._build_checkpoint_conversion_mapping().values()
+        for entry in entries
+        for operation in getattr(entry, "operations", ())
+    }
+    walked = {name for record in family_report.read("5.23") for name in record["conversions"]}
+    assert registered <= walked | {"Split"}
 
 
 def test_plans_put_right_are_wrong_upstream() -> None:
