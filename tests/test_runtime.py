@@ -12,13 +12,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pico
 import pytest
+import torch
 import torch.distributed as dist
 
 import reshard
 from reshard.errors import IntegrityError, RemoteMovedError, TopologyError, UsageError
+from reshard.placement import Nested, Replicate, Shard
+from reshard.targets import Target
+from reshard.topology import Topology
+from runtime.loading import _share_heads
 from runtime.mesh import RankInfo, agree, pick_device
 
 PARTS = "shard-0000{}-model-00001-of-00001.safetensors"
@@ -225,3 +231,12 @@ def test_a_rank_that_never_answers_is_named() -> None:
 def test_own_failure_is_said_even_when_nobody_answers() -> None:
     with pytest.raises(IntegrityError, match="mine"):
         agree(dist.HashStore(), RankInfo(0, 2, 0), IntegrityError("mine"), timedelta(seconds=0.1), what="loading")
+
+
+def test_shared_heads_that_no_attention_holds_are_refused() -> None:
+    """A manifest can say so of any parameter; looking for the attention around it must end."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4))
+    target = Target("0.weight", (4,), "float32", Nested(Shard(0), Replicate(), 2), ())
+    manifest = SimpleNamespace(topology=Topology(4), parameters=(target,))
+    with pytest.raises(IntegrityError, match="no attention holds it"):
+        _share_heads(model, manifest)  # type: ignore[arg-type]
