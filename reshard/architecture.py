@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .errors import BadInputError, VersionError, printable
 from .source import model_config
 
-__all__ = ["KV_GROUPS", "expected_dtypes", "meta_model", "quiet_transformers"]
+__all__ = ["KV_GROUPS", "expected_dtypes", "meta_model", "model_class", "on_meta", "quiet_transformers"]
 
 KV_GROUPS = "num_key_value_groups"  # an attention module's number of query heads for each KV head
 
@@ -43,6 +44,14 @@ def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None
         BadInputError: the configuration is not usable.
         VersionError: the installed transformers does not know the model.
     """
+    return on_meta(*model_class(root), dtype=dtype, attn_implementation=attn_implementation)
+
+
+def model_class(root: Path) -> tuple[type, Any]:
+    """The class of the model of the checkpoint in `root`, its module imported, and its configuration.
+
+    Raises what `meta_model` does.
+    """
     import transformers
 
     model_type = printable(model_config(root).get("model_type"))
@@ -56,17 +65,32 @@ def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None
         ) from None
     except Exception as error:
         raise BadInputError(f"{printable(root / 'config.json')}: not usable: {printable(error)}") from None
+    return _model_class(transformers, config), config
+
+
+def on_meta(model_class: Any, config: Any, *, dtype: str, attn_implementation: str | None = None) -> Any:
+    """The model of a class and its configuration on the meta device. Raises BadInputError where it cannot be built."""
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    model_class = _model_class(transformers, config)
     try:
-        with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
+        with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"), _NothingDrawn():
             warnings.simplefilter("ignore")
             return model_class._from_config(config, dtype=getattr(torch, dtype))
     except Exception as error:
         raise BadInputError(
-            f"{printable(root / 'config.json')}: {model_class.__name__} cannot be built from it: {printable(error)}"
+            f"{printable(config.name_or_path)}: {model_class.__name__} cannot be built from its config.json:"
+            f" {printable(error)}"
         ) from None
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """No random numbers for tensors without memory: torch's initializers leave their tensor as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

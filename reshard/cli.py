@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ import click
 
 from ._version import __version__
 from .errors import ReshardError, StorageError, printable
+from .process import patient_from_now_on, worker_count
 
 __all__ = ["cli", "entry", "main", "report_failure", "wants_traceback"]
 
@@ -158,7 +158,6 @@ def plan(source: str, style: str, **cut: Any) -> None:
 def _print_plan(source: str, style: str, **cut: Any) -> None:
     from . import plan as run
     from .conversion import plan_layouts
-    from .executor import worker_count
     from .planning import legal_sizes
     from .reader import BLOCK_BYTES
     from .report import plan_report, plan_text
@@ -283,10 +282,9 @@ def main(arguments: list[str] | None = None, *, command: click.Command = cli) ->
 def entry() -> None:
     """The `reshard` command as a process: it starts and ends as fast as Python lets it.
 
-    Importing torch and transformers makes a million objects and no garbage, which is looked for in vain at the usual
-    thresholds (a quarter of the start), and taking their modules apart at the end takes a second.
+    Taking the modules of torch and transformers apart at the end would take a second.
     """
-    gc.set_threshold(200_000, 50, 100)
+    patient_from_now_on()
     try:
         main()
         code: Any = 0

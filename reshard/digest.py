@@ -48,9 +48,9 @@ def tree_digest(head: bytes, tensor_digests: Iterable[str]) -> str:
     return whole.hexdigest()
 
 
-def digest_file(path: Path, buffer: memoryview | None = None) -> str:
-    """Digest of a file's bytes, read in blocks into `buffer` (made here when not given)."""
-    digest, buffer = new_digest(), buffer or memoryview(bytearray(_BLOCK))
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes, read in blocks."""
+    digest, buffer = new_digest(), memoryview(bytearray(_BLOCK))
     try:
         with open(path, "rb", buffering=0) as file:
             while size := file.readinto(buffer):

@@ -21,6 +21,7 @@ from .targets import LocalTensor
 __all__ = ["BLOCK_BYTES", "SourceReader", "equal_tensors", "tensor_blocks"]
 
 BLOCK_BYTES = 4 << 20
+_FILE_PIECE = 64 << 20
 # Data is moved as integers of the same width: bits survive whatever they mean, and every dtype has a copy kernel.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -73,6 +74,12 @@ class SourceReader:
         width = itemsize(torch_name(info.dtype, tensor=info.name))
         start = info.start + region.offset * width
         return memoryview(self._map(info.file))[start : start + region.size * width]
+
+    def pieces_of_file(self, name: str) -> Iterator[memoryview]:
+        """All bytes of a source file, in order."""
+        whole = memoryview(self._map(name))
+        for start in range(0, len(whole), _FILE_PIECE):
+            yield whole[start : start + _FILE_PIECE]
 
     def dtype(self, region: Region) -> str:
         info = self._source.tensors[region.source]

@@ -1,5 +1,9 @@
 """Run a resharded model under torchrun: `load` gives a transformers model whose parameters are DTensors."""
 
-from .loading import full_tensor, load
+from reshard.process import patient_collector
+
+with patient_collector():
+    from .loading import load
+    from .whole import full_tensor
 
 __all__ = ["full_tensor", "load"]

@@ -3,53 +3,47 @@
 from __future__ import annotations
 
 import mmap
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 
 import torch
 
-from reshard.digest import FileRecord, digest_of, tree_digest
+from reshard.digest import FileRecord, digest_of
 from reshard.dtypes import torch_name
-from reshard.errors import BadInputError, IntegrityError, printable
-from reshard.header import TensorInfo, read_header
+from reshard.header import TensorInfo
+
+from .rank_file import check_digests, largest_first, read_rank_header
 
 __all__ = ["map_rank_file"]
 
 
-def map_rank_file(path: Path, record: FileRecord, *, check_digests: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a rank file, as views of its mapping: no bytes are copied.
+def map_rank_file(
+    path: Path, record: FileRecord, pool: Executor, *, digests: bool
+) -> Callable[[], dict[str, torch.Tensor]]:
+    """Map a rank file and, with `digests`, begin to digest it on the pool.
 
-    The mapping is private: writing to a tensor changes this process's copy of the page, never the file.
+    Call what is returned for the tensors, views of the mapping: no bytes are copied. The mapping is private: writing
+    to a tensor changes this process's copy of the page, never the file.
 
     Raises:
-        IntegrityError: naming the file and the tensor whose bytes are not those that were written.
+        IntegrityError: at once or at the call, naming the file and the tensor whose bytes are not those written.
     """
-    try:
-        header = read_header(path, file=path.name)
-    except BadInputError as error:
-        raise IntegrityError(error.message) from None
-    if {info.name for info in header.tensors} != record.tensors.keys():
-        raise IntegrityError(f"{printable(path)}: does not hold the tensors that were written")
+    header = read_rank_header(path, record)
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    if check_digests:
-        _check(path, record, mapped, header.data_start, header.tensors)
-    return {info.name: _tensor(mapped, info) for info in header.tensors}
-
-
-def _check(path: Path, record: FileRecord, mapped: mmap.mmap, head: int, tensors: tuple[TensorInfo, ...]) -> None:
     view = memoryview(mapped)
-    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
-        found = list(pool.map(lambda info: digest_of(view[info.start : info.end]), tensors))
-    for info, digest in zip(tensors, found):
-        if digest != record.tensors[info.name]:
-            raise IntegrityError(
-                f"{printable(path)}: tensor {printable(info.name)} was altered",
-                hint="fetch or convert it again; reshard verify lists what else is wrong",
-            )
-    if tree_digest(mapped[:head], found) != record.digest:
-        raise IntegrityError(f"{printable(path)}: its header was altered")
+    running = {
+        info.name: pool.submit(digest_of, view[info.start : info.end])
+        for info in (largest_first(header) if digests else ())
+    }
+
+    def finish() -> dict[str, torch.Tensor]:
+        if digests:
+            check_digests(path, record, header, {name: digest.result() for name, digest in running.items()})
+        return {info.name: _tensor(mapped, info) for info in header.tensors}
+
+    return finish
 
 
 def _tensor(mapped: mmap.mmap, info: TensorInfo) -> torch.Tensor:

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,11 +27,12 @@ _meetings = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """This process's place among the ranks, as torchrun tells it."""
+    """This process's place among the ranks, as torchrun tells it. `local` ranks are those of the same machine."""
 
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int = 1
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> RankInfo:
@@ -41,7 +42,8 @@ class RankInfo:
         if not present:
             return cls(0, 1, 0)
         try:
-            return cls(*(int(environ[name]) for name in names))
+            rank, world_size, local_rank = (int(environ[name]) for name in names)
+            return cls(rank, world_size, local_rank, max(1, int(environ.get("LOCAL_WORLD_SIZE", 1))))
         except KeyError as missing:
             raise UsageError(
                 f"{missing.args[0]} is not set, though {present[0]} is", hint="start with torchrun"
@@ -155,5 +157,5 @@ def this_rank() -> RankInfo:
     """`RankInfo` of this process, from the process group where there is one."""
     info = RankInfo.from_env(os.environ)
     if dist.is_initialized():
-        return RankInfo(dist.get_rank(), dist.get_world_size(), info.local_rank)
+        return replace(info, rank=dist.get_rank(), world_size=dist.get_world_size())
     return info

@@ -1,11 +1,11 @@
-"""`reshard convert` against `cp -r` of the same folder, interleaved in one run; medians and ratios.
+"""`reshard convert` against `cp -r` of the same folder, in turn in one run; medians and ratios.
 
-    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--repeat 5] [--case dense] [--peers] …
+    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--repeat 5] [--case dense] [--peers] [--plot FILE] …
 
 `copy` is the whole process less that of `--dry-run`, which is imports and planning. `cp+sync` waits for the disk as
-`reshard` does by default. The source is in the page cache, but for the case `cold`. Peers: one script that loads the
-whole checkpoint and splits it, and transformers' tensor-parallel load followed by a save of torch's distributed
-checkpoint, under torchrun.
+`reshard` does by default. The source is in the page cache, but for the case `cold`, and every command finds memory in
+the same state. Peers: one script that loads the whole checkpoint and splits it, and transformers' tensor-parallel load
+followed by a save of torch's distributed checkpoint, under torchrun.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import click
+from bench_common import draw, in_turn, same_memory, torchrun, warm
 from big_checkpoints import LLAMA_1B, QWEN3_MOE, write
 
 RESHARD = [sys.executable, "-m", "reshard", "convert"]
+PLOTTED_LAYERS = (2, 8, 16, 32)
 LOAD_AND_SPLIT = """
 import sys
 from pathlib import Path
@@ -58,6 +61,10 @@ class Case:
     options: tuple[str, ...]
     cold: bool = False
 
+    def of(self, layers: int | None) -> Case:
+        """The same with more or fewer layers."""
+        return replace(self, config={**self.config, "num_hidden_layers": layers}) if layers else self
+
 
 CASES = {
     **{f"dense tp{tp}": Case(LLAMA_1B, ("--tp-size", str(tp))) for tp in (2, 4, 8)},
@@ -80,18 +87,16 @@ def contenders(source: Path, out: Path, case: Case, *, peers: bool) -> dict[str,
     }
     if peers:
         ranks = case.options[1]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
         script = out.with_name("peer.py")
         script.write_text(TP_AND_DCP)
         found["load and split"] = [[sys.executable, "-c", LOAD_AND_SPLIT, str(source), str(out), ranks]]
-        found["transformers + DCP"] = [[*torchrun, str(script), str(source), str(out)]]
+        found["transformers + DCP"] = [[*torchrun(int(ranks)), str(script), str(source), str(out)]]
     return found
 
 
 def timed(commands: list[list[str]], prepare: Callable[[], None]) -> float:
-    """Seconds that the commands take together, after everything written before is on the disk."""
+    """Seconds that the commands take together."""
     prepare()
-    os.sync()
     start = time.perf_counter()
     for command in commands:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -106,16 +111,10 @@ def drop_from_cache(source: Path) -> None:
         os.close(fd)
 
 
-def warm(source: Path) -> None:
-    for path in source.iterdir():
-        with open(path, "rb", buffering=0) as file:
-            while file.read(16 << 20):
-                pass
-
-
 @click.command()
 @click.option("--folder", type=click.Path(file_okay=False), help="Where to work. [default: a temporary folder]")
 @click.option("--repeat", default=5, show_default=True)
+@click.option("--rest", default=4.0, show_default=True, help="Seconds to wait before each command.")
 @click.option("--case", "names", multiple=True, help=f"Some of: {', '.join(CASES)}. [default: all]")
 @click.option("--layers", type=int, help="More or fewer layers than the configuration has.")
 @click.option(
@@ -123,33 +122,51 @@ def warm(source: Path) -> None:
     is_flag=True,
     help="In the cases `dense tp…`, also run the other tools: slow, and memory for the whole model.",
 )
-def main(folder: str | None, repeat: int, names: tuple[str, ...], layers: int | None, peers: bool) -> None:
+@click.option("--plot", help=f"Instead: draw time against size, for {PLOTTED_LAYERS} layers at tp 4, into this file.")
+def main(
+    folder: str | None,
+    repeat: int,
+    rest: float,
+    names: tuple[str, ...],
+    layers: int | None,
+    peers: bool,
+    plot: str | None,
+) -> None:
     """Print seconds and ratios for each case."""
     root = Path(tempfile.mkdtemp(dir=folder))
+    measured = partial(measure, root=root, repeat=repeat, rest=rest)
     try:
+        if plot:
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for layers in PLOTTED_LAYERS:
+                size, median = measured(f"{layers} layers", CASES["dense tp4"].of(layers), peers=False)
+                for name, seconds in median.items():
+                    lines.setdefault(name, []).append((size / 1e9, seconds))
+            draw(plot, "reshard convert --tp-size 4, beside cp", "GB of bf16", "seconds", lines)
+            return
         for name, case in CASES.items():
             if not names or any(name.startswith(chosen) for chosen in names):
-                run(name, case, root, repeat, layers, peers)
+                measured(name, case.of(layers), peers=peers and name.startswith("dense tp"))
     finally:
         shutil.rmtree(root)
 
 
-def run(name: str, case: Case, root: Path, repeat: int, layers: int | None, peers: bool) -> None:
+def measure(
+    name: str, case: Case, *, root: Path, repeat: int, rest: float, peers: bool
+) -> tuple[int, dict[str, float]]:
+    """Run and print one case. Returns the checkpoint's bytes, and the median seconds of each contender."""
     source, out = root / "source", root / "out"
-    config = {**case.config, "num_hidden_layers": layers or case.config["num_hidden_layers"]}
-    count, size = write(source, config, filled=True)
+    count, size = write(source, case.config, filled=True)
     warm(source)
 
     def prepare() -> None:
         shutil.rmtree(out, ignore_errors=True)
         if case.cold:
             drop_from_cache(source)
+        same_memory(rest)
 
-    commands = contenders(source, out, case, peers=peers and name.startswith("dense tp"))
-    seconds: dict[str, list[float]] = {contender: [] for contender in commands}
-    for _ in range(repeat):
-        for contender, steps in commands.items():
-            seconds[contender].append(timed(steps, prepare))
+    commands = contenders(source, out, case, peers=peers)
+    seconds = in_turn(repeat, {name: partial(timed, steps, prepare) for name, steps in commands.items()})
     shutil.rmtree(source)
     shutil.rmtree(out, ignore_errors=True)
     median = {contender: statistics.median(runs) for contender, runs in seconds.items()}
@@ -162,6 +179,10 @@ def run(name: str, case: Case, root: Path, repeat: int, layers: int | None, peer
     click.echo(f"  copy, --no-sync               {quick:6.2f} s  {quick / median['cp']:5.2f} × cp")
     whole = median["reshard"]
     click.echo(f"  whole process                 {whole:6.2f} s  {whole / median['cp+sync']:5.2f} × cp+sync")
+    for peer in ("load and split", "transformers + DCP"):
+        if peer in median:
+            click.echo(f"  {peer:28}  {median[peer] / median['reshard --no-sync']:5.1f} × reshard --no-sync")
+    return size, median
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TORCH_FREE = [
 RUNTIME_MAY_IMPORT = {
     "layout",
     *("architecture", "cli", "digest", "dtypes", "errors", "header", "hub", "manifest", "placement", "source"),
-    *("strategies", "targets", "topology"),
+    *("process", "strategies", "targets", "topology"),
 }
 
 

@@ -24,8 +24,8 @@ from reshard.errors import IntegrityError, RemoteMovedError, TopologyError, Usag
 from reshard.placement import Nested, Replicate, Shard
 from reshard.targets import Target
 from reshard.topology import Topology
-from runtime.loading import _share_heads
 from runtime.mesh import RankInfo, agree, pick_device
+from runtime.placing import _share_heads
 
 PARTS = "shard-0000{}-model-00001-of-00001.safetensors"
 
@@ -161,6 +161,8 @@ def test_run_without_a_tokenizer(folder: Path, verbose: list[str]) -> None:
 def test_environment_of_torchrun() -> None:
     assert RankInfo.from_env({}) == RankInfo(0, 1, 0)
     assert RankInfo.from_env({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == RankInfo(3, 4, 1)
+    ours = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert RankInfo.from_env(ours) == RankInfo(3, 4, 1, 2)
     with pytest.raises(UsageError, match="WORLD_SIZE is not set"):
         RankInfo.from_env({"RANK": "3", "LOCAL_RANK": "1"})
     with pytest.raises(UsageError, match="must be numbers"):

@@ -1,0 +1,106 @@
+"""A rank's tensors into their places in the model: local ones for the forward, DTensors as their public face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from reshard.architecture import KV_GROUPS
+from reshard.errors import IntegrityError, printable
+from reshard.manifest import Manifest
+from reshard.placement import Nested, Replicate
+from reshard.strategies import ParallelInterface, as_dtensor
+
+__all__ = ["distribute", "fill", "owner"]
+
+
+def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Put every local tensor in its place: parameters, then tied ones, then the buffers that no file holds."""
+    for target in manifest.parameters:
+        local = tensors[target.name].to(device)
+        if target.compute_dtype:
+            local = local.to(getattr(torch, target.compute_dtype))
+        module, own = owner(model, target.name)
+        if own in module._parameters:
+            local = module._parameters[own] = nn.Parameter(local, requires_grad=False)
+        else:
+            module._buffers[own] = local
+        local._is_hf_initialized = True
+    for name, kept in manifest.tied.items():
+        module, own = owner(model, name)
+        source, theirs = owner(model, kept)
+        module._parameters[own] = source._parameters[theirs]
+    computed = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    unfinished = {""}
+    for name in computed:  # from the configuration, such as rope's frequencies; by its module, or one around it
+        module, own = owner(model, name)
+        module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
+        unfinished |= {name[:end] for end, character in enumerate(name) if character == "."}
+    # Of every other module nothing is left to compute. Some would write to loaded tensors (youtu: the pad row).
+    for name, module in model.named_modules():
+        module._is_hf_initialized = name not in unfinished
+    with torch.no_grad():
+        model.initialize_weights()
+
+
+def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: ParallelInterface) -> None:
+    """Make DTensors the parameters' public face, while each module's own forward goes on seeing the local ones.
+
+    The DTensors stand in `module._parameters`, which is what `named_parameters` and `state_dict` read. An attribute in
+    the instance's `__dict__` is found before it, at no cost per call.
+    """
+    targets = {target.name: target for target in manifest.parameters}
+    targets |= {name: targets[kept] for name, kept in manifest.tied.items()}
+    public: dict[str, nn.Parameter] = {}
+    for name, target in targets.items():
+        module, own = owner(model, name)
+        local = module._parameters.get(own)
+        if local is None:
+            continue
+        if target.name not in public:
+            face = local.detach()
+            if target.style is None or strategies.find(target.style).use_dtensor:
+                face = as_dtensor(face, target.placement, mesh, target.shape)
+            public[target.name] = _as_parameter(face)
+        module._parameters[own] = public[target.name]
+        module.__dict__[own] = local
+    model._reshard_targets = targets
+    _share_heads(model, manifest)
+
+
+def _as_parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """`nn.Parameter(tensor)`, less what that costs a DTensor: it detaches, and DTensor works out for each shape how the
+    result is sharded, which was half the time of a load. The mark is what `nn.Parameter` puts on such tensors."""
+    if isinstance(tensor, DTensor):
+        tensor._is_param = True
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _share_heads(model: Any, manifest: Manifest) -> None:
+    """Where ranks share a KV head, each runs that many times fewer query heads for it than the configuration says."""
+    row = manifest.topology.tp_row
+    shares = {}
+    for target in manifest.parameters:
+        placement = target.placement
+        if isinstance(placement, Nested) and isinstance(placement.inner, Replicate) and placement.row > row:
+            attention = target.name.rpartition(".")[0]
+            while attention and not hasattr(model.get_submodule(attention), KV_GROUPS):
+                attention = attention.rpartition(".")[0]
+            if not attention:
+                raise IntegrityError(f"{printable(target.name)}: its heads are shared, but no attention holds it")
+            shares[attention] = placement.row // row
+    for name, copies in shares.items():
+        attention = model.get_submodule(name)
+        setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or buffer, and what it is called there."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own

@@ -1,0 +1,41 @@
+"""One rank file: its header as the manifest says it must be, and its bytes as they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from reshard.digest import FileRecord, tree_digest
+from reshard.errors import BadInputError, IntegrityError, printable
+from reshard.header import Header, TensorInfo, read_header
+
+__all__ = ["check_digests", "largest_first", "read_rank_header"]
+
+
+def read_rank_header(path: Path, record: FileRecord) -> Header:
+    """The file's header. Raises IntegrityError where it does not hold the tensors of its record."""
+    try:
+        header = read_header(path, file=path.name)
+    except BadInputError as error:
+        raise IntegrityError(error.message) from None
+    if {info.name for info in header.tensors} != record.tensors.keys():
+        raise IntegrityError(f"{printable(path)}: does not hold the tensors that were written")
+    return header
+
+
+def largest_first(header: Header) -> list[TensorInfo]:
+    """The tensors in the order that keeps threads busy to the end, one tensor each."""
+    return sorted(header.tensors, key=lambda info: -info.nbytes)
+
+
+def check_digests(path: Path, record: FileRecord, header: Header, found: Mapping[str, str]) -> None:
+    """Raises IntegrityError, naming the tensor, where the digests found are not those of the record."""
+    for info in header.tensors:
+        if found[info.name] != record.tensors[info.name]:
+            raise IntegrityError(
+                f"{printable(path)}: tensor {printable(info.name)} was altered",
+                hint="fetch or convert it again; reshard verify lists what else is wrong",
+            )
+    head = len(header.raw).to_bytes(8, "little") + header.raw
+    if tree_digest(head, (found[info.name] for info in header.tensors)) != record.digest:
+        raise IntegrityError(f"{printable(path)}: its header was altered")

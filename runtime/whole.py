@@ -1,0 +1,50 @@
+"""A loaded model's tensor, whole again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from reshard.placement import Placement, Replicate, local_shape, pieces
+from reshard.targets import Target
+
+from .placing import owner
+
+__all__ = ["full_tensor"]
+
+
+def full_tensor(model: Any, name: str) -> torch.Tensor:
+    """The whole of a loaded model's parameter or buffer, assembled on every rank. A collective: call it on all.
+
+    `DTensor.full_tensor()` does the same where the layout has a name in DTensor.
+    """
+    target: Target = model._reshard_targets[name]
+    module, own = owner(model, name)
+    tensor = module._parameters.get(own, module._buffers.get(own))
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if isinstance(target.placement, Replicate):
+        return tensor
+    return _assemble(tensor, target.placement, target.shape, model._device_mesh)
+
+
+def _assemble(local: torch.Tensor, placement: Placement, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:
+    world_size = mesh.size()
+    shapes = [local_shape(placement, shape, rank=rank, world_size=world_size) for rank in range(world_size)]
+    most = max(torch.Size(s).numel() for s in shapes)
+    padded = local.new_zeros(most)
+    padded[: local.numel()] = local.detach().flatten()
+    parts = [torch.empty_like(padded) for _ in shapes]
+    dist.all_gather(parts, padded, group=mesh.get_group())
+    whole = local.new_empty(shape)
+    for rank, (part, part_shape) in enumerate(zip(parts, shapes)):
+        part = part[: torch.Size(part_shape).numel()].view(part_shape)
+        for piece in pieces(placement, shape, rank=rank, world_size=world_size):
+            there = tuple(slice(s, s + e) for s, e in zip(piece.start, piece.extent))
+            here = tuple(slice(s, s + e) for s, e in zip(piece.local_start, piece.extent))
+            whole[there] = part[here]
+    return whole

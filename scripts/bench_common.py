@@ -1,0 +1,91 @@
+"""What the benchmarks share: torchrun jobs, runs in turn, one state of memory for all, and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["convert", "draw", "in_turn", "rank_zero", "same_memory", "torchrun", "warm"]
+
+T = TypeVar("T")
+
+
+def in_turn(repeat: int, contenders: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+    """Each contender's results of `repeat` rounds. A round runs every one once, so that drift meets all alike."""
+    found: dict[str, list[T]] = {name: [] for name in contenders}
+    for _ in range(repeat):
+        for name, run in contenders.items():
+            found[name].append(run())
+    return found
+
+
+def same_memory(rest: float) -> None:
+    """Let everything written before reach the disk, then wait `rest` seconds.
+
+    A virtual machine gives freed memory back to its host within seconds (free page reporting), and getting it again
+    costs more than a copy does. Without the wait, a command that writes at once finds the memory of the output deleted
+    before it, and one that plans first does not.
+    """
+    os.sync()
+    time.sleep(rest)
+
+
+def warm(folder: Path) -> None:
+    """Read every file of a folder once, so that it is in the page cache."""
+    for path in folder.iterdir():
+        with open(path, "rb", buffering=0) as file:
+            while file.read(16 << 20):
+                pass
+
+
+def convert(source: Path, out: Path, ranks: int) -> None:
+    """`reshard convert`, quietly."""
+    command = [sys.executable, "-m", "reshard", "convert", str(source), str(out), "--tp-size", str(ranks), "--no-sync"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The beginning of a torchrun command line."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
+def rank_zero(script: str, arguments: Sequence[str], ranks: int) -> Any:
+    """Run a script under torchrun, one thread a rank; what rank 0 printed last, which is JSON."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(script)
+        file.flush()
+        done = subprocess.run(
+            [*torchrun(ranks), file.name, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw(path: str, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw lines of (x, y) points, from zero up, into an image file. Needs matplotlib: `pip install -e '.[bench]'`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, points in lines.items():
+        axes.plot(*zip(*points), marker="o", label=name)
+    axes.set(title=title, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+    click.echo(f"{path}: drawn")
