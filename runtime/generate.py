@@ -10,6 +10,8 @@ import torch
 from reshard.errors import BadInputError, printable
 from reshard.hub import locate
 
+from .argmax import argmax_only
+
 __all__ = ["generate_text", "greedy", "load_tokenizer"]
 
 
@@ -28,7 +30,7 @@ def load_tokenizer(place: str, *, revision: str | None = None) -> Any:
 
 def greedy(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
     """Token ids `[batch, length]` continued greedily by at most `max_new_tokens`: prompt and continuation."""
-    with torch.inference_mode():
+    with torch.inference_mode(), argmax_only(model):
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
 
 

@@ -8,17 +8,28 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import shard_bounds
 
-__all__ = ["all_gather", "all_reduce", "split"]
+__all__ = ["all_gather", "all_reduce", "largest_only", "split"]
 
 # torch 2.13 renamed it, and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+# Bytes, over all ranks. A reduction on gloo goes round the ranks twice, and each step wakes a thread; gathering goes
+# round once. For more than this, what gathering sends in addition costs more than that.
+_SMALL = 1 << 20
+
+
 def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Sum over the ranks, in place."""
-    if mesh.size() > 1:
+    world_size = mesh.size()
+    if world_size == 1:
+        return x
+    if x.device.type != "cpu" or x.nbytes * world_size > _SMALL:
         dist.all_reduce(x, group=mesh.get_group())
-    return x
+        return x
+    parts = x.new_empty((world_size, *x.shape))
+    _all_gather(parts.view(-1), x.reshape(-1), group=mesh.get_group())
+    return torch.sum(parts, 0, dtype=x.dtype, out=x)
 
 
 def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
@@ -33,6 +44,23 @@ def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.
     joined = x.new_empty((world_size, *x.shape))
     _all_gather(joined.view(-1), x.reshape(-1), group=mesh.get_group())
     return joined.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)
+
+
+def largest_only(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
+    """What argmax needs of `all_gather(x, -1, size, mesh)`: zeros of that shape, and a one where its largest is.
+
+    Each rank sends 16 bytes for a row. The first of equals is taken, as torch.argmax does.
+    """
+    start, _ = shard_bounds(size, rank=mesh.get_local_rank(), world_size=mesh.size())
+    if x.shape[-1] == 0:  # a later rank may hold nothing
+        x = x.new_full((*x.shape[:-1], 1), -torch.inf)
+    value, index = x.max(-1)
+    mine = torch.stack([value.double(), (index + start).double()])  # either is exact in a double
+    found = mine.new_empty((mesh.size(), *mine.shape))
+    _all_gather(found.view(-1), mine.view(-1), group=mesh.get_group())
+    values, places = found.unbind(1)
+    place = places.gather(0, values.argmax(0, keepdim=True))[0].long()
+    return x.new_zeros((*x.shape[:-1], size)).scatter_(-1, place.unsqueeze(-1), 1)
 
 
 def split(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:

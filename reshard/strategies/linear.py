@@ -12,9 +12,11 @@ from torch.distributed.tensor import Shard
 from .. import placement as plan
 from ..placement import PackedShard, Placement, block_sizes
 from .base import LocalLayer
-from .collectives import all_gather, all_reduce, split
+from .collectives import all_gather, all_reduce, largest_only, split
 
-__all__ = ["ColwiseParallel", "PackedColwiseParallel", "PackedRowwiseParallel", "RowwiseParallel"]
+__all__ = ["ONLY_ARGMAX", "ColwiseParallel", "PackedColwiseParallel", "PackedRowwiseParallel", "RowwiseParallel"]
+
+ONLY_ARGMAX = "_only_argmax"  # the attribute of a module from whose gathered output only the argmax is wanted
 
 _LAST = Shard(-1)
 
@@ -37,6 +39,8 @@ class ColwiseParallel(LocalLayer):
     ) -> Any:
         if not output_layouts[0].is_replicate():
             return outputs
+        if mod.__dict__.get(ONLY_ARGMAX):
+            return largest_only(outputs, mod._whole_features, device_mesh)
         return all_gather(outputs, -1, mod._whole_features, device_mesh)
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:

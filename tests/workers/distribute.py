@@ -3,6 +3,7 @@
 Any difference is an assertion, hence a non-zero exit. Rank 0 prints how many cases were compared.
 """
 
+import itertools
 import os
 import random
 import sys
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reshard.placement import Nested, PackedShard, Placement, Replicate, Shard
 from reshard.strategies import PackedColwiseParallel, RowwiseParallel, as_dtensor, rows_of, take, torch_placement
+from reshard.strategies.collectives import all_gather, all_reduce, largest_only, split
 
 CASES = 150
 
@@ -94,6 +96,33 @@ def compare_parameters(mesh: DeviceMesh) -> None:
     )
 
 
+def compare_collectives(mesh: DeviceMesh) -> None:
+    """Ours against sums and joins of what every rank is known to bring. Small tensors take another way than large."""
+    rank, world_size = mesh.get_local_rank(), mesh.size()
+    for dtype, count in itertools.product((torch.float32, torch.bfloat16, torch.float16), (1, 77, 600_000)):
+        brought = [
+            torch.randn(3, count, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world_size)
+        ]
+        x = brought[rank].clone()
+        total = all_reduce(x, mesh)
+        assert total is x
+        assert total.dtype == dtype
+        expected = torch.stack(brought).double().sum(0)
+        bound = world_size * torch.finfo(dtype).eps * torch.stack(brought).double().abs().sum(0)
+        assert ((total.double() - expected).abs() <= bound).all(), (dtype, count)
+        everyone = [torch.empty_like(total) for _ in brought]
+        dist.all_gather(everyone, total)
+        assert all(torch.equal(one, total) for one in everyone), "ranks have different sums"
+    for size in (1, world_size, 3 * world_size + 1, 130):  # ranks that hold less, or nothing; many ties
+        whole = torch.randint(-4, 2, (2, 3, size), generator=torch.Generator().manual_seed(size)).bfloat16()
+        part = split(whole, -1, mesh)
+        assert torch.equal(all_gather(part, -1, size, mesh), whole)
+        largest = largest_only(part, size, mesh)
+        assert largest.shape == whole.shape
+        assert torch.equal(largest.argmax(-1), whole.argmax(-1))
+        assert largest.sum() == 6
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("tp",))
@@ -108,6 +137,7 @@ def main() -> None:
         else:
             unsaid += 1
     compare_parameters(mesh)
+    compare_collectives(mesh)
     if mesh.size() % 2 == 0:
         compare_nested(mesh, generator)
     if mesh.get_local_rank() == 0:

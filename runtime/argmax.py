@@ -1,0 +1,47 @@
+"""Greedy decoding without the logits: a head that is cut over the vocabulary tells only which token is the largest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from reshard.strategies.linear import ONLY_ARGMAX
+
+__all__ = ["argmax_only"]
+
+# What a generation config may say without changing which token is the largest. Of samplers, greedy decoding has none.
+_HARMLESS = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
+    *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "_from_model_config"),
+}
+
+
+@contextlib.contextmanager
+def argmax_only(model: Any) -> Iterator[None]:
+    """While it lasts, the model's logits are right in their argmax alone, where that is all that greedy decoding wants.
+
+    The first forward still gathers the logits, and shows whether the model gives them out just as they left its head;
+    a model that goes on to work on them, and a generation config that does, get them whole every time.
+    """
+    head = model.get_output_embeddings()
+    said = {name for name, value in model.generation_config.to_diff_dict().items() if value not in (None, False)}
+    if not hasattr(head, "_whole_features") or not said <= _HARMLESS:
+        yield
+        return
+    gathered: Any = None
+
+    def see(_module: Any, _inputs: Any, output: Any) -> None:
+        nonlocal gathered
+        gathered = output
+
+    def compare(_module: Any, _inputs: Any, outputs: Any) -> None:
+        setattr(head, ONLY_ARGMAX, getattr(outputs, "logits", None) is gathered)
+
+    handles = [head.register_forward_hook(see), model.register_forward_hook(compare)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        setattr(head, ONLY_ARGMAX, False)

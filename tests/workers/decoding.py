@@ -1,0 +1,104 @@
+"""Run under torchrun: ways to decode that a model does not notice must give the same tokens.
+
+    decoding.py SOURCE FOLDER GATHERS BACKEND
+
+Greedy decoding with GATHERS "once" joins the logits in the first forward only, with "always" in each. The forward is
+one graph, and a step with a static cache is compiled no more often than the unsharded model's. Any difference is an
+assertion, hence a non-zero exit.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, StaticCache
+
+import runtime
+from reshard.strategies import linear
+from runtime.generate import greedy
+
+NEW = 8
+
+
+def greedy_tokens(model: torch.nn.Module, ids: torch.Tensor, gathers: str) -> torch.Tensor:
+    calls = {"all_gather": 0, "largest_only": 0}
+
+    def counted(name: str) -> None:
+        real = getattr(linear, name)
+
+        def count(*arguments: object) -> torch.Tensor:
+            calls[name] += 1
+            return real(*arguments)
+
+        setattr(linear, name, count)
+
+    originals = linear.all_gather, linear.largest_only
+    counted("all_gather")
+    counted("largest_only")
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    steps = expected.shape[1] - ids.shape[1]
+    assert steps > 2
+    assert calls == {"all_gather": steps, "largest_only": 0}
+    tokens = greedy(model, ids, NEW)
+    joined = 1 if gathers == "once" else steps
+    assert calls == {"all_gather": steps + joined, "largest_only": steps - joined}, calls
+    linear.all_gather, linear.largest_only = originals
+    assert torch.equal(tokens, expected)
+    model.generation_config.repetition_penalty = 1.3  # greedy, but not of the logits as they are
+    penalized = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(greedy(model, ids, NEW), penalized)
+    model.generation_config.repetition_penalty = None
+    return tokens
+
+
+def one_graph(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def static_cache(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> tuple[torch.Tensor, int]:
+    """Tokens of a compiled forward, step by step; and how many times a step was compiled."""
+    torch.compiler.reset()
+    compilations = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    step = torch.compile(model, fullgraph=True, backend=counting)
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW)
+    out = model(ids, past_key_values=cache, use_cache=True)
+    found = [ids, out.logits[:, -1:].argmax(-1)]
+    for end in range(ids.shape[1], ids.shape[1] + NEW - 1):
+        position = torch.full((len(ids), 1), end)
+        out = step(found[-1], past_key_values=cache, use_cache=True, position_ids=position)
+        found.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(found, 1), compilations
+
+
+def main(source: str, folder: str, gathers: str, backend: str) -> None:
+    model = runtime.load(folder)
+    model.generation_config.eos_token_id = None  # so that every row has as many tokens
+    ids = torch.arange(3, 11).repeat(2, 1)
+    with torch.inference_mode():
+        tokens = greedy_tokens(model, ids, gathers)
+        options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "static"}
+        assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options), tokens)
+    with torch.no_grad():
+        one_graph(model, ids, backend)
+        single = AutoModelForCausalLM.from_pretrained(source).eval()
+        expected, graphs = static_cache(single, ids, backend)
+        found, ours = static_cache(model, ids, backend)
+    assert torch.equal(expected, tokens)
+    assert torch.equal(found, tokens)
+    assert ours == graphs, f"{ours} compilations, of the unsharded model {graphs}"
+    if dist.get_rank() == 0:
+        print("all ways agree", flush=True)
+    dist.barrier()
+
+
+main(*sys.argv[1:])
+os._exit(0)  # gloo's threads can abort the interpreter while it shuts down, when all is done
