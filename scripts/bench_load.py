@@ -1,39 +1,41 @@
 """Start of a tensor-parallel process on CPU: this runtime against transformers' `from_pretrained(tp_plan="auto")`.
 
-    .venv/bin/python scripts/bench_load.py [--repeat 5] [--ranks 2] [--layers 16]
+    .venv/bin/python scripts/bench_load.py [--repeat 5] [--ranks 2] [--layers 16] [--plot FILE]
 
-One thread a rank, gloo, a llama of 1B shape in bf16, its files in the page cache; interleaved, medians. `imports` ends
-when the libraries and the model's own module are there, `load` when the model is ready, `first` is a forward of one
-token. Memory is the process's own: mapped pages of the page cache are not in it.
+One thread a rank, gloo, a llama of 1B shape in bf16, its files in the page cache; in turn, medians. `imports` ends when
+the libraries and the model's own module are there, `load` when the model is ready, `first` is a forward of one token.
+Memory is the process's own: mapped pages of the page cache are not in it. Of our load, the parts are told too: the rank
+file is digested while the model is built, and `read` is what is left of that then.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
+from bench_common import convert, draw, in_turn, rank_zero, warm
 from big_checkpoints import LLAMA_1B, write
 
-PHASES = ("imports", "load", "first", "anonymous")
+KINDS = {"reshard": "out", "reshard, no digests": "out", "transformers": "source"}
+PLOTTED_RANKS = (1, 2, 4)
 WORKER = """
 import time
 start = time.perf_counter()
 import json, os, sys
-import torch
-import transformers.models.llama.modeling_llama
 kind, folder = sys.argv[1], sys.argv[2]
 if kind == "transformers":
+    import torch
     from transformers import AutoModelForCausalLM
     import torch.distributed.tensor
 else:
     import runtime
+    import torch
+import transformers.models.llama.modeling_llama
 imported = time.perf_counter()
 if kind == "transformers":
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
@@ -45,56 +47,60 @@ with torch.inference_mode():
 done = time.perf_counter()
 anonymous = next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous:"))
 if os.environ["RANK"] == "0":
-    print(json.dumps([imported - start, loaded - imported, done - loaded, anonymous / 1024]), flush=True)
+    parts = getattr(model, "reshard_seconds", {})
+    found = {"imports": imported - start, "load": loaded - imported, "first": done - loaded}
+    print(json.dumps({**found, "memory": anonymous / 1024, **{"of it " + name: parts[name] for name in parts}}))
+    sys.stdout.flush()
 torch.distributed.barrier()
 os._exit(0)
 """
-
-
-def job(script: Path, kind: str, folder: Path, ranks: int) -> list[float]:
-    """What rank 0 measured in one torchrun job."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(script), kind, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @click.command()
 @click.option("--repeat", default=5, show_default=True)
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--layers", default=16, show_default=True)
-def main(repeat: int, ranks: int, layers: int) -> None:
+@click.option("--plot", help=f"Instead: draw the load on {PLOTTED_RANKS} ranks into this file.")
+def main(repeat: int, ranks: int, layers: int, plot: str | None) -> None:
     """Print seconds of each phase, and memory."""
     root = Path(tempfile.mkdtemp())
-    script = root / "worker.py"
-    script.write_text(WORKER)
     try:
-        source, out = root / "source", root / "out"
-        _, size = write(source, {**LLAMA_1B, "num_hidden_layers": layers}, filled=True)
-        command = [sys.executable, "-m", "reshard", "convert", str(source), str(out), "--tp-size", str(ranks)]
-        subprocess.run([*command, "--no-sync"], check=True, stdout=subprocess.DEVNULL)
-        kinds = {"reshard": out, "reshard, no digests": out, "transformers": source}
-        runs: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-        for _ in range(repeat):
-            for kind, folder in kinds.items():
-                runs[kind].append(job(script, kind, folder, ranks))
+        _, size = write(root / "source", {**LLAMA_1B, "num_hidden_layers": layers}, filled=True)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for count in PLOTTED_RANKS if plot else (ranks,):
+            click.echo(f"{size / 1e9:.2f} GB on {count} ranks, medians of {repeat}")
+            for kind, found in measure(root, count, repeat).items():
+                lines.setdefault(kind, []).append((count, found["load"]))
+        if plot:
+            draw(plot, f"load of {size / 1e9:.2f} GB, after imports", "ranks", "seconds", lines)
     finally:
         shutil.rmtree(root)
-    median = {kind: dict(zip(PHASES, map(statistics.median, zip(*found)))) for kind, found in runs.items()}
+
+
+def measure(root: Path, ranks: int, repeat: int) -> dict[str, dict[str, float]]:
+    """Print, and return, the medians of each kind of start."""
+    shutil.rmtree(root / "out", ignore_errors=True)
+    convert(root / "source", root / "out", ranks)
+    warm(root / "source")
+    warm(root / "out")
+    jobs = {kind: partial(rank_zero, WORKER, [kind, str(root / folder)], ranks) for kind, folder in KINDS.items()}
+    runs: dict[str, list[Any]] = in_turn(repeat, jobs)
+    median = {
+        kind: {phase: statistics.median(run[phase] for run in found) for phase in found[0]}
+        for kind, found in runs.items()
+    }
     theirs = median["transformers"]
-    click.echo(f"{size / 1e9:.2f} GB on {ranks} ranks, medians of {repeat}")
     for kind, found in median.items():
         total = found["imports"] + found["load"] + found["first"]
         click.echo(
             f"  {kind:20} imports {found['imports']:5.2f} s   load {found['load']:6.3f} s"
             f" ({theirs['load'] / found['load']:5.1f} × faster)   first forward {found['first']:6.3f} s"
-            f"   all {total:5.2f} s   memory {found['anonymous']:6.0f} MiB"
+            f"   all {total:5.2f} s   memory {found['memory']:6.0f} MiB"
         )
+        parts = {name.removeprefix("of it "): value for name, value in found.items() if name.startswith("of it ")}
+        if parts:
+            click.echo(f"  {'':20} {', '.join(f'{name} {1e3 * value:.0f}' for name, value in parts.items())} ms")
+    return median
 
 
 if __name__ == "__main__":
