@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,29 +16,30 @@ from reshard.manifest import Manifest
 from reshard.placement import Nested, Replicate
 from reshard.strategies import ParallelInterface, as_dtensor
 
-__all__ = ["distribute", "fill", "owner"]
+__all__ = ["distribute", "fill", "owners"]
 
 
 def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Put every local tensor in its place: parameters, then tied ones, then the buffers that no file holds."""
+    owner = owners(model)
     for target in manifest.parameters:
         local = tensors[target.name].to(device)
         if target.compute_dtype:
             local = local.to(getattr(torch, target.compute_dtype))
-        module, own = owner(model, target.name)
+        module, own = owner(target.name)
         if own in module._parameters:
             local = module._parameters[own] = nn.Parameter(local, requires_grad=False)
         else:
             module._buffers[own] = local
         local._is_hf_initialized = True
     for name, kept in manifest.tied.items():
-        module, own = owner(model, name)
-        source, theirs = owner(model, kept)
+        module, own = owner(name)
+        source, theirs = owner(kept)
         module._parameters[own] = source._parameters[theirs]
     computed = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     unfinished = {""}
     for name in computed:  # from the configuration, such as rope's frequencies; by its module, or one around it
-        module, own = owner(model, name)
+        module, own = owner(name)
         module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
         unfinished |= {name[:end] for end, character in enumerate(name) if character == "."}
     # Of every other module nothing is left to compute. Some would write to loaded tensors (youtu: the pad row).
@@ -57,8 +58,9 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
     targets = {target.name: target for target in manifest.parameters}
     targets |= {name: targets[kept] for name, kept in manifest.tied.items()}
     public: dict[str, nn.Parameter] = {}
+    owner = owners(model)
     for name, target in targets.items():
-        module, own = owner(model, name)
+        module, own = owner(name)
         local = module._parameters.get(own)
         if local is None:
             continue
@@ -100,7 +102,12 @@ def _share_heads(model: Any, manifest: Manifest) -> None:
         setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
 
 
-def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a parameter or buffer, and what it is called there."""
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
+def owners(model: nn.Module) -> Callable[[str], tuple[nn.Module, str]]:
+    """Where parameters and buffers are: a name → the module that holds it, and what it is called there."""
+    modules = dict(model.named_modules(remove_duplicate=False))  # get_submodule walks down from the model every time
+
+    def owner(name: str) -> tuple[nn.Module, str]:
+        path, _, own = name.rpartition(".")
+        return modules[path], own
+
+    return owner

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from reshard.placement import Placement, Replicate, local_shape, pieces
 from reshard.targets import Target
 
-from .placing import owner
+from .placing import owners
 
 __all__ = ["full_tensor"]
 
@@ -23,7 +23,7 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
     `DTensor.full_tensor()` does the same where the layout has a name in DTensor.
     """
     target: Target = model._reshard_targets[name]
-    module, own = owner(model, name)
+    module, own = owners(model)(name)
     tensor = module._parameters.get(own, module._buffers.get(own))
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()

@@ -5,7 +5,7 @@
 One thread a rank, gloo, a llama of 1B shape in bf16, its files in the page cache; in turn, medians. `imports` ends when
 the libraries and the model's own module are there, `load` when the model is ready, `first` is a forward of one token.
 Memory is the process's own: mapped pages of the page cache are not in it. Of our load, the parts are told too: the rank
-file is digested while the model is built, and `read` is what is left of that then.
+file is digested while the model is built (and would be while its module is imported), and `read` is what is left then.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ if kind == "transformers":
     import torch
     from transformers import AutoModelForCausalLM
     import torch.distributed.tensor
+    import transformers.models.llama.modeling_llama
 else:
     import runtime
     import torch
-import transformers.models.llama.modeling_llama
+    from reshard.process import patient_collector
+    with patient_collector():  # as while loading, which would import it
+        import transformers.models.llama.modeling_llama
 imported = time.perf_counter()
 if kind == "transformers":
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
