@@ -1,0 +1,74 @@
+"""The benchmarks run, at a size where their figures mean nothing: that they print a figure for everything they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import bench_convert
+import bench_device
+import bench_forward
+import bench_load
+import bench_overhead
+import pytest
+from bench_common import draw
+from big_checkpoints import LLAMA_1B
+from click import Command
+from click.testing import CliRunner
+
+SMALL = {
+    **LLAMA_1B,
+    **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16},
+}
+
+
+def run(command: Command, *arguments: str) -> str:
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "rows"),
+    [
+        (bench_load, ["--repeat", "1", "--layers", "2"], ["reshard", "reshard, no digests", "transformers"]),
+        (
+            bench_forward,
+            ["--repeat", "1", "--layers", "2", "--length", "4", "--steps", "2"],
+            ["reshard tp 1", "reshard tp 2", "transformers tp 2"],
+        ),
+        (bench_overhead, ["--repeat", "1"], ["unsharded", "reshard", "transformers"]),
+        (
+            bench_device,
+            ["--repeat", "1", "--layers", "2", "--device", "cpu"],
+            ["pinned copy", "reshard", "reshard, no digests", "load_file"],
+        ),
+    ],
+)
+def test_a_benchmark_of_the_runtime(
+    module: object, arguments: list[str], rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LLAMA_1B", SMALL)
+    output = run(module.main, *arguments)  # type: ignore[attr-defined]
+    for row in rows:
+        assert re.search(rf"^  {row}  .*\d", output, re.MULTILINE), output
+
+
+def test_the_benchmark_of_convert(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench_convert.Case(SMALL, ("--tp-size", "2"))
+    cold = bench_convert.Case(SMALL, ("--tp-size", "2", "--dtype", "float16"), cold=True)
+    monkeypatch.setattr(bench_convert, "CASES", {"dense tp2": case, "dense cold": cold})
+    output = run(bench_convert.main, "--repeat", "1", "--rest", "0", "--peers")
+    first, second = output.split("dense cold")
+    ours = ["cp", r"cp\+sync", "dry run", "reshard", "reshard --no-sync", "copy, --no-sync", "whole process"]
+    for text, rows in ((first, [*ours, "load and split", r"transformers \+ DCP"]), (second, ours)):
+        for row in rows:
+            assert re.search(rf"^  {row}  .*\d", text, re.MULTILINE), output
+
+
+def test_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plots need the extra [bench]")
+    draw(str(tmp_path / "plot.svg"), "title", "size", "seconds", {"cp": [(1, 2), (2, 4)], "reshard": [(1, 1), (2, 2)]})
+    picture = (tmp_path / "plot.svg").read_text()
+    assert "<svg" in picture
