@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ._version import __version__
-from .digest import ALGORITHM, FileRecord, digest_of
+from .digest import ALGORITHM, DigestsAhead, FileRecord, digest_of
 from .executor import write_files
 from .hub import resolve_source
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
@@ -50,12 +50,29 @@ def plan(
 
     Raises a `ReshardError`.
     """
-    topology = Topology(tp_size, ep_size)
+    return _plan(
+        resolve_source(str(source), revision=revision),
+        Topology(tp_size, ep_size),
+        tp_plan=tp_plan,
+        strategies=strategies,
+        dtype=dtype,
+        drop_unused=drop_unused,
+    )
+
+
+def _plan(
+    checkpoint: Source,
+    topology: Topology,
+    *,
+    tp_plan: Mapping[str, str] | str | Path,
+    strategies: ParallelInterface,
+    dtype: str | None,
+    drop_unused: bool,
+) -> ReshardPlan:
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
-    checkpoint = resolve_source(str(source), revision=revision)
     return build_plan(
         checkpoint,
-        read_model(checkpoint, dtype=dtype, tp_plan=rules, experts=ep_size > 1),
+        read_model(checkpoint, dtype=dtype, tp_plan=rules, experts=topology.ep > 1),
         topology,
         cast=dtype is not None,
         drop_unused=drop_unused,
@@ -107,26 +124,22 @@ def convert(
         ReshardError: its subclass and exit code say which kind of failure.
     """
     out = Path(out)
+    topology = Topology(tp_size, ep_size)
     with staged_folder(out, overwrite=overwrite, sync=sync) as folder:
-        planned = plan(
-            source,
-            tp_size=tp_size,
-            ep_size=ep_size,
-            tp_plan=tp_plan,
-            strategies=strategies,
-            revision=revision,
-            dtype=dtype,
-            drop_unused=drop_unused,
-        )
-        layouts = plan_layouts(planned)
-        total = sum(layout.size for layout in layouts)
-        extras_size = sum((planned.source.root / name).stat().st_size for name in planned.source.extras)
-        check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
-        with (progress or _silent)(total) as report:
-            written, source_digests = write_files(
-                folder, layouts, planned.source, workers=workers, sync=sync, progress=report
+        checkpoint = resolve_source(str(source), revision=revision)
+        with DigestsAhead({file.name: file.path for file in checkpoint.files}) as ahead:
+            planned = _plan(  # imports transformers: time for a few gigabytes
+                checkpoint, topology, tp_plan=tp_plan, strategies=strategies, dtype=dtype, drop_unused=drop_unused
             )
-        extras = [_copy(planned.source, name, folder, sync) for name in planned.source.extras]
+            layouts = plan_layouts(planned)
+            total = sum(layout.size for layout in layouts)
+            extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
+            check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
+            with (progress or _silent)(total) as report:
+                written, source_digests = write_files(
+                    folder, layouts, checkpoint, ahead=ahead, workers=workers, sync=sync, progress=report
+                )
+        extras = [_copy(checkpoint, name, folder, sync) for name in checkpoint.extras]
         manifest = _manifest(planned, written, source_digests, extras)
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import xxhash
 
 from .errors import IntegrityError, printable
 
-__all__ = ["ALGORITHM", "FileRecord", "digest_file", "digest_of", "new_digest", "tree_digest"]
+__all__ = ["ALGORITHM", "DigestsAhead", "FileRecord", "digest_file", "digest_of", "new_digest", "tree_digest"]
 
 ALGORITHM = "xxh3-128"
 _BLOCK = 4 << 20
@@ -58,3 +59,28 @@ def digest_file(path: Path) -> str:
     except OSError as error:
         raise IntegrityError(f"{printable(path)}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+class DigestsAhead:
+    """Digests of whole files, in order, on a thread of its own, while the work on them is prepared.
+
+    What is read is in the page cache then. Leaving the context ends it after the file under way.
+    """
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reshard-ahead")
+        self._begun = {name: self._pool.submit(digest_file, path) for name, path in paths.items()}
+
+    def __enter__(self) -> DigestsAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def no_more(self) -> None:
+        """Begin no other file: whoever works on them now digests them while he has them at hand."""
+        self._begun = {name: digest for name, digest in self._begun.items() if not digest.cancel()}
+
+    def get(self, name: str) -> str | None:
+        """The digest of a file that was begun, waited for; else None. Raises IntegrityError as `digest_file` does."""
+        return self._begun[name].result() if name in self._begun else None

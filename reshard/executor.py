@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from .digest import FileRecord, new_digest, tree_digest
+from .digest import DigestsAhead, FileRecord, new_digest, tree_digest
 from .errors import StorageError, printable
 from .layout import FileLayout, Slot
 from .process import worker_count
@@ -52,6 +52,7 @@ def write_files(
     layouts: Sequence[FileLayout],
     source: Source,
     *,
+    ahead: DigestsAhead | None = None,
     workers: int | None = None,
     sync: bool = True,
     progress: Callable[[int], object] = lambda _: None,
@@ -60,7 +61,8 @@ def write_files(
 
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
     Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With
-    `sync`, every file is on disk on return. Returns what was written, and the digests of the source files by name.
+    `sync`, every file is on disk on return. Source files that `ahead` has begun are not digested again. Returns what
+    was written, and the digests of the source files by name.
 
     Raises:
         StorageError: the disk refused.
@@ -69,6 +71,8 @@ def write_files(
     files: list[int] = []
     digests: list[dict[str, str]] = [{} for _ in layouts]
     source_digests: dict[str, str] = {}
+    if ahead:
+        ahead.no_more()
     scratch = _Scratch()
     stop = threading.Event()
 
@@ -85,6 +89,10 @@ def write_files(
         digests[index][slot.tensor.name] = digest.hexdigest()
 
     def digest_source(name: str) -> None:
+        known = ahead.get(name) if ahead else None
+        if known is not None:
+            source_digests[name] = known
+            return
         digest = new_digest()
         for piece in reader.pieces_of_file(name):
             if stop.is_set():

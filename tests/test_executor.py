@@ -20,10 +20,12 @@ from test_placement import oracle
 from test_strategies import bits, random_bits, same
 from test_symbolic import programs, run
 
+from reshard import digest as digest_module
 from reshard import executor
 from reshard import reader as reader_module
-from reshard.digest import digest_file, digest_of
+from reshard.digest import DigestsAhead, digest_file, digest_of
 from reshard.dtypes import CODES, NAMES
+from reshard.errors import IntegrityError
 from reshard.executor import write_files
 from reshard.header import read_header
 from reshard.layout import file_layout
@@ -293,3 +295,39 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     convert_big(Path(sys.argv[1]))
+
+
+def test_digests_made_ahead_are_those_of_the_files(tmp_path: Path) -> None:
+    """Files that were begun are taken as they are, the others are digested after they were cut."""
+    source, tensors = simple_job(tmp_path, files=3)
+    paths = {file.name: file.path for file in source.files}
+    for count in range(4):
+        with DigestsAhead(dict(list(paths.items())[:count])) as ahead:
+            for name in list(paths)[:count]:
+                assert ahead.get(name) == digest_file(paths[name])
+            folder = tmp_path / str(count)
+            folder.mkdir()
+            _, found = write_files(folder, [file_layout("out.safetensors", tensors)], source, ahead=ahead)
+        assert found == {name: digest_file(path) for name, path in paths.items()}
+
+
+def test_a_digest_ahead_that_was_not_begun_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> str:
+        begun.set()
+        assert go_on.wait(30)
+        return f"digest of {path}"
+
+    monkeypatch.setattr(digest_module, "digest_file", slow)
+    with DigestsAhead({"first": Path("one"), "last": Path("two")}) as ahead:
+        assert begun.wait(30)
+        ahead.no_more()
+        go_on.set()
+        assert ahead.get("last") is None
+        assert ahead.get("first") == "digest of one"
+
+
+def test_a_file_that_cannot_be_read_ahead(tmp_path: Path) -> None:
+    with DigestsAhead({"gone": tmp_path / "gone"}) as ahead, pytest.raises(IntegrityError, match="gone"):
+        ahead.get("gone")
