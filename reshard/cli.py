@@ -254,6 +254,8 @@ def report_failure(error: BaseException, *, verbose: bool) -> int:
         return error.exit_code
     if isinstance(error, (KeyboardInterrupt, click.Abort, _Terminated)):
         click.echo("Error: interrupted", err=True)
+        if getattr(error, "hint", None):
+            click.secho(f"Hint: {error.hint}", dim=True, err=True)  # type: ignore[union-attr]
         return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     click.secho("Error: ", fg="red", nl=False, err=True)
     click.echo(f"unexpected {type(error).__name__}: {printable(error)}", err=True)

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ._version import __version__
-from .digest import ALGORITHM, DigestsAhead, FileRecord, digest_of
+from .digest import ALGORITHM, DigestsAhead, FileRecord, digest_of, new_digest
 from .executor import write_files
 from .hub import resolve_source
+from .journal import Journal
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
 from .manifest import Manifest
 from .model import read_model
@@ -115,8 +116,9 @@ def convert(
 ) -> Manifest:
     """Reshard a checkpoint (folder or Hub id) into `out`, one safetensors file for each rank.
 
-    `out` appears in one step when everything is on disk; on any failure nothing is left and an earlier `out` is
-    untouched. Memory does not grow with the model (see `write_files`). What to cut and how is said as for `plan`.
+    `out` appears in one step when everything is on disk; on any failure an earlier `out` is untouched, and what was
+    written stays beside it in `OUT.part-…`, where the same call goes on. Memory does not grow with the model (see
+    `write_files`). What to cut and how is said as for `plan`.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
 
@@ -125,24 +127,44 @@ def convert(
     """
     out = Path(out)
     topology = Topology(tp_size, ep_size)
-    with staged_folder(out, overwrite=overwrite, sync=sync) as folder:
+    with staged_folder(out, overwrite=overwrite, sync=sync) as stage:
         checkpoint = resolve_source(str(source), revision=revision)
         with DigestsAhead({file.name: file.path for file in checkpoint.files}) as ahead:
             planned = _plan(  # imports transformers: time for a few gigabytes
                 checkpoint, topology, tp_plan=tp_plan, strategies=strategies, dtype=dtype, drop_unused=drop_unused
             )
             layouts = plan_layouts(planned)
+            folder = stage.begin(_work(planned, layouts))
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
-            with (progress or _silent)(total) as report:
+            with (progress or _silent)(total) as report, contextlib.closing(Journal(folder)) as journal:
                 written, source_digests = write_files(
-                    folder, layouts, checkpoint, ahead=ahead, workers=workers, sync=sync, progress=report
+                    folder,
+                    layouts,
+                    checkpoint,
+                    ahead=ahead,
+                    journal=journal,
+                    workers=workers,
+                    sync=sync,
+                    progress=report,
                 )
         extras = [_copy(checkpoint, name, folder, sync) for name in checkpoint.extras]
         manifest = _manifest(planned, written, source_digests, extras)
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest
+
+
+def _work(plan: ReshardPlan, layouts: list[FileLayout]) -> str:
+    """Digest of all that the rank files depend on: the source as it is now, and where every element of it goes."""
+    digest = new_digest()
+    for file in plan.source.files:
+        digest.update(f"{file.name} {file.size} {file.mtime_ns} ".encode() + file.header.raw)
+    for thing in (*plan.source.extras, *plan.targets):
+        digest.update(repr(thing).encode())
+    for layout in layouts:
+        digest.update(f"{layout.name} ".encode() + layout.head)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
@@ -13,7 +12,9 @@ from pathlib import Path
 
 from .digest import DigestsAhead, FileRecord, new_digest, tree_digest
 from .errors import StorageError, printable
+from .journal import Journal
 from .layout import FileLayout, Slot
+from .output import begin_writeback, create, digest_in, pwrite
 from .process import worker_count
 from .reader import BLOCK_BYTES, SourceReader, tensor_blocks
 from .source import Source
@@ -22,37 +23,13 @@ from .targets import LocalTensor
 __all__ = ["write_files"]
 
 
-# For a larger write Linux takes page cache in pieces so large that finding them can cost more than the write: in a
-# virtual machine, 2.3 s for 3 GB in writes of 4 MiB, and 0.8 s in these.
-_WRITE_BYTES = 256 << 10
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data[:_WRITE_BYTES], offset)
-        data, offset = data[written:], offset + written
-
-
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
-_WORTH_BEGINNING = 1 << 20  # bytes
-
-
-def _begin_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin on what was just written, while the next block is made: less is left for fsync at the end.
-
-    A hint: it promises nothing, so that nothing is lost where it fails or is not known.
-    """
-    if _sync_file_range is not None and size >= _WORTH_BEGINNING:
-        _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size), _WRITE)
-
-
 def write_files(
     folder: Path,
     layouts: Sequence[FileLayout],
     source: Source,
     *,
     ahead: DigestsAhead | None = None,
+    journal: Journal | None = None,
     workers: int | None = None,
     sync: bool = True,
     progress: Callable[[int], object] = lambda _: None,
@@ -61,8 +38,9 @@ def write_files(
 
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
     Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With
-    `sync`, every file is on disk on return. Source files that `ahead` has begun are not digested again. Returns what
-    was written, and the digests of the source files by name.
+    `sync`, every file is on disk on return. With a journal, what an earlier run wrote is kept where it still has the
+    digest claimed there. Source files that `ahead` has begun are not digested again. Returns what was written, and the
+    digests of the source files by name.
 
     Raises:
         StorageError: the disk refused.
@@ -77,16 +55,24 @@ def write_files(
     stop = threading.Event()
 
     def write(index: int, slot: Slot) -> None:
+        name, tensor = layouts[index].name, slot.tensor.name
+        claim = journal.claimed.get((name, tensor)) if journal else None
+        if claim is not None and digest_in(files[index], slot, scratch()) == claim:
+            digests[index][tensor] = claim
+            progress(slot.tensor.nbytes)
+            return
         digest = new_digest()
         for offset, block in tensor_blocks(slot.tensor, reader, scratch()):
             if stop.is_set():
                 return
             digest.update(block)
-            _pwrite(files[index], block, slot.offset + offset)
+            pwrite(files[index], block, slot.offset + offset)
             if sync:
-                _begin_writeback(files[index], slot.offset + offset, len(block))
+                begin_writeback(files[index], slot.offset + offset, len(block))
             progress(len(block))
-        digests[index][slot.tensor.name] = digest.hexdigest()
+        digests[index][tensor] = digest.hexdigest()
+        if journal:
+            journal.add(name, tensor, digest.hexdigest())
 
     def digest_source(name: str) -> None:
         known = ahead.get(name) if ahead else None
@@ -110,7 +96,7 @@ def write_files(
     with SourceReader(source) as reader:
         try:
             for layout in layouts:
-                files.append(_create(folder / layout.name, layout))
+                files.append(create(folder / layout.name, layout, anew=journal is None))
             _run([work for _, work in jobs], workers or worker_count(), stop)
             reader.unchanged()
             for fd in files if sync else ():
@@ -136,23 +122,6 @@ class _Scratch(threading.local):
 
     def __call__(self) -> memoryview:
         return self.block
-
-
-def _create(path: Path, layout: FileLayout) -> int:
-    """A new file of its full size, with its header in place."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags, 0o644)
-        try:
-            if layout.size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, 0, layout.size)
-            _pwrite(fd, memoryview(layout.head), 0)
-        except BaseException:
-            os.close(fd)
-            raise
-    except OSError as error:
-        raise StorageError(f"{printable(path)}: {error.strerror}") from None
-    return fd
 
 
 def _first_byte(tensor: LocalTensor, source: Source) -> tuple[str, float]:

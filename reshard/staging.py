@@ -6,25 +6,52 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import BusyError, DestinationExistsError, StorageError, printable
+from .errors import BusyError, DestinationExistsError, IntegrityError, StorageError, printable
+from .journal import JOURNAL_NAME
 from .source import MANIFEST_NAME
 
-__all__ = ["check_free_space", "copy_file", "staged_folder", "sync_folder", "write_file"]
+__all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "sync_folder", "write_file"]
 
+_WORK = 16  # hex digits of a digest
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # renameat2(2)
 
 
-@contextlib.contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> Iterator[Path]:
-    """Give a new folder to fill; put it at `out` when the block ends well, and leave nothing when it does not.
+class Stage:
+    """The folder that is to become `out`, once it is known what work is done in it."""
 
-    The move never replaces anything, unless `overwrite` and `out` is a folder of ours; then the two are exchanged in
-    one step. With `sync`, folder and move are on disk on return. One process at a time: `OUT.lock` is held meanwhile.
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.folder: Path | None = None
+
+    def begin(self, work: str) -> Path:
+        """The folder to fill, named after `work`, the digest of all that goes into it: of the same work, what an
+        earlier run left is kept; of other work, it is removed. Raises StorageError."""
+        folder = self._out.with_name(f"{self._out.name}.part-{work[:_WORK]}")
+        try:
+            for other in self._out.parent.glob(f"{glob.escape(self._out.name)}.part-{'?' * _WORK}"):
+                if other != folder or other.is_symlink():
+                    _remove(other)
+            folder.mkdir(mode=0o755, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{printable(folder)}: {error.strerror}") from None
+        self.folder = folder
+        return folder
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> Iterator[Stage]:
+    """Give a stage whose folder is to be filled; put that at `out` when the block ends well.
+
+    When it does not, what is there stays for the next run of the same work; when bytes are not what they should be
+    (IntegrityError), nothing stays. The move never replaces anything, unless `overwrite` and `out` is a folder of ours;
+    then the two are exchanged in one step. With `sync`, folder and move are on disk on return. One process at a time:
+    `OUT.lock` is held meanwhile.
 
     Raises:
         DestinationExistsError: `out` exists (now, or when the work is done).
@@ -33,23 +60,41 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> I
     """
     out = Path(os.path.abspath(out))
     _check_destination(out, overwrite)
-    part = out.with_name(out.name + ".part")
     with _lock(out.with_name(out.name + ".lock")):
+        stage = Stage(out)
         try:
-            _remove(part)
-            part.mkdir(mode=0o755)
-        except OSError as error:
-            raise StorageError(f"{printable(part)}: {error.strerror}") from None
-        try:
-            yield part
-            if sync:
-                sync_folder(part)
-            _check_destination(out, overwrite)
-            _move(part, out, overwrite)
-            if sync:
-                sync_folder(out.parent)
-        finally:
-            _remove(part)  # after an exchange this is the old folder
+            yield stage
+            if stage.folder is not None:
+                _commit(stage.folder, out, overwrite=overwrite, sync=sync)
+        except BaseException as error:
+            if stage.folder is not None:
+                _leave(stage.folder, error)
+            raise
+
+
+def _leave(folder: Path, error: BaseException) -> None:
+    """After a failure: keep what the next run can go on with, and say so where the error has no hint of its own."""
+    with contextlib.suppress(OSError):
+        journal = folder / JOURNAL_NAME
+        if isinstance(error, IntegrityError) or not journal.exists() or not journal.stat().st_size:
+            _remove(folder)
+        elif getattr(error, "hint", None) is None:
+            error.__dict__["hint"] = f"the same command goes on with what is in {printable(folder)}"
+
+
+def _commit(folder: Path, out: Path, *, overwrite: bool, sync: bool) -> None:
+    """Put a whole folder in its place. Without its journal it is no longer gone on with, only put there."""
+    try:
+        (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        if sync:
+            sync_folder(folder)
+        _check_destination(out, overwrite)
+        _move(folder, out, overwrite)
+        _remove(folder)  # after an exchange this is the old folder
+        if sync:
+            sync_folder(out.parent)
+    except OSError as error:
+        raise StorageError(f"{printable(out)}: {error.strerror}") from None
 
 
 def _check_destination(out: Path, overwrite: bool) -> None:
@@ -130,13 +175,16 @@ def _remove(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write a small new file; with `sync`, through to the disk."""
+    """Write a small file, whole or not at all, over one that an earlier run left; with `sync`, through to the disk."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        with open(path, "xb") as file:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:
             file.write(data)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
+        os.replace(part, path)
     except OSError as error:
         raise StorageError(f"{printable(path)}: {error.strerror}") from None
 
@@ -164,10 +212,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` more bytes."""
+    """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` bytes in the folder,
+    what is in it already included."""
     try:
+        there = sum(entry.stat(follow_symlinks=False).st_blocks for entry in os.scandir(folder)) * 512
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise StorageError(f"{printable(folder)}: {error.strerror}") from None
-    if free < needed:
-        raise StorageError(f"{printable(folder)}: needs {needed:,} bytes, but only {free:,} are free")
+    if free + there < needed:
+        raise StorageError(f"{printable(folder)}: needs {needed - there:,} bytes, but only {free:,} are free")

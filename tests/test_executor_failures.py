@@ -110,7 +110,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(executor, "_pwrite", full)
+    monkeypatch.setattr(executor, "pwrite", full)
     with pytest.raises(StorageError, match="No space left"):
         write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
 

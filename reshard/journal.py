@@ -1,0 +1,59 @@
+"""What of an unfinished folder is already written: one line for each tensor, so that an interrupted run can go on.
+
+Lines are appended without waiting for the disk, so after a power loss they can claim more than it holds: whoever goes
+on digests what a line claims before believing it. Each has its own checksum; the first that is torn ends the reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from .digest import digest_of
+from .errors import StorageError, printable
+
+__all__ = ["JOURNAL_NAME", "Journal"]
+
+JOURNAL_NAME = ".reshard-journal"
+_CHECKSUM = 16  # hex digits
+
+
+class Journal:
+    """The journal of one folder. `claimed` is what earlier runs wrote: (file, tensor) → digest."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / JOURNAL_NAME
+        self.claimed: dict[tuple[str, str], str] = {}
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd = os.open(self._path, flags, 0o644)
+            end = self._read()
+            os.ftruncate(self._fd, end)
+        except OSError as error:
+            raise StorageError(f"{printable(self._path)}: {error.strerror}") from None
+
+    def _read(self) -> int:
+        """Take the whole lines; where they end."""
+        end = 0
+        with open(self._path, "rb") as lines:
+            for line in lines:
+                text, checksum = line[: -_CHECKSUM - 2], line[-_CHECKSUM - 2 :]
+                if checksum != _checksum(text):
+                    break
+                file, tensor, digest = json.loads(text)
+                self.claimed[file, tensor] = digest
+                end += len(line)
+        return end
+
+    def add(self, file: str, tensor: str, digest: str) -> None:
+        """Claim a tensor that has been written. Safe from any thread: a line is one write at the end of the file."""
+        text = json.dumps([file, tensor, digest]).encode()
+        os.write(self._fd, text + _checksum(text))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _checksum(text: bytes) -> bytes:
+    return b" " + digest_of(text)[:_CHECKSUM].encode() + b"\n"

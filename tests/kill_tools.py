@@ -1,0 +1,86 @@
+"""End a conversion at any system call it makes, as kill -9 would, and count what it writes.
+
+Jobs run in a fork server that has the libraries imported, so that a sweep over hundreds of calls takes seconds.
+"""
+
+from __future__ import annotations
+
+import builtins
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["KILLED", "convert_until", "server"]
+
+KILLED = 77
+_CALLS = ("pwrite", "write", "open", "fsync", "ftruncate", "posix_fallocate", "mkdir", "unlink", "replace", "rename")
+
+
+def server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kill_tools", "reshard.conversion", "transformers.models.llama.modeling_llama"])
+    return context
+
+
+def convert_until(context: Any, source: Path, out: Path, *, call: int | None = None, after: bool = False) -> Any:
+    """Convert for 2 ranks in a process of its own. It ends at the `call`-th call, before it is made or `after`.
+
+    Returns (exit code, calls made, bytes of tensor data written); of a killed process, only the code.
+    """
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_job, args=(sender, str(source), str(out), call, after))
+    process.start()
+    sender.close()
+    try:
+        calls, written = receiver.recv()
+    except EOFError:
+        calls = written = None
+    process.join(60)
+    return process.exitcode, calls, written
+
+
+def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> None:
+    import torch
+
+    import reshard.executor
+    import reshard.staging
+    from reshard.conversion import convert
+
+    torch.set_num_threads(1)
+    made = 0
+    written = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def once(*arguments: Any, **options: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == call and not after:
+                os._exit(KILLED)
+            result = real(*arguments, **options)
+            if made == call:
+                os._exit(KILLED)
+            return result
+
+        return once
+
+    def progress(size: int) -> None:
+        nonlocal written
+        written += size
+
+    real_pwrite = reshard.executor.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> None:
+        progress(len(data))
+        real_pwrite(fd, data, offset)
+
+    reshard.executor.pwrite = pwrite
+    for name in _CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    builtins.open = counted(builtins.open)
+    reshard.staging._renameat2 = counted(reshard.staging._renameat2)
+    convert(source, out, tp_size=2, workers=1)
+    sender.send((made, written))
+    sender.close()
+    os._exit(0)
