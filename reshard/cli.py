@@ -254,8 +254,9 @@ def report_failure(error: BaseException, *, verbose: bool) -> int:
         return error.exit_code
     if isinstance(error, (KeyboardInterrupt, click.Abort, _Terminated)):
         click.echo("Error: interrupted", err=True)
-        if getattr(error, "hint", None):
-            click.secho(f"Hint: {error.hint}", dim=True, err=True)  # type: ignore[union-attr]
+        hint = getattr(error, "hint", None) or getattr(error.__context__, "hint", None)  # click wraps Ctrl-C in Abort
+        if hint:
+            click.secho(f"Hint: {hint}", dim=True, err=True)
         return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     click.secho("Error: ", fg="red", nl=False, err=True)
     click.echo(f"unexpected {type(error).__name__}: {printable(error)}", err=True)

@@ -131,27 +131,50 @@ def _first_byte(tensor: LocalTensor, source: Source) -> tuple[str, float]:
 
 
 def _run(jobs: Sequence[Callable[[], None]], workers: int, stop: threading.Event) -> None:
-    """Do every job on a pool; the first failure, or an interrupt, sets `stop` and ends the rest."""
+    """Do every job on a pool; the first failure, or an interrupt, sets `stop` and ends the rest.
+
+    On return no thread is at work, whatever happened: the files that they write to can be closed. An interrupt can come
+    while the pool is starting a thread, which the pool then does not know and would not wait for.
+    """
     waiting = iter(jobs)
-    lock = threading.Lock()
+    lock = threading.Condition()
+    at_work = 0
 
     def drain() -> None:
-        while not stop.is_set():
-            with lock:
-                job = next(waiting, None)
-            if job is None:
+        nonlocal at_work
+        with lock:
+            if stop.is_set():
                 return
-            try:
+            at_work += 1
+        try:
+            while not stop.is_set():
+                with lock:
+                    job = next(waiting, None)
+                if job is None:
+                    return
                 job()
-            except BaseException:
-                stop.set()
-                raise
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            with lock:
+                at_work -= 1
+                lock.notify_all()
+
+    def wait_for_all() -> None:
+        with lock:
+            stop.set()  # a thread that has not begun will not
+            lock.wait_for(lambda: not at_work)
 
     workers = max(1, min(workers, len(jobs)))
     with ThreadPoolExecutor(workers, thread_name_prefix="reshard") as pool:
         try:
             for future in [pool.submit(drain) for _ in range(workers)]:
                 future.result()
-        except BaseException:  # an interrupt in this thread must stop the others too
-            stop.set()
-            raise
+        finally:
+            while True:
+                try:
+                    wait_for_all()
+                    break
+                except BaseException:  # another interrupt: the first one is under way already
+                    continue

@@ -148,3 +148,25 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     expected = load(source.files[0].path)
     found = load(tmp_path / "out.safetensors")
     assert all(same(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_thread_that_the_pool_does_not_know_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C can come between the start of a thread and the pool's note of it. Its files are not closed under it."""
+    source, tensors = simple_job(tmp_path)
+    seen: list[str] = []
+    begun = threading.Event()
+
+    def progress(_: int) -> None:
+        begun.set()
+        time.sleep(0.3)
+        seen.append("written")
+
+    def submit(_: Any, work: Callable[[], object]) -> None:
+        threading.Thread(target=work).start()
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor.ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, progress=progress)
+    assert seen == ["written"]

@@ -26,15 +26,15 @@ STEP = 7  # of the sweep that CI runs; the slow one takes every call
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico.save("llama", tmp_path_factory.mktemp("resume") / "source")
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint: Path) -> dict[str, object]:
+def whole(origin: Path) -> dict[str, object]:
     """The folder as an uninterrupted conversion makes it."""
-    reshard.convert(checkpoint, checkpoint.with_name("whole"), tp_size=2)
-    return tree(checkpoint.with_name("whole"))
+    reshard.convert(origin, origin.with_name("whole"), tp_size=2)
+    return tree(origin.with_name("whole"))
 
 
 def unfinished(out: Path) -> list[Path]:
@@ -54,12 +54,12 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
 
 
 @pytest.fixture
-def half(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
+def half(origin: Path, tmp_path: Path) -> Iterator[Path]:
     """Where a conversion is to be that was interrupted after nine tensors."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(patch, 9)
         with pytest.raises(KeyboardInterrupt):
-            reshard.convert(checkpoint, tmp_path / "out", tp_size=2, workers=1)
+            reshard.convert(origin, tmp_path / "out", tp_size=2, workers=1)
     yield tmp_path / "out"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out"]
 
@@ -82,18 +82,18 @@ def total_tensors(whole: dict[str, object]) -> int:
 
 
 def test_an_interrupted_conversion_goes_on(
-    half: Path, checkpoint: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    half: Path, origin: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not half.exists()
     assert len(unfinished(half)) == 1
     seen = tensors_written(monkeypatch)
-    reshard.convert(checkpoint, half, tp_size=2, workers=3)
+    reshard.convert(origin, half, tp_size=2, workers=3)
     assert len(seen) == total_tensors(whole) - 9
     assert tree(half) == whole
 
 
 def test_what_a_journal_claims_is_checked(
-    half: Path, checkpoint: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    half: Path, origin: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power loss can keep the line and lose the data."""
     [part] = unfinished(half)
@@ -103,13 +103,13 @@ def test_what_a_journal_claims_is_checked(
     lost = sum(RANK_FILES[0] in line for line in (part / JOURNAL_NAME).read_text().splitlines())
     assert lost
     seen = tensors_written(monkeypatch)
-    reshard.convert(checkpoint, half, tp_size=2)
+    reshard.convert(origin, half, tp_size=2)
     assert len(seen) == total_tensors(whole) - 9 + lost
     assert tree(half) == whole
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "garbage", "empty", "missing", "shorter files", "longer files"])
-def test_a_damaged_journal_or_folder(damage: str, half: Path, checkpoint: Path, whole: dict[str, object]) -> None:
+def test_a_damaged_journal_or_folder(damage: str, half: Path, origin: Path, whole: dict[str, object]) -> None:
     [part] = unfinished(half)
     journal = part / JOURNAL_NAME
     text = journal.read_bytes()
@@ -126,17 +126,17 @@ def test_a_damaged_journal_or_folder(damage: str, half: Path, checkpoint: Path, 
     else:
         for name in RANK_FILES:
             os.truncate(part / name, 5000 if damage == "shorter files" else 10_000_000)
-    reshard.convert(checkpoint, half, tp_size=2)
+    reshard.convert(origin, half, tp_size=2)
     assert tree(half) == whole
 
 
-def test_other_work_starts_anew(half: Path, checkpoint: Path) -> None:
-    reshard.convert(checkpoint, half, tp_size=4)
+def test_other_work_starts_anew(half: Path, origin: Path) -> None:
+    reshard.convert(origin, half, tp_size=4)
     assert len(list(half.glob("shard-*"))) == 4
 
 
-def test_a_source_that_changed_starts_anew(half: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = shutil.copytree(checkpoint, half.with_name("copy"))
+def test_a_source_that_changed_starts_anew(half: Path, origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copytree(origin, half.with_name("copy"))
     os.utime(next(copy.glob("*.safetensors")), ns=(1, 1))
     seen = tensors_written(monkeypatch)
     manifest = reshard.convert(copy, half, tp_size=2)
@@ -144,7 +144,7 @@ def test_a_source_that_changed_starts_anew(half: Path, checkpoint: Path, monkeyp
 
 
 def test_links_planted_in_the_unfinished_folder_are_not_followed(
-    half: Path, checkpoint: Path, whole: dict[str, object]
+    half: Path, origin: Path, whole: dict[str, object]
 ) -> None:
     [part] = unfinished(half)
     precious = half.with_name("precious")
@@ -152,14 +152,14 @@ def test_links_planted_in_the_unfinished_folder_are_not_followed(
     (part / RANK_FILES[1]).unlink()
     (part / RANK_FILES[1]).symlink_to(precious)
     with pytest.raises(StorageError, match="symbolic link"):
-        reshard.convert(checkpoint, half, tp_size=2)
+        reshard.convert(origin, half, tp_size=2)
     (part / RANK_FILES[1]).unlink()
     os.link(precious, part / RANK_FILES[1])
     with pytest.raises(StorageError, match="not a file of this command"):
-        reshard.convert(checkpoint, half, tp_size=2)
+        reshard.convert(origin, half, tp_size=2)
     (part / RANK_FILES[1]).unlink()
     (part / "config.json").symlink_to(precious)
-    reshard.convert(checkpoint, half, tp_size=2)
+    reshard.convert(origin, half, tp_size=2)
     assert precious.read_text() == "mine"
     assert tree(half) == whole
     precious.unlink()
@@ -170,7 +170,7 @@ def test_the_user_is_told(source: Path, out: Path, cli: Cli, monkeypatch: pytest
         interrupt_after(patch, 3)
         result = cli(*convert(source, out))
     assert result.code == 130
-    assert result.err.splitlines()[0] == "Error: interrupted"
+    assert "Error: interrupted" in result.err.splitlines()
     assert "the same command goes on with what is in" in result.hint
     assert str(unfinished(out)[0]) in result.hint
     assert cli(*convert(source, out)).code == 0
@@ -178,7 +178,7 @@ def test_the_user_is_told(source: Path, out: Path, cli: Cli, monkeypatch: pytest
 
 
 def test_a_full_disk_goes_on_when_there_is_room(
-    checkpoint: Path, tmp_path: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    origin: Path, tmp_path: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = [6]
     real = os.pwrite
@@ -192,18 +192,18 @@ def test_a_full_disk_goes_on_when_there_is_room(
     with monkeypatch.context() as patch:
         patch.setattr(executor.os, "pwrite", pwrite)
         with pytest.raises(StorageError, match="No space left") as refused:
-            reshard.convert(checkpoint, tmp_path / "out", tp_size=2, workers=1)
+            reshard.convert(origin, tmp_path / "out", tp_size=2, workers=1)
     assert "goes on" in str(refused.value.hint)
     seen = tensors_written(monkeypatch)
-    reshard.convert(checkpoint, tmp_path / "out", tp_size=2)
+    reshard.convert(origin, tmp_path / "out", tp_size=2)
     assert len(seen) == total_tensors(whole) - 6
     assert tree(tmp_path / "out") == whole
 
 
 def test_nothing_is_kept_of_a_source_that_changed_meanwhile(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = shutil.copytree(checkpoint, tmp_path / "source")
+    copy = shutil.copytree(origin, tmp_path / "source")
     real = Journal.add
 
     def add(self: Journal, *arguments: str) -> None:
@@ -220,24 +220,24 @@ def bytes_of(path: Path, info: TensorInfo) -> bytes:
     return path.read_bytes()[info.start : info.end]
 
 
-def sweep(checkpoint: Path, root: Path, whole: dict[str, object], step: int) -> int:
+def sweep(origin: Path, root: Path, whole: dict[str, object], step: int) -> int:
     """Kill a conversion at every `step`-th call, before it and after it, then run it again. Returns the kills."""
     context = server()
-    code, calls, everything = convert_until(context, checkpoint, root / "whole")
+    code, calls, everything = convert_until(context, origin, root / "whole")
     assert code == 0
     assert tree(root / "whole") == whole
     kills = 0
     for call, after in itertools.product(range(1, calls + 1, step), (False, True)):
         out = root / f"{call}-{after}"
-        code, _, _ = convert_until(context, checkpoint, out, call=call, after=after)
+        code, _, _ = convert_until(context, origin, out, call=call, after=after)
         assert code == KILLED, (call, after)
         kills += 1
         if out.exists():  # all or nothing
             assert tree(out) == whole, (call, after)
             with pytest.raises(DestinationExistsError):
-                reshard.convert(checkpoint, out, tp_size=2)
+                reshard.convert(origin, out, tp_size=2)
         else:
-            code, _, written = convert_until(context, checkpoint, out)
+            code, _, written = convert_until(context, origin, out)
             assert code == 0, (call, after)
             assert written <= everything
             assert tree(out) == whole, (call, after)
@@ -245,26 +245,26 @@ def sweep(checkpoint: Path, root: Path, whole: dict[str, object], step: int) -> 
     return kills
 
 
-def test_killed_at_any_call(checkpoint: Path, tmp_path: Path, whole: dict[str, object]) -> None:
-    assert sweep(checkpoint, tmp_path, whole, STEP) > 20
+def test_killed_at_any_call(origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:
+    assert sweep(origin, tmp_path, whole, STEP) > 20
 
 
 @pytest.mark.slow
-def test_killed_at_every_call(checkpoint: Path, tmp_path: Path, whole: dict[str, object]) -> None:
-    print(sweep(checkpoint, tmp_path, whole, 1), "kills")
+def test_killed_at_every_call(origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:
+    print(sweep(origin, tmp_path, whole, 1), "kills")
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 def test_at_most_one_tensor_of_a_writer_is_done_again(
-    share: float, checkpoint: Path, tmp_path: Path, whole: dict[str, object]
+    share: float, origin: Path, tmp_path: Path, whole: dict[str, object]
 ) -> None:
     """What was written is claimed but for the tensor that the kill met, and what is claimed is not written again."""
     context = server()
-    _, calls, everything = convert_until(context, checkpoint, tmp_path / "whole")
+    _, calls, everything = convert_until(context, origin, tmp_path / "whole")
     out = tmp_path / "out"
-    convert_until(context, checkpoint, out, call=round(share * calls))
+    convert_until(context, origin, out, call=round(share * calls))
     [part] = unfinished(out)
-    claims = {tuple(json.loads(line[:-18])[:2]) for line in (part / JOURNAL_NAME).read_text().splitlines()}
+    claims = {tuple(json.loads(line[:-17])[:2]) for line in (part / JOURNAL_NAME).read_text().splitlines()}
     there, claimed = 0, 0
     for name in RANK_FILES:
         for info in read_header(tmp_path / "whole" / name, file=name).tensors:
@@ -272,7 +272,7 @@ def test_at_most_one_tensor_of_a_writer_is_done_again(
                 claimed += info.nbytes
             there += bytes_of(part / name, info) == bytes_of(tmp_path / "whole" / name, info)
     assert len(claims) <= there <= len(claims) + 1
-    code, _, written = convert_until(context, checkpoint, out)
+    code, _, written = convert_until(context, origin, out)
     assert code == 0
     assert written == everything - claimed
     assert tree(out) == whole
@@ -280,15 +280,25 @@ def test_at_most_one_tensor_of_a_writer_is_done_again(
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("call", ["pwrite64:signal=SIGKILL:when=5", "fsync:signal=SIGKILL:when=2"])
-def test_a_real_kill(call: str, checkpoint: Path, tmp_path: Path, whole: dict[str, object]) -> None:
+def test_a_real_kill(call: str, origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "reshard", "convert", str(checkpoint), str(out), "--tp-size", "2"]
-    trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", os.devnull, "-e", "trace=none", "-e", f"inject={call}"]
+    command = [sys.executable, "-m", "reshard", "convert", str(origin), str(out), "--tp-size", "2"]
+    trace = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        "trace=pwrite64,fsync",
+        "-e",
+        f"inject={call}",
+    ]
     probe = subprocess.run([*trace, "true"], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"strace: {probe.stderr.strip()}")
     killed = subprocess.run([*trace, *command], capture_output=True, timeout=120)
-    assert killed.returncode == -9
+    assert killed.returncode in (-9, 137)
     assert not out.exists()
     assert unfinished(out)
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
