@@ -1,7 +1,7 @@
 """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
 
-`convert`, `plan`, `inspect` and `verify` are what the commands of the same names call. They are imported when first
-used, so that importing this package, and asking for help, costs nothing.
+`convert`, `plan`, `inspect`, `verify` and `merge` are what the commands of the same names call. They are imported when
+first used, so that importing this package, and asking for help, costs nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from .errors import ReshardError
 if TYPE_CHECKING:
     from .conversion import convert, plan
     from .inspection import inspect
+    from .merging import merge
     from .verification import verify
 
-__all__ = ["ReshardError", "__version__", "convert", "inspect", "plan", "verify"]
+__all__ = ["ReshardError", "__version__", "convert", "inspect", "merge", "plan", "verify"]
 
-_HOMES = {"convert": "conversion", "plan": "conversion", "inspect": "inspection", "verify": "verification"}
+_HOMES = {
+    "convert": "conversion",
+    "plan": "conversion",
+    "inspect": "inspection",
+    "merge": "merging",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:

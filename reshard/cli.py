@@ -211,6 +211,29 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
     )
 
 
+@cli.command()
+@click.argument("out", type=click.Path())
+@click.argument("dest", type=click.Path())
+@click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
+@click.option("--no-sync", is_flag=True, help="Do not wait for the disk. A power loss soon after can undo the work.")
+@_format
+def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str) -> None:
+    """Write the source files of the resharded folder OUT into the folder DEST, byte for byte as they were.
+
+    Neither the source nor transformers is needed. Each file is checked against the digest of the original.
+
+    \b
+    Example:
+      reshard merge llama-tp4 llama
+    """
+    from . import merge as run
+
+    files = run(out, dest, workers=workers, sync=not no_sync, progress=_progress)
+    _print(
+        {"dest": dest, "files": list(files)}, style, lambda r: f"{r['dest']}: {len(files)} source files, as they were"
+    )
+
+
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("out", type=click.Path())
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from .manifest import Manifest
 from .model import read_model
 from .placement import is_box
 from .planning import ReshardPlan, build_plan
+from .progress import Progress, silent
 from .reader import equal_tensors
 from .rules import AUTO, read_rules
 from .source import MANIFEST_NAME, Source
@@ -112,7 +113,7 @@ def convert(
     overwrite: bool = False,
     workers: int | None = None,
     sync: bool = True,
-    progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]] | None = None,
+    progress: Progress = silent,
 ) -> Manifest:
     """Reshard a checkpoint (folder or Hub id) into `out`, one safetensors file for each rank.
 
@@ -138,7 +139,7 @@ def convert(
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
-            with (progress or _silent)(total) as report, contextlib.closing(Journal(folder)) as journal:
+            with progress(total) as report, contextlib.closing(Journal(folder)) as journal:
                 written, source_digests = write_files(
                     folder,
                     layouts,
@@ -165,11 +166,6 @@ def _work(plan: ReshardPlan, layouts: list[FileLayout]) -> str:
     for layout in layouts:
         digest.update(f"{layout.name} ".encode() + layout.head)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _silent(_: int) -> Iterator[Callable[[int], object]]:
-    yield lambda _: None
 
 
 def _copy(source: Source, name: str, folder: Path, sync: bool) -> FileRecord:

@@ -16,6 +16,7 @@ from .errors import BadInputError, PolicyError, printable
 from .header import Header, TensorInfo, read_header
 
 __all__ = [
+    "INDEX_NAME",
     "MANIFEST_NAME",
     "NOT_WANTED",
     "SMALL_FILES",

@@ -27,7 +27,7 @@ import reshard.cli
 import reshard.conversion
 import reshard.executor
 
-COMMANDS = ["convert", "plan", "inspect", "verify", "run"]
+COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run"]
 
 
 @pytest.mark.parametrize(
