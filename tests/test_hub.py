@@ -119,6 +119,35 @@ def test_convert_then_again_without_the_network(
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
+def test_no_command_tells_the_token(
+    hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In no output, traceback or file, whether the command ends well or not."""
+    canary = "hf_canary_Zt4LkQ8sB1"
+    hub.create("org/model", contents(checkpoint("llama")), token=canary)
+    out, again = tmp_path / "out", tmp_path / "again"
+    commands = {
+        ("plan", "org/model", "--tp-size", 2): 0,
+        ("convert", "org/model", out, "--tp-size", 2): 0,
+        ("convert", "org/model", out, "--tp-size", 2, "--overwrite", "--format", "json"): 0,
+        ("convert", "org/model", out, "-tp", 2): 7,
+        ("convert", "org/missing", again, "--tp-size", 2): 10,
+        ("inspect", "org/model"): 3,
+        ("inspect", out): 0,
+        ("verify", out, "--against", "org/model"): 0,
+        ("verify", out, "--against", "org/missing"): 10,
+        ("merge", out, again): 0,
+        ("merge", out, again, "--no-sync"): 7,
+        ("run", "org/missing", "--prompt", "x"): 10,
+    }
+    for command, code in commands.items():
+        done = python("-m", "reshard", "-v", *command, token=canary)
+        assert done.returncode == code, (command, done.stderr)
+        assert done.stdout + done.stderr, command
+        assert canary not in done.stdout + done.stderr, command
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
+
+
 def test_revision(hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoint("llama")
     repo = hub.create("org/model", contents(source))
