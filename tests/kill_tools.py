@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,20 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
     from reshard.conversion import convert
 
     torch.set_num_threads(1)
+    lock = threading.Lock()
     made = 0
     written = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
         def once(*arguments: Any, **options: Any) -> Any:
             nonlocal made
-            made += 1
-            if made == call and not after:
+            with lock:  # the thread that reads ahead makes calls too
+                made += 1
+                mine = made
+            if mine == call and not after:
                 os._exit(KILLED)
             result = real(*arguments, **options)
-            if made == call:
+            if mine == call:
                 os._exit(KILLED)
             return result
 
