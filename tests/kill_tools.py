@@ -62,10 +62,11 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
                 mine = made
             if mine == call and not after:
                 os._exit(KILLED)
-            result = real(*arguments, **options)
-            if mine == call:
-                os._exit(KILLED)
-            return result
+            try:
+                return real(*arguments, **options)
+            finally:  # a call that fails is one too
+                if mine == call:
+                    os._exit(KILLED)
 
         return once
 

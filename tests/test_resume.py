@@ -229,9 +229,10 @@ def sweep(origin: Path, root: Path, whole: dict[str, object], step: int) -> int:
     kills = 0
     for call, after in itertools.product(range(1, calls + 1, step), (False, True)):
         out = root / f"{call}-{after}"
-        code, _, _ = convert_until(context, origin, out, call=call, after=after)
-        assert code == KILLED, (call, after)
-        kills += 1
+        code, made, _ = convert_until(context, origin, out, call=call, after=after)
+        # Reading ahead makes a call or two fewer where the work overtakes it.
+        assert code == KILLED or (code == 0 and made < call), (call, after, made)
+        kills += code == KILLED
         if out.exists():  # all or nothing
             assert tree(out) == whole, (call, after)
             with pytest.raises(DestinationExistsError):
