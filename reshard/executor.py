@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
@@ -102,6 +103,10 @@ def write_files(
             for fd in files if sync else ():
                 os.fsync(fd)
         except OSError as error:
+            # Of a disk that failed, the cache goes on showing what was written, not what was kept, and the next fsync
+            # says that all is well: nothing of it may be gone on with. A full disk has lost nothing.
+            if journal and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                journal.forget()
             raise StorageError(f"{printable(folder)}: {error.strerror}") from None
         finally:
             for fd in files:

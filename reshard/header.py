@@ -57,6 +57,11 @@ class Header:
     tensors: tuple[TensorInfo, ...]
 
     @property
+    def head(self) -> bytes:
+        """Everything in the file before the data: the length of the JSON, and the JSON."""
+        return len(self.raw).to_bytes(8, "little") + self.raw
+
+    @property
     def data_start(self) -> int:
         """Byte offset in the file of the first byte of data."""
         return 8 + len(self.raw)

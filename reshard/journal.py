@@ -51,6 +51,10 @@ class Journal:
         text = json.dumps([file, tensor, digest]).encode()
         os.write(self._fd, text + _checksum(text))
 
+    def forget(self) -> None:
+        """Claim nothing any more."""
+        os.ftruncate(self._fd, 0)
+
     def close(self) -> None:
         os.close(self._fd)
 

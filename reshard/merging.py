@@ -12,7 +12,7 @@ from typing import Any
 
 from .digest import ALGORITHM, FileRecord, digest_file
 from .dtypes import torch_name
-from .errors import BadInputError, IntegrityError, PolicyError, printable
+from .errors import BadInputError, IntegrityError, printable
 from .executor import write_files
 from .header import Header, TensorInfo, parse_header, read_header
 from .inverse import invert, refined_shape
@@ -21,7 +21,7 @@ from .layout import FileLayout, Slot
 from .manifest import Manifest, read_manifest
 from .progress import Progress, silent
 from .regions import Region, covers, whole
-from .source import INDEX_NAME, MANIFEST_NAME, Source, SourceFile, vetted_path
+from .source import INDEX_NAME, MANIFEST_NAME, Source, SourceFile, check_plain_name, vetted_path
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .targets import LocalTensor, rank_tensors
 
@@ -79,8 +79,9 @@ def _headers(manifest: Manifest) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for file in manifest.source_files:
         name = file["file"]
-        if os.path.basename(name) != name or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
-            raise PolicyError(f"{MANIFEST_NAME}: {printable(name)} is not a plain name of a source file")
+        check_plain_name(name, what=MANIFEST_NAME)
+        if not name.endswith(".safetensors"):
+            raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} is not the name of a safetensors file")
         if name in taken:
             raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} occurs twice")
         taken.add(name)
@@ -88,6 +89,11 @@ def _headers(manifest: Manifest) -> dict[str, Header]:
     names = Counter(info.name for header in headers.values() for info in header.tensors)
     if names and names.most_common(1)[0][1] > 1:
         raise BadInputError(f"{MANIFEST_NAME}: {printable(names.most_common(1)[0][0])} is in two source files")
+    unused = manifest.unused_file.tensors if manifest.unused_file else {}
+    taken_from = {region.source for parameter in manifest.parameters for region in parameter.regions}
+    unknown = sorted({*taken_from, *unused, *manifest.duplicates, *manifest.duplicates.values()} - names.keys())
+    if unknown:
+        raise BadInputError(f"{MANIFEST_NAME}: no source file holds {_some(unknown)}")
     return headers
 
 
@@ -131,7 +137,7 @@ def _expected(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[tup
         yield record, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     if manifest.unused_file:
         wanted = {info.name: info for header in headers.values() for info in header.tensors}
-        unused = [wanted[name] for name in manifest.unused_file.tensors if name in wanted]
+        unused = [wanted[name] for name in manifest.unused_file.tensors]
         yield manifest.unused_file, {i.name: (torch_name(i.dtype, tensor=i.name), i.shape) for i in unused}
 
 
@@ -152,8 +158,8 @@ def _layouts(manifest: Manifest, headers: Mapping[str, Header]) -> list[FileLayo
     layouts = []
     for name, header in headers.items():
         slots = tuple(Slot(filled[info.name], info.start) for info in header.tensors)
-        head = len(header.raw).to_bytes(8, "little") + header.raw
-        layouts.append(FileLayout(name, head, slots, max((info.end for info in header.tensors), default=len(head))))
+        size = max((info.end for info in header.tensors), default=header.data_start)
+        layouts.append(FileLayout(name, header.head, slots, size))
     return layouts
 
 

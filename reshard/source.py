@@ -22,6 +22,7 @@ __all__ = [
     "SMALL_FILES",
     "Source",
     "SourceFile",
+    "check_plain_name",
     "model_config",
     "open_source",
     "read_json",
@@ -70,6 +71,12 @@ class Source:
         return next(file for file in self.files if file.name == name)
 
 
+def check_plain_name(name: str, *, what: str) -> None:
+    """Raises PolicyError where a name could lead out of the folder it is used in."""
+    if not name or name in (".", "..") or os.path.basename(name) != name or "\0" in name or "\\" in name:
+        raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
+
+
 def vetted_path(root: Path, name: str, *, what: str) -> Path:
     """The path of a plain file directly inside `root`.
 
@@ -79,8 +86,7 @@ def vetted_path(root: Path, name: str, *, what: str) -> Path:
         PolicyError: the name or a link leaves the folder.
         BadInputError: there is no such file, or it is not a regular one.
     """
-    if not name or name in (".", "..") or os.path.basename(name) != name or "\0" in name or "\\" in name:
-        raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
+    check_plain_name(name, what=what)
     path = root / name
     try:
         real = Path(os.path.realpath(path, strict=True))

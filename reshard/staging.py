@@ -104,7 +104,8 @@ def _check_destination(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DestinationExistsError(
-            f"{printable(out)}: already exists", hint="choose another name, or use --overwrite"
+            f"{printable(out)}: already exists",
+            hint="choose another name; convert replaces a folder of its own with --overwrite",
         )
     if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
         raise DestinationExistsError(

@@ -36,6 +36,5 @@ def check_digests(path: Path, record: FileRecord, header: Header, found: Mapping
                 f"{printable(path)}: tensor {printable(info.name)} was altered",
                 hint="fetch or convert it again; reshard verify lists what else is wrong",
             )
-    head = len(header.raw).to_bytes(8, "little") + header.raw
-    if tree_digest(head, (found[info.name] for info in header.tensors)) != record.digest:
+    if tree_digest(header.head, (found[info.name] for info in header.tensors)) != record.digest:
         raise IntegrityError(f"{printable(path)}: its header was altered")

@@ -169,8 +169,9 @@ def rewrite(folder: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "error", "words"),
     [
-        ('"file": "model-00001-of-00003', '"file": "../model-00001-of-00003', PolicyError, "not a plain name"),
-        ('"file": "model-00001-of-00003.safetensors', '"file": "config.json', PolicyError, "not a plain name"),
+        ('"file": "model-00001-of-00003', '"file": "../model-00001-of-00003', PolicyError, "not a plain file name"),
+        ('"file": "model-00001-of-00003.safetensors', '"file": "config.json', BadInputError, "not the name of a safe"),
+        ('"duplicates": {', '"duplicates": {"gone": "lm_head.weight"', BadInputError, "no source file holds gone"),
         ('"file": "model-00001-of-00003', '"file": "model-00002-of-00003', BadInputError, "occurs twice"),
         ("model.norm.weight", "model.norm.weigth", IntegrityError, "is missing, or of another shape: model.norm"),
     ],

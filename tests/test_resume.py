@@ -200,6 +200,18 @@ def test_a_full_disk_goes_on_when_there_is_room(
     assert tree(tmp_path / "out") == whole
 
 
+def test_nothing_is_kept_of_a_disk_that_failed(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failed fsync the cache still shows what was written, and a second fsync would say that all is well."""
+
+    def fsync(_: int) -> None:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(executor.os, "fsync", fsync)
+    with pytest.raises(StorageError, match="Input/output error"):
+        reshard.convert(origin, tmp_path / "out", tp_size=2)
+    assert os.listdir(tmp_path) == []
+
+
 def test_nothing_is_kept_of_a_source_that_changed_meanwhile(
     origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
