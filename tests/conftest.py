@@ -20,6 +20,9 @@ from cli_tools import Checkpoint, Cli, Refused, Result, assert_one_error, time_l
 
 import reshard.cli  # noqa: E402
 
+# A run in the background of a script ignores Ctrl-C; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
