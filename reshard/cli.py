@@ -9,25 +9,30 @@ import os
 import signal
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ._version import __version__
-from .errors import ReshardError, StorageError, printable
+from .errors import StorageError
+from .failures import Terminated, report_failure, terminate, wants_traceback
 from .process import patient_from_now_on, worker_count
 
-__all__ = ["cli", "entry", "main", "report_failure", "wants_traceback"]
+__all__ = ["cli", "entry", "main"]
 
+_LAYOUT = "The files as they were, or the same with new headers: also of what was cast or dropped."
 _DTYPES = ["float32", "float16", "bfloat16"]
 
 _format = click.option(
     "--format", "style", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
 )
 _revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
+_workers = click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
+_no_sync = click.option(
+    "--no-sync", is_flag=True, help="Do not wait for the disk. A power loss soon after can undo the work."
+)
 _WHAT_TO_CUT = (
     click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Tensor-parallel ranks."),
     click.option(
@@ -107,8 +112,8 @@ def cli(verbose: bool) -> None:
 @click.argument("out", type=click.Path())
 @_what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
-@click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
-@click.option("--no-sync", is_flag=True, help="Do not wait for the disk. A power loss soon after can undo the work.")
+@_workers
+@_no_sync
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @_format
 def convert(
@@ -116,11 +121,13 @@ def convert(
 ) -> None:
     """Write SOURCE (a checkpoint folder or a Hub id) into the folder OUT, one file for each rank.
 
-    OUT appears only when it is complete. No GPU, no weights in memory.
+    OUT appears only when it is complete. No GPU, no weights in memory. SOURCE can be a resharded folder too: the result
+    is that of the checkpoint it was made from.
 
     \b
     Examples:
       reshard convert meta-llama/Llama-3.1-8B llama-tp4 --tp-size 4
+      reshard convert llama-tp4 llama-tp8 --tp-size 8
       reshard convert Qwen/Qwen3-30B-A3B qwen-ep4 --tp-size 4 --ep-size 4
     """
     if dry_run:
@@ -214,24 +221,25 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
 @cli.command()
 @click.argument("out", type=click.Path())
 @click.argument("dest", type=click.Path())
-@click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
-@click.option("--no-sync", is_flag=True, help="Do not wait for the disk. A power loss soon after can undo the work.")
+@click.option("--layout", type=click.Choice(["source", "hf"]), default="source", show_default=True, help=_LAYOUT)
+@_workers
+@_no_sync
 @_format
-def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str) -> None:
+def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, style: str) -> None:
     """Write the source files of the resharded folder OUT into the folder DEST, byte for byte as they were.
 
     Neither the source nor transformers is needed. Each file is checked against the digest of the original.
 
     \b
-    Example:
+    Examples:
       reshard merge llama-tp4 llama
+      reshard merge llama-bf16-tp4 llama-bf16 --layout hf
     """
     from . import merge as run
 
-    files = run(out, dest, workers=workers, sync=not no_sync, progress=_progress)
-    _print(
-        {"dest": dest, "files": list(files)}, style, lambda r: f"{r['dest']}: {len(files)} source files, as they were"
-    )
+    files = run(out, dest, layout=layout, workers=workers, sync=not no_sync, progress=_progress)
+    how = "source files, as they were" if layout == "source" else "files with headers anew"
+    _print({"dest": dest, "files": list(files)}, style, lambda r: f"{r['dest']}: {len(files)} {how}")
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -253,55 +261,17 @@ def run(context: click.Context, out: str, options: tuple[str, ...]) -> None:
     sys.exit(launch(out, [*verbose, "generate", out, *options]))
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception."""
-
-
-def wants_traceback(arguments: Sequence[str]) -> bool:
-    """Whether `--verbose` is among the arguments: asked before they are parsed, since parsing can be what fails."""
-    return not {"-v", "--verbose"}.isdisjoint(arguments)
-
-
-def report_failure(error: BaseException, *, verbose: bool) -> int:
-    """Say what went wrong in one line, with a hint in another where there is one. Returns the exit code."""
-    if verbose and not isinstance(error, click.exceptions.Exit):
-        traceback.print_exception(error)
-    if isinstance(error, ReshardError):
-        click.secho("Error: ", fg="red", nl=False, err=True)
-        click.echo(error.message, err=True)
-        if error.hint:
-            click.secho(f"Hint: {error.hint}", dim=True, err=True)
-        return error.exit_code
-    if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
-    if isinstance(error, (KeyboardInterrupt, click.Abort, _Terminated)):
-        click.echo("Error: interrupted", err=True)
-        hint = getattr(error, "hint", None) or getattr(error.__context__, "hint", None)  # click wraps Ctrl-C in Abort
-        if hint:
-            click.secho(f"Hint: {hint}", dim=True, err=True)
-        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
-    click.secho("Error: ", fg="red", nl=False, err=True)
-    click.echo(f"unexpected {type(error).__name__}: {printable(error)}", err=True)
-    click.secho("Hint: -v shows the traceback", dim=True, err=True)
-    return 1
-
-
-def _terminate(*_: object) -> None:
-    raise _Terminated  # unwinds, so that nothing half-written stays
-
-
 def main(arguments: list[str] | None = None, *, command: click.Command = cli) -> None:
     """Entry point: run the command line, and turn every failure into its line and exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         command.main(arguments, standalone_mode=False)
     except click.exceptions.Exit as finished:
         sys.exit(finished.exit_code)
     except Exception as error:
         sys.exit(report_failure(error, verbose=wants_traceback(arguments)))
-    except (KeyboardInterrupt, _Terminated) as error:
+    except (KeyboardInterrupt, Terminated) as error:
         sys.exit(report_failure(error, verbose=False))
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .errors import BadInputError, IntegrityError, printable
-from .header import parse_header, read_header
+from .header import Header, read_header
 from .hub import resolve_source
 from .manifest import Manifest
 from .reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
+from .resharded import source_headers, source_tensors
 from .source import Source
 from .targets import LocalTensor, rank_tensors, unused_tensors
 
@@ -25,8 +25,10 @@ def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revisio
     Memory is one block.
     """
     source = resolve_source(place, revision=revision)
-    _check_is_source(manifest, source)
-    _check_coverage(manifest, source)
+    headers = source_headers(manifest)
+    _check_is_source(headers, source)
+    source_tensors(manifest, headers)  # every element has its place
+    _check_duplicates(manifest, source)
     with SourceReader(source) as reader:
         compared = sum(
             _compare(
@@ -42,13 +44,9 @@ def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revisio
     return compared
 
 
-def _check_is_source(manifest: Manifest, source: Source) -> None:
+def _check_is_source(headers: Mapping[str, Header], source: Source) -> None:
     """The tensors must be those of the recorded headers: regions are offsets, which mean nothing in other shapes."""
-    recorded = {
-        info.name: (info.dtype, info.shape)
-        for file in manifest.source_files
-        for info in parse_header(file["header"].encode(), file=file["file"], file_size=file["size"]).tensors
-    }
+    recorded = {info.name: (info.dtype, info.shape) for header in headers.values() for info in header.tensors}
     found = {info.name: (info.dtype, info.shape) for info in source.tensors.values()}
     for name in sorted(recorded.keys() | found.keys()):
         if recorded.get(name) != found.get(name):
@@ -58,21 +56,10 @@ def _check_is_source(manifest: Manifest, source: Source) -> None:
             )
 
 
-def _check_coverage(manifest: Manifest, source: Source) -> None:
-    apart = {*(manifest.unused_file.tensors if manifest.unused_file else ()), *manifest.dropped}
-    taken: Counter[str] = Counter()
-    for parameter in manifest.parameters:
-        for region in parameter.regions:
-            taken[region.source] += region.size
-    for name, info in source.tensors.items():
-        owner = manifest.duplicates.get(name)
-        if owner is not None and not equal_tensors(source, name, owner):
+def _check_duplicates(manifest: Manifest, source: Source) -> None:
+    for name, owner in manifest.duplicates.items():
+        if not equal_tensors(source, name, owner):
             raise IntegrityError(f"{printable(name)}: differs from {printable(owner)}, which is stored in its place")
-        size = math.prod(info.shape)
-        if owner is None and name not in apart and taken[name] < size:
-            raise IntegrityError(
-                f"{printable(name)}: {size - taken[name]} of its {size} elements are nowhere in the folder"
-            )
 
 
 def _compare(path: Path, tensors: Iterable[LocalTensor], reader: SourceReader) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ._version import __version__
 from .digest import ALGORITHM, DigestsAhead, FileRecord, digest_of, new_digest
 from .executor import write_files
-from .hub import resolve_source
+from .hub import fetch
 from .journal import Journal
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
 from .manifest import Manifest
@@ -20,8 +21,9 @@ from .placement import is_box
 from .planning import ReshardPlan, build_plan
 from .progress import Progress, silent
 from .reader import equal_tensors
+from .resharded import Resharded, open_resharded
 from .rules import AUTO, read_rules
-from .source import MANIFEST_NAME, Source
+from .source import MANIFEST_NAME, Source, SourceFile, is_resharded, open_source
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
 from .targets import rank_tensors, unused_tensors
@@ -43,7 +45,8 @@ def plan(
     dtype: str | None = None,
     drop_unused: bool = False,
 ) -> ReshardPlan:
-    """Plan a checkpoint (folder or Hub id) for `tp_size` ranks, from its headers alone.
+    """Plan a checkpoint (folder or Hub id) for `tp_size` ranks, from its headers alone. A resharded folder is planned
+    as the checkpoint that it was made from.
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
     "auto" for the model's own, or rules (pattern → style) or the file that holds them; with `"extends": "auto"` among
@@ -52,35 +55,49 @@ def plan(
 
     Raises a `ReshardError`.
     """
-    return _plan(
-        resolve_source(str(source), revision=revision),
+    planned, _ = _plan(
+        *_open(str(source), revision),
         Topology(tp_size, ep_size),
         tp_plan=tp_plan,
         strategies=strategies,
         dtype=dtype,
         drop_unused=drop_unused,
     )
+    return planned
+
+
+def _open(place: str, revision: str | None) -> tuple[Source, Resharded | None]:
+    """The checkpoint, and where a resharded folder is what there is of it, that."""
+    folder, repo_id, commit = fetch(place, revision=revision)
+    if is_resharded(folder):
+        made = open_resharded(folder)
+        return made.source, made
+    return open_source(folder, repo_id=repo_id, commit=commit), None
 
 
 def _plan(
     checkpoint: Source,
+    made: Resharded | None,
     topology: Topology,
     *,
     tp_plan: Mapping[str, str] | str | Path,
     strategies: ParallelInterface,
     dtype: str | None,
     drop_unused: bool,
-) -> ReshardPlan:
+) -> tuple[ReshardPlan, list[FileLayout]]:
+    """The plan, and the files to fill from what is read."""
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
-    return build_plan(
+    planned = build_plan(
         checkpoint,
         read_model(checkpoint, dtype=dtype, tp_plan=rules, experts=topology.ep > 1),
         topology,
         cast=dtype is not None,
         drop_unused=drop_unused,
         strategies=strategies,
-        equal=partial(equal_tensors, checkpoint),
+        equal=made.equal if made else partial(equal_tensors, checkpoint),
     )
+    layouts = plan_layouts(planned)
+    return planned, [made.relocated(layout) for layout in layouts] if made else layouts
 
 
 def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
@@ -117,6 +134,7 @@ def convert(
 ) -> Manifest:
     """Reshard a checkpoint (folder or Hub id) into `out`, one safetensors file for each rank.
 
+    A resharded folder stands for the checkpoint that it was made from: the same bytes come out, from its rank files.
     `out` appears in one step when everything is on disk; on any failure an earlier `out` is untouched, and what was
     written stays beside it in `OUT.part-…`, where the same call goes on. Memory does not grow with the model (see
     `write_files`). What to cut and how is said as for `plan`.
@@ -129,13 +147,19 @@ def convert(
     out = Path(out)
     topology = Topology(tp_size, ep_size)
     with staged_folder(out, overwrite=overwrite, sync=sync) as stage:
-        checkpoint = resolve_source(str(source), revision=revision)
-        with DigestsAhead({file.name: file.path for file in checkpoint.files}) as ahead:
-            planned = _plan(  # imports transformers: time for a few gigabytes
-                checkpoint, topology, tp_plan=tp_plan, strategies=strategies, dtype=dtype, drop_unused=drop_unused
+        checkpoint, made = _open(str(source), revision)
+        held = made.held if made else checkpoint
+        with DigestsAhead({} if made else {file.name: file.path for file in held.files}) as ahead:
+            planned, layouts = _plan(  # imports transformers: time for a few gigabytes
+                checkpoint,
+                made,
+                topology,
+                tp_plan=tp_plan,
+                strategies=strategies,
+                dtype=dtype,
+                drop_unused=drop_unused,
             )
-            layouts = plan_layouts(planned)
-            folder = stage.begin(_work(planned, layouts))
+            folder = stage.begin(_work(planned, layouts, held.files))
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
@@ -143,23 +167,25 @@ def convert(
                 written, source_digests = write_files(
                     folder,
                     layouts,
-                    checkpoint,
+                    held,
                     ahead=ahead,
+                    records=made.records if made else None,
                     journal=journal,
                     workers=workers,
                     sync=sync,
                     progress=report,
                 )
         extras = [_copy(checkpoint, name, folder, sync) for name in checkpoint.extras]
-        manifest = _manifest(planned, written, source_digests, extras)
+        recorded = made.manifest.source_files if made else _source_files(checkpoint, source_digests)
+        manifest = _manifest(planned, written, recorded, extras)
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest
 
 
-def _work(plan: ReshardPlan, layouts: list[FileLayout]) -> str:
-    """Digest of all that the rank files depend on: the source as it is now, and where every element of it goes."""
+def _work(plan: ReshardPlan, layouts: list[FileLayout], held: Iterable[SourceFile]) -> str:
+    """Digest of all that the rank files depend on: what is read as it is now, and where every element of it goes."""
     digest = new_digest()
-    for file in plan.source.files:
+    for file in held:
         digest.update(f"{file.name} {file.size} {file.mtime_ns} ".encode() + file.header.raw)
     for thing in (*plan.source.extras, *plan.targets):
         digest.update(repr(thing).encode())
@@ -173,8 +199,20 @@ def _copy(source: Source, name: str, folder: Path, sync: bool) -> FileRecord:
     return FileRecord(name, len(data), digest_of(data), {})
 
 
+def _source_files(source: Source, digests: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {
+            "file": file.name,
+            "size": file.size,
+            "digest": f"{ALGORITHM}:{digests[file.name]}",
+            "header": file.header.raw.decode(),
+        }
+        for file in source.files
+    )
+
+
 def _manifest(
-    plan: ReshardPlan, written: list[FileRecord], source_digests: dict[str, str], extras: list[FileRecord]
+    plan: ReshardPlan, written: list[FileRecord], source_files: tuple[dict[str, Any], ...], extras: list[FileRecord]
 ) -> Manifest:
     model, source = plan.model, plan.source
     return Manifest(
@@ -185,15 +223,7 @@ def _manifest(
         topology=plan.topology,
         repo_id=source.repo_id,
         commit=source.commit,
-        source_files=tuple(
-            {
-                "file": file.name,
-                "size": file.size,
-                "digest": f"{ALGORITHM}:{source_digests[file.name]}",
-                "header": file.header.raw.decode(),
-            }
-            for file in source.files
-        ),
+        source_files=source_files,
         parameters=plan.targets,
         hooks=model.hooks,
         custom=plan.custom,

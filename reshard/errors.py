@@ -16,6 +16,8 @@ ReshardError                1  unexpected
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "BadInputError",
     "BusyError",
@@ -29,6 +31,7 @@ __all__ = [
     "TopologyError",
     "UsageError",
     "VersionError",
+    "listed",
     "printable",
 ]
 
@@ -96,3 +99,9 @@ def printable(text: object, limit: int = 200) -> str:
     # Cut first: a crafted name can have 99 MB.
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def listed(names: Iterable[str], *, most: int = 5) -> str:
+    """The first of many names, safe to show, and how many more there are."""
+    found = list(names)
+    return ", ".join(map(printable, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")

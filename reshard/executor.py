@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from .journal import Journal
 from .layout import FileLayout, Slot
 from .output import begin_writeback, create, digest_in, pwrite
 from .process import worker_count
+from .rank_file import check_digests
 from .reader import BLOCK_BYTES, SourceReader, tensor_blocks
-from .source import Source
+from .source import Source, SourceFile
 from .targets import LocalTensor
 
 __all__ = ["write_files"]
@@ -30,6 +31,7 @@ def write_files(
     source: Source,
     *,
     ahead: DigestsAhead | None = None,
+    records: Mapping[str, FileRecord] | None = None,
     journal: Journal | None = None,
     workers: int | None = None,
     sync: bool = True,
@@ -40,12 +42,13 @@ def write_files(
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
     Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With
     `sync`, every file is on disk on return. With a journal, what an earlier run wrote is kept where it still has the
-    digest claimed there. Source files that `ahead` has begun are not digested again. Returns what was written, and the
-    digests of the source files by name.
+    digest claimed there. Source files that `ahead` has begun are not digested again; of those with `records`, which
+    are rank files themselves, every tensor is checked instead. Returns what was written, and the digests of the source
+    files by name.
 
     Raises:
         StorageError: the disk refused.
-        IntegrityError: a source file changed meanwhile.
+        IntegrityError: a source file changed meanwhile, or is not as it was recorded.
     """
     files: list[int] = []
     digests: list[dict[str, str]] = [{} for _ in layouts]
@@ -75,24 +78,29 @@ def write_files(
         if journal:
             journal.add(name, tensor, digest.hexdigest())
 
-    def digest_source(name: str) -> None:
-        known = ahead.get(name) if ahead else None
-        if known is not None:
-            source_digests[name] = known
-            return
+    def digest_range(name: str, start: int, end: int) -> str:
         digest = new_digest()
-        for piece in reader.pieces_of_file(name):
+        for piece in reader.pieces_of_file(name, start, end):
             if stop.is_set():
-                return
+                break
             digest.update(piece)
-        source_digests[name] = digest.hexdigest()
+        return digest.hexdigest()
+
+    def digest_source(file: SourceFile) -> None:
+        if records is not None:
+            found = {info.name: digest_range(file.name, info.start, info.end) for info in file.header.tensors}
+            if not stop.is_set():
+                check_digests(file.path, records[file.name], file.header, found)
+            return
+        known = ahead.get(file.name) if ahead else None
+        source_digests[file.name] = known or digest_range(file.name, 0, file.size)
 
     jobs: list[tuple[tuple[str, float], Callable[[], None]]] = [
         (_first_byte(slot.tensor, source), partial(write, index, slot))
         for index, layout in enumerate(layouts)
         for slot in layout.slots
     ]
-    jobs += [((file.name, math.inf), partial(digest_source, file.name)) for file in source.files]
+    jobs += [((file.name, math.inf), partial(digest_source, file)) for file in source.files]
     jobs.sort(key=lambda job: job[0])
     with SourceReader(source) as reader:
         try:

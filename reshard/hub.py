@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import BadInputError, NetworkError, ReshardError, printable
-from .source import NOT_WANTED, SMALL_FILES, Source, open_source, weight_files
+from .manifest import read_manifest
+from .source import NOT_WANTED, SMALL_FILES, Source, is_resharded, open_source, weight_files
 
-__all__ = ["locate", "resolve_source"]
+__all__ = ["fetch", "locate", "resolve_source"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -85,9 +86,16 @@ def _first_line(error: BaseException) -> str:
     return printable(next(iter(str(error).splitlines()), ""))
 
 
-def resolve_source(place: str, *, revision: str | None = None) -> Source:
-    """Open a checkpoint: a local folder, or a Hub id, of which just the files it needs are fetched into the cache."""
+def fetch(place: str, *, revision: str | None = None) -> tuple[Path, str | None, str | None]:
+    """`locate` a checkpoint, or a resharded one, with its weights: (folder, repo id, commit)."""
     root, repo_id, commit = locate(place, revision=revision)
     if repo_id is not None:
-        locate(place, revision=commit, patterns=weight_files(root))
+        weights = [file.name for file in read_manifest(root).files()] if is_resharded(root) else weight_files(root)
+        locate(place, revision=commit, patterns=weights)
+    return root, repo_id, commit
+
+
+def resolve_source(place: str, *, revision: str | None = None) -> Source:
+    """Open a checkpoint: a local folder, or a Hub id, of which just the files it needs are fetched into the cache."""
+    root, repo_id, commit = fetch(place, revision=revision)
     return open_source(root, repo_id=repo_id, commit=commit)

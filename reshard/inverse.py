@@ -1,14 +1,17 @@
-"""Regions read the other way: from the tensors of the rank files back to the source tensor they were cut from."""
+"""Regions read the other way, from the tensors of the rank files back to the source tensor they were cut from; and on
+from there, to what else is to be cut from it."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .regions import Region, contiguous_strides
+from .placement import Piece
+from .regions import Region, contiguous_strides, covers, cut
 
-__all__ = ["invert", "refined_shape"]
+__all__ = ["invert", "once", "refined_shape", "through"]
 
 
 def refined_shape(shape: tuple[int, ...], regions: Iterable[Region]) -> tuple[int, ...]:
@@ -56,8 +59,68 @@ def invert(region: Region, held: str, local_shape: tuple[int, ...], shape: tuple
         axis for axis in zip(region.extent, region.strides, strides) if axis[0] > 1 and axis[1]
     )  # an element that was repeated is taken once
     local_at = sum(start * stride for start, stride in zip(region.target_start, strides))
+    yield from _placed(_Box(axes, region.offset, local_at), held, shape)
+
+
+def through(
+    region: Region, local_shape: tuple[int, ...], parts: Sequence[Region], shape: tuple[int, ...]
+) -> Iterator[Region]:
+    """What fills the box of `region` in a tensor of `local_shape`, not from the source but from the tensors that hold
+    it now: `parts` fill the source tensor, of `shape` (a refined one, fine enough for the region too)."""
+    for one in _unrepeated(region):
+        for wanted in invert(one, region.source, local_shape, shape):
+            seen = Piece(wanted.target_start, wanted.extent, (0,) * len(shape))
+            for part in cut(parts, seen):  # its box now starts where it stands inside `wanted`
+                local_at = wanted.offset + sum(map(math.prod, zip(part.target_start, wanted.strides)))
+                axes = tuple(axis for axis in zip(part.extent, wanted.strides, part.strides) if axis[0] > 1)
+                yield from _placed(_Box(axes, local_at, part.offset), part.source, local_shape)
+
+
+def _unrepeated(region: Region) -> Iterator[Region]:
+    """A region for each time that it repeats its elements."""
+    repeated = [range(e if s == 0 else 1) for e, s in zip(region.extent, region.strides)]
+    extent = tuple(1 if s == 0 else e for e, s in zip(region.extent, region.strides))
+    for index in itertools.product(*repeated):
+        start = tuple(map(sum, zip(region.target_start, index)))
+        yield replace(region, extent=extent, target_start=start)
+
+
+def once(regions: Iterable[Region], shape: tuple[int, ...]) -> tuple[Region, ...]:
+    """The regions of a tensor of `shape` without what an earlier one fills: of copies, the first is taken."""
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Region] = {}
+    for region in regions:
+        boxes.setdefault((region.target_start, region.extent), region)
+    found: list[Region] = []
+    if covers(tuple(boxes.values()), shape):
+        return tuple(boxes.values())
+    for region in boxes.values():
+        rest = [region]
+        for other in found:
+            rest = [part for one in rest for part in _without(one, other)]
+        found += rest
+    return tuple(found)
+
+
+def _without(region: Region, other: Region) -> Iterator[Region]:
+    """What of a region's box lies outside that of another, as boxes: dim by dim, what is before it and what after."""
+    start = list(region.target_start)
+    end = [s + e for s, e in zip(region.target_start, region.extent)]
+    low = list(map(max, start, other.target_start))
+    high = [min(mine, s + e) for mine, s, e in zip(end, other.target_start, other.extent)]
+    if any(a >= b for a, b in zip(low, high)):
+        yield region
+        return
+    for dim in range(len(start)):
+        for first, last in ((start[dim], low[dim]), (high[dim], end[dim])):
+            corner = (*start[:dim], first, *start[dim + 1 :])
+            extent = tuple(b - a for a, b in zip(corner, (*end[:dim], last, *end[dim + 1 :])))
+            yield from cut([region], Piece(corner, extent, corner))
+        start[dim], end[dim] = low[dim], high[dim]
+
+
+def _placed(box: _Box, held: str, shape: tuple[int, ...]) -> Iterator[Region]:
     dims = {stride: dim for dim, stride in enumerate(contiguous_strides(shape)) if shape[dim] > 1}
-    yield from _place(_Box(axes, region.offset, local_at), held, shape, dims)
+    yield from _place(box, held, shape, dims)
 
 
 def _place(box: _Box, held: str, shape: tuple[int, ...], dims: dict[int, int]) -> Iterator[Region]:

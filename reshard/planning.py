@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .dtypes import FLOATING, torch_name
-from .errors import BadInputError, TopologyError, printable
+from .errors import BadInputError, TopologyError, listed, printable
 from .model import Model, Parameter
 from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
 from .regions import Region
@@ -66,8 +66,9 @@ def build_plan(
         BadInputError: an unknown style, a rule that cuts nothing, or parameters that the checkpoint lacks.
     """
     if model.missing:
-        some = ", ".join(map(printable, model.missing[:3]))
-        raise BadInputError(f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {some}")
+        raise BadInputError(
+            f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {listed(model.missing)}"
+        )
     _check_styles(model, strategies)
     reason = _refusal(model, strategies, topology)
     if reason:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from reshard.digest import FileRecord, tree_digest
-from reshard.errors import BadInputError, IntegrityError, printable
-from reshard.header import Header, TensorInfo, read_header
+from .digest import FileRecord, tree_digest
+from .errors import BadInputError, IntegrityError, listed, printable
+from .header import Header, TensorInfo, read_header
 
 __all__ = ["check_digests", "largest_first", "read_rank_header"]
 
@@ -18,8 +18,10 @@ def read_rank_header(path: Path, record: FileRecord) -> Header:
         header = read_header(path, file=path.name)
     except BadInputError as error:
         raise IntegrityError(error.message) from None
-    if {info.name for info in header.tensors} != record.tensors.keys():
-        raise IntegrityError(f"{printable(path)}: does not hold the tensors that were written")
+    wrong = sorted({info.name for info in header.tensors} ^ record.tensors.keys())
+    if wrong:
+        names = listed(wrong)
+        raise IntegrityError(f"{printable(path)}: does not hold the tensors that were written: {names}")
     return header
 
 
@@ -34,7 +36,7 @@ def check_digests(path: Path, record: FileRecord, header: Header, found: Mapping
         if found[info.name] != record.tensors[info.name]:
             raise IntegrityError(
                 f"{printable(path)}: tensor {printable(info.name)} was altered",
-                hint="fetch or convert it again; reshard verify lists what else is wrong",
+                hint="fetch or convert it again",
             )
     if tree_digest(header.head, (found[info.name] for info in header.tensors)) != record.digest:
         raise IntegrityError(f"{printable(path)}: its header was altered")

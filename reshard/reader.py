@@ -75,11 +75,11 @@ class SourceReader:
         start = info.start + region.offset * width
         return memoryview(self._map(info.file))[start : start + region.size * width]
 
-    def pieces_of_file(self, name: str) -> Iterator[memoryview]:
-        """All bytes of a source file, in order."""
+    def pieces_of_file(self, name: str, start: int, end: int) -> Iterator[memoryview]:
+        """The bytes of a source file from `start` to `end`, in order."""
         whole = memoryview(self._map(name))
-        for start in range(0, len(whole), _FILE_PIECE):
-            yield whole[start : start + _FILE_PIECE]
+        for at in range(start, end, _FILE_PIECE):
+            yield whole[at : min(at + _FILE_PIECE, end)]
 
     def dtype(self, region: Region) -> str:
         info = self._source.tensors[region.source]

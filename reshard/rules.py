@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .corrections import corrected, has_expert_plan
-from .errors import BadInputError, printable
+from .errors import BadInputError, listed, printable
 from .source import read_json
 
 __all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
@@ -137,17 +137,13 @@ def _full_name(pattern: str, names: list[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise BadInputError(f"the rule for {printable(pattern)} is ambiguous", hint=f"write one of: {_some(found)}")
+        raise BadInputError(f"the rule for {printable(pattern)} is ambiguous", hint=f"write one of: {listed(found)}")
     near = difflib.get_close_matches(wildcard(pattern), names, n=4, cutoff=0.5)
     near += [name for name in names if name.endswith("." + pattern.rpartition(".")[2]) and name not in near]
     raise BadInputError(
         f"the rule for {printable(pattern)} matches nothing in the model",
-        hint=f"names like it: {_some(near)}" if near else "reshard plan SOURCE --tp-size 1 prints every parameter",
+        hint=f"names like it: {listed(near)}" if near else "reshard plan SOURCE --tp-size 1 prints every parameter",
     )
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(map(printable, names[:most])) + (" …" if len(names) > most else "")
 
 
 def expert_rules(model: Any) -> dict[str, str]:

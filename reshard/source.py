@@ -12,17 +12,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInputError, PolicyError, printable
+from .errors import BadInputError, PolicyError, listed, printable
 from .header import Header, TensorInfo, read_header
 
 __all__ = [
     "INDEX_NAME",
     "MANIFEST_NAME",
     "NOT_WANTED",
+    "SINGLE_NAME",
     "SMALL_FILES",
     "Source",
     "SourceFile",
     "check_plain_name",
+    "is_resharded",
     "model_config",
     "open_source",
     "read_json",
@@ -175,9 +177,14 @@ def _is_copied(name: str) -> bool:
     return matches(SMALL_FILES) and not matches((*NOT_WANTED, "*.index.json"))
 
 
+def is_resharded(root: Path) -> bool:
+    """Whether a folder is one of ours, or claims to be."""
+    return (root / MANIFEST_NAME).exists()
+
+
 def weight_files(root: Path) -> list[str]:
     """The names of the source files, which need not be there yet. Raises BadInputError for a resharded folder."""
-    if (root / MANIFEST_NAME).exists():
+    if is_resharded(root):
         raise BadInputError(f"{printable(root)}: already resharded", hint="start from the checkpoint it was made from")
     return sorted(set(_read_index(root).values())) if (root / INDEX_NAME).exists() else [SINGLE_NAME]
 
@@ -220,7 +227,7 @@ def _merge_headers(files: Iterable[SourceFile]) -> dict[str, TensorInfo]:
                 twice.append(f"{printable(info.name)} ({tensors[info.name].file}, {file.name})")
             tensors[info.name] = info
     if twice:
-        raise BadInputError(f"tensors in two files: {_listed(twice)}")
+        raise BadInputError(f"tensors in two files: {listed(twice)}")
     return tensors
 
 
@@ -237,8 +244,4 @@ def _check_index(root: Path, weight_map: dict[str, str], tensors: dict[str, Tens
         if name not in weight_map
     ]
     if wrong:
-        raise BadInputError(f"{printable(root / INDEX_NAME)} and the files disagree: {_listed(wrong)}")
-
-
-def _listed(items: list[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+        raise BadInputError(f"{printable(root / INDEX_NAME)} and the files disagree: {listed(wrong)}")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .digest import FileRecord, digest_file, digest_of, tree_digest
-from .errors import BadInputError, IntegrityError, printable
-from .header import read_header
+from .digest import FileRecord, digest_file, digest_of
+from .errors import IntegrityError, printable
 from .manifest import Manifest, read_manifest
+from .rank_file import check_digests, read_rank_header
 from .source import MANIFEST_NAME, vetted_path
 
 __all__ = ["Report", "verify"]
@@ -75,18 +75,11 @@ def _check_file(folder: Path, record: FileRecord, progress: Callable[[int], obje
         if digest_file(path) != record.digest:
             raise IntegrityError(f"{printable(path)}: its content was altered")
         return
-    try:
-        header = read_header(path, file=record.name)
-    except BadInputError as error:
-        raise IntegrityError(error.message) from None
+    header = read_rank_header(path, record)
+    found = {}
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        found = []
         for info in header.tensors:
             with memoryview(mapped) as view, view[info.start : info.end] as data:
-                digest = digest_of(data)
-            if digest != record.tensors.get(info.name):
-                raise IntegrityError(f"{printable(path)}: tensor {printable(info.name)} was altered")
-            found.append(digest)
+                found[info.name] = digest_of(data)
             progress(info.nbytes)
-        if tree_digest(mapped[: header.data_start], found) != record.digest or len(found) != len(record.tensors):
-            raise IntegrityError(f"{printable(path)}: its header was altered")
+    check_digests(path, record, header, found)

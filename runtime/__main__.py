@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from reshard.cli import report_failure, wants_traceback
 from reshard.errors import IntegrityError
+from reshard.failures import report_failure, wants_traceback
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
 from . import load

@@ -12,8 +12,7 @@ import torch
 from reshard.digest import FileRecord, digest_of
 from reshard.dtypes import torch_name
 from reshard.header import TensorInfo
-
-from .rank_file import check_digests, largest_first, read_rank_header
+from reshard.rank_file import check_digests, largest_first, read_rank_header
 
 __all__ = ["map_rank_file"]
 

@@ -16,8 +16,7 @@ from reshard.digest import FileRecord, new_digest
 from reshard.dtypes import torch_name
 from reshard.errors import IntegrityError, TopologyError, printable
 from reshard.header import Header, TensorInfo
-
-from .rank_file import check_digests, largest_first, read_rank_header
+from reshard.rank_file import check_digests, largest_first, read_rank_header
 
 __all__ = ["ALIGNMENT", "BUFFER_BYTES", "offsets", "read_rank_file"]
 

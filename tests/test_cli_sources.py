@@ -207,11 +207,6 @@ def test_source_is_a_file(source: Path, out: Path, refused: Refused) -> None:
     refused(3, convert(first_file(source), out), first_file(source).name)
 
 
-def test_source_is_resharded_already(folder: Path, tmp_path: Path, refused: Refused) -> None:
-    refused(3, convert(folder, tmp_path / "again"), "already resharded")
-    refused(3, convert(folder, folder, "--overwrite"), "already resharded")
-
-
 def test_hub_is_offline(out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(10, convert("reshard-tests/nothing", out), "reshard-tests/nothing", hint="local folder")

@@ -28,8 +28,8 @@ TORCH_FREE = [
 ]
 RUNTIME_MAY_IMPORT = {
     "layout",
-    *("architecture", "cli", "digest", "dtypes", "errors", "header", "hub", "manifest", "placement", "source"),
-    *("process", "strategies", "targets", "topology"),
+    *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "source"),
+    *("process", "rank_file", "strategies", "targets", "topology"),
 }
 
 

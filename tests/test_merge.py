@@ -11,13 +11,14 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from cli_tools import RANK_FILES, Cli, Refused
+import transformers
+from cli_tools import RANK_FILES, Cli, Refused, configure, reseal
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from test_symbolic import programs, run
 
 import reshard
-from reshard.errors import BadInputError, DestinationExistsError, IntegrityError, PolicyError
+from reshard.errors import BadInputError, DestinationExistsError, IntegrityError, PolicyError, UsageError
 from reshard.inverse import invert, refined_shape
 from reshard.manifest import sealed_text
 from reshard.regions import Region, contiguous_strides
@@ -124,13 +125,83 @@ def test_tied_weights_that_the_checkpoint_holds_twice(tmp_path: Path) -> None:
 def test_what_cannot_be_undone_is_said(tmp_path: Path) -> None:
     source = pico.save("llama", tmp_path / "source")
     reshard.convert(source, tmp_path / "cast", tp_size=2, dtype="bfloat16")
-    with pytest.raises(BadInputError, match=r"\d+ parameters were cast to another dtype.*: model\.embed_tokens"):
+    with pytest.raises(BadInputError, match=r"\d+ tensors were cast to another dtype.*: model\.embed_tokens"):
         reshard.merge(tmp_path / "cast", tmp_path / "again")
     add(source, {"unknown": torch.zeros(2)})
     reshard.convert(source, tmp_path / "dropped", tp_size=2, drop_unused=True)
     with pytest.raises(BadInputError, match="1 tensors of the source were dropped: unknown"):
         reshard.merge(tmp_path / "dropped", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def open_with_transformers(folder: Path) -> dict[str, torch.Tensor]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3"])
+def test_a_standard_checkpoint_of_what_was_cast_and_dropped(family: str, tmp_path: Path) -> None:
+    """It is what transformers makes of the source in that dtype, without the tensors that it does not use."""
+    source = pico.save(family, tmp_path / "source")
+    add(source, {"unknown.weight": torch.zeros(2)})
+    reshard.convert(source, tmp_path / "out", tp_size=2, dtype="bfloat16", drop_unused=True)
+    files = reshard.merge(tmp_path / "out", tmp_path / "again", layout="hf")
+    assert sorted(files) == sorted(digests(source))
+    held = [name for file in files for name in load_file(tmp_path / "again" / file)]
+    assert "unknown.weight" not in held
+    assert len(held) == len(set(held))
+    configure(source, dtype="bfloat16")
+    configure(tmp_path / "again", dtype="bfloat16")
+    expected, found = open_with_transformers(source), open_with_transformers(tmp_path / "again")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_standard_checkpoint_of_what_is_whole(resharded_llama: Path, tmp_path: Path) -> None:
+    files = reshard.merge(resharded_llama, tmp_path / "again", layout="hf")
+    for file in files:
+        expected, found = load_file(tmp_path / "source" / file), load_file(tmp_path / "again" / file)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(UsageError, match="layout gguf: not one of source, hf"):
+        reshard.merge(resharded_llama, tmp_path / "third", layout="gguf")
+
+
+def test_a_file_of_nothing_but_dropped_tensors_is_left_out(tmp_path: Path) -> None:
+    source = pico.save("llama", tmp_path / "source")
+    save_file({"unknown": torch.zeros(2)}, source / "model-unknown.safetensors", {"format": "pt"})
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["unknown"] = "model-unknown.safetensors"
+    index.write_text(json.dumps(content))
+    reshard.convert(source, tmp_path / "out", tp_size=2, drop_unused=True)
+    assert "model-unknown.safetensors" not in reshard.merge(tmp_path / "out", tmp_path / "again", layout="hf")
+    open_with_transformers(tmp_path / "again")
+
+
+def test_one_file_of_another_name_has_an_index(tmp_path: Path) -> None:
+    source = pico.save("llama", tmp_path / "source")
+    tensors = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    save_file(tensors, source / "only.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "only.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    reshard.convert(source, tmp_path / "out", tp_size=2)
+    reshard.merge(tmp_path / "out", tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(source)
+    open_with_transformers(tmp_path / "again")
+
+
+def test_tied_weights_that_are_cut_differently(tmp_path: Path) -> None:
+    """The one is whole on every rank, the other is cut: each element is taken once all the same."""
+    source = pico.save("llama", tmp_path / "source", tie_word_embeddings=True)
+    plan = {"extends": "auto", "model.embed_tokens": "replicate"}
+    made = reshard.convert(source, tmp_path / "out", tp_size=2, tp_plan=plan)
+    placements = {p.name: p.placement for p in made.parameters}
+    assert placements["lm_head.weight"] != placements["model.embed_tokens.weight"]
+    reshard.merge(tmp_path / "out", tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(source)
 
 
 @pytest.fixture
@@ -144,7 +215,14 @@ def test_an_altered_rank_file_does_not_become_a_source(resharded_llama: Path, tm
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(IntegrityError, match="does not come out as it went in"):
+    with pytest.raises(IntegrityError, match=r"shard-00002.*: tensor \S+ was altered"):
+        reshard.merge(resharded_llama, tmp_path / "again")
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+
+
+def test_a_source_of_another_digest_is_not_given_out(resharded_llama: Path, tmp_path: Path) -> None:
+    reseal(resharded_llama, lambda content: content["source"]["files"][0].update(digest="xxh3-128:00"))
+    with pytest.raises(IntegrityError, match=r"model-00001\S+ does not come out as it went in"):
         reshard.merge(resharded_llama, tmp_path / "again")
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
@@ -173,7 +251,7 @@ def rewrite(folder: Path, old: str, new: str) -> None:
         ('"file": "model-00001-of-00003.safetensors', '"file": "config.json', BadInputError, "not the name of a safe"),
         ('"duplicates": {', '"duplicates": {"gone": "lm_head.weight"', BadInputError, "no source file holds gone"),
         ('"file": "model-00001-of-00003', '"file": "model-00002-of-00003', BadInputError, "occurs twice"),
-        ("model.norm.weight", "model.norm.weigth", IntegrityError, "is missing, or of another shape: model.norm"),
+        ("model.norm.weight", "model.norm.weigth", IntegrityError, "that were written: model.norm.weight"),
     ],
 )
 def test_a_manifest_that_nobody_vouches_for(
@@ -199,5 +277,8 @@ def test_the_command(resharded_llama: Path, tmp_path: Path, cli: Cli, refused: R
     assert (result.code, result.err) == (0, "")
     assert "3 source files, as they were" in result.out
     assert digests(tmp_path / "again") == digests(tmp_path / "source")
+    standard = cli("merge", resharded_llama, tmp_path / "standard", "--layout", "hf")
+    assert (standard.code, standard.err) == (0, "")
+    assert "3 files with headers anew" in standard.out
     report = cli("merge", resharded_llama, tmp_path / "third", "--format", "json")
     assert json.loads(report.out)["files"] == sorted(digests(tmp_path / "source"))

@@ -19,9 +19,9 @@ from reshard.errors import IntegrityError, TopologyError
 from reshard.executor import write_files
 from reshard.header import TensorInfo
 from reshard.layout import file_layout
+from reshard.rank_file import check_digests, read_rank_header
 from runtime import reading
 from runtime.mapping import map_rank_file
-from runtime.rank_file import check_digests, read_rank_header
 
 Bring = Callable[..., Callable[[], dict[str, torch.Tensor]]]
 

@@ -1,0 +1,212 @@
+"""A resharded folder as the checkpoint it was made from: each of its tensors, and where in the rank files it is now."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .digest import FileRecord, digest_file
+from .dtypes import torch_name
+from .errors import BadInputError, IntegrityError, listed, printable
+from .header import Header, TensorInfo, parse_header
+from .inverse import invert, once, refined_shape, through
+from .layout import FileLayout
+from .manifest import Manifest, read_manifest
+from .rank_file import read_rank_header
+from .regions import Region, covers, whole
+from .source import INDEX_NAME, MANIFEST_NAME, Source, SourceFile, check_plain_name, model_config, vetted_path
+from .targets import LocalTensor, rank_tensors
+
+__all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]
+
+Held = dict[str, tuple[str, tuple[int, ...]]]  # tensor → dtype and shape
+
+
+@dataclass(frozen=True, slots=True)
+class Resharded:
+    """A resharded folder. `source` is what it was made from: headers, and files that are no more.
+
+    `held` are the rank files, and the unused one; a tensor is named after its file too, since every rank has each.
+    `tensors` are those of the source, in the dtype in which they are held now: regions of `held` fill each. Dropped
+    ones are left out.
+    """
+
+    manifest: Manifest
+    source: Source
+    held: Source
+    tensors: dict[str, LocalTensor]
+
+    @property
+    def records(self) -> dict[str, FileRecord]:
+        """What was written of each file of `held`."""
+        return {record.name: record for record in self.manifest.files()}
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two source tensors were found to hold the same bytes when the folder was made."""
+        owners = self.manifest.duplicates
+        return owners.get(one, one) == owners.get(other, other)
+
+    def relocated(self, layout: FileLayout) -> FileLayout:
+        """A file planned from the source, to be filled from the rank files.
+
+        Raises:
+            BadInputError: of what it wants, a tensor was dropped, or cast to a third dtype.
+        """
+        return replace(layout, slots=tuple(replace(slot, tensor=self._relocated(slot.tensor)) for slot in layout.slots))
+
+    def _relocated(self, tensor: LocalTensor) -> LocalTensor:
+        found: list[Region] = []
+        for region in tensor.regions:
+            there = self.tensors.get(region.source)
+            if there is None:
+                raise BadInputError(
+                    f"{printable(self.held.root)}: {printable(region.source)} was dropped when it was made",
+                    hint="start from its source, or drop it again with --drop-unused",
+                )
+            stored = torch_name(self.source.tensors[region.source].dtype, tensor=region.source)
+            if there.dtype not in (stored, tensor.dtype):
+                raise BadInputError(
+                    f"{printable(self.held.root)}: {printable(region.source)} was cast from {stored} to {there.dtype}"
+                    " when it was made, which loses bits",
+                    hint=f"start from its source, or give --dtype {there.dtype} again",
+                )
+            found += through(region, tensor.shape, there.regions, there.shape)
+        return replace(tensor, regions=tuple(found))
+
+
+def open_resharded(folder: Path) -> Resharded:
+    """Read a resharded folder, through its manifest and headers; of the small files, also the bytes.
+
+    Raises:
+        BadInputError: not a resharded folder, or its manifest makes no sense.
+        IntegrityError: files are missing, or are not those that were written.
+        VersionError: made by a newer release.
+    """
+    manifest = read_manifest(folder)
+    headers = source_headers(manifest)
+    for extra in manifest.extras:
+        path = vetted_path(folder, extra.name, what="source")
+        if digest_file(path) != extra.digest:
+            raise IntegrityError(f"{printable(path)}: its content was altered")
+    sizes = {file["file"]: file["size"] for file in manifest.source_files}
+    source = Source(
+        folder,
+        tuple(SourceFile(name, folder / name, sizes[name], 0, header) for name, header in headers.items()),
+        _by_name(headers),
+        model_config(folder),
+        tuple(extra.name for extra in manifest.extras),
+        manifest.repo_id,
+        manifest.commit,
+    )
+    return Resharded(manifest, source, _rank_files(folder, manifest, headers), source_tensors(manifest, headers))
+
+
+def source_headers(manifest: Manifest) -> dict[str, Header]:
+    """The source files' headers by name, as the manifest has them: data that nobody vouches for."""
+    taken = {MANIFEST_NAME, INDEX_NAME, *(extra.name for extra in manifest.extras)}
+    headers: dict[str, Header] = {}
+    for file in manifest.source_files:
+        name = file["file"]
+        check_plain_name(name, what=MANIFEST_NAME)
+        if not name.endswith(".safetensors"):
+            raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} is not the name of a safetensors file")
+        if name in taken:
+            raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} occurs twice")
+        taken.add(name)
+        headers[name] = parse_header(file["header"].encode(), file=name, file_size=file["size"])
+    names = Counter(info.name for header in headers.values() for info in header.tensors)
+    if names and names.most_common(1)[0][1] > 1:
+        raise BadInputError(f"{MANIFEST_NAME}: {printable(names.most_common(1)[0][0])} is in two source files")
+    unused = manifest.unused_file.tensors if manifest.unused_file else {}
+    taken_from = {region.source for parameter in manifest.parameters for region in parameter.regions}
+    unknown = sorted({*taken_from, *unused, *manifest.duplicates, *manifest.duplicates.values()} - names.keys())
+    if unknown:
+        raise BadInputError(f"{MANIFEST_NAME}: no source file holds {listed(unknown)}")
+    return headers
+
+
+def _by_name(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
+    return {info.name: info for header in headers.values() for info in header.tensors}
+
+
+def _rank_files(folder: Path, manifest: Manifest, headers: Mapping[str, Header]) -> Source:
+    files: list[SourceFile] = []
+    tensors: dict[str, TensorInfo] = {}
+    for record, expected in _expected(manifest, headers):
+        path = vetted_path(folder, record.name, what="source")
+        status = os.stat(path)
+        if status.st_size != record.size:
+            raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {status.st_size}")
+        header = read_rank_header(path, record)
+        _check_held(path, header, expected)
+        files.append(SourceFile(record.name, path, status.st_size, status.st_mtime_ns, header))
+        tensors |= {_held(record.name, info.name): info for info in header.tensors}
+    return Source(folder, tuple(files), tensors, {}, ())
+
+
+def _expected(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[tuple[FileRecord, Held]]:
+    """Each file, and the dtype and shape of every tensor that it must hold."""
+    for rank, record in enumerate(manifest.rank_files):
+        tensors = rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size)
+        yield record, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    if manifest.unused_file:
+        wanted = _by_name(headers)
+        unused = [wanted[name] for name in manifest.unused_file.tensors]
+        yield manifest.unused_file, {i.name: (torch_name(i.dtype, tensor=i.name), i.shape) for i in unused}
+
+
+def _check_held(path: Path, header: Header, expected: Held) -> None:
+    """Regions are offsets, which mean nothing in tensors of other shapes."""
+    found = {info.name: (torch_name(info.dtype, tensor=info.name), info.shape) for info in header.tensors}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise IntegrityError(f"{printable(path)}: is missing, or of another shape: {listed(wrong)}")
+
+
+def _held(file: str, tensor: str) -> str:
+    return f"{file}/{tensor}"
+
+
+def source_tensors(manifest: Manifest, headers: Mapping[str, Header]) -> dict[str, LocalTensor]:
+    """Every source tensor that was not dropped, filled from the rank files: each element once.
+
+    Shapes are refined ones (see `refined_shape`). Raises IntegrityError where elements are nowhere.
+    """
+    wanted = _by_name(headers)
+    taken: dict[str, list[Region]] = defaultdict(list)
+    for parameter in manifest.parameters:
+        for region in parameter.regions:
+            taken[region.source].append(region)
+    shapes = {name: refined_shape(info.shape, taken[name]) for name, info in wanted.items()}
+    found: dict[str, dict[str, list[Region]]] = defaultdict(lambda: defaultdict(list))  # by name and dtype
+    for rank, record in enumerate(manifest.rank_files):
+        for tensor in rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size):
+            held = _held(record.name, tensor.name)
+            for region in tensor.regions:
+                found[region.source][tensor.dtype] += invert(region, held, tensor.shape, shapes[region.source])
+    if manifest.unused_file:
+        for name in manifest.unused_file.tensors:
+            shapes[name] = wanted[name].shape
+            there = whole(_held(manifest.unused_file.name, name), wanted[name].shape)
+            found[name] = {torch_name(wanted[name].dtype, tensor=name): list(there)}
+    kept = [name for name in wanted if name not in manifest.dropped]
+    return {name: _filled(name, manifest.duplicates.get(name, name), wanted, found, shapes) for name in kept}
+
+
+def _filled(
+    name: str,
+    owner: str,
+    wanted: Mapping[str, TensorInfo],
+    found: Mapping[str, Mapping[str, list[Region]]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> LocalTensor:
+    """A source tensor from what is found of its owner, itself or one that is equal: rather as it was than cast."""
+    shape, stored = shapes[owner], torch_name(wanted[name].dtype, tensor=name)
+    for dtype in dict.fromkeys((stored, *found[owner])):
+        regions = once(found[owner].get(dtype, ()), shape)
+        if covers(regions, shape):
+            return LocalTensor(name, shape, dtype, (0,) * len(shape), regions)
+    raise IntegrityError(f"{printable(name)}: not every element of it is in the folder")
