@@ -15,8 +15,9 @@ from .executor import write_files
 from .journal import Journal
 from .layout import FileLayout, Slot, file_layout
 from .progress import Progress, silent
+from .rank_file import written_file
 from .resharded import Resharded, open_resharded
-from .source import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, vetted_path
+from .source import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
 from .staging import check_free_space, copy_file, staged_folder, write_file
 
 __all__ = ["LAYOUTS", "merge"]
@@ -68,7 +69,7 @@ def merge(
         if layout == "source":
             _check_digests(made, part)
         for extra in made.manifest.extras:
-            copy_file(vetted_path(folder, extra.name, what="merge"), part / extra.name, sync=sync)
+            copy_file(written_file(folder, extra), part / extra.name, sync=sync)
         if [file.name for file in layouts] != [SINGLE_NAME]:
             write_file(part / INDEX_NAME, _index(layouts), sync=sync)
     return tuple(file.name for file in layouts)

@@ -1,21 +1,35 @@
-"""One rank file: its header as the manifest says it must be, and its bytes as they were written."""
+"""A file of a resharded folder: there, its header as the manifest says, and its bytes as they were written."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from .digest import FileRecord, tree_digest
 from .errors import BadInputError, IntegrityError, listed, printable
 from .header import Header, TensorInfo, read_header
+from .source import MANIFEST_NAME, vetted_path
 
-__all__ = ["check_digests", "largest_first", "read_rank_header"]
+__all__ = ["check_digests", "largest_first", "read_rank_header", "written_file"]
+
+
+def written_file(folder: Path, record: FileRecord) -> Path:
+    """The path of a file of a resharded folder. Raises IntegrityError where it is missing, or of another size."""
+    path = folder / record.name
+    if not os.path.lexists(path):
+        raise IntegrityError(f"{printable(path)}: is missing")
+    real = vetted_path(folder, record.name, what=MANIFEST_NAME)
+    size = os.stat(real).st_size
+    if size != record.size:
+        raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {size}")
+    return real
 
 
 def read_rank_header(path: Path, record: FileRecord) -> Header:
     """The file's header. Raises IntegrityError where it does not hold the tensors of its record."""
     try:
-        header = read_header(path, file=path.name)
+        header = read_header(path, file=record.name)
     except BadInputError as error:
         raise IntegrityError(error.message) from None
     wrong = sorted({info.name for info in header.tensors} ^ record.tensors.keys())

@@ -15,9 +15,9 @@ from .header import Header, TensorInfo, parse_header
 from .inverse import invert, once, refined_shape, through
 from .layout import FileLayout
 from .manifest import Manifest, read_manifest
-from .rank_file import read_rank_header
+from .rank_file import read_rank_header, written_file
 from .regions import Region, covers, whole
-from .source import INDEX_NAME, MANIFEST_NAME, Source, SourceFile, check_plain_name, model_config, vetted_path
+from .source import INDEX_NAME, MANIFEST_NAME, Source, SourceFile, check_plain_name, model_config
 from .targets import LocalTensor, rank_tensors
 
 __all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]
@@ -88,7 +88,7 @@ def open_resharded(folder: Path) -> Resharded:
     manifest = read_manifest(folder)
     headers = source_headers(manifest)
     for extra in manifest.extras:
-        path = vetted_path(folder, extra.name, what="source")
+        path = written_file(folder, extra)
         if digest_file(path) != extra.digest:
             raise IntegrityError(f"{printable(path)}: its content was altered")
     sizes = {file["file"]: file["size"] for file in manifest.source_files}
@@ -136,13 +136,11 @@ def _rank_files(folder: Path, manifest: Manifest, headers: Mapping[str, Header])
     files: list[SourceFile] = []
     tensors: dict[str, TensorInfo] = {}
     for record, expected in _expected(manifest, headers):
-        path = vetted_path(folder, record.name, what="source")
-        status = os.stat(path)
-        if status.st_size != record.size:
-            raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {status.st_size}")
+        path = written_file(folder, record)
+        mtime_ns = os.stat(path).st_mtime_ns
         header = read_rank_header(path, record)
         _check_held(path, header, expected)
-        files.append(SourceFile(record.name, path, status.st_size, status.st_mtime_ns, header))
+        files.append(SourceFile(record.name, path, record.size, mtime_ns, header))
         tensors |= {_held(record.name, info.name): info for info in header.tensors}
     return Source(folder, tuple(files), tensors, {}, ())
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from .digest import FileRecord, digest_file, digest_of
 from .errors import IntegrityError, printable
 from .manifest import Manifest, read_manifest
-from .rank_file import check_digests, read_rank_header
-from .source import MANIFEST_NAME, vetted_path
+from .rank_file import check_digests, read_rank_header, written_file
+from .source import MANIFEST_NAME
 
 __all__ = ["Report", "verify"]
 
@@ -67,10 +67,7 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_file(folder: Path, record: FileRecord, progress: Callable[[int], object]) -> None:
-    path = vetted_path(folder, record.name, what="verify")
-    size = os.stat(path).st_size
-    if size != record.size:
-        raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {size}")
+    path = written_file(folder, record)
     if not record.tensors and not record.name.endswith(".safetensors"):
         if digest_file(path) != record.digest:
             raise IntegrityError(f"{printable(path)}: its content was altered")

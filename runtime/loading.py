@@ -17,12 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from reshard.architecture import model_class, on_meta
 from reshard.digest import digest_of
-from reshard.errors import BadInputError, IntegrityError, TopologyError, printable
+from reshard.errors import BadInputError, TopologyError, printable
 from reshard.hub import locate
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
 from reshard.process import patient_collector, worker_count
-from reshard.source import MANIFEST_NAME, SMALL_FILES, vetted_path
+from reshard.rank_file import written_file
+from reshard.source import MANIFEST_NAME, SMALL_FILES
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
 from .hooks import install_hooks
@@ -142,12 +143,9 @@ def _begin(
 def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
     """This rank's file. The other ranks' need not be here, but those that are must have their size."""
     for number, record in enumerate(manifest.rank_files):
-        path = folder / record.name
-        if number == rank and not path.exists():
-            raise IntegrityError(f"{printable(path)}: is missing")
-        if path.exists() and os.stat(vetted_path(folder, record.name, what="load")).st_size != record.size:
-            raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {os.stat(path).st_size}")
-    return vetted_path(folder, manifest.rank_files[rank].name, what="load")
+        if number == rank or os.path.lexists(folder / record.name):
+            written_file(folder, record)
+    return written_file(folder, manifest.rank_files[rank])
 
 
 def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:

@@ -70,6 +70,7 @@ def test_parent_is_missing(source: Path, tmp_path: Path, refused: Refused) -> No
     refused(5, convert(source, tmp_path / "no" / "out"), "/no: no such folder")
 
 
+@pytest.mark.fault(22)
 def test_lock_is_busy(source: Path, out: Path, refused: Refused) -> None:
     with open(f"{out}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -105,6 +106,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+@pytest.mark.fault(4)
 def test_disk_too_small_is_said_before_writing(
     source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +115,7 @@ def test_disk_too_small_is_said_before_writing(
     assert "out" in result.error
 
 
+@pytest.mark.fault(5)
 def test_disk_full_while_writing(
     source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +135,7 @@ def test_disk_full_leaves_no_file_open(
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.mark.fault(6)
 def test_write_error(source: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
@@ -195,6 +199,7 @@ def test_after_a_signal_the_next_run_goes_on(
     assert tree(out) == tree(resharded)
 
 
+@pytest.mark.fault(15)
 def test_source_changes_meanwhile(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     on_progress(monkeypatch, lambda: os.utime(first_file(source), ns=(1, 1)))
     result = cli(*convert(source, out))
@@ -202,6 +207,7 @@ def test_source_changes_meanwhile(source: Path, out: Path, cli: Cli, monkeypatch
     assert os.listdir(out.parent) == ["source"]
 
 
+@pytest.mark.fault(15)
 def test_source_vanishes_meanwhile(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     last = source / "model-00003-of-00003.safetensors"
     on_progress(monkeypatch, last.unlink)
@@ -211,6 +217,7 @@ def test_source_vanishes_meanwhile(source: Path, out: Path, cli: Cli, monkeypatc
     assert not out.exists()
 
 
+@pytest.mark.fault(22)
 def test_out_appears_meanwhile(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     on_progress(monkeypatch, out.mkdir)
     assert_one_error(cli(*convert(source, out)), 7, "out")

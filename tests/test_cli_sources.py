@@ -35,6 +35,7 @@ from cli_tools import (
 from safetensors.torch import load_file
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("length", [0, 4, 8, 9, 1000, 20_000, -1])
 def test_truncated_source_file(length: int, source: Path, out: Path, refused: Refused) -> None:
     path = first_file(source)
@@ -135,6 +136,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.fault(9, 12, 13, 14)
 @pytest.mark.parametrize("case", SPOILT)
 def test_spoilt_source(case: str, source: Path, out: Path, refused: Refused) -> None:
     spoil, code, mentions = SPOILT[case]
@@ -149,6 +151,7 @@ def test_pickled_weights_have_a_way_out(source: Path, out: Path, refused: Refuse
     refused(3, convert(source, out), "pytorch_model.bin", hint="transformers")
 
 
+@pytest.mark.fault(14)
 def test_absurd_layers_under_another_name(source: Path, out: Path, cli: Cli) -> None:
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 10**6}
     (source / "config.json").write_text(json.dumps(config))
@@ -168,6 +171,7 @@ def test_link_inside_the_folder_is_followed(source: Path, out: Path, cli: Cli, r
         assert (out / name).read_bytes() == (resharded / name).read_bytes()
 
 
+@pytest.mark.fault(28)
 def test_control_characters_in_names_of_files_are_escaped(source: Path, out: Path, refused: Refused) -> None:
     _index_to(source, f"{EVIL}.safetensors")
     refused(3, convert(source, out), ESCAPED)

@@ -79,6 +79,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.fault(19, 21)
 @pytest.mark.parametrize("case", DAMAGED)
 def test_verify_names_the_damage(case: str, folder: Path, refused: Refused) -> None:
     damage, code, mentions = DAMAGED[case]
@@ -95,11 +96,13 @@ def test_not_a_resharded_folder(command: str, source: Path, tmp_path: Path, refu
 # --- manifests ---
 
 
+@pytest.mark.fault(23)
 def test_newer_minor_format_is_read(folder: Path, cli: Cli) -> None:
     reseal(folder, lambda content: content.update(format_version="2.7", added_later=True))
     assert cli("verify", folder).code == 0
 
 
+@pytest.mark.fault(12)
 def test_path_in_the_manifest_does_not_leave_the_folder(folder: Path, tmp_path: Path, refused: Refused) -> None:
     shutil.copy(folder / RANK_FILES[0], tmp_path / "x.safetensors")
     reseal(folder, lambda content: content["ranks"][0].update(file="../x.safetensors"))
@@ -140,6 +143,7 @@ def test_manifest_with_an_impossible_number_of_ranks(size: Any, folder: Path, re
     refused(4, ["inspect", folder], "reshard.json")
 
 
+@pytest.mark.fault(28)
 def test_control_characters_in_a_manifest_are_escaped(folder: Path, cli: Cli) -> None:
     def change(content: dict[str, Any]) -> None:
         content["tool"] = {EVIL: EVIL}

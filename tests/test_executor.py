@@ -193,6 +193,7 @@ def test_every_dtype_is_gathered(tmp_path: Path, code: str, monkeypatch: pytest.
     assert content[layout.slots[0].offset :] == raw.transpose(0, 1).contiguous().numpy().tobytes()
 
 
+@pytest.mark.fault(29)
 def test_worker_count_does_not_change_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "BLOCK_BYTES", 64)
     source, tensors = simple_job(tmp_path, files=3)

@@ -50,6 +50,7 @@ def swap(path: Path) -> None:
     os.replace(new, path)
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("change", [append_byte, rewrite, swap, os.unlink])
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, change: Callable[[Path], object]) -> None:
     source, tensors = simple_job(tmp_path)
@@ -63,6 +64,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, change: Call
         )
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("change", [append_byte, rewrite, swap])
 def test_a_source_that_changed_before_is_noticed(tmp_path: Path, change: Callable[[Path], object]) -> None:
     source, tensors = simple_job(tmp_path)
@@ -71,6 +73,7 @@ def test_a_source_that_changed_before_is_noticed(tmp_path: Path, change: Callabl
         write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
 
 
+@pytest.mark.fault(15)
 def test_a_source_file_that_vanishes_after_it_was_digested_is_named(tmp_path: Path) -> None:
     source, tensors = simple_job(tmp_path, files=2, count=1)
     first = source.files[0]
@@ -104,6 +107,7 @@ def test_the_first_failure_stops_the_rest(tmp_path: Path, workers: int) -> None:
     assert len(calls) < 20  # each other worker ends the tensor it is at
 
 
+@pytest.mark.fault(5)
 def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, tensors = simple_job(tmp_path)
 
@@ -139,6 +143,7 @@ def test_a_disk_too_small_leaks_no_file_descriptor(tmp_path: Path, monkeypatch: 
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.fault(7)
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, tensors = simple_job(tmp_path)
     real = os.pwrite

@@ -49,11 +49,13 @@ def sweep(folder: Path, bits: range, step: int) -> int:
     return flips
 
 
+@pytest.mark.fault(19)
 def test_a_flipped_bit_is_found(tiny: Path) -> None:
     assert len(read_manifest(tiny).files()) >= 4
     assert sweep(tiny, range(8), STEP) > 500
 
 
+@pytest.mark.fault(19)
 @pytest.mark.slow
 def test_every_flipped_bit_is_found(tiny: Path) -> None:
     print(sweep(tiny, range(8), 1), "bits flipped")

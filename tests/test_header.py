@@ -120,6 +120,7 @@ ACCEPTED = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name: str, tmp_path: Path) -> None:
     raw, data = ACCEPTED[name]
@@ -247,6 +248,7 @@ MALFORMED: dict[str, tuple[bytes, bytes, str]] = {
 }
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed(name: str, tmp_path: Path) -> None:
     raw, data, word = MALFORMED[name]
@@ -265,6 +267,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("name", LENGTHS)
 def test_header_length(name: str, tmp_path: Path) -> None:
     blob = struct.pack("<Q", LENGTHS[name]) + b"{}"
@@ -293,6 +296,7 @@ def test_entry_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is no regular file ---
 
 
+@pytest.mark.fault(12)
 def test_fifo_does_not_hang(tmp_path: Path) -> None:
     path = tmp_path / FILE
     os.mkfifo(path)
@@ -303,6 +307,7 @@ def test_fifo_does_not_hang(tmp_path: Path) -> None:
         signal.alarm(0)
 
 
+@pytest.mark.fault(12)
 def test_folder_missing_and_device(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     refused(lambda: read_header(tmp_path / FILE, file=FILE))

@@ -50,6 +50,7 @@ def edited(base: bytes, edits: list[tuple[int, int, bytes]], length_by: int | No
     return struct.pack("<Q", stated) + raw + data
 
 
+@pytest.mark.fault(11)
 @settings(max_examples=1500, deadline=None)
 @given(
     base=st.sampled_from(BASES),
@@ -69,6 +70,7 @@ def test_never_looser_than_safetensors(
 NUMBERS = st.sampled_from(["0", "1", "2", "3", "-0", "-1", "1.0", "1e1", str(2**63), str(2**64), "true", "null", '"1"'])
 
 
+@pytest.mark.fault(11)
 @settings(max_examples=500, deadline=None)
 @given(
     specs=st.lists(
@@ -91,6 +93,7 @@ def test_never_looser_on_made_up_entries(specs: list[tuple[tuple[str, str, list[
 # --- truncation ---
 
 
+@pytest.mark.fault(8)
 def test_truncation_at_every_length(tmp_path: Path) -> None:
     blob = BASES[0]
     for size in range(len(blob)):
@@ -127,6 +130,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("name", BOMBS)
 def test_bomb(name: str) -> None:
     raw = BOMBS[name]()
@@ -141,6 +145,7 @@ def test_bomb(name: str) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.fault(10)
 def test_metadata_of_many_keys() -> None:
     raw = b'{"__metadata__":{' + b",".join(b'"%x":""' % key for key in range(700_000)) + b"}}"
     start = time.process_time()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import fault_table
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -157,3 +158,7 @@ def test_readme_mentions_every_command() -> None:
     missing = [f"reshard {name}" for name in offline if f"reshard {name}" not in readme]
     missing += [f"-m runtime {name}" for name in online if f"-m runtime {name}" not in readme]
     assert not missing
+
+
+def test_fault_table_is_that_of_the_tests() -> None:
+    assert fault_table.TABLE.read_text() == fault_table.table(), "run: python scripts/fault_table.py"

@@ -95,6 +95,7 @@ def assert_network_error(done: subprocess.CompletedProcess[str], words: str) -> 
     assert hint.startswith("Hint: ")
 
 
+@pytest.mark.fault(27)
 def test_convert_then_again_without_the_network(
     hub: FakeHub, home: Path, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -119,6 +120,20 @@ def test_convert_then_again_without_the_network(
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
+def test_a_resharded_repo_is_a_source(
+    hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Cut for two ranks by somebody else, and here for four, without the checkpoint itself."""
+    for size in (2, 4):
+        reshard.convert(checkpoint("llama"), tmp_path / f"tp{size}", tp_size=size)
+    hub.create("org/model-tp2", {**contents(tmp_path / "tp2"), **UNWANTED})
+    done = python("-m", "reshard", "convert", "org/model-tp2", tmp_path / "out", "--tp-size", 4)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "tp4")
+    assert hub.asked("org/model-tp2") == set(contents(tmp_path / "tp2"))
+
+
+@pytest.mark.fault(27)
 def test_no_command_tells_the_token(
     hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_lazy_device_was_asked(pool: Executor, tmp_path: Path, monkeypatch: 
     assert Postman.sent - before == sum(-(-size // 64) for size in sizes)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", ["matrix", "eighth", "number"])
 def test_an_altered_byte_is_found_and_its_tensor_named(bring: Bring, pool: Executor, name: str, tmp_path: Path) -> None:
     path, record = written(tmp_path)
@@ -108,6 +109,7 @@ def test_an_altered_byte_is_found_and_its_tensor_named(bring: Bring, pool: Execu
     assert bring(path, record, pool, digests=False)().keys() == record.tensors.keys()
 
 
+@pytest.mark.fault(20)
 def test_an_altered_header_is_found(bring: Bring, pool: Executor, tmp_path: Path) -> None:
     path, record = written(tmp_path)
     path.write_bytes(path.read_bytes().replace(b'{"format":"pt"}', b'{"format":"tp"}'))
@@ -115,6 +117,7 @@ def test_an_altered_header_is_found(bring: Bring, pool: Executor, tmp_path: Path
         bring(path, record, pool, digests=True)()
 
 
+@pytest.mark.fault(21)
 def test_other_tensors_than_were_written(bring: Bring, pool: Executor, tmp_path: Path) -> None:
     path, record = written(tmp_path)
     path.write_bytes(path.read_bytes().replace(b'"matrix"', b'"Matrix"'))
@@ -122,6 +125,7 @@ def test_other_tensors_than_were_written(bring: Bring, pool: Executor, tmp_path:
         bring(path, record, pool, digests=False)
 
 
+@pytest.mark.fault(20)
 def test_a_file_cut_short_while_it_is_read(pool: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, record = written(tmp_path)
     header = read_rank_header(path, record)

@@ -81,6 +81,7 @@ def total_tensors(whole: dict[str, object]) -> int:
     return 2 * len(manifest["parameters"])
 
 
+@pytest.mark.fault(1, 3, 29)
 def test_an_interrupted_conversion_goes_on(
     half: Path, origin: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_an_interrupted_conversion_goes_on(
     assert tree(half) == whole
 
 
+@pytest.mark.fault(2)
 def test_what_a_journal_claims_is_checked(
     half: Path, origin: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +110,7 @@ def test_what_a_journal_claims_is_checked(
     assert tree(half) == whole
 
 
+@pytest.mark.fault(1, 2)
 @pytest.mark.parametrize("damage", ["torn", "flipped", "garbage", "empty", "missing", "shorter files", "longer files"])
 def test_a_damaged_journal_or_folder(damage: str, half: Path, origin: Path, whole: dict[str, object]) -> None:
     [part] = unfinished(half)
@@ -143,6 +146,7 @@ def test_a_source_that_changed_starts_anew(half: Path, origin: Path, monkeypatch
     assert len(seen) == 2 * len(manifest.parameters)
 
 
+@pytest.mark.fault(12)
 def test_links_planted_in_the_unfinished_folder_are_not_followed(
     half: Path, origin: Path, whole: dict[str, object]
 ) -> None:
@@ -177,6 +181,7 @@ def test_the_user_is_told(source: Path, out: Path, cli: Cli, monkeypatch: pytest
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
+@pytest.mark.fault(5)
 def test_a_full_disk_goes_on_when_there_is_room(
     origin: Path, tmp_path: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +205,7 @@ def test_a_full_disk_goes_on_when_there_is_room(
     assert tree(tmp_path / "out") == whole
 
 
+@pytest.mark.fault(6)
 def test_nothing_is_kept_of_a_disk_that_failed(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failed fsync the cache still shows what was written, and a second fsync would say that all is well."""
 
@@ -212,6 +218,7 @@ def test_nothing_is_kept_of_a_disk_that_failed(origin: Path, tmp_path: Path, mon
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.fault(15)
 def test_nothing_is_kept_of_a_source_that_changed_meanwhile(
     origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,15 +265,18 @@ def sweep(origin: Path, root: Path, whole: dict[str, object], step: int) -> int:
     return kills
 
 
+@pytest.mark.fault(1)
 def test_killed_at_any_call(origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:
     assert sweep(origin, tmp_path, whole, STEP) > 20
 
 
+@pytest.mark.fault(1)
 @pytest.mark.slow
 def test_killed_at_every_call(origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:
     print(sweep(origin, tmp_path, whole, 1), "kills")
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 def test_at_most_one_tensor_of_a_writer_is_done_again(
     share: float, origin: Path, tmp_path: Path, whole: dict[str, object]
@@ -291,6 +301,7 @@ def test_at_most_one_tensor_of_a_writer_is_done_again(
     assert tree(out) == whole
 
 
+@pytest.mark.fault(1)
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("call", ["pwrite64:signal=SIGKILL:when=5", "fsync:signal=SIGKILL:when=2"])
 def test_a_real_kill(call: str, origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:

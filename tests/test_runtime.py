@@ -62,6 +62,7 @@ def exit_codes(done: subprocess.CompletedProcess[str]) -> set[int]:
     return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)} - {-15}
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_wrong_world_size(world_size: int, folder: Path, source: Path) -> None:
     done = check(world_size, folder, source)
@@ -115,6 +116,7 @@ def test_a_style_of_ones_own_means_the_same_at_run_time(
         assert "--strategies FILE.py" in done.stderr
 
 
+@pytest.mark.fault(20)
 def test_altered_tensor_in_one_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
     path = folder / PARTS.format(2)
     data = bytearray(path.read_bytes())
@@ -127,6 +129,7 @@ def test_altered_tensor_in_one_rank_file_stops_all_ranks(folder: Path, source: P
     assert done.stdout == ""
 
 
+@pytest.mark.fault(21)
 def test_missing_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
     (folder / PARTS.format(1)).unlink()
     done = check(2, folder, source)
@@ -201,6 +204,7 @@ def test_ranks_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meet(monkeypatch, (None, "same"), (None, "same"), (None, "same")) == [None] * 3
 
 
+@pytest.mark.fault(25)
 def test_a_failure_is_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     own = IntegrityError("broken", hint="mend it")
     zero, one, two = meet(monkeypatch, (None, ""), (own, ""), (None, ""))
@@ -223,6 +227,7 @@ def test_ranks_with_different_versions(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "rank 2 has another version" in found.message
 
 
+@pytest.mark.fault(25)
 def test_a_rank_that_never_answers_is_named() -> None:
     started = time.monotonic()
     with pytest.raises(TopologyError, match="no answer from rank 1, 2"):
