@@ -177,6 +177,19 @@ def test_against_a_source_with_one_altered_element(name: str, resharded: Path, s
     refused(4, ["verify", resharded, "--against", source], name, "differs")
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_elements_that_are_nowhere(name: str, folder: Path, source: Path, refused: Refused) -> None:
+    """The digests are right, and what a parameter is made of is not all of the source."""
+
+    def forget(content: dict[str, Any]) -> None:
+        [parameter] = [p for p in content["parameters"] if p["name"] == name]
+        [other] = [p for p in content["parameters"] if p["name"] != name and p["shape"] == parameter["shape"]][:1]
+        parameter["from"] = other["from"]
+
+    reseal(folder, forget)
+    refused(4, ["verify", folder, "--against", source], name, "not every element of it is in the folder")
+
+
 def test_against_another_model(resharded: Path, checkpoint: Checkpoint, refused: Refused) -> None:
     refused(3, ["verify", resharded, "--against", checkpoint("gpt_neox")], "not the source")
 
