@@ -55,11 +55,13 @@ dist.destroy_process_group()
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, how it is cut, and whether the source is dropped from the page cache before every run."""
+    """A checkpoint, how it is cut, whether the source is dropped from the page cache before every run, and for how
+    many ranks it has been cut before."""
 
     config: dict
     options: tuple[str, ...]
     cold: bool = False
+    cut_before: int | None = None
 
     def of(self, layers: int | None) -> Case:
         """The same with more or fewer layers."""
@@ -69,6 +71,7 @@ class Case:
 CASES = {
     **{f"dense tp{tp}": Case(LLAMA_1B, ("--tp-size", str(tp))) for tp in (2, 4, 8)},
     "dense cast": Case(LLAMA_1B, ("--tp-size", "4", "--dtype", "float16")),
+    "dense tp2 to tp4": Case(LLAMA_1B, ("--tp-size", "4"), cut_before=2),
     "dense cold": Case(LLAMA_1B, ("--tp-size", "4"), cold=True),
     "experts tp4": Case(QWEN3_MOE, ("--tp-size", "4")),
     "experts ep4": Case(QWEN3_MOE, ("--tp-size", "4", "--ep-size", "4")),
@@ -146,7 +149,8 @@ def main(
             return
         for name, case in CASES.items():
             if not names or any(name.startswith(chosen) for chosen in names):
-                measured(name, case.of(layers), peers=peers and name.startswith("dense tp"))
+                peered = peers and name.startswith("dense tp") and not case.cut_before
+                measured(name, case.of(layers), peers=peered)
     finally:
         shutil.rmtree(root)
 
@@ -157,6 +161,10 @@ def measure(
     """Run and print one case. Returns the checkpoint's bytes, and the median seconds of each contender."""
     source, out = root / "source", root / "out"
     count, size = write(source, case.config, filled=True)
+    if case.cut_before:
+        whole = source.rename(root / "whole")
+        timed([[*RESHARD, str(whole), str(source), "--tp-size", str(case.cut_before)]], lambda: None)
+        shutil.rmtree(whole)
     warm(source)
 
     def prepare() -> None:

@@ -57,7 +57,7 @@ def test_a_benchmark_of_the_runtime(
 
 def test_the_benchmark_of_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     case = bench_convert.Case(SMALL, ("--tp-size", "2"))
-    cold = bench_convert.Case(SMALL, ("--tp-size", "2", "--dtype", "float16"), cold=True)
+    cold = bench_convert.Case(SMALL, ("--tp-size", "2", "--dtype", "float16"), cold=True, cut_before=4)
     monkeypatch.setattr(bench_convert, "CASES", {"dense tp2": case, "dense cold": cold})
     output = run(bench_convert.main, "--repeat", "1", "--rest", "0", "--peers")
     first, second = output.split("dense cold")
