@@ -148,7 +148,11 @@ def _begin(
 
 
 def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
-    """This rank's file. The other ranks' need not be here, but those that are must have their size."""
+    """This rank's file. The other ranks' need not be here, but those that are must have their size, and no more be."""
+    known = {record.name for record in manifest.rank_files}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        if path.name not in known:
+            raise IntegrityError(f"{printable(path)}: does not belong to this folder")
     for number, record in enumerate(manifest.rank_files):
         path = folder / record.name
         if number == rank and not path.exists():
