@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import reshard
 FAULTS = Path(__file__).parent / "workers" / "faults.py"
 TIMEOUT = 4.0  # seconds, after imports
 PROMPTLY = 2.0  # and this long at most until all processes are gone
+AT_ONCE = 5.0
 
 BEFORE_ANY_GROUP = ("handshake", "open", "import", "build", "read", "agree")
 PHASES = (*BEFORE_ANY_GROUP, "mesh", "group", "wrap")
@@ -165,3 +167,17 @@ def test_torchrun_names_a_rank_that_was_killed(folders: dict[int, Path], tmp_pat
     assert "Error: " not in found.err.replace("ChildFailedError: ", "")
     assert found.err.count("Traceback") == 1
     assert found.seconds < PROMPTLY
+
+
+@pytest.mark.parametrize("world_size", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_wrong_number_of_ranks_ends_all_before_data_is_read(
+    world_size: int, folders: dict[int, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[2], tmp_path / "out", ignore=shutil.ignore_patterns("shard-*"))
+    found = torchrun(folder, world_size, "no - fault", tmp_path / "log")
+    assert [line for line in found.err.splitlines() if line.startswith(("Error: ", "Hint: "))] == [
+        f"Error: {folder} was made for 2 ranks, not for {world_size}",
+        f"Hint: use torchrun --nproc-per-node 2, or convert with --tp-size {world_size}",
+    ]
+    assert re.findall(r"exitcode +: (-?\d+)", found.err) == ["9"] * world_size
+    assert found.seconds < AT_ONCE
