@@ -6,18 +6,18 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from reshard.architecture import model_class, on_meta
 from reshard.digest import digest_of
-from reshard.errors import BadInputError, TopologyError, printable
+from reshard.errors import BadInputError, IntegrityError, TopologyError, printable
 from reshard.hub import locate
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
@@ -26,11 +26,13 @@ from reshard.rank_file import written_file
 from reshard.source import MANIFEST_NAME, SMALL_FILES
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
+from .agreement import Deadline, agree
 from .hooks import install_hooks
 from .mapping import map_rank_file
-from .mesh import RankInfo, agree, connect, make_mesh, pick_device, this_rank
+from .mesh import connect, make_mesh, pick_device
 from .phases import Phases
 from .placing import distribute, fill
+from .ranks import RankInfo, this_rank
 from .reading import read_rank_file
 
 __all__ = ["load"]
@@ -46,7 +48,7 @@ def load(
     check_digests: bool = True,
     attn_implementation: str | None = None,
     strategies: ParallelInterface = ALL_PARALLEL_STYLES,
-    timeout: float = 600,
+    timeout: float = 1800,
 ) -> Any:
     """Load a resharded folder (or Hub repo) on every rank of the torchrun job, and return the transformers model.
 
@@ -56,19 +58,21 @@ def load(
     on local tensors. What it took is in `model.reshard_seconds`, part by part in order.
 
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
-    `timeout` is in seconds.
+    `timeout` is in seconds, from now until the last rank is done; those that are not are named.
 
     Raises:
-        TopologyError: the folder was made for another number of ranks.
+        TopologyError: the folder was made for another number of ranks, or a rank did not answer in time.
         IntegrityError: a file is missing or its bytes are not those that were written.
         VersionError: made by a newer release, or for a model the installed transformers does not know.
     """
     if mesh is not None and mesh.ndim != 1:
         raise TopologyError(f"the mesh has {mesh.ndim} axes; give its tp axis alone", hint='mesh["tp"]')
-    wait = timedelta(seconds=timeout)
+    deadline = Deadline.after(timeout)
     info = replace(this_rank(), rank=mesh.get_local_rank(), world_size=mesh.size()) if mesh else this_rank()
     phases = Phases()
-    store = connect(info, wait)
+    store = connect(info, deadline)
+    if mesh is not None:  # other ranks may load on a mesh of their own at the same time
+        store = PrefixStore(f"mesh {mesh.mesh.tolist()}", store)
     phases.end("handshake")
     failure: Exception | None = None
     seal = ""
@@ -89,18 +93,22 @@ def load(
     except Exception as error:  # whatever it is, the others must hear of it before they wait in a collective
         failure = error
     finally:
-        pool.shutdown(cancel_futures=True)
-    agree(store, info, failure, wait, what="loading", value=seal)
+        pool.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not keep a failure to itself
+    deadline = agree(store, info, failure, deadline, what="loading", value=seal)
     phases.end("agree")
-    mesh = mesh or make_mesh(info, where, store, wait)
-    phases.end("mesh")
-
-    fill(model, manifest, tensors, where)
-    distribute(model, manifest, mesh, strategies)
-    if manifest.world_size > 1:
-        install_hooks(model, manifest.hooks, mesh, manifest.topology, strategies)
-    _finish(model, folder, mesh)
-    phases.end("wrap")
+    try:
+        mesh = mesh or make_mesh(info, where, store, deadline)
+        phases.end("mesh")
+        fill(model, manifest, tensors, where)
+        distribute(model, manifest, mesh, strategies)
+        if manifest.world_size > 1:
+            install_hooks(model, manifest.hooks, mesh, manifest.topology, strategies)
+        _finish(model, folder, mesh)
+        phases.end("wrap")
+    except Exception as error:
+        failure = error
+    agree(store, info, failure, deadline, what="connecting")
+    phases.end("ready")
     model.reshard_seconds = phases.seconds
     return model
 
@@ -141,7 +149,11 @@ def _begin(
 
 
 def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
-    """This rank's file. The other ranks' need not be here, but those that are must have their size."""
+    """This rank's file. The other ranks' need not be here, but those that are must have their size, and no more be."""
+    known = {record.name for record in manifest.rank_files}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        if path.name not in known:
+            raise IntegrityError(f"{printable(path)}: does not belong to this folder")
     for number, record in enumerate(manifest.rank_files):
         if number == rank or os.path.lexists(folder / record.name):
             written_file(folder, record)
