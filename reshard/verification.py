@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from .digest import FileRecord, digest_file, digest_of, tree_digest
 from .errors import BadInputError, IntegrityError, printable
+from .guard import MappedFile
 from .header import read_header
 from .manifest import Manifest, read_manifest
 from .source import MANIFEST_NAME, vetted_path
@@ -75,18 +75,17 @@ def _check_file(folder: Path, record: FileRecord, progress: Callable[[int], obje
         if digest_file(path) != record.digest:
             raise IntegrityError(f"{printable(path)}: its content was altered")
         return
-    try:
-        header = read_header(path, file=record.name)
-    except BadInputError as error:
-        raise IntegrityError(error.message) from None
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        found = []
+    with MappedFile(path, size=record.size) as mapped:
+        try:
+            header = read_header(path, file=record.name)
+        except BadInputError as error:
+            raise IntegrityError(error.message) from None
+        found, view = [], memoryview(mapped.data)
         for info in header.tensors:
-            with memoryview(mapped) as view, view[info.start : info.end] as data:
-                digest = digest_of(data)
+            digest = digest_of(view[info.start : info.end])
             if digest != record.tensors.get(info.name):
                 raise IntegrityError(f"{printable(path)}: tensor {printable(info.name)} was altered")
             found.append(digest)
             progress(info.nbytes)
-        if tree_digest(mapped[: header.data_start], found) != record.digest or len(found) != len(record.tensors):
+        if tree_digest(bytes(view[: header.data_start]), found) != record.digest or len(found) != len(record.tensors):
             raise IntegrityError(f"{printable(path)}: its header was altered")
