@@ -56,7 +56,9 @@ class MappedFile:
         """The file must be the one last changed at `mtime_ns`, or as it is now. Raises IntegrityError."""
         self._path, self._size, self.shrunk = path, size, False
         try:
-            with open(path, "rb") as file:
+            with open(
+                path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+            ) as file:  # not a FIFO
                 self._mtime_ns = os.fstat(file.fileno()).st_mtime_ns if mtime_ns is None else mtime_ns
                 self.data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except ValueError:  # it is shorter
