@@ -72,7 +72,8 @@ def _what_to_cut(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _print(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
-    click.echo(json.dumps(report, indent=1) if style == "json" else text(report))
+    # JSON has every other character that moves a cursor escaped.
+    click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
 
 
 @contextlib.contextmanager
