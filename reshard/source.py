@@ -74,8 +74,13 @@ class Source:
 
 
 def check_plain_name(name: str, *, what: str) -> None:
-    """Raises PolicyError where a name could lead out of the folder it is used in."""
-    if not name or name in (".", "..") or os.path.basename(name) != name or "\0" in name or "\\" in name:
+    """Raises PolicyError where a name could lead out of the folder it is used in, or no file can have it."""
+    plain = name not in ("", ".", "..") and os.path.basename(name) == name and not {*name} & {"\0", "\\"}
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character: JSON can spell it
+        plain = False
+    if not plain:
         raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
 
 
