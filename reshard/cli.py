@@ -135,7 +135,7 @@ def convert(
     _print(
         {"out": out, **manifest_report(manifest)},
         style,
-        lambda report: f"{report['out']}: {report['world_size']} rank files, {size:,} bytes",
+        lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes",
     )
 
 
@@ -208,7 +208,7 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
     _print(
         {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
         style,
-        lambda r: f"{r['out']}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
+        lambda r: f"{printable(out)}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
     )
 
 
@@ -231,7 +231,9 @@ def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str) -
 
     files = run(out, dest, workers=workers, sync=not no_sync, progress=_progress)
     _print(
-        {"dest": dest, "files": list(files)}, style, lambda r: f"{r['dest']}: {len(files)} source files, as they were"
+        {"dest": dest, "files": list(files)},
+        style,
+        lambda _: f"{printable(dest)}: {len(files)} source files, as they were",
     )
 
 

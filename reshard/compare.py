@@ -50,7 +50,9 @@ def _check_is_source(manifest: Manifest, source: Source) -> None:
     recorded = {
         info.name: (info.dtype, info.shape)
         for file in manifest.source_files
-        for info in parse_header(file["header"].encode(), file=file["file"], file_size=file["size"]).tensors
+        for info in parse_header(
+            file["header"].encode(errors="surrogatepass"), file=file["file"], file_size=file["size"]
+        ).tensors
     }
     found = {info.name: (info.dtype, info.shape) for info in source.tensors.values()}
     for name in sorted(recorded.keys() | found.keys()):
