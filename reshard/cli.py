@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ._version import __version__
-from .errors import StorageError
+from .errors import StorageError, printable
 from .failures import Terminated, report_failure, terminate, wants_traceback
 from .process import patient_from_now_on, worker_count
 
@@ -77,7 +77,8 @@ def _what_to_cut(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _print(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
-    click.echo(json.dumps(report, indent=1) if style == "json" else text(report))
+    # JSON has every other character that moves a cursor escaped.
+    click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
 
 
 @contextlib.contextmanager
@@ -141,7 +142,7 @@ def convert(
     _print(
         {"out": out, **manifest_report(manifest)},
         style,
-        lambda report: f"{report['out']}: {report['world_size']} rank files, {size:,} bytes",
+        lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes",
     )
 
 
@@ -214,7 +215,7 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
     _print(
         {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
         style,
-        lambda r: f"{r['out']}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
+        lambda r: f"{printable(out)}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
     )
 
 
@@ -239,7 +240,7 @@ def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, 
 
     files = run(out, dest, layout=layout, workers=workers, sync=not no_sync, progress=_progress)
     how = "source files, as they were" if layout == "source" else "files with headers anew"
-    _print({"dest": dest, "files": list(files)}, style, lambda r: f"{r['dest']}: {len(files)} {how}")
+    _print({"dest": dest, "files": list(files)}, style, lambda _: f"{printable(dest)}: {len(files)} {how}")
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -74,6 +74,7 @@ def write_files(
             if sync:
                 begin_writeback(files[index], slot.offset + offset, len(block))
             progress(len(block))
+        reader.check(slot.tensor)  # before the journal has it
         digests[index][tensor] = digest.hexdigest()
         if journal:
             journal.add(name, tensor, digest.hexdigest())
@@ -102,23 +103,22 @@ def write_files(
     ]
     jobs += [((file.name, math.inf), partial(digest_source, file)) for file in source.files]
     jobs.sort(key=lambda job: job[0])
-    with SourceReader(source) as reader:
-        try:
-            for layout in layouts:
-                files.append(create(folder / layout.name, layout, anew=journal is None))
+    try:
+        for layout in layouts:
+            files.append(create(folder / layout.name, layout, anew=journal is None))
+        with SourceReader(source) as reader:
             _run([work for _, work in jobs], workers or worker_count(), stop)
-            reader.unchanged()
-            for fd in files if sync else ():
-                os.fsync(fd)
-        except OSError as error:
-            # Of a disk that failed, the cache goes on showing what was written, not what was kept, and the next fsync
-            # says that all is well: nothing of it may be gone on with. A full disk has lost nothing.
-            if journal and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                journal.forget()
-            raise StorageError(f"{printable(folder)}: {error.strerror}") from None
-        finally:
-            for fd in files:
-                os.close(fd)
+        for fd in files if sync else ():
+            os.fsync(fd)
+    except OSError as error:
+        # Of a disk that failed, the cache goes on showing what was written, not what was kept, and the next fsync
+        # says that all is well: nothing of it may be gone on with. A full disk has lost nothing.
+        if journal and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            journal.forget()
+        raise StorageError(f"{printable(folder)}: {error.strerror}") from None
+    finally:
+        for fd in files:
+            os.close(fd)
     return [_evidence(layout, found) for layout, found in zip(layouts, digests)], source_digests
 
 

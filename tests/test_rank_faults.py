@@ -139,6 +139,7 @@ def assert_named(fault: str, found: Ended) -> None:
         assert found.seconds < TIMEOUT, found
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("fault", [*QUICK, *(pytest.param(fault, marks=pytest.mark.slow) for fault in SLOW)])
 def test_the_rank_is_named_and_all_end(fault: str, ended: Callable[[str], Ended]) -> None:
     assert_named(fault, ended(fault))
@@ -149,6 +150,7 @@ def torchrun(folder: Path, world_size: int, fault: str, log: Path) -> Ended:
     return run([*command, "-m", "runtime", "check", str(folder), "--reference", "no such"], fault, log)
 
 
+@pytest.mark.fault(25)
 def test_one_of_four_ranks_is_stopped_under_torchrun(folders: dict[int, Path], tmp_path: Path) -> None:
     found = torchrun(folders[4], 4, "0 read stop", tmp_path / "log")
     assert [line for line in found.err.splitlines() if line.startswith("Error: ")] == [
@@ -159,6 +161,7 @@ def test_one_of_four_ranks_is_stopped_under_torchrun(folders: dict[int, Path], t
     assert TIMEOUT <= found.seconds < TIMEOUT + PROMPTLY
 
 
+@pytest.mark.fault(25)
 def test_torchrun_names_a_rank_that_was_killed(folders: dict[int, Path], tmp_path: Path) -> None:
     found = torchrun(folders[2], 2, "1 read kill", tmp_path / "log")
     cause = found.err.partition("Root Cause")[2]
@@ -169,6 +172,7 @@ def test_torchrun_names_a_rank_that_was_killed(folders: dict[int, Path], tmp_pat
     assert found.seconds < PROMPTLY
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("world_size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_wrong_number_of_ranks_ends_all_before_data_is_read(
     world_size: int, folders: dict[int, Path], tmp_path: Path

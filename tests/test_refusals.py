@@ -101,6 +101,7 @@ def refusals(resharded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: [found[str(root / name)] for found in ranks] for name in (*DAMAGED, "none")}
 
 
+@pytest.mark.fault(20, 21)
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_load_is_refused_on_all_ranks_alike(damage: str, refusals: dict[str, list[list[str] | None]]) -> None:
     _, kind, mentions = DAMAGED[damage]
