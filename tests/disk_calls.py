@@ -17,6 +17,7 @@ import pytest
 
 import reshard.conversion
 import reshard.exclusive
+from reshard.planning import ReshardPlan
 
 CALLS = (
     *("open", "close", "write", "pwrite", "preadv", "fsync", "ftruncate", "posix_fallocate"),
@@ -93,9 +94,8 @@ def folder_in_memory() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def planned_once(source: Path, **options: Any) -> Iterator[None]:
-    """Inside, `reshard.convert` with these options does all but the planning, in milliseconds."""
-    planned = reshard.plan(source, **options)
+def already_planned(planned: ReshardPlan) -> Iterator[None]:
+    """Inside, `reshard.convert` does all but the planning, in milliseconds, and must be called for this plan."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reshard.conversion, "resolve_source", lambda *_, **__: planned.source)
         patch.setattr(reshard.conversion, "_plan", lambda *_, **__: planned)

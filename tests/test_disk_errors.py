@@ -14,7 +14,7 @@ from typing import Any
 import pico
 import pytest
 from cli_tools import RANK_FILES
-from disk_calls import CALLS, Call, folder_in_memory, passing, planned_once
+from disk_calls import CALLS, Call, already_planned, folder_in_memory, passing
 from power_loss import Tree, put, taken
 
 import reshard
@@ -90,7 +90,7 @@ def jobs(room: Path) -> Iterator[dict[str, Job]]:
         reshard.merge(room / "whole", out, workers=1)
 
     whole = taken(room / "whole")
-    with planned_once(source, tp_size=2):
+    with already_planned(reshard.plan(source, tp_size=2)):
         new = Job(run, {}, whole)
         middle = calls_of(new, room / "half") // 2
         attempt(new, new.prepare(room / "half"), Fault(middle, errno.ENOSPC))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pico
 import pytest
-from disk_calls import folder_in_memory, planned_once
+from disk_calls import already_planned, folder_in_memory
 from power_loss import Disk, Step, Sync, Tree, put, record, states, taken
 
 import reshard
@@ -61,7 +61,7 @@ def jobs(room: Path) -> Iterator[dict[str, Job]]:
         shutil.rmtree(root)
         return Job(run, before, whole, start, steps)
 
-    with planned_once(source, tp_size=2):
+    with already_planned(reshard.plan(source, tp_size=2)):
         yield {
             "convert": job(convert, None, whole),
             "overwrite": job(overwrite, other, whole),
