@@ -157,10 +157,12 @@ def test_links_planted_in_the_unfinished_folder_are_not_followed(
     (part / RANK_FILES[1]).symlink_to(precious)
     with pytest.raises(StorageError, match="symbolic link"):
         reshard.convert(origin, half, tp_size=2)
+    [part] = unfinished(half)
     (part / RANK_FILES[1]).unlink()
     os.link(precious, part / RANK_FILES[1])
     with pytest.raises(StorageError, match="not a file of this command"):
         reshard.convert(origin, half, tp_size=2)
+    [part] = unfinished(half)
     (part / RANK_FILES[1]).unlink()
     (part / "config.json").symlink_to(precious)
     reshard.convert(origin, half, tp_size=2)
