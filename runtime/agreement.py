@@ -80,7 +80,7 @@ def agree(
             f"{what}: rank {info.rank} has lost the others, since their store is gone: {first_line(error)}",
             hint="torchrun, or the rank that held the store, has ended",
         ) from None
-    if info.torchrun and None in answers:
+    if info.attempt is not None and None in answers:
         _continue_siblings()
     if verdict is None:
         return Deadline.after(min(answer["left"] for answer in answers))

@@ -45,9 +45,10 @@ def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
         return dist.HashStore()
     if _store is None:
         try:
-            _store, _, _ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=deadline.left()))
+            store, _, _ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=deadline.left()))
         except (ValueError, RuntimeError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
             raise TopologyError(f"rank {info.rank} cannot reach the others: {first_line(error)}") from None
+        _store = dist.PrefixStore(f"attempt {info.attempt}", store)  # an earlier one has left its failure there
     return _store
 
 

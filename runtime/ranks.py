@@ -17,14 +17,14 @@ __all__ = ["RankInfo", "this_rank"]
 class RankInfo:
     """This process's place among the ranks, as torchrun tells it. `local` ranks are those of the same machine.
 
-    `torchrun` is whether its agent is what started this process, and holds the store.
+    `attempt` counts torchrun's restarts, which share a store; None where torchrun is not what started this process.
     """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int = 1
-    torchrun: bool = False
+    attempt: int | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> RankInfo:
@@ -36,13 +36,14 @@ class RankInfo:
         try:
             rank, world_size, local_rank = (int(environ[name]) for name in names)
             local_world_size = max(1, int(environ.get("LOCAL_WORLD_SIZE", 1)))
+            attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if "TORCHELASTIC_RUN_ID" in environ else None
         except KeyError as missing:
             raise UsageError(
                 f"{missing.args[0]} is not set, though {present[0]} is", hint="start with torchrun"
             ) from None
         except ValueError:
             raise UsageError(f"{', '.join(names)} must be numbers", hint="start with torchrun") from None
-        return cls(rank, world_size, local_rank, local_world_size, "TORCHELASTIC_RUN_ID" in environ)
+        return cls(rank, world_size, local_rank, local_world_size, attempt)
 
 
 def this_rank() -> RankInfo:

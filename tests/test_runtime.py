@@ -24,7 +24,7 @@ from reshard.placement import Nested, Replicate, Shard
 from reshard.targets import Target
 from reshard.topology import Topology
 from runtime.agreement import Deadline, UnansweredError, agree
-from runtime.mesh import pick_device
+from runtime.mesh import connect, pick_device
 from runtime.placing import _share_heads
 from runtime.ranks import RankInfo
 
@@ -167,6 +167,8 @@ def test_environment_of_torchrun() -> None:
     assert RankInfo.from_env({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == RankInfo(3, 4, 1)
     ours = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert RankInfo.from_env(ours) == RankInfo(3, 4, 1, 2)
+    elastic = {**ours, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert RankInfo.from_env(elastic) == RankInfo(3, 4, 1, 2, attempt=1)
     with pytest.raises(UsageError, match="WORLD_SIZE is not set"):
         RankInfo.from_env({"RANK": "3", "LOCAL_RANK": "1"})
     with pytest.raises(UsageError, match="must be numbers"):
@@ -182,6 +184,17 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(pick_device(None, 0)) == "cuda:0"
     with pytest.raises(TopologyError, match="local rank 1 has no GPU"):
         pick_device(None, 1)
+
+
+def test_what_an_attempt_before_a_restart_has_said_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
+    stores = []
+    for attempt in range(2):
+        monkeypatch.setattr("runtime.mesh._store", None)  # another process
+        stores.append(connect(RankInfo(0, 2, 0, attempt=attempt), Deadline.after(5)))
+    stores[0].set("key", "failed")
+    assert [store.check(["key"]) for store in stores] == [True, False]
 
 
 def meet(monkeypatch: pytest.MonkeyPatch, *answers: tuple[Exception | None, str]) -> list[Exception | None]:
