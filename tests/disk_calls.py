@@ -97,7 +97,8 @@ def folder_in_memory() -> Iterator[Path]:
 def already_planned(planned: ReshardPlan) -> Iterator[None]:
     """Inside, `reshard.convert` does all but the planning, in milliseconds, and must be called for this plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.conversion, "resolve_source", lambda *_, **__: planned.source)
-        patch.setattr(reshard.conversion, "_plan", lambda *_, **__: planned)
+        layouts = reshard.conversion.plan_layouts(planned)
+        patch.setattr(reshard.conversion, "_open", lambda *_, **__: (planned.source, None))
+        patch.setattr(reshard.conversion, "_plan", lambda *_, **__: (planned, layouts))
         patch.setattr(reshard.conversion, "version", functools.cache(reshard.conversion.version))
         yield

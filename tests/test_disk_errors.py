@@ -180,12 +180,14 @@ JOBS = ["convert", "resumed", "overwrite", "merge"]
 CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG]
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", JOBS)
 def test_any_call_fails(name: str, code: int, jobs: dict[str, Job], room: Path) -> None:
     assert sweep(jobs[name], room / "root", code, STEP).total() > 10
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.slow
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", JOBS)
@@ -197,12 +199,14 @@ def test_every_call_fails(name: str, code: int, jobs: dict[str, Job], room: Path
     )
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("name", ["convert", "overwrite"])
 def test_interrupted_calls(name: str, jobs: dict[str, Job], room: Path) -> None:
     """Python makes the other calls again after EINTR by itself."""
     assert sweep(jobs[name], room / "root", errno.EINTR, STEP - 3, NOT_RETRIED).total() > 5
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.ENOSPC], ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", JOBS)
 def test_nothing_works_any_more(name: str, code: int, jobs: dict[str, Job], room: Path) -> None:
@@ -225,6 +229,7 @@ def test_nothing_works_any_more(name: str, code: int, jobs: dict[str, Job], room
         again(job, out)
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("name", JOBS)
 def test_short_writes(name: str, jobs: dict[str, Job], room: Path) -> None:
     """At once, or at any one write and then no more of it: the journal too."""
@@ -239,6 +244,7 @@ def test_short_writes(name: str, jobs: dict[str, Job], room: Path) -> None:
     assert attempt(job, job.prepare(room / "root"), half) is None
 
 
+@pytest.mark.fault(7)
 def test_a_write_that_takes_nothing(jobs: dict[str, Job], room: Path) -> None:
     job = jobs["convert"]
     out = job.prepare(room / "root")

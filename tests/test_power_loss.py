@@ -106,11 +106,13 @@ def count(job: Job, room: Path, often: int) -> int:
     return seen
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("name", ["convert", "overwrite", "merge"])
 def test_no_state_is_bad(name: str, jobs: dict[str, Job], room: Path) -> None:
     assert count(jobs[name], room, OFTEN) > 100
 
 
+@pytest.mark.fault(2)
 @pytest.mark.slow
 def test_no_state_is_bad_of_all(jobs: dict[str, Job], room: Path) -> None:
     seen = {name: count(job, room, 1) for name, job in jobs.items()}
@@ -118,6 +120,7 @@ def test_no_state_is_bad_of_all(jobs: dict[str, Job], room: Path) -> None:
     assert sum(seen.values()) > 10_000
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("name", ["convert", "overwrite", "merge"])
 def test_done_means_on_disk(name: str, jobs: dict[str, Job]) -> None:
     job = jobs[name]
@@ -126,6 +129,7 @@ def test_done_means_on_disk(name: str, jobs: dict[str, Job]) -> None:
     assert all(state["out"] == job.whole for state in after)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("name", ["convert", "overwrite", "merge"])
 def test_without_any_one_sync_there_is_a_bad_state(name: str, jobs: dict[str, Job]) -> None:
     """That of every file and folder is needed, and the replay sees it missing."""
@@ -137,6 +141,7 @@ def test_without_any_one_sync_there_is_a_bad_state(name: str, jobs: dict[str, Jo
         assert any(state.get("out") != job.whole for state in states(job.start, steps, first=len(steps))), at
 
 
+@pytest.mark.fault(2)
 def test_what_was_replaced_must_not_be_removed_before_its_place_is_synced(jobs: dict[str, Job], room: Path) -> None:
     job = jobs["overwrite"]
     last = max(at for at, step in enumerate(job.steps) if isinstance(step, Sync))
