@@ -267,10 +267,11 @@ def report_failure(error: BaseException, *, verbose: bool) -> int:
     if verbose and not isinstance(error, click.exceptions.Exit):
         traceback.print_exception(error)
     if isinstance(error, ReshardError):
-        click.secho("Error: ", fg="red", nl=False, err=True)
-        click.echo(error.message, err=True)
-        if error.hint:
-            click.secho(f"Hint: {error.hint}", dim=True, err=True)
+        with contextlib.suppress(OSError):  # stderr can be a file on the disk that is full
+            click.secho("Error: ", fg="red", nl=False, err=True)
+            click.echo(error.message, err=True)
+            if error.hint:
+                click.secho(f"Hint: {error.hint}", dim=True, err=True)
         return error.exit_code
     if isinstance(error, click.ClickException):
         error.show()
@@ -323,5 +324,6 @@ def entry() -> None:
         code = (
             128 + signal.SIGPIPE if gone else report_failure(StorageError(f"output: {error.strerror}"), verbose=False)
         )
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(code or 0)
