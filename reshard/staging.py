@@ -21,7 +21,7 @@ __all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "sync_fold
 
 _WORK, _OWNER = 16, 8  # hex digits: of the digest of the work, and of a number drawn by each run
 _REFUSE = "0" * _WORK  # the work of what is only there to be removed
-_ATTEMPTS = 9
+_ATTEMPTS = 9  # to remove a folder while its former owner makes a last file in it
 
 
 class Stage:
@@ -36,9 +36,9 @@ class Stage:
         earlier run left is kept; of other work, it is removed. Raises StorageError.
 
         The name is this run's alone, and what was left is renamed before anything else is done to it. So where locks
-        do nothing, a run that is alive loses its folder whole, notices, and can put nothing into that of another; of
-        several runs the last to begin loses to none. Files that it has open it may go on writing: with the same bytes,
-        as only the same work keeps them.
+        do nothing, a run that is alive loses its folder in one step, notices (BusyError), and can put nothing into
+        that of another; the last to begin loses to none. Files that it has open it may go on writing, but with the same
+        bytes: only the same work keeps them.
         """
         folder, kept = _part(self._out, work), False
         try:
@@ -73,7 +73,7 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> I
     When it does not, what is there stays for the next run of the same work; when bytes are not what they should be
     (IntegrityError), nothing stays. The move never replaces anything, unless `overwrite` and `out` is a folder of ours;
     then the two are exchanged in one step. With `sync`, folder and move are on disk on return. One process at a time:
-    `OUT.lock` is held meanwhile.
+    `OUT.lock` is held meanwhile; where locks do nothing, see `Stage.begin`.
 
     Raises:
         DestinationExistsError: `out` exists (now, or when the work is done).

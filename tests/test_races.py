@@ -67,12 +67,14 @@ def run(track: Track, pair: str, locks: str, races: int) -> None:
         shutil.rmtree(root)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("locks", LOCKS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_one_wins(pair: str, locks: str, track: Track) -> None:
     run(track, pair, locks, RACES)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.slow
 @pytest.mark.parametrize("locks", LOCKS)
 @pytest.mark.parametrize("pair", PAIRS)
