@@ -89,7 +89,7 @@ def generate(
       torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "Once"
     """
     model = _load(out, strategies, revision=revision, device=device, digests=not no_digests, attn=attn)
-    tokenizer = load_tokenizer(out, revision=revision)
+    tokenizer = load_tokenizer(model.name_or_path)
     _say(generate_text(model, tokenizer, prompt, max_new_tokens))
 
 

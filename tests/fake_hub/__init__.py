@@ -4,12 +4,16 @@ HF_ENDPOINT is read when huggingface_hub is imported, so use it from subprocesse
 test wants to go wrong it says with `FakeHub.fail` and one of the faults.
 """
 
-from .faults import change, corrupt, drop, hang_up, ignore_range, lose_answer, stall, status
+from .faults import Fault, change, corrupt, drop, hang_up, ignore_range, lose_answer, stall, status
 from .hub import FakeHub, Request
 from .repo import Repo, etag, is_lfs
+from .server import Handler, Reply
 
 __all__ = [
     "FakeHub",
+    "Fault",
+    "Handler",
+    "Reply",
     "Repo",
     "Request",
     "change",

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .server import Handler, Reply
+from .server import Handler, Reply
 
-    Fault = Callable[[Handler, Callable[[], Reply]], "Reply | None"]  # None: nothing is left to be sent
+Fault = Callable[[Handler, Callable[[], Reply]], "Reply | None"]  # None: nothing is left to be sent
 
 
 def status(code: int, *, retry_after: int | None = None, error: str = "") -> Fault:
     """Another answer, the work not done. With `retry_after` seconds the client is told when to ask again."""
-    from .server import Reply
-
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return lambda handler, answer: Reply({"error": error or f"status {code}"}, code, headers)
 
@@ -90,7 +87,5 @@ def lose_answer() -> Fault:
 
 def _break(handler: Handler) -> None:
     handler.close_connection = True
-    try:
+    with contextlib.suppress(OSError):  # the client was faster
         handler.connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # the client was faster

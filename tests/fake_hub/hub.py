@@ -93,6 +93,11 @@ class FakeHub(ThreadingHTTPServer):
     def faults_left(self) -> int:
         return len(self._faults)
 
+    def recover(self) -> None:
+        """Nothing more goes wrong."""
+        with self.lock:
+            self._faults.clear()
+
     def asked(self, repo_id: str) -> set[str]:
         """The files of a repo that were asked for, by HEAD or GET, at any revision."""
         pattern = re.compile(rf"/{re.escape(repo_id)}/resolve/[^/]+/(.+)")
