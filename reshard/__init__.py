@@ -1,7 +1,7 @@
 """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
 
-`convert`, `plan`, `inspect`, `verify` and `merge` are what the commands of the same names call. They are imported when
-first used, so that importing this package, and asking for help, costs nothing.
+`convert`, `plan`, `inspect`, `verify`, `merge`, `publish` and `pull` are what the commands of the same names call. They
+are imported when first used, so that importing this package, and asking for help, costs nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from .conversion import convert, plan
     from .inspection import inspect
     from .merging import merge
+    from .publishing import publish
+    from .pulling import pull
     from .verification import verify
 
-__all__ = ["ReshardError", "__version__", "convert", "inspect", "merge", "plan", "verify"]
+__all__ = ["ReshardError", "__version__", "convert", "inspect", "merge", "plan", "publish", "pull", "verify"]
 
 _HOMES = {
     "convert": "conversion",
     "plan": "conversion",
     "inspect": "inspection",
     "merge": "merging",
+    "publish": "publishing",
+    "pull": "pulling",
     "verify": "verification",
 }
 

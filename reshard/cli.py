@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ._version import __version__
+from .cli_common import format_option, print_report, progress_bar, revision_option
+from .cli_hub import publish, pull
 from .errors import StorageError, printable
 from .failures import Terminated, report_failure, terminate, wants_traceback
 from .process import patient_from_now_on, worker_count
@@ -25,10 +25,6 @@ __all__ = ["cli", "entry", "main"]
 _LAYOUT = "The files as they were, or the same with new headers: also of what was cast or dropped."
 _DTYPES = ["float32", "float16", "bfloat16"]
 
-_format = click.option(
-    "--format", "style", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
-)
-_revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
 _workers = click.option("--workers", type=click.IntRange(min=1), help="Writing threads. [default: the CPUs, at most 8]")
 _no_sync = click.option(
     "--no-sync", is_flag=True, help="Do not wait for the disk. A power loss soon after can undo the work."
@@ -52,7 +48,7 @@ _WHAT_TO_CUT = (
         type=click.Path(exists=True, dir_okay=False),
         help="Python file that registers styles of your own. It is run.",
     ),
-    _revision,
+    revision_option,
     click.option("--dtype", type=click.Choice(_DTYPES), help="Store floating parameters in this dtype."),
     click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
 )
@@ -76,26 +72,6 @@ def _what_to_cut(command: Callable[..., None]) -> Callable[..., None]:
     return with_library_arguments
 
 
-def _print(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
-    # JSON has every other character that moves a cursor escaped.
-    click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
-
-
-@contextlib.contextmanager
-def _progress(total: int, what: str = "writing") -> Iterator[Callable[[int], object]]:
-    """A bar on stderr where that is a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    lock = threading.Lock()
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, leave=False, file=sys.stderr) as bar:
-
-        def update(size: int) -> None:
-            with lock:
-                bar.update(size)
-
-        yield update
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="reshard")
 @click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
@@ -116,7 +92,7 @@ def cli(verbose: bool) -> None:
 @_workers
 @_no_sync
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@_format
+@format_option
 def convert(
     source: str, out: str, overwrite: bool, workers: int | None, no_sync: bool, dry_run: bool, style: str, **cut: Any
 ) -> None:
@@ -137,9 +113,9 @@ def convert(
     from . import convert as run
     from .report import manifest_report
 
-    manifest = run(source, out, overwrite=overwrite, workers=workers, sync=not no_sync, progress=_progress, **cut)
+    manifest = run(source, out, overwrite=overwrite, workers=workers, sync=not no_sync, progress=progress_bar, **cut)
     size = sum(record.size for record in manifest.rank_files)
-    _print(
+    print_report(
         {"out": out, **manifest_report(manifest)},
         style,
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes",
@@ -149,7 +125,7 @@ def convert(
 @cli.command()
 @click.argument("source")
 @_what_to_cut
-@_format
+@format_option
 def plan(source: str, style: str, **cut: Any) -> None:
     """Print how SOURCE would be cut for a number of ranks: styles, placements, sizes, and which numbers are legal.
 
@@ -172,13 +148,13 @@ def _print_plan(source: str, style: str, **cut: Any) -> None:
 
     planned = run(source, **cut)
     sizes = legal_sizes(planned.model)
-    _print(plan_report(planned, plan_layouts(planned), sizes, worker_count() * BLOCK_BYTES), style, plan_text)
+    print_report(plan_report(planned, plan_layouts(planned), sizes, worker_count() * BLOCK_BYTES), style, plan_text)
 
 
 @cli.command()
 @click.argument("out")
-@_revision
-@_format
+@revision_option
+@format_option
 def inspect(out: str, revision: str | None, style: str) -> None:
     """Print what a resharded folder or repo OUT holds, from its manifest.
 
@@ -189,14 +165,14 @@ def inspect(out: str, revision: str | None, style: str) -> None:
     from . import inspect as run
     from .report import manifest_report, manifest_text
 
-    _print(manifest_report(run(out, revision=revision)), style, manifest_text)
+    print_report(manifest_report(run(out, revision=revision)), style, manifest_text)
 
 
 @cli.command()
 @click.argument("out", type=click.Path())
 @click.option("--against", metavar="SOURCE", help="Also compare every element with the checkpoint it was made from.")
 @click.option("--revision", help="Branch, tag or commit of SOURCE where that is a Hub id.")
-@_format
+@format_option
 def verify(out: str, against: str | None, revision: str | None, style: str) -> None:
     """Check every byte of the resharded folder OUT by digest.
 
@@ -209,10 +185,10 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
     from .manifest import read_manifest
 
     total = sum(record.size for record in read_manifest(Path(out)).rank_files)
-    with _progress(total, "checking") as report:
+    with progress_bar(total, "checking") as report:
         found = run(out, against=against, revision=revision, progress=report)
     compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
-    _print(
+    print_report(
         {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
         style,
         lambda r: f"{printable(out)}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
@@ -225,7 +201,7 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
 @click.option("--layout", type=click.Choice(["source", "hf"]), default="source", show_default=True, help=_LAYOUT)
 @_workers
 @_no_sync
-@_format
+@format_option
 def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, style: str) -> None:
     """Write the source files of the resharded folder OUT into the folder DEST, byte for byte as they were.
 
@@ -238,9 +214,9 @@ def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, 
     """
     from . import merge as run
 
-    files = run(out, dest, layout=layout, workers=workers, sync=not no_sync, progress=_progress)
+    files = run(out, dest, layout=layout, workers=workers, sync=not no_sync, progress=progress_bar)
     how = "source files, as they were" if layout == "source" else "files with headers anew"
-    _print({"dest": dest, "files": list(files)}, style, lambda _: f"{printable(dest)}: {len(files)} {how}")
+    print_report({"dest": dest, "files": list(files)}, style, lambda _: f"{printable(dest)}: {len(files)} {how}")
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -260,6 +236,10 @@ def run(context: click.Context, out: str, options: tuple[str, ...]) -> None:
 
     verbose = ["--verbose"] if context.find_root().params["verbose"] else []
     sys.exit(launch(out, [*verbose, "generate", out, *options]))
+
+
+cli.add_command(publish)
+cli.add_command(pull)
 
 
 def main(arguments: list[str] | None = None, *, command: click.Command = cli) -> None:

@@ -110,10 +110,11 @@ def vetted_path(root: Path, name: str, *, what: str) -> Path:
 
 
 def _boundary(root: Path) -> Path:
-    """The folder that links may not leave: the repo's cache where `root` is `models--…/snapshots/COMMIT`."""
+    """The folder that links may not leave: the repo's cache where `root` is in `models--…/snapshots`."""
     real = Path(os.path.realpath(root))
-    if real.parent.name == "snapshots" and re.match(r"(models|datasets|spaces)--", real.parent.parent.name):
-        return real.parent.parent
+    for folder in real.parents:
+        if folder.name == "snapshots" and re.match(r"(models|datasets|spaces)--", folder.parent.name):
+            return folder.parent
     return real
 
 

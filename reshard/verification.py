@@ -14,7 +14,7 @@ from .manifest import Manifest, read_manifest
 from .rank_file import check_digests, read_rank_header, written_file
 from .source import MANIFEST_NAME
 
-__all__ = ["Report", "verify"]
+__all__ = ["Report", "check_file", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def verify(
     manifest = read_manifest(folder)
     _check_names(folder, manifest)
     for record in manifest.files():
-        _check_file(folder, record, progress)
+        check_file(folder, record, progress)
     elements = None
     if against is not None:
         from .compare import compare_with_source
@@ -66,7 +66,8 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             raise IntegrityError(f"{printable(folder / name)}: does not belong to this folder")
 
 
-def _check_file(folder: Path, record: FileRecord, progress: Callable[[int], object]) -> None:
+def check_file(folder: Path, record: FileRecord, progress: Callable[[int], object] = lambda _: None) -> None:
+    """Check one file of a resharded folder, every byte. Raises IntegrityError, naming the tensor where it is one."""
     path = written_file(folder, record)
     if not record.tensors and not record.name.endswith(".safetensors"):
         if digest_file(path) != record.digest:

@@ -85,7 +85,7 @@ def generate(out: str, prompt: str, max_new_tokens: int, revision: str | None, *
       torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "Once"
     """
     model = _load(out, revision=revision, **options)
-    tokenizer = load_tokenizer(out, revision=revision)
+    tokenizer = load_tokenizer(model.name_or_path)
     _say(generate_text(model, tokenizer, prompt, max_new_tokens))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from reshard.errors import RemoteMovedError, ReshardError, TopologyError, printa
 
 from .ranks import RankInfo
 
-__all__ = ["Deadline", "UnansweredError", "agree", "first_line"]
+__all__ = ["Deadline", "UnansweredError", "agree", "first_line", "spoken", "words_of"]
 
 _STRAGGLERS = 2.0  # seconds that a failure waits for the other ranks: so they end by themselves, with its exit code
 _ROLL_CALL = 1.0  # seconds to find out who is silent, when a group has not come about in time
@@ -66,7 +67,7 @@ def agree(
         TopologyError: a rank did not answer in time, and is named; or the store is gone.
     """
     meeting = dist.PrefixStore(f"reshard/{next(_meetings)}", store)
-    words = failure and _words(failure)
+    words = failure and words_of(failure)
     try:
         meeting.set(str(info.rank), json.dumps({"failure": words, "value": value, "left": deadline.seconds()}))
         if isinstance(failure, UnansweredError):
@@ -88,9 +89,8 @@ def agree(
     common = all(answer and answer["failure"] == words for answer in answers)
     if failure is not None and common:
         raise failure
-    name, message, hint = words
     prefix = "" if guilty is None or common else f"rank {guilty}: "
-    raise getattr(errors, name)(prefix + message, hint=hint) from failure
+    raise spoken(words, prefix) from failure
 
 
 def _answers(meeting: dist.Store, world_size: int, deadline: Deadline) -> list[Any]:
@@ -122,21 +122,29 @@ def _complaint(answers: list[Any], what: str) -> tuple[int | None, list[str | No
     silent = [str(rank) for rank, answer in enumerate(answers) if answer is None]
     if silent:
         message = f"{what}: no answer from rank {', '.join(silent)} in time"
-        return None, _words(TopologyError(message, hint="one that is only slow needs a longer --timeout"))
+        return None, words_of(TopologyError(message, hint="one that is only slow needs a longer --timeout"))
     for rank, answer in enumerate(answers):
         if answer["failure"]:
             return rank, answer["failure"]
         if answer["value"] != answers[0]["value"]:
             message = f"{what}: rank {rank} has another version than rank 0"
-            return None, _words(RemoteMovedError(message, hint="pin one with --revision COMMIT"))
+            return None, words_of(RemoteMovedError(message, hint="pin one with --revision COMMIT"))
     return None
 
 
-def _words(failure: Exception) -> list[str | None]:
+def words_of(failure: Exception) -> list[str | None]:
+    """A failure as another rank can be told of it."""
     if isinstance(failure, ReshardError):
         name = next(kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__))
         return [name, failure.message, failure.hint]
     return ["ReshardError", f"unexpected {type(failure).__name__}: {printable(failure)}", None]
+
+
+def spoken(words: Sequence[Any], prefix: str = "") -> ReshardError:
+    """The failure that another rank told of."""
+    name, message, hint = words
+    error: ReshardError = getattr(errors, name)(prefix + message, hint=hint)
+    return error
 
 
 def _continue_siblings() -> None:

@@ -8,18 +8,16 @@ from typing import Any
 import torch
 
 from reshard.errors import BadInputError, printable
-from reshard.hub import locate
 
 from .argmax import argmax_only
 
 __all__ = ["generate_text", "greedy", "load_tokenizer"]
 
 
-def load_tokenizer(place: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer copied into a resharded folder. Raises BadInputError where there is none."""
     from transformers import AutoTokenizer
 
-    folder: Path = locate(place, revision=revision)[0]
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

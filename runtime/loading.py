@@ -18,21 +18,21 @@ from torch.distributed.tensor import DTensor
 from reshard.architecture import model_class, on_meta
 from reshard.digest import digest_of
 from reshard.errors import BadInputError, IntegrityError, TopologyError, printable
-from reshard.hub import locate
 from reshard.layout import rank_file_name
-from reshard.manifest import Manifest, read_manifest
+from reshard.manifest import Manifest
 from reshard.process import patient_collector, worker_count
 from reshard.rank_file import written_file
-from reshard.source import MANIFEST_NAME, SMALL_FILES
+from reshard.source import MANIFEST_NAME
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks
+from .locating import Located, locate_together
 from .mapping import map_rank_file
 from .mesh import connect, make_mesh, pick_device
 from .phases import Phases
 from .placing import distribute, fill
-from .ranks import RankInfo, this_rank
+from .ranks import this_rank
 from .reading import read_rank_file
 
 __all__ = ["load"]
@@ -50,7 +50,10 @@ def load(
     strategies: ParallelInterface = ALL_PARALLEL_STYLES,
     timeout: float = 1800,
 ) -> Any:
-    """Load a resharded folder (or Hub repo) on every rank of the torchrun job, and return the transformers model.
+    """Load a resharded folder on every rank of the torchrun job, and return the transformers model.
+
+    `place` is a folder, a Hub repo (`org/name`) or a folder of one (`org/name/tp4`); in one that is none itself, its
+    folder `tpN` for N ranks is taken. All ranks load one commit; each fetches its own file and the small ones.
 
     Parameters are DTensors over `mesh` (axis `tp`; made here when not given), each holding this rank's part; a layout
     that DTensor cannot express stays a local tensor, and `full_tensor` assembles either. On CPU the tensors are views
@@ -75,11 +78,15 @@ def load(
         store = PrefixStore(f"mesh {mesh.mesh.tolist()}", store)
     phases.end("handshake")
     failure: Exception | None = None
+    found: Located | None = None
     seal = ""
     pool = ThreadPoolExecutor(worker_count(info.local_world_size), thread_name_prefix="reshard")
     try:
         where = pick_device(mesh.device_type if mesh else device, info.local_rank)
-        folder, manifest = _open(place, revision, info)
+        found = locate_together(
+            str(place), revision=revision, rank=info.rank, world_size=info.world_size, store=store, deadline=deadline
+        )
+        folder, manifest = found.folder, found.manifest
         _check_custom(manifest, strategies)
         seal = digest_of((folder / MANIFEST_NAME).read_bytes())
         arriving = _begin(folder, manifest, info.rank, where, pool, digests=check_digests)
@@ -92,6 +99,8 @@ def load(
         phases.end("read")
     except Exception as error:  # whatever it is, the others must hear of it before they wait in a collective
         failure = error
+        if found and isinstance(error, IntegrityError):
+            found.damaged([rank_file_name(info.rank)])
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not keep a failure to itself
     deadline = agree(store, info, failure, deadline, what="loading", value=seal)
@@ -111,17 +120,6 @@ def load(
     phases.end("ready")
     model.reshard_seconds = phases.seconds
     return model
-
-
-def _open(place: str | Path, revision: str | None, info: RankInfo) -> tuple[Path, Manifest]:
-    folder, _, _ = locate(str(place), revision=revision, patterns=(*SMALL_FILES, rank_file_name(info.rank)))
-    manifest = read_manifest(folder)
-    if manifest.world_size != info.world_size:
-        raise TopologyError(
-            f"{printable(folder)} was made for {manifest.world_size} ranks, not for {info.world_size}",
-            hint=f"use torchrun --nproc-per-node {manifest.world_size}, or convert with --tp-size {info.world_size}",
-        )
-    return folder, manifest
 
 
 def _check_custom(manifest: Manifest, strategies: ParallelInterface) -> None:
@@ -161,6 +159,7 @@ def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
 
 
 def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
+    model.name_or_path = str(folder)
     model._tp_size = mesh.size()
     model._device_mesh = mesh
     if model.can_generate() and (folder / "generation_config.json").exists():

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ _ENVIRONMENT = {"HF_HOME": _HOME.name, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZ
 os.environ.update(_ENVIRONMENT)
 
 from cli_tools import Checkpoint, Cli, Refused, Result, assert_one_error, time_limit, tree  # noqa: E402
+from fake_hub import FakeHub  # noqa: E402
 
 import reshard.cli  # noqa: E402
 
@@ -103,3 +108,51 @@ def resharded(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
 def folder(resharded: Path, out: Path) -> Path:
     """A copy of the resharded folder, at `out`, to be spoilt."""
     return Path(shutil.copytree(resharded, out))
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """HF_HOME of the subprocesses of one test."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def python(hub: FakeHub, home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python(*arguments, token=…, **variables)` runs Python against the Hub of this test."""
+
+    def run(*arguments: object, token: str = "hf_test", **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**hub.environment(home, token=token), "OMP_NUM_THREADS": "1", **variables}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    return run
+
+
+@pytest.fixture
+def here(hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The Hub of this test as that of this process, whose client waits for a second at most and retries at once."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    values = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+        "HF_HUB_ETAG_TIMEOUT": 1,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    close_session()
+    yield hub
+    close_session()

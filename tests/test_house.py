@@ -30,7 +30,7 @@ TORCH_FREE = [
 RUNTIME_MAY_IMPORT = {
     "layout",
     *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "source"),
-    *("process", "rank_file", "strategies", "targets", "topology"),
+    *("process", "rank_file", "strategies", "targets", "topology", "verification"),
 }
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import socketserver
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,30 +46,6 @@ shut_down()
 """
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """HF_HOME of the subprocesses of one test."""
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def python(hub: FakeHub, home: Path) -> Command:
-    """`python(*arguments, token=…, **variables)` runs Python against the Hub of this test."""
-
-    def run(*arguments: object, token: str = "hf_test", **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {**hub.environment(home, token=token), "OMP_NUM_THREADS": "1", **variables}
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:

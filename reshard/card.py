@@ -1,0 +1,218 @@
+"""The model card of a published repo: our own words about what is in it, for all its degrees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .dtypes import torch_name
+from .errors import printable
+from .licence import Terms
+from .manifest import Manifest
+from .report import gigabytes
+from .resharded import source_headers
+
+__all__ = ["is_ours", "render"]
+
+_MARK = "<!-- Written by reshard publish, anew each time. Take this line away to keep what you change. -->"
+_TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
+_TEXT = """\
+---
+{front_matter}
+---
+
+{mark}
+
+# {title}, a file for each tensor-parallel rank
+
+{opening}
+
+{summary}
+
+Where it says yes, `from_pretrained` of a transformers that reads rank files (5.23 does) opens the folder too.
+
+## Use it
+
+With `reshard` installed, on one machine with as many GPUs (or CPU processes) as ranks:
+
+{generate}
+
+Every rank fetches its own file and the small ones, all at one commit, and checks each digest. In Python, under
+`torchrun`:
+
+{python}
+
+Files ahead of time, and only those of some ranks:
+
+{pull}
+{custom}
+## The checkpoint again
+
+{merge}
+
+This needs no other copy, and writes {merged}.
+
+## What it was made from
+
+{origin}
+
+{licence}
+
+## Files
+{files}
+`reshard.json` of each folder holds the digest of every tensor; `reshard verify` checks them all.
+"""
+
+
+def is_ours(text: str) -> bool:
+    """Whether a card is one of these, so that it can be replaced."""
+    return _MARK in text
+
+
+def render(repo_id: str, degrees: Mapping[str, Manifest], terms: Terms, *, revision: str | None = None) -> str:
+    """The card as text. `degrees` are the resharded folders by path in the repo ("" for its root), on `revision`.
+
+    The same folders give the same card: it holds no date.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    places = {path: f"{repo_id}/{path}" if path else repo_id for path in degrees}
+    first = next(iter(degrees))
+    branch = f" --revision {_plain(revision)}" if revision else ""
+    sources = sorted({_plain(m.repo_id) for m in degrees.values() if m.repo_id})
+    partial = degrees[first].dropped or _is_cast(degrees[first])
+    text = _TEXT.format(
+        front_matter=ModelCardData(**_front_matter(degrees, terms), ignore_metadata_errors=True).to_yaml(),
+        mark=_MARK,
+        title=", ".join(sources) or _plain(degrees[first].architecture),
+        opening=_opening(sources, cast=any(map(_is_cast, degrees.values()))),
+        summary=_table(
+            ("folder", "ranks", "largest file", "all files", "dtype", "opens in plain transformers"),
+            [_summary(path, manifest) for path, manifest in degrees.items()],
+        ),
+        generate=_shell(
+            f'torchrun --nproc-per-node {m.world_size} -m runtime generate {places[path]}{branch} --prompt "Hello"'
+            for path, m in degrees.items()
+        ),
+        python=_python(places[first], revision),
+        pull=_shell(f"reshard pull {places[path]}{branch} --ranks 0-{m.world_size - 1}" for path, m in degrees.items()),
+        custom=_custom(degrees),
+        merge=_shell(
+            [f'reshard merge "$(reshard pull {places[first]}{branch})" DEST{" --layout hf" if partial else ""}']
+        ),
+        merged="what there is of it" if partial else "the source's files, byte for byte as they were",
+        origin=_table(
+            ("folder", "source", "commit", "with"),
+            [_origin(path, manifest) for path, manifest in degrees.items()],
+        ),
+        licence=_licence(terms, degrees),
+        files="".join(_files(path, manifest) for path, manifest in degrees.items()),
+    )
+    return str(ModelCard(text))
+
+
+def _front_matter(degrees: Mapping[str, Manifest], terms: Terms) -> dict[str, Any]:
+    manifests = list(degrees.values())
+    sources = sorted({_plain("/".join(m.repo_id.split("/")[:2])) for m in manifests if m.repo_id})
+    sizes = sorted({manifest.topology.tp for manifest in manifests})
+    found: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["reshard", "tensor-parallel", *(f"tp{size}" for size in sizes)],
+        **terms.metadata,
+    }
+    if terms.licence:
+        found["license"] = terms.licence
+    tasks = {task for m in manifests for ending, task in _TASKS.items() if m.architecture.endswith(ending)}
+    if len(tasks) == 1:
+        found.setdefault("pipeline_tag", tasks.pop())
+    if sources:  # of the relations that the Hub knows, the nearest: the same model in another form
+        found.update(base_model=sources[0] if len(sources) == 1 else sources, base_model_relation="quantized")
+    return found
+
+
+def _opening(sources: Sequence[str], *, cast: bool) -> str:
+    of = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in sources) or "a model"
+    lines = [
+        f"The weights of {of}, cut ahead of time for tensor-parallel inference: a rank reads its own file, no other.",
+        "Where the dtype differs from the source's, elements were cast to it."
+        if cast
+        else "Every element is that of the source, bit for bit.",
+    ]
+    if sources:
+        lines.append("Nothing is quantized: of the relations between models that the Hub names, it is the nearest.")
+    return "\n".join(lines)
+
+
+def _is_cast(manifest: Manifest) -> bool:
+    stored = {info.name: info.dtype for header in source_headers(manifest).values() for info in header.tensors}
+    return any(
+        torch_name(stored[region.source], tensor=region.source) != parameter.dtype
+        for parameter in manifest.parameters
+        for region in parameter.regions
+    )
+
+
+def _summary(path: str, manifest: Manifest) -> tuple[str, ...]:
+    sizes = [record.size for record in manifest.rank_files]
+    mesh = manifest.topology
+    ranks = f"{mesh.world_size} (tp {mesh.tp}, ep {mesh.ep})" if mesh.ep > 1 else str(mesh.world_size)
+    opens = "; ".join(_plain(reason) for reason in manifest.runtime_only)
+    plain = f"no: {opens}" if opens else "yes"
+    return _tick(_folder(path)), ranks, gigabytes(max(sizes)), gigabytes(sum(sizes)), manifest.dtype, plain
+
+
+def _origin(path: str, manifest: Manifest) -> tuple[str, ...]:
+    tools = ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in manifest.tool.items())
+    source = _tick(manifest.repo_id) if manifest.repo_id else "a local folder"
+    return _tick(_folder(path)), source, _tick(manifest.commit) if manifest.commit else "–", tools
+
+
+def _custom(degrees: Mapping[str, Manifest]) -> str:
+    styles = sorted({name for manifest in degrees.values() for name in manifest.custom})
+    if not styles:
+        return ""
+    return (
+        f"\nIt was cut with styles of its own, {', '.join(map(_tick, styles))}: `--strategies FILE` names their code.\n"
+    )
+
+
+def _files(path: str, manifest: Manifest) -> str:
+    lines = [
+        (str(rank), _tick(record.name), f"{record.size:,}", _tick(record.digest))
+        for rank, record in enumerate(manifest.rank_files)
+    ]
+    return f"\n### {_folder(path)}\n\n{_table(('rank', 'file', 'bytes', 'digest (xxh3-128)'), lines)}\n"
+
+
+def _licence(terms: Terms, degrees: Mapping[str, Manifest]) -> str:
+    name = f"`{terms.licence}`" if terms.licence else "not known"
+    names = {extra.name for manifest in degrees.values() for extra in manifest.extras}
+    legal = sorted(n for n in names if n.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")))
+    along = f" The source's {', '.join(map(_tick, legal))} came along unchanged." if legal else ""
+    return f"Licence: {name}.{along}"
+
+
+def _python(place: str, revision: str | None) -> str:
+    pinned = f', revision="{_plain(revision)}"' if revision else ""
+    return f'```python\nimport runtime\n\nmodel = runtime.load("{place}"{pinned})\n```'
+
+
+def _shell(lines: Iterable[str]) -> str:
+    return "\n".join(["```sh", *lines, "```"])
+
+
+def _table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *lines))
+
+
+def _folder(path: str) -> str:
+    return f"{path}/" if path else "/"
+
+
+def _plain(text: object) -> str:
+    """Of a manifest nobody vouches for: nothing that Markdown or HTML would take for its own."""
+    return "".join("·" if c in "`|<>[]()*\\\"'$" else c for c in printable(text))
+
+
+def _tick(text: object) -> str:
+    return f"`{_plain(text)}`"

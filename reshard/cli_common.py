@@ -1,0 +1,40 @@
+"""What the commands share: options, how a result is printed, and how far work has come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+__all__ = ["format_option", "print_report", "progress_bar", "revision_option"]
+
+format_option = click.option(
+    "--format", "style", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
+)
+revision_option = click.option("--revision", help="Branch, tag or commit of a Hub id.")
+
+
+def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
+    """Print a result on stdout, as JSON or in words."""
+    # JSON has every other character that moves a cursor escaped.
+    click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, what: str = "writing") -> Iterator[Callable[[int], object]]:
+    """A bar on stderr where that is a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, leave=False, file=sys.stderr) as bar:
+
+        def update(size: int) -> None:
+            with lock:
+                bar.update(size)
+
+        yield update

@@ -1,0 +1,223 @@
+"""A resharded folder as one commit of a Hub repo: files, manifest and card together, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .card import is_ours, render
+from .errors import (
+    BadInputError,
+    DestinationExistsError,
+    PolicyError,
+    RemoteMovedError,
+    listed,
+    printable,
+)
+from .hub import Place, client
+from .hub_errors import doing
+from .inspection import inspect
+from .licence import Terms, check_public, source_terms
+from .manifest import Manifest, read_manifest
+from .source import MANIFEST_NAME
+from .uploading import Change, LocalFile, upload
+from .verification import verify
+
+__all__ = ["Published", "publish"]
+
+_CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What was published, or would be. `size` in bytes; `card` is whether the repo's page is written too.
+
+    `commit` and `url` are None for a dry run; `url` is the page that shows it, of the pull request where one was made.
+    """
+
+    repo_id: str
+    path: str
+    revision: str
+    private: bool
+    licence: str | None
+    files: int
+    size: int
+    deleted: tuple[str, ...]
+    card: bool
+    commit: str | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """The repo as it is: the commit to go onto (None: there is no repo), its branch, and its files by path."""
+
+    private: bool
+    head: str | None
+    new_branch: bool
+    files: Mapping[str, Any]
+
+
+def publish(
+    out: str | Path,
+    place: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    licence: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Published:
+    """Publish a resharded folder as `place`: a Hub repo, `org/name`, or a folder of one, `org/name/tp4`.
+
+    Its digests are checked first. The repo, and the branch `revision`, are made where they are missing. All of it
+    becomes visible in one commit, onto the one that was there at the start, and what the Hub then holds is compared
+    with what is here. Run again after an interruption, only what is missing is sent.
+
+    `licence` is the user's word that the model may be public: needed where the source is gated or private, names no
+    licence, or cannot be asked.
+
+    Raises:
+        IntegrityError: a file here, or on the Hub afterwards, is not what it should be.
+        PolicyError: that word is missing, or the repo is public though `private` is asked for.
+        DestinationExistsError: other weights are there.
+        NetworkError: the Hub cannot be reached, or refuses; says which right is missing.
+        RemoteMovedError: somebody else has changed the repo meanwhile.
+    """
+    folder, where = Path(out), Place.parse(place)
+    if "/" not in where.repo_id:
+        raise BadInputError(f"{printable(place)}: not a repo id", hint=f"name its owner too: OWNER/{where.repo_id}")
+    manifest = read_manifest(folder)
+    names = [*(record.name for record in manifest.files()), MANIFEST_NAME]
+    files = {where.inside(name): LocalFile.now(folder / name) for name in names if (folder / name).exists()}
+    verify(folder, progress=progress)
+
+    client()
+    remote = _look(where.repo_id, revision, private)
+    if private and not remote.private:
+        raise PolicyError(f"{where.repo_id}: is public", hint="make it private in its settings, or take another name")
+    terms = source_terms(manifest, licence)
+    if not remote.private:
+        check_public(str(where), terms)
+    card = _card(where, remote, manifest, terms, revision)
+    texts = {} if card is None else {_CARD: card}
+    plan = Published(
+        repo_id=where.repo_id,
+        path=where.path,
+        revision=revision or "main",
+        private=remote.private,
+        licence=terms.licence,
+        files=len(files) + len(texts),
+        size=sum(file.size for file in files.values()) + sum(len(text.encode()) for text in texts.values()),
+        deleted=_obsolete(where, remote, manifest),
+        card=card is not None,
+    )
+    if dry_run:
+        return plan
+    try:
+        remote = _create(where, remote, revision)
+        commit, url = upload(
+            Change(
+                repo_id=where.repo_id,
+                parent=str(remote.head),
+                revision=revision,
+                new_branch=remote.new_branch,
+                files=files,
+                texts=texts,
+                deleted=plan.deleted,
+                message=f"{where.path or 'model'} for {manifest.topology}, by reshard",
+                create_pr=create_pr,
+            )
+        )
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            error.__dict__.setdefault("hint", "the same command goes on, and sends only what is missing")
+        raise
+    return replace(plan, commit=commit, url=url)
+
+
+def _look(repo_id: str, revision: str | None, private: bool) -> _Remote:
+    """The repo, or if there is none what it would be."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    with doing("look it up", repo_id):
+        try:
+            info = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            return _Remote(private, None, False, {})
+        head, new_branch = info.sha, False
+        if revision is not None:
+            try:
+                head = api.model_info(repo_id, revision=revision).sha
+            except RevisionNotFoundError:
+                new_branch = True
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=head)
+        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    return _Remote(bool(info.private), head, new_branch, files)
+
+
+def _create(where: Place, remote: _Remote, revision: str | None) -> _Remote:
+    """The repo, made if there is none. Raises RemoteMovedError where another one has just come about."""
+    from huggingface_hub import HfApi
+
+    if remote.head is not None:
+        return remote
+    with doing("create the repo", where.repo_id):
+        HfApi().create_repo(where.repo_id, private=remote.private or None)
+    made = _look(where.repo_id, revision, remote.private)
+    if made.private < remote.private:
+        raise RemoteMovedError(f"{where.repo_id}: was made private, and is public")
+    return made
+
+
+def _obsolete(where: Place, remote: _Remote, manifest: Manifest) -> tuple[str, ...]:
+    """What an earlier publication has left there that this one has no more.
+
+    Raises DestinationExistsError where there are weights that are not of such a one.
+    """
+    earlier = set()
+    if where.inside(MANIFEST_NAME) in remote.files:
+        earlier = {where.inside(record.name) for record in inspect(str(where), revision=remote.head).files()}
+    there = [path for path in remote.files if path.rpartition("/")[0] == where.path]
+    weights = (".safetensors", ".safetensors.index.json", ".bin")
+    foreign = [path for path in there if path.endswith(weights) and path not in earlier]
+    if foreign:
+        raise DestinationExistsError(
+            f"{where}: holds other weights: {listed(foreign)}",
+            hint=f"name a folder of the repo: {where.repo_id}/tp{manifest.world_size}",
+        )
+    ours = {where.inside(record.name) for record in manifest.files()}
+    return tuple(path for path in sorted(there) if path in earlier - ours)
+
+
+def _card(where: Place, remote: _Remote, manifest: Manifest, terms: Terms, revision: str | None) -> str | None:
+    """The page for all degrees in the repo, checked by the Hub; None where somebody has written one, which stays."""
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    with doing("read its card", where.repo_id):
+        if _CARD in remote.files:
+            there = Path(hf_hub_download(where.repo_id, _CARD, revision=remote.head)).read_text(errors="replace")
+            if not is_ours(there):
+                return None
+    degrees = {where.path: manifest, **_other_degrees(where, remote)}
+    ordered = dict(sorted(degrees.items(), key=lambda item: (item[1].world_size, item[0])))
+    card = render(where.repo_id, ordered, terms, revision=revision)
+    with doing("have its card checked", where.repo_id):
+        ModelCard(card).validate()
+    return card
+
+
+def _other_degrees(where: Place, remote: _Remote) -> dict[str, Manifest]:
+    """The resharded folders that the repo holds besides, by path."""
+    found = {}
+    for path in remote.files:
+        folder, _, name = path.rpartition("/")
+        if name == MANIFEST_NAME and folder != where.path:
+            found[folder] = inspect(f"{where.repo_id}/{folder}".rstrip("/"), revision=remote.head)
+    return found

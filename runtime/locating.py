@@ -1,0 +1,95 @@
+"""Which folder all ranks load: found by rank 0, told to the others, so that all have one commit of a Hub repo."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from reshard.errors import IntegrityError, TopologyError, printable
+from reshard.hub import discard, find_resharded, locate
+from reshard.layout import rank_file_name
+from reshard.manifest import Manifest, read_manifest
+from reshard.source import MANIFEST_NAME
+from reshard.verification import check_file
+
+from .agreement import Deadline, UnansweredError, spoken, words_of
+
+__all__ = ["Located", "locate_together"]
+
+_calls = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A rank's folder and its manifest; `fetched` is whether it is in the cache, where a damaged file is not kept."""
+
+    folder: Path
+    manifest: Manifest
+    fetched: bool
+
+    def damaged(self, names: Sequence[str]) -> None:
+        """Let go of files of the cache, so that the next start fetches them again."""
+        for name in names if self.fetched else ():
+            discard(self.folder / name)
+
+
+def locate_together(
+    place: str, *, revision: str | None, rank: int, world_size: int, store: dist.Store, deadline: Deadline
+) -> Located:
+    """The resharded folder at `place`, or its folder `tpN` for so many ranks, with this rank's file.
+
+    Of a repo, each rank fetches its own file and the small ones, into a cache that the ranks of a machine share. Only
+    rank 0 asks which commit it is.
+
+    Raises:
+        TopologyError: the folder was made for another number of ranks; says which there are.
+        ReshardError: what stopped rank 0, on every rank.
+    """
+    key = f"reshard/place/{next(_calls)}"
+    if rank == 0:
+        try:
+            found = find_resharded(place, revision=revision, world_size=world_size)
+        except Exception as error:
+            store.set(key, json.dumps({"error": words_of(error)}))
+            raise
+        store.set(key, json.dumps({"place": found.place, "commit": found.commit}))
+        return _fetch(found.place, found.commit, rank, world_size)
+    if Path(place).exists():
+        found = find_resharded(place, world_size=world_size)
+        return _fetch(found.place, None, rank, world_size)
+    try:
+        store.wait([key], deadline.left())
+    except RuntimeError:
+        raise UnansweredError("rank 0 does not say which folder to load") from None
+    told = json.loads(store.get(key))
+    if "error" in told:
+        raise spoken(told["error"])
+    return _fetch(told["place"], told["commit"], rank, world_size)
+
+
+def _fetch(place: str, commit: str | None, rank: int, world_size: int) -> Located:
+    """Small files first: a rank of the wrong number of them fetches nothing large."""
+    folder, repo_id, _ = locate(place, revision=commit, patterns=[MANIFEST_NAME], ignored=())
+    manifest = read_manifest(folder)
+    if manifest.world_size != world_size:
+        raise TopologyError(
+            f"{printable(place)} was made for {manifest.world_size} ranks, not for {world_size}",
+            hint=f"use torchrun --nproc-per-node {manifest.world_size}, or convert with --tp-size {world_size}",
+        )
+    located = Located(folder, manifest, repo_id is not None)
+    if located.fetched:
+        names = [rank_file_name(rank), *(glob.escape(record.name) for record in manifest.extras)]
+        locate(place, revision=commit, patterns=names, ignored=())
+        for record in manifest.extras:
+            try:
+                check_file(folder, record)
+            except IntegrityError:
+                located.damaged([record.name])
+                raise
+    return located

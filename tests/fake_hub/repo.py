@@ -1,0 +1,68 @@
+"""What the stand-in keeps of a repo: whole trees by commit, and the names of commits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha1, sha256
+
+
+@dataclass
+class Repo:
+    """Whole trees by commit, and the branches and tags that name commits.
+
+    With a token, only that one sees a private repo, and only that one gets the files of a gated one.
+    """
+
+    token: str | None = None
+    gated: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
+    tags: set[str] = field(default_factory=set)
+
+    @property
+    def private(self) -> bool:
+        return self.token is not None and not self.gated
+
+    def commit(self, files: Mapping[str, bytes], *, branch: str = "main", deleted: Iterable[str] = ()) -> str:
+        """Add, replace and delete files on a branch. Returns the commit."""
+        parent = self.revisions.get(branch, "")
+        tree = {path: data for path, data in self.commits.get(parent, {}).items() if path not in set(deleted)}
+        tree.update(files)
+        content = [(path, etag(path, data)) for path, data in sorted(tree.items())]
+        sha = sha1(repr((parent, len(self.commits), content)).encode()).hexdigest()
+        self.commits[sha] = tree
+        self.revisions[branch] = sha
+        return sha
+
+    def tag(self, name: str) -> None:
+        """Name what `main` is now."""
+        self.tags.add(name)
+        self.revisions[name] = self.revisions["main"]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What `main` holds."""
+        return self.commits[self.revisions["main"]]
+
+
+def is_lfs(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin", ".pth"))
+
+
+def etag(path: str, data: bytes) -> str:
+    """The oid of a file: git's of a blob, SHA-256 of what goes through LFS."""
+    return sha256(data).hexdigest() if is_lfs(path) else sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()
+
+
+def file_entry(path: str, data: bytes) -> dict[str, object]:
+    """A file as the tree and paths-info tell of it."""
+    lfs = {"lfs": {"oid": etag(path, data), "size": len(data), "pointerSize": 130}} if is_lfs(path) else {}
+    return {"type": "file", "oid": etag(path, data)[:40], "size": len(data), "path": path, **lfs}
+
+
+def card_data(tree: Mapping[str, bytes]) -> dict[str, str]:
+    """`key: value` of the front matter of a README, which is what the Hub makes the model's metadata of."""
+    front = re.match(rb"---\n(.*?\n)---\n", tree.get("README.md", b""), re.S)
+    return dict(re.findall(r"^(\w+): *(\S.*)$", front[1].decode(), re.M)) if front else {}
