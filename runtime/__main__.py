@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from typing import Any
@@ -26,6 +27,7 @@ from .mesh import connect, shut_down
 from .ranks import this_rank
 
 _TO_SPEAK = 1.0  # seconds to reach the store, which says who does
+_TO_END = 0.5  # seconds from when a process closes its sockets until it has ended
 _PARENT = os.getppid()
 
 _out = click.argument("out")
@@ -136,6 +138,8 @@ def _speaks_first() -> bool:
     try:
         return connect(info, Deadline.after(_TO_SPEAK)).add("reshard/spoken", 1) == 1
     except (ReshardError, RuntimeError):
+        if info.rank != 0:
+            time.sleep(_TO_END)
         return info.rank == 0 or os.getppid() == _PARENT  # torchrun, which holds the store, is not what has ended
 
 
