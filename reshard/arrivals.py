@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["Arrivals"]
+__all__ = ["Arrivals", "in_order"]
+
+_LOOK_UP = 0.1  # seconds between looks whether the work is given up
+
+
+def in_order(together: Iterable[Collection[str]]) -> dict[str, int]:
+    """The files of many pieces of work, by name, each with how many must be here at once when it has come.
+
+    `together` are the files that one piece of work reads; it is done when the last of them has come.
+    """
+    last: dict[str, str] = {}
+    for names in together:
+        for name in names:
+            last[name] = max(last.get(name, name), *names)
+    return {name: sum(first <= name <= end for first, end in last.items()) for name in sorted(last)}
 
 
 class Arrivals:
-    """Files fetched in order on a thread of its own, at most `ahead` of them here at a time.
+    """Files fetched in order on a thread of its own, `ahead` of them here at a time.
 
-    Whoever needs a file out of order gets it, so that nobody waits for another: then there are more. `discard` is
-    called with each file that everybody is done with. Leaving the context ends it after the file under way.
+    A file that is asked for out of its turn is fetched at once, and does not count. `discard` is called with each
+    file that everybody is done with. Leaving the context ends it after the file under way.
     """
 
-    def __init__(
-        self, fetch: Callable[[str], Path], order: Iterable[str], *, discard: Callable[[Path], object], ahead: int = 2
-    ) -> None:
+    def __init__(self, fetch: Callable[[str], Path], *, discard: Callable[[Path], object], ahead: int = 2) -> None:
         self._fetch, self._discard, self._ahead = fetch, discard, ahead
-        self._queue, self._urgent = list(order), list[str]()
-        self._begun: set[str] = set()  # and not done with
+        self._queue: dict[str, int] = {}
+        self._urgent: list[str] = []
+        self._begun: set[str] = set()  # in order, and not done with
+        self._asked: set[str] = set()  # out of order
         self._here: dict[str, Path | BaseException] = {}
         self._stop = False
         self._change = threading.Condition()
@@ -36,28 +50,46 @@ class Arrivals:
             self._stop = True
             self._change.notify_all()
 
-    def wait(self, name: str) -> Path:
-        """The file, when it is here. Raises what fetching it raised; InterruptedError where the context has ended."""
+    def expect(self, needs: Mapping[str, int]) -> None:
+        """Fetch these in this order, and no others that nobody has asked for. With each goes how many must be here at
+        once when it has come, itself included: so many may be, or everybody would wait."""
         with self._change:
-            if name not in self._begun:
-                self._urgent.append(name)
-                self._begun.add(name)
-                self._change.notify_all()
-            self._change.wait_for(lambda: name in self._here or self._stop)
-            if name not in self._here:
-                raise InterruptedError
+            self._queue = {name: most for name, most in needs.items() if name not in self._begun | self._asked}
+            self._change.notify_all()
+
+    def ask(self, name: str) -> None:
+        """Fetch a file out of its turn."""
+        with self._change:
+            self._ask(name)
+
+    def _ask(self, name: str) -> None:
+        if name not in self._begun | self._asked:
+            self._queue.pop(name, None)
+            self._urgent.append(name)
+            self._asked.add(name)
+            self._change.notify_all()
+
+    def wait(self, name: str, given_up: Callable[[], bool] = lambda: False) -> Path:
+        """The file, when it is here. Raises what fetching it raised; InterruptedError once it is `given_up`."""
+        with self._change:
+            if name not in self._queue:
+                self._ask(name)
+            while name not in self._here:
+                if self._stop or given_up():
+                    raise InterruptedError
+                self._change.wait(_LOOK_UP)
             found = self._here[name]
         if isinstance(found, BaseException):
             raise found
         return found
 
     def done(self, name: str) -> None:
-        """Nobody needs the file any more, or not again for long."""
+        """Nobody needs the file any more."""
         with self._change:
             found = self._here.pop(name, None)
             self._begun.discard(name)
-            if name in self._queue:
-                self._queue.remove(name)
+            self._asked.discard(name)
+            self._queue.pop(name, None)
             self._change.notify_all()
         if isinstance(found, Path):
             self._discard(found)
@@ -66,20 +98,19 @@ class Arrivals:
         """What to fetch now. The lock is held."""
         if self._urgent:
             return self._urgent.pop(0)
-        while self._queue and self._queue[0] in self._begun:
-            self._queue.pop(0)
-        if self._queue and len(self._begun) < self._ahead:
-            self._begun.add(self._queue[0])
-            return self._queue.pop(0)
+        for name, most in self._queue.items():
+            if len(self._begun) >= max(self._ahead, most):
+                return None
+            del self._queue[name]
+            self._begun.add(name)
+            return name
         return None
 
     def _run(self) -> None:
         while True:
             with self._change:
-                name = self._next()
-                while name is None and not self._stop:
+                while (name := self._next()) is None and not self._stop:
                     self._change.wait()
-                    name = self._next()
                 if self._stop or name is None:
                     return
             found: Path | BaseException

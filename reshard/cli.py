@@ -89,12 +89,23 @@ def cli(verbose: bool) -> None:
 @click.argument("out", type=click.Path())
 @_what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
+@click.option(
+    "--keep-cache", is_flag=True, help="Keep the files of a Hub id in the cache, not only while they are cut."
+)
 @_workers
 @_no_sync
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @format_option
 def convert(
-    source: str, out: str, overwrite: bool, workers: int | None, no_sync: bool, dry_run: bool, style: str, **cut: Any
+    source: str,
+    out: str,
+    overwrite: bool,
+    keep_cache: bool,
+    workers: int | None,
+    no_sync: bool,
+    dry_run: bool,
+    style: str,
+    **cut: Any,
 ) -> None:
     """Write SOURCE (a checkpoint folder or a Hub id) into the folder OUT, one file for each rank.
 
@@ -113,7 +124,16 @@ def convert(
     from . import convert as run
     from .report import manifest_report
 
-    manifest = run(source, out, overwrite=overwrite, workers=workers, sync=not no_sync, progress=progress_bar, **cut)
+    manifest = run(
+        source,
+        out,
+        overwrite=overwrite,
+        keep_cache=keep_cache,
+        workers=workers,
+        sync=not no_sync,
+        progress=progress_bar,
+        **cut,
+    )
     size = sum(record.size for record in manifest.rank_files)
     print_report(
         {"out": out, **manifest_report(manifest)},

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .arrivals import Arrivals
 from .digest import ALGORITHM, DigestsAhead, FileRecord, digest_of, new_digest
 from .executor import write_files
-from .hub import fetch
+from .hub import fetch, locate
 from .journal import Journal
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
 from .manifest import Manifest
@@ -21,6 +24,7 @@ from .placement import is_box
 from .planning import ReshardPlan, build_plan
 from .progress import Progress, silent
 from .reader import equal_tensors
+from .remote import Remote, open_remote
 from .resharded import Resharded, open_resharded
 from .rules import AUTO, read_rules
 from .source import MANIFEST_NAME, Source, SourceFile, is_resharded, open_source
@@ -56,7 +60,7 @@ def plan(
     Raises a `ReshardError`.
     """
     planned, _ = _plan(
-        *_open(str(source), revision),
+        _open(str(source), revision),
         Topology(tp_size, ep_size),
         tp_plan=tp_plan,
         strategies=strategies,
@@ -66,26 +70,73 @@ def plan(
     return planned
 
 
-def _open(place: str, revision: str | None) -> tuple[Source, Resharded | None]:
-    """The checkpoint, and where a resharded folder is what there is of it, that."""
-    folder, repo_id, commit = fetch(place, revision=revision)
-    if is_resharded(folder):
-        made = open_resharded(folder)
-        return made.source, made
-    return open_source(folder, repo_id=repo_id, commit=commit), None
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """The checkpoint that is planned, and what there is of it: its files, or else a resharded folder that was `made`
+    of it, or files that are still to come from a `remote` place."""
+
+    source: Source
+    made: Resharded | None = None
+    remote: Remote | None = None
+
+    @property
+    def held(self) -> Source:
+        """What is read."""
+        return self.made.held if self.made else self.source
+
+    def ahead(self) -> DigestsAhead:
+        """Digests of the files that are here as the source has them."""
+        here = () if self.made or self.remote else self.source.files
+        return DigestsAhead({file.name: file.path for file in here})
+
+    @contextlib.contextmanager
+    def arrivals(self, folder: Path | None, *, at_once: bool) -> Iterator[Arrivals | None]:
+        """The files that are still to come, if any, each in `folder` for as long as it is needed; without a folder,
+        they stay in the cache. With `at_once` the first begin to come before it is known which are needed."""
+        if self.remote is None:
+            yield None
+            return
+        remote = self.remote
+
+        def discard(path: Path) -> None:
+            if folder is not None and path.is_relative_to(folder):
+                path.unlink(missing_ok=True)
+
+        with Arrivals(partial(remote.fetch, folder=folder), discard=discard) as arrivals:
+            if at_once:
+                arrivals.expect(dict.fromkeys((file.name for file in self.source.files), 1))
+            yield arrivals
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open(place: str, revision: str | None) -> _Origin:
+    root, repo_id, commit = locate(place, revision=revision)
+    if is_resharded(root):
+        made = open_resharded(fetch(place, revision=commit or revision)[0])
+        return _Origin(made.source, made=made)
+    if repo_id is None or commit is None:
+        return _Origin(open_source(root))
+    remote = open_remote(root, repo_id, commit)
+    return _Origin(remote.source, remote=remote)
 
 
 def _plan(
-    checkpoint: Source,
-    made: Resharded | None,
+    origin: _Origin,
     topology: Topology,
     *,
     tp_plan: Mapping[str, str] | str | Path,
     strategies: ParallelInterface,
     dtype: str | None,
     drop_unused: bool,
+    arrivals: Arrivals | None = None,
 ) -> tuple[ReshardPlan, list[FileLayout]]:
-    """The plan, and the files to fill from what is read."""
+    """The plan, and the files to fill from what is read. Two tensors of a remote checkpoint that could be equal are
+    compared only where their files arrive."""
+    checkpoint, made = origin.source, origin.made
+    equal: Callable[[str, str], bool] | None = partial(equal_tensors, checkpoint, arrivals=arrivals)
+    if made or (origin.remote and not arrivals):
+        equal = made.equal if made else None
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
     planned = build_plan(
         checkpoint,
@@ -94,7 +145,7 @@ def _plan(
         cast=dtype is not None,
         drop_unused=drop_unused,
         strategies=strategies,
-        equal=made.equal if made else partial(equal_tensors, checkpoint),
+        equal=equal,
     )
     layouts = plan_layouts(planned)
     return planned, [made.relocated(layout) for layout in layouts] if made else layouts
@@ -128,6 +179,7 @@ def convert(
     dtype: str | None = None,
     drop_unused: bool = False,
     overwrite: bool = False,
+    keep_cache: bool = False,
     workers: int | None = None,
     sync: bool = True,
     progress: Progress = silent,
@@ -138,6 +190,8 @@ def convert(
     `out` appears in one step when everything is on disk; on any failure an earlier `out` is untouched, and what was
     written stays beside it in `OUT.part-…`, where the same call goes on. Memory does not grow with the model (see
     `write_files`). What to cut and how is said as for `plan`.
+    Files of the Hub that are not in its cache are fetched two ahead of what is cut, and removed when they have been;
+    with `keep_cache` they stay in the cache.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
 
@@ -147,19 +201,20 @@ def convert(
     out = Path(out)
     topology = Topology(tp_size, ep_size)
     with staged_folder(out, overwrite=overwrite, sync=sync) as stage:
-        checkpoint, made = _open(str(source), revision)
-        held = made.held if made else checkpoint
-        with DigestsAhead({} if made else {file.name: file.path for file in held.files}) as ahead:
+        origin = _open(str(source), revision)
+        checkpoint, made = origin.source, origin.made
+        staging = None if keep_cache else out.with_name(f"{out.name}.fetched")
+        with origin.ahead() as ahead, origin.arrivals(staging, at_once=not stage.begun()) as arrivals:
             planned, layouts = _plan(  # imports transformers: time for a few gigabytes
-                checkpoint,
-                made,
+                origin,
                 topology,
                 tp_plan=tp_plan,
                 strategies=strategies,
                 dtype=dtype,
                 drop_unused=drop_unused,
+                arrivals=arrivals,
             )
-            folder = stage.begin(_work(planned, layouts, held.files))
+            folder = stage.begin(_work(planned, layouts, origin.held.files))
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
@@ -167,8 +222,9 @@ def convert(
                 written, source_digests = write_files(
                     folder,
                     layouts,
-                    held,
+                    origin.held,
                     ahead=ahead,
+                    arrivals=arrivals,
                     records=made.records if made else None,
                     journal=journal,
                     workers=workers,

@@ -7,11 +7,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from .arrivals import Arrivals, in_order
 from .digest import DigestsAhead, FileRecord, new_digest, tree_digest
+from .jobs import Job, run_jobs
 from .journal import Journal
 from .layout import FileLayout, Slot
 from .output import begin_writeback, create, digest_in, pwrite, write_error
@@ -23,6 +24,8 @@ from .targets import LocalTensor
 
 __all__ = ["write_files"]
 
+_SOURCE = ""  # in the journal, where an output file is named: no file has this name
+
 
 def write_files(
     folder: Path,
@@ -30,6 +33,7 @@ def write_files(
     source: Source,
     *,
     ahead: DigestsAhead | None = None,
+    arrivals: Arrivals | None = None,
     records: Mapping[str, FileRecord] | None = None,
     journal: Journal | None = None,
     workers: int | None = None,
@@ -42,8 +46,9 @@ def write_files(
     Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With
     `sync`, every file is on disk on return. With a journal, what an earlier run wrote is kept where it still has the
     digest claimed there. Source files that `ahead` has begun are not digested again; of those with `records`, which
-    are rank files themselves, every tensor is checked instead. Returns what was written, and the digests of the source
-    files by name.
+    are rank files themselves, every tensor is checked instead. Those that are still to come are taken from `arrivals`,
+    each for as long as it is needed, and not asked for where nothing of them is missing. Returns what was written, and
+    the digests of the source files by name.
 
     Raises:
         StorageError: the disk refused.
@@ -57,10 +62,11 @@ def write_files(
     scratch = _Scratch()
     stop = threading.Event()
     written = False
+    claimed = journal.claimed if journal else {}
 
     def write(index: int, slot: Slot) -> None:
         name, tensor = layouts[index].name, slot.tensor.name
-        claim = journal.claimed.get((name, tensor)) if journal else None
+        claim = claimed.get((name, tensor))
         if claim is not None and digest_in(files[index], slot, scratch()) == claim:
             digests[index][tensor] = claim
             progress(slot.tensor.nbytes)
@@ -94,22 +100,32 @@ def write_files(
                 check_digests(file.path, records[file.name], file.header, found)
             return
         known = ahead.get(file.name) if ahead else None
+        if arrivals:  # of a file that can only be this one, so that a claim holds
+            known = claimed.get((_SOURCE, file.name))
         source_digests[file.name] = known or digest_range(file.name, 0, file.size)
+        if arrivals and journal and not known and not stop.is_set():
+            journal.add(_SOURCE, file.name, source_digests[file.name])
 
-    jobs: list[tuple[tuple[str, float], Callable[[], None]]] = [
-        (_first_byte(slot.tensor, source), partial(write, index, slot))
+    jobs = [
+        Job(*_reads(slot.tensor, source), partial(write, index, slot), (layout.name, slot.tensor.name) in claimed)
         for index, layout in enumerate(layouts)
         for slot in layout.slots
     ]
-    jobs += [((file.name, math.inf), partial(digest_source, file)) for file in source.files]
-    jobs.sort(key=lambda job: job[0])
+    jobs += [
+        Job((file.name,), math.inf, partial(digest_source, file), (_SOURCE, file.name) in claimed)
+        for file in source.files
+    ]
+    # Of files that are here, each is read once, from its beginning; others are waited for no longer than must be.
+    jobs.sort(key=lambda job: (job.files[-1 if arrivals else 0] if job.files else "", job.at))
+    if arrivals:
+        arrivals.expect(in_order(job.files for job in jobs if job.files and not job.done))
     try:
         with contextlib.ExitStack() as opened:
             for layout in layouts:
                 files.append(create(folder / layout.name, layout, anew=journal is None))
                 opened.callback(os.close, files[-1])
-            with SourceReader(source) as reader:
-                _run([work for _, work in jobs], workers or worker_count(), stop)
+            with SourceReader(source, arrivals, stop.is_set) as reader:
+                run_jobs(jobs, workers or worker_count(), stop, release=reader.release)
             written = True
             for fd in files if sync else ():
                 os.fsync(fd)
@@ -123,6 +139,13 @@ def _evidence(layout: FileLayout, found: dict[str, str]) -> FileRecord:
     return FileRecord(layout.name, layout.size, tree_digest(layout.head, tensors.values()), tensors)
 
 
+def _reads(tensor: LocalTensor, source: Source) -> tuple[tuple[str, ...], float]:
+    """The source files that a tensor is made of, in order, and the byte where it begins in the first."""
+    infos = [source.tensors[region.source] for region in tensor.regions]
+    files = tuple(sorted({info.file for info in infos}))
+    return files, float(min((info.start for info in infos if info.file == files[0]), default=0))
+
+
 class _Scratch(threading.local):
     """One block of memory per thread, made at its first use."""
 
@@ -131,59 +154,3 @@ class _Scratch(threading.local):
 
     def __call__(self) -> memoryview:
         return self.block
-
-
-def _first_byte(tensor: LocalTensor, source: Source) -> tuple[str, float]:
-    """Where a tensor's data begins in the source: jobs in this order read each file once, from its beginning."""
-    infos = (source.tensors[region.source] for region in tensor.regions)
-    return min(((info.file, float(info.start)) for info in infos), default=("", 0.0))
-
-
-def _run(jobs: Sequence[Callable[[], None]], workers: int, stop: threading.Event) -> None:
-    """Do every job on a pool; the first failure, or an interrupt, sets `stop` and ends the rest.
-
-    On return no thread is at work, whatever happened: the files that they write to can be closed. An interrupt can come
-    while the pool is starting a thread, which the pool then does not know and would not wait for.
-    """
-    waiting = iter(jobs)
-    lock = threading.Condition()
-    at_work = 0
-
-    def drain() -> None:
-        nonlocal at_work
-        with lock:
-            if stop.is_set():
-                return
-            at_work += 1
-        try:
-            while not stop.is_set():
-                with lock:
-                    job = next(waiting, None)
-                if job is None:
-                    return
-                job()
-        except BaseException:
-            stop.set()
-            raise
-        finally:
-            with lock:
-                at_work -= 1
-                lock.notify_all()
-
-    def wait_for_all() -> None:
-        with lock:
-            stop.set()  # a thread that has not begun will not
-            lock.wait_for(lambda: not at_work)
-
-    workers = max(1, min(workers, len(jobs)))
-    with ThreadPoolExecutor(workers, thread_name_prefix="reshard") as pool:
-        try:
-            for future in [pool.submit(drain) for _ in range(workers)]:
-                future.result()
-        finally:
-            while True:
-                try:
-                    wait_for_all()
-                    break
-                except BaseException:  # another interrupt: the first one is under way already
-                    continue

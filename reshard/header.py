@@ -27,6 +27,7 @@ __all__ = [
     "TEXT_LIMIT",
     "Header",
     "TensorInfo",
+    "header_length",
     "parse_header",
     "read_header",
 ]
@@ -199,6 +200,13 @@ def _check_layout(tensors: list[TensorInfo], end: int, file_size: int) -> None:
         raise ValueError(f"expected a file of {end} bytes by its header, got {file_size}")
 
 
+def header_length(first: bytes, *, file: str, file_size: int) -> int:
+    """Bytes of a header's JSON, which its file of `file_size` bytes begins with. Raises BadInputError."""
+    length = int.from_bytes(first[:8], "little")
+    _check_length(length, file, file_size)
+    return length
+
+
 def _check_length(length: int, file: str, file_size: int) -> None:
     if not 0 < length <= min(HEADER_LIMIT, file_size - 8):
         what = f"expected 1 to {HEADER_LIMIT}, within a file of {file_size} bytes"
@@ -232,8 +240,8 @@ def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as source:
             if not os.path.isfile(source.fileno()):
                 raise BadInputError(f"{printable(file)}: expected a regular file")
-            length = int.from_bytes(source.read(8), "little")
-            _check_length(length, file, size := os.fstat(source.fileno()).st_size)
+            size = os.fstat(source.fileno()).st_size
+            length = header_length(source.read(8), file=file, file_size=size)
     except OSError as error:
         raise BadInputError(f"{printable(file)}: cannot be read: {error.strerror}") from None
     with MappedFile(Path(path), size=size) as mapped:

@@ -19,7 +19,9 @@ def doing(words: str, place: object) -> Iterator[None]:
         raise explain(error, str(place), writing=words) from None
 
 
-def explain(error: Exception, place: str, *, revision: str | None = None, writing: str | None = None) -> ReshardError:
+def explain(
+    error: BaseException, place: str, *, revision: str | None = None, writing: str | None = None
+) -> ReshardError:
     """The error to raise for one of the client's. `writing` says what was to be done to the repo, if it was that."""
     if isinstance(error, ReshardError):
         return error

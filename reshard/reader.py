@@ -6,10 +6,11 @@ import math
 import mmap
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from .arrivals import Arrivals
 from .dtypes import itemsize, torch_name
 from .guard import MappedFile, check_unchanged
 from .placement import Piece
@@ -31,12 +32,16 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable", ca
 class SourceReader:
     """The source files, mapped. Mapped pages belong to the page cache: they are not this process's memory.
 
+    Files that are still to come are waited for in `arrivals`, until the work is `given_up`; they are nobody else's.
+
     Leaving the context raises IntegrityError where a source file is not what it was when it was opened, in place of any
     other error: that would be about bytes nobody wrote.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(
+        self, source: Source, arrivals: Arrivals | None = None, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._source, self._arrivals, self._given_up = source, arrivals, given_up
         self._maps: dict[str, MappedFile] = {}
         self._lock = threading.Lock()
 
@@ -49,18 +54,31 @@ class SourceReader:
         if kind is None or issubclass(kind, Exception):
             for mapped in maps:
                 mapped.check()
-            for file in self._source.files:
+            for file in self._source.files if self._arrivals is None else ():
                 check_unchanged(file.path, size=file.size, mtime_ns=file.mtime_ns)
 
     def _map(self, name: str) -> mmap.mmap:
-        with self._lock:
-            if name not in self._maps:
-                file = self._source.file(name)
-                self._maps[name] = MappedFile(file.path, size=file.size, mtime_ns=file.mtime_ns)
-            mapped = self._maps[name]
+        mapped = self._maps.get(name)
+        if mapped is None:
+            file = self._source.file(name)
+            path = self._arrivals.wait(name, self._given_up) if self._arrivals else file.path
+            with self._lock:
+                mapped = self._maps.get(name) or MappedFile(
+                    path, size=file.size, mtime_ns=None if self._arrivals else file.mtime_ns
+                )
+                self._maps[name] = mapped
         if mapped.shrunk:  # what is left to do would be in vain
             mapped.check()
         return mapped.data
+
+    def release(self, name: str) -> None:
+        """Nobody reads this file any more: one that came for this can go."""
+        if self._arrivals:
+            with self._lock:
+                mapped = self._maps.pop(name, None)
+            if mapped is not None:
+                mapped.check()
+            self._arrivals.done(name)
 
     def view(self, region: Region, *, bits: bool) -> torch.Tensor:
         """The region's elements as a strided view of the mapped file; as same-width integers where `bits`."""
@@ -131,14 +149,17 @@ def _gather(regions: Sequence[Region], box: Box, dtype: str, reader: SourceReade
         target[index].copy_(reader.view(region, bits=bits))
 
 
-def equal_tensors(source: Source, one: str, other: str) -> bool:
+def equal_tensors(source: Source, one: str, other: str, *, arrivals: Arrivals | None = None) -> bool:
     """Whether two source tensors hold the same bytes, read in blocks."""
     a, b = source.tensors[one], source.tensors[other]
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     if 0 in a.shape:
         return True
-    with SourceReader(source) as reader:
+    if arrivals:
+        arrivals.ask(a.file)
+        arrivals.ask(b.file)
+    with SourceReader(source, arrivals) as reader:
         size = math.prod(a.shape)
         width = a.nbytes // size
         for start in range(0, size, BLOCK_BYTES // width):

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .errors import BadInputError, PolicyError, listed, printable
@@ -150,8 +151,15 @@ def model_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def open_source(root: Path, *, repo_id: str | None = None, commit: str | None = None) -> Source:
-    """Read a checkpoint folder: `model.safetensors`, or several files and their index. Headers only.
+def open_source(
+    root: Path,
+    *,
+    repo_id: str | None = None,
+    commit: str | None = None,
+    absent: Mapping[str, SourceFile] = MappingProxyType({}),
+) -> Source:
+    """Read a checkpoint folder: `model.safetensors`, or several files and their index. Headers only. Files that are
+    `absent` are part of it, though they are not here yet.
 
     Raises:
         BadInputError: a file is missing, truncated or malformed, a tensor occurs twice, or files and index disagree.
@@ -161,14 +169,14 @@ def open_source(root: Path, *, repo_id: str | None = None, commit: str | None = 
         raise BadInputError(
             f"{printable(root)}: no such folder", hint="give a checkpoint folder, or a Hub id such as org/name"
         )
-    names = sorted(os.listdir(root))
+    names = sorted({*os.listdir(root), *absent})
     wanted = weight_files(root)
     config = model_config(root)
     if wanted == [SINGLE_NAME] and SINGLE_NAME not in names:
         raise _no_weights(root, names)
     if SINGLE_NAME in names and SINGLE_NAME not in wanted:
         raise BadInputError(f"{printable(root)}: holds both {SINGLE_NAME} and an index of other files")
-    files = tuple(_open_file(root, name) for name in wanted)
+    files = tuple(absent[name] if name in absent else _open_file(root, name) for name in wanted)
     tensors = _merge_headers(files)
     if INDEX_NAME in names:
         _check_index(root, _read_index(root), tensors)

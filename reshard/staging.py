@@ -31,6 +31,10 @@ class Stage:
         self._out = out
         self.folder: Path | None = None
 
+    def begun(self) -> bool:
+        """Whether an earlier run has left something."""
+        return bool(_unfinished(self._out))
+
     def begin(self, work: str) -> Path:
         """The folder to fill, named after `work`, the digest of all that goes into it: of the same work, what an
         earlier run left is kept; of other work, it is removed. Raises StorageError.

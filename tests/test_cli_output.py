@@ -159,7 +159,7 @@ def on_progress(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -
     def progress(*_: object) -> Iterator[Callable[[int], object]]:
         yield update
 
-    monkeypatch.setattr(reshard.cli, "_progress", progress)
+    monkeypatch.setattr(reshard.cli, "progress_bar", progress)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -1,0 +1,291 @@
+"""Converting straight from the Hub: each file is here while it is cut, and fetched once, whatever comes between."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_tools import Checkpoint
+from fake_hub import FakeHub, faults
+from safetensors.torch import load_file, save_file
+
+import reshard
+from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError
+from reshard.journal import Journal
+from reshard.remote import Remote
+
+WEIGHTS = re.compile(r"GET /org/model/resolve/[^/]+/(model-.*\.safetensors)")
+
+
+@pytest.fixture
+def published(here: FakeHub, checkpoint: Checkpoint) -> FakeHub:
+    """The Hub of this process, with a llama in three files."""
+    here.create("org/model", contents(checkpoint("llama")))
+    return here
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same(out: Path, local: Path, place: str = "org/model") -> None:
+    """`out` is `local`, but for where the manifest says it comes from."""
+    found, expected = contents(out), contents(local)
+    assert found.pop("reshard.json") != expected.pop("reshard.json")
+    assert found == expected
+    commit = reshard.inspect(out).commit
+    assert commit is not None
+    assert reshard.inspect(out) == dataclasses.replace(reshard.inspect(local), repo_id=place, commit=commit)
+    assert not list(out.parent.glob(f"{out.name}.*"))
+
+
+@pytest.fixture
+def local(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    reshard.convert(checkpoint("llama"), tmp_path / "local", tp_size=2)
+    return tmp_path / "local"
+
+
+def fetched(hub: FakeHub, sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Bytes of weights that were asked for: of each file as a whole or its rest, and of ranges for headers."""
+    bodies: dict[str, int] = dict.fromkeys(sizes, 0)
+    headers = 0
+    for request in hub.requests:
+        match = WEIGHTS.fullmatch(str(request))
+        if match is None:
+            continue
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "bytes=0-"))
+        assert asked is not None
+        if asked[2]:
+            headers += int(asked[2]) + 1 - int(asked[1])
+        else:
+            bodies[match[1]] += sizes[match[1]] - int(asked[1])
+    return bodies, headers
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+
+
+def cached(home: Path) -> list[str]:
+    return sorted(path.name for path in home.rglob("snapshots/*/*.safetensors"))
+
+
+def test_each_file_is_fetched_once_and_stays_no_longer_than_needed(
+    published: FakeHub, checkpoint: Checkpoint, home: Path, local: Path, tmp_path: Path
+) -> None:
+    out, most = tmp_path / "out", 0
+
+    class Watching:
+        def __enter__(self) -> Callable[[int], None]:
+            return self.look
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def look(self, _: int) -> None:
+            nonlocal most
+            most = max(most, len(list(out.with_name("out.fetched").glob("*.safetensors"))))
+
+    reshard.convert("org/model", out, tp_size=2, progress=lambda _: Watching())  # type: ignore[arg-type, return-value]
+    assert_same(out, local)
+    sizes = sizes_of(checkpoint("llama"))
+    bodies, headers = fetched(published, sizes)
+    assert bodies == sizes
+    assert headers <= 16 * 1024 * len(sizes)
+    assert 1 <= most <= 2
+    assert cached(home) == []
+
+
+def test_kept_in_the_cache(
+    published: FakeHub, home: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reshard.convert("org/model", tmp_path / "out", tp_size=2, keep_cache=True)
+    assert_same(tmp_path / "out", local)
+    assert cached(home) == sorted(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
+    published.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reshard.convert("org/model", tmp_path / "again", tp_size=2)
+    assert_same(tmp_path / "again", local)
+    assert published.requests == []
+    assert len(cached(home)) == 3
+
+
+def test_what_the_cache_has_is_not_fetched(
+    published: FakeHub, checkpoint: Checkpoint, home: Path, local: Path, tmp_path: Path
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download("org/model", "model-00002-of-00003.safetensors")
+    published.requests.clear()
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local)
+    bodies, _ = fetched(published, sizes_of(checkpoint("llama")))
+    assert bodies["model-00002-of-00003.safetensors"] == 0
+    assert cached(home) == ["model-00002-of-00003.safetensors"]
+
+
+@pytest.mark.parametrize("after", [1, 9, 20, 40])
+def test_an_interrupted_conversion_fetches_only_what_is_missing(
+    after: int, published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
+) -> None:
+    real, count = Journal.add, itertools.count(1)
+
+    def add(self: Journal, *arguments: str) -> None:
+        real(self, *arguments)
+        if next(count) == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            reshard.convert("org/model", tmp_path / "out", tp_size=2, workers=1)
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local)
+    sizes = sizes_of(checkpoint("llama"))
+    bodies, _ = fetched(published, sizes)
+    assert sum(bodies.values()) == sum(sizes.values())
+
+
+def test_a_broken_connection_goes_on_where_it_was(
+    published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
+) -> None:
+    name = "model-00002-of-00003.safetensors"
+    published.fail(f"GET .*{name}", faults.stall(0, seconds=0))  # of the header
+    published.fail(f"GET .*{name}", faults.drop(20_000), times=1)
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local)
+    assert published.faults_left == 0
+
+
+def test_a_hub_that_has_gone_is_waited_for_no_longer(
+    published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
+) -> None:
+    name = "model-00002-of-00003.safetensors"
+    published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # its header
+    published.fail(f"(GET|HEAD) /org/model/resolve.*{name}", faults.status(503), times=100)
+    with pytest.raises(NetworkError) as failed:
+        reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert "kept" in str(failed.value.hint)
+    assert not (tmp_path / "out").exists()
+    published.recover()
+    published.requests.clear()
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local)
+    bodies, _ = fetched(published, sizes_of(checkpoint("llama")))
+    assert bodies["model-00001-of-00003.safetensors"] == 0  # cut before
+
+
+@pytest.mark.fault(16)
+def test_wrong_bytes_are_not_cut(published: FakeHub, local: Path, tmp_path: Path) -> None:
+    name = "model-00002-of-00003.safetensors"
+    published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # its header
+    published.fail(f"GET /org/model/resolve.*{name}", faults.corrupt(), times=1)
+    with pytest.raises(IntegrityError, match=f"org/model: {name} is not what the Hub has"):
+        reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob(name))
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local)
+
+
+def test_tied_tensors_are_compared_as_they_arrive(here: FakeHub, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The one is in the first file and the other in the last: both are there at once, and fetched once."""
+    source = Path(shutil.copytree(checkpoint("llama", tie_word_embeddings=True), tmp_path / "source"))
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = content["weight_map"]["model.embed_tokens.weight"]
+    weight = load_file(source / first)["model.embed_tokens.weight"]
+    for name, same in (("equal", True), ("other", False)):
+        save_file(
+            {"lm_head.weight": weight if same else weight + 1}, source / "model-zlast.safetensors", {"format": "pt"}
+        )
+        content["weight_map"]["lm_head.weight"] = "model-zlast.safetensors"
+        index.write_text(json.dumps(content))
+        here.create("org/model", contents(source))
+        here.requests.clear()
+        reshard.convert(source, tmp_path / f"local-{name}", tp_size=2)
+        made = reshard.convert("org/model", tmp_path / name, tp_size=2)
+        assert_same(tmp_path / name, tmp_path / f"local-{name}")
+        assert bool(made.duplicates) is same
+        sizes = sizes_of(source)
+        assert fetched(here, sizes)[0] == sizes
+
+
+def test_a_plan_reads_headers_alone(published: FakeHub, checkpoint: Checkpoint, home: Path) -> None:
+    planned = reshard.plan("org/model", tp_size=2)
+    assert planned.targets == reshard.plan(checkpoint("llama"), tp_size=2).targets
+    bodies, headers = fetched(published, sizes_of(checkpoint("llama")))
+    assert not sum(bodies.values())
+    assert headers <= 16 * 1024 * 3
+    assert cached(home) == []
+
+
+def test_a_long_header_takes_two_ranges(here: FakeHub, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint("llama"), tmp_path / "source"))
+    last = sorted(source.glob("*.safetensors"))[-1]
+    more = {f"unused.{i}": torch.zeros(1) for i in range(400)}
+    save_file({**load_file(last), **more}, last, {"format": "pt"})
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] |= dict.fromkeys(more, last.name)
+    index.write_text(json.dumps(content))
+    here.create("org/model", contents(source))
+    assert reshard.plan("org/model", tp_size=2).targets == reshard.plan(source, tp_size=2).targets
+    length = int.from_bytes(last.read_bytes()[:8], "little")
+    assert length > 16 * 1024
+    _, headers = fetched(here, sizes_of(source))
+    assert headers == sum(min(size, 16 * 1024) for size in sizes_of(source).values()) + 8 + length - 16 * 1024
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize(
+    "fault", [faults.ignore_range(), faults.drop(100), faults.status(503), faults.status(429, retry_after=0)]
+)
+def test_headers_come_all_the_same(fault: Any, published: FakeHub, checkpoint: Checkpoint) -> None:
+    published.fail("GET /org/model/resolve.*model-00002", fault)
+    assert reshard.plan("org/model", tp_size=2).targets == reshard.plan(checkpoint("llama"), tp_size=2).targets
+    assert published.faults_left == 0
+
+
+def test_a_part_of_a_repo(here: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path) -> None:
+    here.create("org/model", {f"deep/down/{name}": data for name, data in contents(checkpoint("llama")).items()})
+    reshard.convert("org/model/deep/down", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local, place="org/model/deep/down")
+
+
+@pytest.mark.fault(12)
+def test_an_index_that_leads_elsewhere(here: FakeHub, checkpoint: Checkpoint) -> None:
+    files = contents(checkpoint("llama"))
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"]["lm_head.weight"] = "../other/model.safetensors"
+    here.create("org/model", {**files, "model.safetensors.index.json": json.dumps(index).encode()})
+    with pytest.raises(PolicyError, match="not a plain file name"):
+        reshard.plan("org/model", tp_size=2)
+    index["weight_map"]["lm_head.weight"] = "gone.safetensors"
+    here.create("org/model", {**files, "model.safetensors.index.json": json.dumps(index).encode()})
+    with pytest.raises(BadInputError, match=r"org/model: the repo has no gone\.safetensors"):
+        reshard.plan("org/model", tp_size=2)
+
+
+def test_a_file_that_changes_its_size_is_refused(published: FakeHub, tmp_path: Path) -> None:
+    """Of a Hub that gives no digest."""
+    remote_fetch = Remote.fetch
+
+    def fetch(self: Remote, name: str, folder: Path | None) -> Path:
+        source = dataclasses.replace(
+            self.source, files=tuple(dataclasses.replace(file, size=file.size + 1) for file in self.source.files)
+        )
+        return remote_fetch(dataclasses.replace(self, source=source, digests={}), name, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Remote, "fetch", fetch)
+        with pytest.raises(IntegrityError, match="is not what the Hub has"):
+            reshard.convert("org/model", tmp_path / "out", tp_size=2)
