@@ -38,12 +38,13 @@ class Work:
 
     source: Path
     ranks: int | None
+    overwrite: bool = False
 
     def __call__(self, out: Path) -> None:
         if self.ranks is None:
             reshard.merge(self.source, out, workers=2)
         else:
-            reshard.convert(self.source, out, tp_size=self.ranks, workers=2)
+            reshard.convert(self.source, out, tp_size=self.ranks, workers=2, overwrite=self.overwrite)
 
     def planned(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ranks is None else already_planned(_plan(self))
