@@ -100,8 +100,7 @@ def _end(work: Work, out: Path, locks: str, chance: random.Random, barrier: Any)
             time.sleep(chance.random() * 0.003)
         return call()
 
-    with pytest.MonkeyPatch.context() as patch, work.planned(), passing(out.parent, dawdle):
-        _unlock(patch, locks)
+    with _locks(locks), work.planned(), passing(out.parent, dawdle):
         barrier.wait(60)
         time.sleep(chance.choice([0, 0, chance.random() * 0.03]))
         try:
@@ -113,14 +112,17 @@ def _end(work: Work, out: Path, locks: str, chance: random.Random, barrier: Any)
     return 0, ""
 
 
-def _unlock(patch: pytest.MonkeyPatch, locks: str) -> None:
+@contextmanager
+def _locks(locks: str) -> Iterator[None]:
     def refuse(*_: object) -> None:
         code = errno.EOPNOTSUPP if locks == "EOPNOTSUPP" else errno.ENOLCK
         raise OSError(code, os.strerror(code))
 
-    if locks == "ignored":
-        patch.setattr(fcntl, "flock", lambda *_: None)
-    elif locks != "held":
-        patch.setattr(fcntl, "flock", refuse)
-    if locks == "no renameat2":
-        patch.setattr(reshard.exclusive, "_renameat2", lambda *_: errno.EINVAL)
+    with pytest.MonkeyPatch.context() as patch:
+        if locks == "ignored":
+            patch.setattr(fcntl, "flock", lambda *_: None)
+        elif locks != "held":
+            patch.setattr(fcntl, "flock", refuse)
+        if locks == "no renameat2":
+            patch.setattr(reshard.exclusive, "_renameat2", lambda *_: errno.EINVAL)
+        yield
