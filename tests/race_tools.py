@@ -38,12 +38,13 @@ class Work:
 
     source: Path
     ranks: int | None
+    overwrite: bool = False
 
     def __call__(self, out: Path) -> None:
         if self.ranks is None:
             reshard.merge(self.source, out, workers=2)
         else:
-            reshard.convert(self.source, out, tp_size=self.ranks, workers=2)
+            reshard.convert(self.source, out, tp_size=self.ranks, workers=2, overwrite=self.overwrite)
 
     def planned(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ranks is None else already_planned(_plan(self))
@@ -99,8 +100,7 @@ def _end(work: Work, out: Path, locks: str, chance: random.Random, barrier: Any)
             time.sleep(chance.random() * 0.003)
         return call()
 
-    with pytest.MonkeyPatch.context() as patch, work.planned(), passing(out.parent, dawdle):
-        _unlock(patch, locks)
+    with _locks(locks), work.planned(), passing(out.parent, dawdle):
         barrier.wait(60)
         time.sleep(chance.choice([0, 0, chance.random() * 0.03]))
         try:
@@ -112,14 +112,17 @@ def _end(work: Work, out: Path, locks: str, chance: random.Random, barrier: Any)
     return 0, ""
 
 
-def _unlock(patch: pytest.MonkeyPatch, locks: str) -> None:
+@contextmanager
+def _locks(locks: str) -> Iterator[None]:
     def refuse(*_: object) -> None:
         code = errno.EOPNOTSUPP if locks == "EOPNOTSUPP" else errno.ENOLCK
         raise OSError(code, os.strerror(code))
 
-    if locks == "ignored":
-        patch.setattr(fcntl, "flock", lambda *_: None)
-    elif locks != "held":
-        patch.setattr(fcntl, "flock", refuse)
-    if locks == "no renameat2":
-        patch.setattr(reshard.exclusive, "_renameat2", lambda *_: errno.EINVAL)
+    with pytest.MonkeyPatch.context() as patch:
+        if locks == "ignored":
+            patch.setattr(fcntl, "flock", lambda *_: None)
+        elif locks != "held":
+            patch.setattr(fcntl, "flock", refuse)
+        if locks == "no renameat2":
+            patch.setattr(reshard.exclusive, "_renameat2", lambda *_: errno.EINVAL)
+        yield

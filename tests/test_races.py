@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,22 @@ def run(track: Track, pair: str, locks: str, races: int) -> None:
         codes = [code for code, _ in ends]
         assert sorted(codes) in ([0, BusyError.exit_code], [0, DestinationExistsError.exit_code]), (seed, ends)
         assert taken(root) == {"out": track.results[works[codes.index(0)]]}, (seed, ends, os.listdir(root))
+        shutil.rmtree(root)
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("locks", LOCKS[:-1])  # without renameat2 folders are not exchanged in one step
+def test_what_is_replaced_is_one_or_the_other(locks: str, track: Track) -> None:
+    """With --overwrite both can win, one after the other."""
+    two, four = (replace(work, overwrite=True) for work in track.works["other work"])
+    results = [track.results[work] for work in track.works["other work"]]
+    for seed in range(RACES):
+        root = Path(tempfile.mkdtemp(dir=track.room)) / "race"
+        put({"out": results[seed % 2]}, root)
+        ends = track.race((two, four), root / "out", locks, seed)
+        codes = [code for code, _ in ends]
+        assert sorted(codes) in ([0, 0], [0, BusyError.exit_code]), (seed, ends)
+        assert taken(root) in [{"out": result} for code, result in zip(codes, results) if code == 0], (seed, ends)
         shutil.rmtree(root)
 
 
