@@ -209,7 +209,10 @@ def _card(where: Place, remote: _Remote, manifest: Manifest, terms: Terms, revis
     ordered = dict(sorted(degrees.items(), key=lambda item: (item[1].world_size, item[0])))
     card = render(where.repo_id, ordered, terms, revision=revision)
     with doing("have its card checked", where.repo_id):
-        ModelCard(card).validate()
+        try:
+            ModelCard(card).validate()
+        except ValueError as error:
+            raise BadInputError(f"{where}: the Hub does not take its card: {printable(error)}") from None
     return card
 
 
