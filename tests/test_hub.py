@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import socketserver
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import hf_extension
 import pytest
 import torch
 import transformers
@@ -200,6 +202,25 @@ def test_small_files_are_those_that_a_local_conversion_copies(hub: FakeHub, pyth
     done = python("-c", "from reshard.hub import locate; locate('org/model')")
     assert done.returncode == 0, done.stderr
     assert hub.asked("org/model") == set(small)
+
+
+def test_as_a_part_of_the_hubs_command_line(
+    python: Command, resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hf reshard …` runs the script of that name, which pip makes of the entry point."""
+    assert 'hf-reshard = "reshard.cli:entry"' in (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    script = tmp_path / "hf-reshard"
+    script.write_text(f"#!{sys.executable}\nfrom reshard.cli import entry\nentry()\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hf_extension.register(script)
+    hf = ("-m", "huggingface_hub.cli.hf")
+    quiet = {"HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    done = python(*hf, "reshard", "inspect", resharded, **quiet)
+    assert done.returncode == 0, done.stderr
+    assert "LlamaForCausalLM" in done.stdout
+    assert python(*hf, "reshard", "inspect", tmp_path / "none", **quiet).returncode == 3
+    assert "reshard" in python(*hf, "extensions", "list", **quiet).stdout
 
 
 def test_unknown_repo(hub: FakeHub, python: Command) -> None:
