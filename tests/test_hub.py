@@ -129,6 +129,13 @@ def test_a_resharded_repo_is_a_source(
     assert hub.asked("org/model-tp2") == set(contents(tmp_path / "tp2"))
 
 
+def test_a_folder_of_a_repo_is_a_source(here: FakeHub, one_rank: Path, resharded: Path, tmp_path: Path) -> None:
+    here.create("org/model", {f"tp1/{name}": data for name, data in contents(one_rank).items()})
+    reshard.convert("org/model/tp1", tmp_path / "out", tp_size=2)
+    assert contents(tmp_path / "out") == contents(resharded)
+    assert reshard.verify(tmp_path / "out", against="org/model/tp1").elements
+
+
 @pytest.mark.fault(27)
 def test_no_command_tells_the_token(
     hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
