@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -15,7 +16,7 @@ import click
 from ._version import __version__
 from .cli_common import format_option, print_report, progress_bar, revision_option
 from .cli_hub import publish, pull
-from .errors import StorageError
+from .errors import StorageError, printable
 from .failures import Terminated, report_failure, terminate, wants_traceback
 from .process import patient_from_now_on, worker_count
 
@@ -117,7 +118,7 @@ def convert(
     print_report(
         {"out": out, **manifest_report(manifest)},
         style,
-        lambda report: f"{report['out']}: {report['world_size']} rank files, {size:,} bytes",
+        lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes",
     )
 
 
@@ -190,7 +191,7 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
     print_report(
         {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
         style,
-        lambda r: f"{r['out']}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
+        lambda r: f"{printable(out)}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
     )
 
 
@@ -215,7 +216,7 @@ def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, 
 
     files = run(out, dest, layout=layout, workers=workers, sync=not no_sync, progress=progress_bar)
     how = "source files, as they were" if layout == "source" else "files with headers anew"
-    print_report({"dest": dest, "files": list(files)}, style, lambda r: f"{r['dest']}: {len(files)} {how}")
+    print_report({"dest": dest, "files": list(files)}, style, lambda _: f"{printable(dest)}: {len(files)} {how}")
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -273,5 +274,6 @@ def entry() -> None:
         code = (
             128 + signal.SIGPIPE if gone else report_failure(StorageError(f"output: {error.strerror}"), verbose=False)
         )
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(code or 0)

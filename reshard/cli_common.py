@@ -27,7 +27,8 @@ def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
     """Print a result on stdout, as JSON or in words."""
-    click.echo(json.dumps(report, indent=1) if style == "json" else text(report))
+    # JSON has every other character that moves a cursor escaped.
+    click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
 
 
 @contextlib.contextmanager

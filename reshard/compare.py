@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .digest import FileRecord
 from .errors import BadInputError, IntegrityError, printable
+from .guard import MappedFile
 from .header import Header, read_header
 from .hub import resolve_source
 from .manifest import Manifest
@@ -32,7 +34,8 @@ def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revisio
     with SourceReader(source) as reader:
         compared = sum(
             _compare(
-                folder / record.name,
+                folder,
+                record,
                 rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size),
                 reader,
             )
@@ -40,7 +43,7 @@ def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revisio
         )
         if manifest.unused_file:
             unused = unused_tensors(source, manifest.unused_file.tensors)
-            compared += _compare(folder / manifest.unused_file.name, unused, reader)
+            compared += _compare(folder, manifest.unused_file, unused, reader)
     return compared
 
 
@@ -62,20 +65,19 @@ def _check_duplicates(manifest: Manifest, source: Source) -> None:
             raise IntegrityError(f"{printable(name)}: differs from {printable(owner)}, which is stored in its place")
 
 
-def _compare(path: Path, tensors: Iterable[LocalTensor], reader: SourceReader) -> int:
-    stored = {info.name: info for info in read_header(path, file=path.name).tensors}
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    compared = 0
-    with open(path, "rb", buffering=0) as file:
+def _compare(folder: Path, record: FileRecord, tensors: Iterable[LocalTensor], reader: SourceReader) -> int:
+    path, buffer, compared = folder / record.name, memoryview(bytearray(BLOCK_BYTES)), 0
+    with MappedFile(path, size=record.size) as mapped:
+        stored = {info.name: info for info in read_header(path, file=record.name).tensors}
         for tensor in tensors:
             info = stored.get(tensor.name)
             if info is None or info.shape != tensor.shape:
                 raise IntegrityError(
                     f"{printable(path)}: tensor {printable(tensor.name)} is missing or of another shape"
                 )
+            view = memoryview(mapped.data)[info.start : info.end]
             for offset, block in tensor_blocks(tensor, reader, buffer):
-                file.seek(info.start + offset)
-                if file.read(len(block)) != block:
+                if view[offset : offset + len(block)] != block:
                     raise IntegrityError(f"{printable(path)}: tensor {printable(tensor.name)} differs from the source")
             compared += math.prod(tensor.shape)
     return compared

@@ -186,7 +186,7 @@ def _work(plan: ReshardPlan, layouts: list[FileLayout], held: Iterable[SourceFil
     """Digest of all that the rank files depend on: what is read as it is now, and where every element of it goes."""
     digest = new_digest()
     for file in held:
-        digest.update(f"{file.name} {file.size} {file.mtime_ns} ".encode() + file.header.raw)
+        digest.update(repr((file.name, file.size, file.mtime_ns)).encode() + file.header.raw)
     for thing in (*plan.source.extras, *plan.targets):
         digest.update(repr(thing).encode())
     for layout in layouts:

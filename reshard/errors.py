@@ -61,6 +61,7 @@ class IntegrityError(ReshardError):
 
 class StorageError(ReshardError):
     exit_code = 5
+    lost = False  # whether what was written before may be lost too: then it is not gone on with
 
 
 class BusyError(ReshardError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import math
 import os
 import threading
@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from .digest import DigestsAhead, FileRecord, new_digest, tree_digest
-from .errors import StorageError, printable
 from .journal import Journal
 from .layout import FileLayout, Slot
-from .output import begin_writeback, create, digest_in, pwrite
+from .output import begin_writeback, create, digest_in, pwrite, write_error
 from .process import worker_count
 from .rank_file import check_digests
 from .reader import BLOCK_BYTES, SourceReader, tensor_blocks
@@ -57,6 +56,7 @@ def write_files(
         ahead.no_more()
     scratch = _Scratch()
     stop = threading.Event()
+    written = False
 
     def write(index: int, slot: Slot) -> None:
         name, tensor = layouts[index].name, slot.tensor.name
@@ -74,6 +74,7 @@ def write_files(
             if sync:
                 begin_writeback(files[index], slot.offset + offset, len(block))
             progress(len(block))
+        reader.check(slot.tensor)  # before the journal has it
         digests[index][tensor] = digest.hexdigest()
         if journal:
             journal.add(name, tensor, digest.hexdigest())
@@ -102,23 +103,18 @@ def write_files(
     ]
     jobs += [((file.name, math.inf), partial(digest_source, file)) for file in source.files]
     jobs.sort(key=lambda job: job[0])
-    with SourceReader(source) as reader:
-        try:
+    try:
+        with contextlib.ExitStack() as opened:
             for layout in layouts:
                 files.append(create(folder / layout.name, layout, anew=journal is None))
-            _run([work for _, work in jobs], workers or worker_count(), stop)
-            reader.unchanged()
+                opened.callback(os.close, files[-1])
+            with SourceReader(source) as reader:
+                _run([work for _, work in jobs], workers or worker_count(), stop)
+            written = True
             for fd in files if sync else ():
                 os.fsync(fd)
-        except OSError as error:
-            # Of a disk that failed, the cache goes on showing what was written, not what was kept, and the next fsync
-            # says that all is well: nothing of it may be gone on with. A full disk has lost nothing.
-            if journal and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                journal.forget()
-            raise StorageError(f"{printable(folder)}: {error.strerror}") from None
-        finally:
-            for fd in files:
-                os.close(fd)
+    except OSError as error:
+        raise write_error(folder, error, synced=written) from None
     return [_evidence(layout, found) for layout, found in zip(layouts, digests)], source_digests
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import traceback
 from collections.abc import Sequence
@@ -27,10 +28,11 @@ def report_failure(error: BaseException, *, verbose: bool) -> int:
     if verbose and not isinstance(error, click.exceptions.Exit):
         traceback.print_exception(error)
     if isinstance(error, ReshardError):
-        click.secho("Error: ", fg="red", nl=False, err=True)
-        click.echo(error.message, err=True)
-        if error.hint:
-            click.secho(f"Hint: {error.hint}", dim=True, err=True)
+        with contextlib.suppress(OSError):  # stderr can be a file on the disk that is full
+            click.secho("Error: ", fg="red", nl=False, err=True)
+            click.echo(error.message, err=True)
+            if error.hint:
+                click.secho(f"Hint: {error.hint}", dim=True, err=True)
         return error.exit_code
     if isinstance(error, click.ClickException):
         error.show()

@@ -1,34 +1,51 @@
 """Headers of safetensors files, read strictly: nothing that the safetensors library refuses is accepted here.
 
 The rules are those of the format's specification (https://github.com/huggingface/safetensors#format) and of the
-library's own validation. Nobody vouches for these bytes, so the JSON object is walked one member at a time: the first
-bad tensor ends the reading, before a crafted header can take time or memory.
+library's own validation. Nobody vouches for these bytes, so they stay where they are, in a mapping of the file, and the
+JSON object is walked one member at a time: the first bad one ends the reading, before a crafted header can take time or
+memory (a second and 64 MB at most, whatever its 100 MB are).
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import BadInputError, printable
+from .guard import MappedFile
 
-__all__ = ["DTYPE_BITS", "ENTRY_LIMIT", "HEADER_LIMIT", "Header", "TensorInfo", "parse_header", "read_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "ENTRY_LIMIT",
+    "HEADER_LIMIT",
+    "TEXT_LIMIT",
+    "Header",
+    "TensorInfo",
+    "parse_header",
+    "read_header",
+]
 
 HEADER_LIMIT = 100_000_000  # bytes of JSON, as in the safetensors library
-ENTRY_LIMIT = 500_000  # tensors, or metadata keys: 2 million tiny ones fit in 100 MB, and would take a gigabyte
+ENTRY_LIMIT = 100_000  # tensors, or metadata keys: 2 million tiny ones fit in 100 MB, and would take a gigabyte
+TEXT_LIMIT = 8 << 20  # bytes of all the names, and of one value in the metadata
 RANK_LIMIT = 64  # dims: torch's operators take no more
 
 _CODES = {4: "F4", 6: "F6_E2M3 F6_E3M2", 16: "I16 U16 F16 BF16", 32: "I32 U32 F32", 64: "I64 U64 F64 C64"}
 _CODES[8] = "BOOL U8 I8 F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0"  # all that safetensors 0.8 accepts
 DTYPE_BITS: dict[str, int] = {code: bits for bits, codes in _CODES.items() for code in codes.split()}
 
-_OPEN, _COLON = re.compile(r"\{[ \t\n\r]*\}?"), re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-_NEXT, _END = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|\})"), re.compile(r" *\Z")
-_ENTRY = re.compile(r"\{[^{}]{0,4096}\}")  # a legal one nests nothing, and is short even with 64 indented dims
+_SPACE = rb"(?=([ \t\n\r]*))\1"  # all there is of it: no second try with less, which for 99 MB would take a second
+_OPEN, _COLON = re.compile(rb"\{[ \t\n\r]*\}?"), re.compile(_SPACE + rb":[ \t\n\r]*")
+_NEXT, _PADDING = re.compile(_SPACE + rb"(?:,[ \t\n\r]*|\})"), re.compile(rb" *")
+_ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # a legal one nests nothing, and is short even with 64 indented dims
+_CLOSE = ord("}")
+_PLAIN = re.compile(rb'"[^"\\\x00-\x1f]*"')  # a string without escapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +67,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A whole header: `raw` is its JSON as it stands in the file, padding included; `tensors` are in offset order."""
+    """A whole header: `raw` is its JSON as it stands in the file, padding included; `tensors` are in offset order.
+
+    Its metadata say nothing that is needed: they are checked, and not kept.
+    """
 
     raw: bytes
-    metadata: dict[str, str]
     tensors: tuple[TensorInfo, ...]
 
     @property
@@ -73,37 +92,56 @@ _FLAT = json.JSONDecoder(object_pairs_hook=list, parse_float=str, parse_constant
 
 
 def _show(value: object) -> str:
-    """`value` for a message; cut first, since printable() walks all of it and a name can have 99 MB."""
+    """`value` for a message; cut first, since printable() walks all of it and a name can have megabytes."""
     return printable(value[:200] if isinstance(value, str) else value)
 
 
-def _step(pattern: re.Pattern[str], text: str, pos: int, what: str) -> int:
+def _here(text: memoryview, pos: int) -> str:
+    return f"at byte {pos}, got '{_show(str(text[pos : pos + 40], 'utf-8', 'replace'))}'"
+
+
+def _step(pattern: re.Pattern[bytes], text: memoryview, pos: int, what: str) -> int:
     match = pattern.match(text, pos)
     if match is None:
-        raise ValueError(f"expected {what} at character {pos}, got '{_show(text[pos : pos + 40])}'")
+        raise ValueError(f"expected {what} {_here(text, pos)}")
     return match.end()
 
 
-def _string(text: str, pos: int) -> tuple[str, int]:
+def _string(text: memoryview, pos: int) -> tuple[str, int]:
     """The JSON string that starts at text[pos], and where it ends."""
-    if not text.startswith('"', pos):
-        raise ValueError(f"expected a string at character {pos}, got '{_show(text[pos : pos + 40])}'")
-    value, pos = _STRING.raw_decode(text, pos)
-    if not value.isascii():
+    match = _PLAIN.match(text, pos)
+    if match is not None:
+        if match.end() - pos > TEXT_LIMIT:
+            raise ValueError(f"a string of more than {TEXT_LIMIT} bytes {_here(text, pos)}")
+        return str(text[pos + 1 : match.end() - 1], "utf-8"), match.end()
+    if text[pos : pos + 1] != b'"':
+        raise ValueError(f"expected a string {_here(text, pos)}")
+    for size in (1 << 10, 1 << 16, TEXT_LIMIT):  # most are short: do not copy the rest of the header for each
+        window, _ = codecs.utf_8_decode(text[pos : pos + size], "strict", False)  # it may end within a character
+        try:
+            value, length = _STRING.raw_decode(window)
+        except ValueError as error:
+            failure = error
+            continue
         value.encode()  # raises for a lone surrogate (\ud800), which is no text
-    return value, pos
+        return value, pos + len(window[:length].encode())
+    raise ValueError(f"a string that has no end within {TEXT_LIMIT} bytes, or no meaning ({failure}), at byte {pos}")
 
 
-def _object(text: str, pos: int, read: Callable[[str, int], int]) -> int:
+def _object(text: memoryview, pos: int, read: Callable[[str, int], int]) -> int:
     """Where the JSON object that starts at text[pos] ends; `read(key, pos)` takes one value, and tells its end."""
     seen: set[str] = set()
+    room = TEXT_LIMIT
     pos = _step(_OPEN, text, pos, "an object")
-    while text[pos - 1] != "}":
-        key, pos = _string(text, pos)
-        if key in seen or len(seen) == ENTRY_LIMIT:
-            raise ValueError(f"duplicate key '{_show(key)}'" if key in seen else f"more than {ENTRY_LIMIT} entries")
+    while text[pos - 1] != _CLOSE:
+        key, end = _string(text, pos)
+        if key in seen:
+            raise ValueError(f"duplicate key '{_show(key)}'")
         seen.add(key)
-        pos = read(key, _step(_COLON, text, pos, "':'"))
+        room -= end - pos
+        if len(seen) > ENTRY_LIMIT or room < 0:
+            raise ValueError(f"more than {ENTRY_LIMIT} entries, or {TEXT_LIMIT} bytes of names")
+        pos = read(key, _step(_COLON, text, end, "':'"))
         pos = _step(_NEXT, text, pos, "',' or '}'")
     return pos
 
@@ -130,28 +168,26 @@ def _tensor(name: str, pairs: list[tuple[str, object]], file: str, data_start: i
     return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
 
-def _members(text: str, file: str, data_start: int) -> tuple[dict[str, str], list[TensorInfo]]:
-    metadata: dict[str, str] = {}
+def _members(text: memoryview, file: str, data_start: int) -> list[TensorInfo]:
     tensors: list[TensorInfo] = []
-
-    def metadatum(key: str, pos: int) -> int:
-        metadata[key], end = _string(text, pos)
-        return end
 
     def member(name: str, pos: int) -> int:
         try:
             if name == "__metadata__":
-                return _object(text, pos, metadatum)
+                return _object(text, pos, lambda _, value: _string(text, value)[1])
             end = _step(_ENTRY, text, pos, "a flat object of up to 4096 characters")
-            if "-" in (entry := text[pos:end]):  # -0 too: it is a float to serde_json, hence to safetensors
+            entry = str(text[pos:end], "utf-8")
+            if "-" in entry:  # -0 too: it is a float to serde_json, hence to safetensors
                 raise ValueError(f"expected no minus sign, got {_show(entry)}")
             tensors.append(_tensor(name, _FLAT.raw_decode(entry)[0], file, data_start))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{_show(name)}: {error}") from None
         return end
 
-    _step(_END, text, _object(text, 0, member), "only spaces after the JSON")
-    return metadata, tensors
+    end = _step(_PADDING, text, _object(text, 0, member), "spaces")
+    if end != len(text):
+        raise ValueError(f"expected only spaces after the JSON {_here(text, end)}")
+    return tensors
 
 
 def _check_layout(tensors: list[TensorInfo], end: int, file_size: int) -> None:
@@ -169,7 +205,7 @@ def _check_length(length: int, file: str, file_size: int) -> None:
         raise BadInputError(f"{printable(file)}: header length {length}, {what}")
 
 
-def parse_header(raw: bytes, *, file: str, file_size: int) -> Header:
+def parse_header(raw: bytes | memoryview, *, file: str, file_size: int) -> Header:
     """The header whose JSON is `raw`, of a file of `file_size` bytes; `file` names it in messages and in the tensors.
 
     Raises:
@@ -177,14 +213,12 @@ def parse_header(raw: bytes, *, file: str, file_size: int) -> Header:
     """
     _check_length(len(raw), file, file_size)
     try:
-        if raw.count(b'"data_offsets"') > ENTRY_LIMIT:  # soon told; the walk would take seconds to find out
-            raise ValueError(f"more than {ENTRY_LIMIT} tensors")
-        metadata, tensors = _members(raw.decode(), file, 8 + len(raw))
+        tensors = _members(memoryview(raw), file, 8 + len(raw))
         tensors.sort(key=lambda info: (info.start, info.end))
         _check_layout(tensors, 8 + len(raw), file_size)
     except ValueError as error:
         raise BadInputError(f"{printable(file)}: {printable(error, 600)}") from None
-    return Header(raw, metadata, tuple(tensors))
+    return Header(bytes(raw), tuple(tensors))
 
 
 def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
@@ -192,6 +226,7 @@ def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
 
     Raises:
         BadInputError: not a regular file (and a FIFO does not block), not readable, or not as the format has it.
+        IntegrityError: it changed meanwhile.
     """
     try:
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as source:
@@ -199,7 +234,7 @@ def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
                 raise BadInputError(f"{printable(file)}: expected a regular file")
             length = int.from_bytes(source.read(8), "little")
             _check_length(length, file, size := os.fstat(source.fileno()).st_size)
-            raw = source.read(length)
     except OSError as error:
         raise BadInputError(f"{printable(file)}: cannot be read: {error.strerror}") from None
-    return parse_header(raw, file=file, file_size=size)
+    with MappedFile(Path(path), size=size) as mapped:
+        return parse_header(memoryview(mapped.data)[8 : 8 + length], file=file, file_size=size)

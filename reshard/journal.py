@@ -6,8 +6,10 @@ on digests what a line claims before believing it. Each has its own checksum; th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 from pathlib import Path
 
 from .digest import digest_of
@@ -24,12 +26,16 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / JOURNAL_NAME
+        self._lock = threading.Lock()
         self.claimed: dict[tuple[str, str], str] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._fd = os.open(self._path, flags, 0o644)
-            end = self._read()
-            os.ftruncate(self._fd, end)
+            try:
+                os.ftruncate(self._fd, self._read())
+            except BaseException:
+                os.close(self._fd)
+                raise
         except OSError as error:
             raise StorageError(f"{printable(self._path)}: {error.strerror}") from None
 
@@ -47,16 +53,17 @@ class Journal:
         return end
 
     def add(self, file: str, tensor: str, digest: str) -> None:
-        """Claim a tensor that has been written. Safe from any thread: a line is one write at the end of the file."""
+        """Claim a tensor that has been written, from any thread. Raises OSError."""
         text = json.dumps([file, tensor, digest]).encode()
-        os.write(self._fd, text + _checksum(text))
-
-    def forget(self) -> None:
-        """Claim nothing any more."""
-        os.ftruncate(self._fd, 0)
+        line = text + _checksum(text)
+        with self._lock:
+            while line:
+                line = line[os.write(self._fd, line) :]
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Let go of the file. If that fails nothing is lost: whoever believes a claim checks it."""
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
 
 
 def _checksum(text: bytes) -> bytes:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
 
+from .errors import TopologyError
 from .inspection import inspect
 
 __all__ = ["launch"]
 
 
 def launch(out: str, arguments: Sequence[str]) -> int:
-    """Run `python -m runtime ARGUMENTS` on every rank, on this machine. Returns the exit code of the first to fail."""
+    """Run `python -m runtime ARGUMENTS` on every rank, on this machine. Returns the exit code of the first to fail.
+
+    Raises TopologyError where a rank was killed, so that it could not say what was wrong.
+    """
     world_size = inspect(out).world_size
     # Each process gets its share of the CPUs, unless the caller decided.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of its sockets come with stacks of C++
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -36,8 +42,12 @@ def launch(out: str, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "runtime", *arguments)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
+        rank, first = error.get_first_failure()
+        if first.exitcode > 0:
+            return first.exitcode
+        name = signal.Signals(-first.exitcode).name
+        hint = "the system kills so when memory runs out" if name == "SIGKILL" else None
+        raise TopologyError(f"rank {rank} was ended by {name}", hint=hint) from None
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0

@@ -3,14 +3,16 @@ tensors they are made of."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .architecture import KV_GROUPS, expected_dtypes, meta_model
 from .dtypes import FLOATING, torch_name
@@ -31,6 +33,7 @@ _HEADS = {
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
+_PARAMETERS = 20  # for each tensor of the checkpoint: many times what conversions make of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ def read_model(
     _refuse_quantized(source)
     _refuse_absurd(source)
     dtype = dtype or _model_dtype(source)
-    model = meta_model(source.root, dtype=dtype)
+    with _few_parameters(source):
+        model = meta_model(source.root, dtype=dtype)
     wanted = model.state_dict()
     regions, unused = _map_sources(model, source, wanted)
     rules = model_rules(model, tp_plan)
@@ -150,16 +154,45 @@ def _refuse_quantized(source: Source) -> None:
 
 
 def _refuse_absurd(source: Source) -> None:
-    """A layer without a tensor of its own cannot be: refuse before building what the config asks for."""
+    """A layer without a tensor of its own cannot be, nor a label without a row: refuse what would be built for them."""
+    if "configuration_files" in source.config:
+        raise BadInputError(
+            "config.json: names other files to take its place (configuration_files), which are not read",
+            hint="put the one that you want in its place",
+        )
+    rows = max((size for info in source.tensors.values() for size in info.shape), default=0)
+    most = {**dict.fromkeys(_LAYER_COUNTS, len(source.tensors)), "num_labels": rows}
 
     def walk(config: dict[str, Any]) -> None:
         for key, value in config.items():
-            if key in _LAYER_COUNTS and isinstance(value, int) and not 0 <= value <= len(source.tensors):
-                raise BadInputError(f"config.json: {key} is {value}; the checkpoint has {len(source.tensors)} tensors")
+            if key in most and isinstance(value, int) and not 0 <= value <= most[key]:
+                raise BadInputError(
+                    f"config.json: {key} is {printable(value)}; the checkpoint has {len(source.tensors)} tensors,"
+                    f" of {rows} rows at most"
+                )
             if isinstance(value, dict):
                 walk(value)
 
     walk(source.config)
+
+
+@contextlib.contextmanager
+def _few_parameters(source: Source) -> Iterator[None]:
+    """No model has so many more parameters than its checkpoint has tensors: end what a crafted number has begun."""
+    most = _PARAMETERS * (len(source.tensors) + 100)
+    made = 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError(f"more than {most} parameters, and the checkpoint has {len(source.tensors)} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _model_dtype(source: Source) -> str:

@@ -12,7 +12,7 @@ from .digest import new_digest
 from .errors import StorageError, printable
 from .layout import FileLayout, Slot
 
-__all__ = ["begin_writeback", "create", "digest_in", "pwrite"]
+__all__ = ["begin_writeback", "create", "digest_in", "pwrite", "write_error"]
 
 # For a larger write Linux takes page cache in pieces so large that finding them can cost more than the write: in a
 # virtual machine, 2.3 s for 3 GB in writes of 4 MiB, and 0.8 s in these.
@@ -23,6 +23,8 @@ def pwrite(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data`, however little the system takes at a time. Raises OSError."""
     while data:
         written = os.pwrite(fd, data[:_WRITE_BYTES], offset)
+        if not written:  # or this would go on for ever
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         data, offset = data[written:], offset + written
 
 
@@ -57,10 +59,13 @@ def create(path: Path, layout: FileLayout, *, anew: bool) -> int:
     flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if anew else 0) | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise StorageError(f"{printable(path)}: {error.strerror}") from None
+    try:
         try:
             there = os.fstat(fd)
             if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:  # somebody put it there, and it may be another's
-                raise OSError(errno.EEXIST, "Is not a file of this command")
+                raise StorageError(f"{printable(path)}: Is not a file of this command")
             if there.st_size > layout.size:
                 os.ftruncate(fd, layout.size)
             if layout.size and hasattr(os, "posix_fallocate"):
@@ -70,5 +75,16 @@ def create(path: Path, layout: FileLayout, *, anew: bool) -> int:
             os.close(fd)
             raise
     except OSError as error:
-        raise StorageError(f"{printable(path)}: {error.strerror}") from None
+        raise write_error(path, error) from None
     return fd
+
+
+def write_error(path: Path, error: OSError, *, synced: bool = False) -> StorageError:
+    """What to raise when the disk refuses a write, or with `synced` to have kept what was written.
+
+    Of a disk that failed, the cache goes on showing what was written, not what was kept, and the next fsync says that
+    all is well. A disk that was full when it was written to has lost nothing.
+    """
+    failure = StorageError(f"{printable(path)}: {error.strerror}")
+    failure.lost = synced or error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    return failure

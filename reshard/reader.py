@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .dtypes import itemsize, torch_name
-from .errors import BadInputError, IntegrityError, printable
+from .guard import MappedFile, check_unchanged
 from .placement import Piece
 from .regions import Box, Region, boxes, cut, is_run
 from .source import Source
@@ -30,31 +29,38 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable", ca
 
 
 class SourceReader:
-    """The source files, mapped. Mapped pages belong to the page cache: they are not this process's memory."""
+    """The source files, mapped. Mapped pages belong to the page cache: they are not this process's memory.
+
+    Leaving the context raises IntegrityError where a source file is not what it was when it was opened, in place of any
+    other error: that would be about bytes nobody wrote.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._maps: dict[str, mmap.mmap] = {}
+        self._maps: dict[str, MappedFile] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> SourceReader:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        maps = list(self._maps.values())
         self._maps.clear()  # views may still be alive: each map closes with its last one
+        if kind is None or issubclass(kind, Exception):
+            for mapped in maps:
+                mapped.check()
+            for file in self._source.files:
+                check_unchanged(file.path, size=file.size, mtime_ns=file.mtime_ns)
 
     def _map(self, name: str) -> mmap.mmap:
         with self._lock:
             if name not in self._maps:
                 file = self._source.file(name)
-                try:
-                    with open(file.path, "rb") as opened:
-                        if os.fstat(opened.fileno()).st_size != file.size:
-                            raise IntegrityError(f"{printable(file.path)}: its size changed since it was opened")
-                        self._maps[name] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-                except OSError as error:
-                    raise BadInputError(f"{printable(file.path)}: cannot be read: {error.strerror}") from None
-            return self._maps[name]
+                self._maps[name] = MappedFile(file.path, size=file.size, mtime_ns=file.mtime_ns)
+            mapped = self._maps[name]
+        if mapped.shrunk:  # what is left to do would be in vain
+            mapped.check()
+        return mapped.data
 
     def view(self, region: Region, *, bits: bool) -> torch.Tensor:
         """The region's elements as a strided view of the mapped file; as same-width integers where `bits`."""
@@ -77,23 +83,17 @@ class SourceReader:
 
     def pieces_of_file(self, name: str, start: int, end: int) -> Iterator[memoryview]:
         """The bytes of a source file from `start` to `end`, in order."""
-        whole = memoryview(self._map(name))
         for at in range(start, end, _FILE_PIECE):
-            yield whole[at : min(at + _FILE_PIECE, end)]
+            yield memoryview(self._map(name))[at : min(at + _FILE_PIECE, end)]
+
+    def check(self, tensor: LocalTensor) -> None:
+        """Raises IntegrityError where a file that `tensor` is made of is not what it was when it was opened."""
+        for name in {self._source.tensors[region.source].file for region in tensor.regions} & self._maps.keys():
+            self._maps[name].check()
 
     def dtype(self, region: Region) -> str:
         info = self._source.tensors[region.source]
         return torch_name(info.dtype, tensor=info.name)
-
-    def unchanged(self) -> None:
-        """Raises IntegrityError where a source file is not what it was when it was opened."""
-        for file in self._source.files:
-            try:
-                status = os.stat(file.path)
-            except OSError as error:
-                raise IntegrityError(f"{printable(file.path)}: {error.strerror}, while it was being read") from None
-            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise IntegrityError(f"{printable(file.path)}: changed while it was being read")
 
 
 def tensor_blocks(tensor: LocalTensor, reader: SourceReader, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:

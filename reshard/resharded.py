@@ -116,7 +116,7 @@ def source_headers(manifest: Manifest) -> dict[str, Header]:
         if name in taken:
             raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} occurs twice")
         taken.add(name)
-        headers[name] = parse_header(file["header"].encode(), file=name, file_size=file["size"])
+        headers[name] = parse_header(file["header"].encode(errors="surrogatepass"), file=name, file_size=file["size"])
     names = Counter(info.name for header in headers.values() for info in header.tensors)
     if names and names.most_common(1)[0][1] > 1:
         raise BadInputError(f"{MANIFEST_NAME}: {printable(names.most_common(1)[0][0])} is in two source files")

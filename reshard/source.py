@@ -36,7 +36,9 @@ MANIFEST_NAME = "reshard.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_JSON_LIMIT = 256 << 20  # bytes; the index of a checkpoint with a million tensors stays under it
+# Bytes of JSON, which in memory are twenty times as many at worst: of a manifest, of an index (of 300,000 tensors), and
+# of a configuration (that names 100,000 labels).
+_JSON_LIMIT, _INDEX_LIMIT, _CONFIG_LIMIT = 256 << 20, 32 << 20, 4 << 20
 # The small files beside the weights (shell patterns); never pickles, never code.
 SMALL_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
@@ -74,8 +76,13 @@ class Source:
 
 
 def check_plain_name(name: str, *, what: str) -> None:
-    """Raises PolicyError where a name could lead out of the folder it is used in."""
-    if not name or name in (".", "..") or os.path.basename(name) != name or "\0" in name or "\\" in name:
+    """Raises PolicyError where a name could lead out of the folder it is used in, or no file can have it."""
+    plain = name not in ("", ".", "..") and os.path.basename(name) == name and not {*name} & {"\0", "\\"}
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character: JSON can spell it
+        plain = False
+    if not plain:
         raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
 
 
@@ -112,8 +119,8 @@ def _inside(root: Path) -> tuple[Path, ...]:
     return (real,)
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of a checkpoint as data nobody vouches for: bounded, without duplicate keys.
+def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:
+    """Parse a JSON file of a checkpoint as data nobody vouches for: of `limit` bytes at most, without duplicate keys.
 
     Raises:
         BadInputError: not JSON, a key twice, nested too deeply, or absurdly large.
@@ -127,8 +134,8 @@ def read_json(path: Path) -> Any:
 
     name = printable(path)
     try:
-        if os.stat(path).st_size > _JSON_LIMIT:
-            raise BadInputError(f"{name}: larger than {_JSON_LIMIT >> 20} MiB")
+        if os.stat(path).st_size > limit:
+            raise BadInputError(f"{name}: larger than {limit >> 20} MiB")
         return json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{name}: not valid JSON: {printable(error)}") from None
@@ -138,7 +145,7 @@ def read_json(path: Path) -> Any:
 
 def model_config(root: Path) -> dict[str, Any]:
     """The content of `config.json`."""
-    config = read_json(vetted_path(root, "config.json", what="model configuration"))
+    config = read_json(vetted_path(root, "config.json", what="model configuration"), limit=_CONFIG_LIMIT)
     if not isinstance(config, dict):
         raise BadInputError(f"{printable(root / 'config.json')}: not a JSON object")
     return config
@@ -208,7 +215,7 @@ def _open_file(root: Path, name: str) -> SourceFile:
 
 
 def _read_index(root: Path) -> dict[str, str]:
-    index = read_json(vetted_path(root, INDEX_NAME, what="index"))
+    index = read_json(vetted_path(root, INDEX_NAME, what="index"), limit=_INDEX_LIMIT)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInputError(f"{INDEX_NAME}: has no weight_map")
@@ -226,7 +233,7 @@ def _merge_headers(files: Iterable[SourceFile]) -> dict[str, TensorInfo]:
     for file in files:
         for info in file.header.tensors:
             if info.name in tensors:
-                twice.append(f"{printable(info.name)} ({tensors[info.name].file}, {file.name})")
+                twice.append(f"{printable(info.name)} ({printable(tensors[info.name].file)}, {printable(file.name)})")
             tensors[info.name] = info
     if twice:
         raise BadInputError(f"tensors in two files: {listed(twice)}")
@@ -241,7 +248,7 @@ def _check_index(root: Path, weight_map: dict[str, str], tensors: dict[str, Tens
         if name not in tensors or tensors[name].file != file
     ]
     wrong += [
-        f"{printable(name)} ({info.file}) is not in the index"
+        f"{printable(name)} ({printable(info.file)}) is not in the index"
         for name, info in tensors.items()
         if name not in weight_map
     ]

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
-import glob
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import BusyError, DestinationExistsError, IntegrityError, StorageError, printable
+from .exclusive import EXCHANGE, NOREPLACE, locked, move, renamed
 from .journal import JOURNAL_NAME
+from .output import pwrite
 from .source import MANIFEST_NAME
 
 __all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "sync_folder", "write_file"]
 
-_WORK = 16  # hex digits of a digest
-_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # renameat2(2)
+_WORK, _OWNER = 16, 8  # hex digits: of the digest of the work, and of a number drawn by each run
+_REFUSE = "0" * _WORK  # the work of what is only there to be removed
+_ATTEMPTS = 9  # to remove a folder while its former owner makes a last file in it
 
 
 class Stage:
@@ -31,17 +33,37 @@ class Stage:
 
     def begin(self, work: str) -> Path:
         """The folder to fill, named after `work`, the digest of all that goes into it: of the same work, what an
-        earlier run left is kept; of other work, it is removed. Raises StorageError."""
-        folder = self._out.with_name(f"{self._out.name}.part-{work[:_WORK]}")
+        earlier run left is kept; of other work, it is removed. Raises StorageError.
+
+        The name is this run's alone, and what was left is renamed before anything else is done to it. So where locks
+        do nothing, a run that is alive loses its folder in one step, notices (BusyError), and can put nothing into
+        that of another; the last to begin loses to none. Files that it has open it may go on writing, but with the same
+        bytes: only the same work keeps them.
+        """
+        folder, kept = _part(self._out, work), False
         try:
-            for other in self._out.parent.glob(f"{glob.escape(self._out.name)}.part-{'?' * _WORK}"):
-                if other != folder or other.is_symlink():
-                    _remove(other)
-            folder.mkdir(mode=0o755, exist_ok=True)
+            for left in _unfinished(self._out):
+                if not kept and left.name[:-_OWNER] == folder.name[:-_OWNER] and renamed(left, folder):
+                    # Without a journal it is what --overwrite replaced, or is half removed.
+                    kept = not folder.is_symlink() and (folder / JOURNAL_NAME).exists()
+                    left = folder
+                if not kept or left != folder:
+                    _discard(left, self._out)
+            if not kept:
+                folder.mkdir(mode=0o755)
         except OSError as error:
             raise StorageError(f"{printable(folder)}: {error.strerror}") from None
         self.folder = folder
         return folder
+
+
+def _part(out: Path, work: str) -> Path:
+    return out.with_name(f"{out.name}.part-{work[:_WORK]}-{secrets.token_hex(_OWNER // 2)}")
+
+
+def _unfinished(out: Path) -> list[Path]:
+    name = re.compile(rf"{re.escape(out.name)}\.part-[0-9a-f]{{{_WORK}}}-[0-9a-f]{{{_OWNER}}}")
+    return [out.with_name(entry) for entry in os.listdir(out.parent) if name.fullmatch(entry)]
 
 
 @contextlib.contextmanager
@@ -51,7 +73,7 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> I
     When it does not, what is there stays for the next run of the same work; when bytes are not what they should be
     (IntegrityError), nothing stays. The move never replaces anything, unless `overwrite` and `out` is a folder of ours;
     then the two are exchanged in one step. With `sync`, folder and move are on disk on return. One process at a time:
-    `OUT.lock` is held meanwhile.
+    `OUT.lock` is held meanwhile; where locks do nothing, see `Stage.begin`.
 
     Raises:
         DestinationExistsError: `out` exists (now, or when the work is done).
@@ -60,7 +82,8 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> I
     """
     out = Path(os.path.abspath(out))
     _check_destination(out, overwrite)
-    with _lock(out.with_name(out.name + ".lock")):
+    with locked(out.with_name(out.name + ".lock")):
+        _check_destination(out, overwrite)  # who held the lock before may have made it
         stage = Stage(out)
         try:
             yield stage
@@ -68,16 +91,25 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> I
                 _commit(stage.folder, out, overwrite=overwrite, sync=sync)
         except BaseException as error:
             if stage.folder is not None:
-                _leave(stage.folder, error)
+                if _taken(stage.folder, error):
+                    raise BusyError(f"{printable(out)}: another process is writing this folder") from None
+                _leave(stage.folder, out, error)
             raise
 
 
-def _leave(folder: Path, error: BaseException) -> None:
+def _taken(folder: Path, error: BaseException) -> bool:
+    """Whether an error comes of another process having taken the folder, where there are no locks."""
+    gone = getattr(error.__context__, "errno", None) in (errno.ENOENT, errno.ESTALE)
+    return gone and not os.path.lexists(folder)
+
+
+def _leave(folder: Path, out: Path, error: BaseException) -> None:
     """After a failure: keep what the next run can go on with, and say so where the error has no hint of its own."""
     with contextlib.suppress(OSError):
         journal = folder / JOURNAL_NAME
-        if isinstance(error, IntegrityError) or not journal.exists() or not journal.stat().st_size:
-            _remove(folder)
+        lost = isinstance(error, IntegrityError) or getattr(error, "lost", False)
+        if lost or not journal.exists() or not journal.stat().st_size:
+            _discard(folder, out)
         elif getattr(error, "hint", None) is None:
             error.__dict__["hint"] = f"the same command goes on with what is in {printable(folder)}"
 
@@ -89,12 +121,25 @@ def _commit(folder: Path, out: Path, *, overwrite: bool, sync: bool) -> None:
         if sync:
             sync_folder(folder)
         _check_destination(out, overwrite)
-        _move(folder, out, overwrite)
-        _remove(folder)  # after an exchange this is the old folder
-        if sync:
-            sync_folder(out.parent)
+        flag = EXCHANGE if overwrite and os.path.lexists(out) else NOREPLACE
+        move(folder, out, flag)
+        try:
+            if sync:
+                sync_folder(out.parent)
+        except StorageError:
+            move(out, folder, flag)
+            raise
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise DestinationExistsError(f"{printable(out)}: appeared meanwhile") from None
         raise StorageError(f"{printable(out)}: {error.strerror}") from None
+    try:
+        if flag == EXCHANGE:
+            _discard(folder, out)  # which is the old one now, and no power loss puts it back any more
+    except OSError as error:
+        raise StorageError(
+            f"{printable(out)}: is in place, but what it replaced could not be removed: {error.strerror}"
+        ) from None
 
 
 def _check_destination(out: Path, overwrite: bool) -> None:
@@ -114,65 +159,18 @@ def _check_destination(out: Path, overwrite: bool) -> None:
         )
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `path` locked; the lock ends with the process, the file is removed by its holder."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise StorageError(f"{printable(path)}: {error.strerror}") from None
-    try:
+def _discard(folder: Path, out: Path) -> None:
+    """Remove a folder, from where no other process can put it in place meanwhile. Raises OSError."""
+    refuse = _part(out, _REFUSE)
+    if not renamed(folder, refuse):
+        return
+    for _ in range(_ATTEMPTS):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have removed the file between our open and our lock: then it protects nothing.
-            held = os.path.samestat(os.fstat(fd), os.stat(path))
-        except OSError:
-            held = False
-        if not held:
-            raise BusyError(f"{printable(path)}: another process is writing this folder")
-        try:
-            yield
-        finally:
-            os.unlink(path)
-    finally:
-        os.close(fd)
-
-
-def _move(part: Path, out: Path, overwrite: bool) -> None:
-    flag = _EXCHANGE if overwrite and os.path.lexists(out) else _NOREPLACE
-    try:
-        _renameat2(part, out, flag)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise DestinationExistsError(f"{printable(out)}: appeared meanwhile") from None
-        raise StorageError(f"{printable(out)}: {error.strerror}") from None
-
-
-def _renameat2(old: Path, new: Path, flags: int) -> None:
-    """rename(2) that never replaces, or that exchanges: where the system has it; else the nearest plain steps."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is not None:
-        if function(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) == 0:
+            refuse.unlink() if refuse.is_symlink() else shutil.rmtree(refuse)
             return
-        code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
-    if flags == _EXCHANGE:
-        aside = new.with_name(new.name + ".old")
-        os.rename(new, aside)
-        os.rename(old, new)
-        os.rename(aside, old)
-    elif os.path.lexists(new):
-        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-    else:
-        os.rename(old, new)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
+        except OSError as error:  # a process that lost it can still be at its last call; the next run finds what stays
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
 
 def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
@@ -180,11 +178,13 @@ def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         part.unlink(missing_ok=True)
-        with open(part, "xb") as file:
-            file.write(data)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            pwrite(fd, memoryview(data), 0)
             if sync:
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(fd)
+        finally:
+            os.close(fd)
         os.replace(part, path)
     except OSError as error:
         raise StorageError(f"{printable(path)}: {error.strerror}") from None

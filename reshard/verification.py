@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from .digest import FileRecord, digest_file, digest_of
 from .errors import IntegrityError, printable
+from .guard import MappedFile
 from .manifest import Manifest, read_manifest
 from .rank_file import check_digests, read_rank_header, written_file
 from .source import MANIFEST_NAME
@@ -73,11 +73,10 @@ def check_file(folder: Path, record: FileRecord, progress: Callable[[int], objec
         if digest_file(path) != record.digest:
             raise IntegrityError(f"{printable(path)}: its content was altered")
         return
-    header = read_rank_header(path, record)
-    found = {}
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with MappedFile(path, size=record.size) as mapped:
+        header = read_rank_header(path, record)
+        found, view = {}, memoryview(mapped.data)
         for info in header.tensors:
-            with memoryview(mapped) as view, view[info.start : info.end] as data:
-                found[info.name] = digest_of(data)
+            found[info.name] = digest_of(view[info.start : info.end])
             progress(info.nbytes)
-    check_digests(path, record, header, found)
+        check_digests(path, record, header, found)

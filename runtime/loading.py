@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -25,12 +25,14 @@ from reshard.rank_file import written_file
 from reshard.source import MANIFEST_NAME
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
+from .agreement import Deadline, agree
 from .hooks import install_hooks
 from .locating import Located, locate_together
 from .mapping import map_rank_file
-from .mesh import agree, connect, make_mesh, pick_device, this_rank
+from .mesh import connect, make_mesh, pick_device
 from .phases import Phases
 from .placing import distribute, fill
+from .ranks import this_rank
 from .reading import read_rank_file
 
 __all__ = ["load"]
@@ -46,7 +48,7 @@ def load(
     check_digests: bool = True,
     attn_implementation: str | None = None,
     strategies: ParallelInterface = ALL_PARALLEL_STYLES,
-    timeout: float = 600,
+    timeout: float = 1800,
 ) -> Any:
     """Load a resharded folder on every rank of the torchrun job, and return the transformers model.
 
@@ -59,19 +61,21 @@ def load(
     on local tensors. What it took is in `model.reshard_seconds`, part by part in order.
 
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
-    `timeout` is in seconds.
+    `timeout` is in seconds, from now until the last rank is done; those that are not are named.
 
     Raises:
-        TopologyError: the folder was made for another number of ranks.
+        TopologyError: the folder was made for another number of ranks, or a rank did not answer in time.
         IntegrityError: a file is missing or its bytes are not those that were written.
         VersionError: made by a newer release, or for a model the installed transformers does not know.
     """
     if mesh is not None and mesh.ndim != 1:
         raise TopologyError(f"the mesh has {mesh.ndim} axes; give its tp axis alone", hint='mesh["tp"]')
-    wait = timedelta(seconds=timeout)
+    deadline = Deadline.after(timeout)
     info = replace(this_rank(), rank=mesh.get_local_rank(), world_size=mesh.size()) if mesh else this_rank()
     phases = Phases()
-    store = connect(info, wait)
+    store = connect(info, deadline)
+    if mesh is not None:  # other ranks may load on a mesh of their own at the same time
+        store = PrefixStore(f"mesh {mesh.mesh.tolist()}", store)
     phases.end("handshake")
     failure: Exception | None = None
     found: Located | None = None
@@ -80,7 +84,7 @@ def load(
     try:
         where = pick_device(mesh.device_type if mesh else device, info.local_rank)
         found = locate_together(
-            str(place), revision=revision, rank=info.rank, world_size=info.world_size, store=store, timeout=wait
+            str(place), revision=revision, rank=info.rank, world_size=info.world_size, store=store, deadline=deadline
         )
         folder, manifest = found.folder, found.manifest
         _check_custom(manifest, strategies)
@@ -98,18 +102,22 @@ def load(
         if found and isinstance(error, IntegrityError):
             found.damaged([rank_file_name(info.rank)])
     finally:
-        pool.shutdown(cancel_futures=True)
-    agree(store, info, failure, wait, what="loading", value=seal)
+        pool.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not keep a failure to itself
+    deadline = agree(store, info, failure, deadline, what="loading", value=seal)
     phases.end("agree")
-    mesh = mesh or make_mesh(info, where, store, wait)
-    phases.end("mesh")
-
-    fill(model, manifest, tensors, where)
-    distribute(model, manifest, mesh, strategies)
-    if manifest.world_size > 1:
-        install_hooks(model, manifest.hooks, mesh, manifest.topology, strategies)
-    _finish(model, folder, mesh)
-    phases.end("wrap")
+    try:
+        mesh = mesh or make_mesh(info, where, store, deadline)
+        phases.end("mesh")
+        fill(model, manifest, tensors, where)
+        distribute(model, manifest, mesh, strategies)
+        if manifest.world_size > 1:
+            install_hooks(model, manifest.hooks, mesh, manifest.topology, strategies)
+        _finish(model, folder, mesh)
+        phases.end("wrap")
+    except Exception as error:
+        failure = error
+    agree(store, info, failure, deadline, what="connecting")
+    phases.end("ready")
     model.reshard_seconds = phases.seconds
     return model
 
@@ -139,7 +147,11 @@ def _begin(
 
 
 def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
-    """This rank's file. The other ranks' need not be here, but those that are must have their size."""
+    """This rank's file. The other ranks' need not be here, but those that are must have their size, and no more be."""
+    known = {record.name for record in manifest.rank_files}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        if path.name not in known:
+            raise IntegrityError(f"{printable(path)}: does not belong to this folder")
     for number, record in enumerate(manifest.rank_files):
         if number == rank or os.path.lexists(folder / record.name):
             written_file(folder, record)

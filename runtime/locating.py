@@ -7,18 +7,18 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from reshard import errors
-from reshard.errors import IntegrityError, ReshardError, TopologyError, printable
+from reshard.errors import IntegrityError, TopologyError, printable
 from reshard.hub import discard, find_resharded, locate
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
 from reshard.source import MANIFEST_NAME
 from reshard.verification import check_file
+
+from .agreement import Deadline, UnansweredError, spoken, words_of
 
 __all__ = ["Located", "locate_together"]
 
@@ -40,7 +40,7 @@ class Located:
 
 
 def locate_together(
-    place: str, *, revision: str | None, rank: int, world_size: int, store: dist.Store, timeout: timedelta
+    place: str, *, revision: str | None, rank: int, world_size: int, store: dist.Store, deadline: Deadline
 ) -> Located:
     """The resharded folder at `place`, or its folder `tpN` for so many ranks, with this rank's file.
 
@@ -56,7 +56,7 @@ def locate_together(
         try:
             found = find_resharded(place, revision=revision, world_size=world_size)
         except Exception as error:
-            store.set(key, json.dumps({"error": _words(error)}))
+            store.set(key, json.dumps({"error": words_of(error)}))
             raise
         store.set(key, json.dumps({"place": found.place, "commit": found.commit}))
         return _fetch(found.place, found.commit, rank, world_size)
@@ -64,20 +64,13 @@ def locate_together(
         found = find_resharded(place, world_size=world_size)
         return _fetch(found.place, None, rank, world_size)
     try:
-        store.wait([key], timeout)
+        store.wait([key], deadline.left())
     except RuntimeError:
-        raise TopologyError("rank 0 does not say which folder to load") from None
+        raise UnansweredError("rank 0 does not say which folder to load") from None
     told = json.loads(store.get(key))
     if "error" in told:
-        name, message, hint = told["error"]
-        raise getattr(errors, name, ReshardError)(message, hint=hint)
+        raise spoken(told["error"])
     return _fetch(told["place"], told["commit"], rank, world_size)
-
-
-def _words(error: Exception) -> list[str | None]:
-    if isinstance(error, ReshardError):
-        return [type(error).__name__, error.message, error.hint]
-    return ["ReshardError", f"unexpected {type(error).__name__}: {printable(error)}", None]
 
 
 def _fetch(place: str, commit: str | None, rank: int, world_size: int) -> Located:

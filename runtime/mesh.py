@@ -1,14 +1,9 @@
-"""From torchrun's environment to a device mesh. Ranks agree through the store before any collective exists."""
+"""The ranks' store, and the device mesh over them."""
 
 from __future__ import annotations
 
 import atexit
-import itertools
-import json
-import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,40 +11,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from reshard import errors
-from reshard.errors import RemoteMovedError, ReshardError, TopologyError, UsageError, printable
+from reshard.errors import TopologyError
 
-__all__ = ["RankInfo", "agree", "connect", "make_mesh", "pick_device", "shut_down"]
+from .agreement import Deadline, UnansweredError, first_line
+from .ranks import RankInfo
+
+__all__ = ["connect", "make_mesh", "pick_device", "shut_down"]
 
 _GLOO_LETS_GO = 0.2  # seconds
-_meetings = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class RankInfo:
-    """This process's place among the ranks, as torchrun tells it. `local` ranks are those of the same machine."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int = 1
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> RankInfo:
-        """Without torchrun: the only rank of one. Raises UsageError where the variables are half set or no numbers."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        present = [name for name in names if name in environ]
-        if not present:
-            return cls(0, 1, 0)
-        try:
-            rank, world_size, local_rank = (int(environ[name]) for name in names)
-            return cls(rank, world_size, local_rank, max(1, int(environ.get("LOCAL_WORLD_SIZE", 1))))
-        except KeyError as missing:
-            raise UsageError(
-                f"{missing.args[0]} is not set, though {present[0]} is", hint="start with torchrun"
-            ) from None
-        except ValueError:
-            raise UsageError(f"{', '.join(names)} must be numbers", hint="start with torchrun") from None
+_COLLECTIVES = timedelta(minutes=10)  # that a rank waits in one for the others, once the model is loaded
+_store: dist.Store | None = None
 
 
 def pick_device(wanted: str | None, local_rank: int) -> torch.device:
@@ -65,79 +36,56 @@ def pick_device(wanted: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def connect(info: RankInfo, timeout: timedelta) -> dist.Store:
+def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
     """The store the ranks share: the process group's where there is one, else torchrun's."""
+    global _store
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if info.world_size == 1:
         return dist.HashStore()
-    try:
-        store, _, _ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=timeout))
-    except (ValueError, RuntimeError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
-        raise TopologyError(f"rank {info.rank} cannot reach the others: {printable(error)}") from None
-    return store
+    if _store is None:
+        try:
+            store, _, _ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=deadline.left()))
+        except (ValueError, RuntimeError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
+            raise TopologyError(f"rank {info.rank} cannot reach the others: {first_line(error)}") from None
+        _store = dist.PrefixStore(f"attempt {info.attempt}", store)  # an earlier one has left its failure there
+    return _store
 
 
-def agree(
-    store: dist.Store, info: RankInfo, failure: Exception | None, timeout: timedelta, *, what: str, value: str = ""
-) -> None:
-    """Tell the other ranks how `what` went here, and learn how it went there. No collective is used.
+def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline) -> DeviceMesh:
+    """A one-dimensional mesh, axis `tp`, over all ranks: NCCL on CUDA, gloo on CPU.
 
-    `value` is what all must have in common, such as the digest of the manifest they read.
+    Collectives have longer than the deadline, which is for the ranks to find each other.
 
     Raises:
-        ReshardError: the failure of the first rank that has one, the same on every rank; on that rank it is `failure`.
-        RemoteMovedError: the ranks' values differ.
-        TopologyError: a rank did not answer in time; it is named.
+        UnansweredError: they have not.
+        TopologyError: this rank could not, for a reason of its own.
     """
-    meeting = dist.PrefixStore(f"reshard/{next(_meetings)}", store)
-    status = {"failure": failure and _words(failure), "value": value}
-    keys = [str(rank) for rank in range(info.world_size)]
+    made = not dist.is_initialized()
+    options: dict[str, Any] = {}
+    if made and device.type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device
     try:
-        meeting.set(keys[info.rank], json.dumps(status))
-        meeting.wait(keys, timeout)
-    except RuntimeError as error:
-        if failure is not None:
-            raise failure from None
-        missing = [key for key in keys if not meeting.check([key])]
-        raise TopologyError(f"{what}: no answer from rank {', '.join(missing) or '?'}: {printable(error)}") from None
-    answers = [json.loads(meeting.get(key)) for key in keys]
-    for rank, answer in enumerate(answers):
-        if failure is not None and rank == info.rank:
-            raise failure
-        if answer["failure"] is not None:
-            name, message, hint = answer["failure"]
-            prefix = "" if rank == 0 else f"rank {rank}: "
-            raise getattr(errors, name, ReshardError)(prefix + message, hint=hint)
-        if answer["value"] != answers[0]["value"]:
-            raise RemoteMovedError(
-                f"{what}: rank {rank} has another version than rank 0", hint="pin one with --revision COMMIT"
+        if made:
+            store.set_timeout(deadline.left())
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=info.rank,
+                world_size=info.world_size,
+                timeout=deadline.left(),
+                **options,
             )
-
-
-def _words(failure: Exception) -> list[str | None]:
-    if isinstance(failure, ReshardError):
-        return [type(failure).__name__, failure.message, failure.hint]
-    return ["ReshardError", f"unexpected {type(failure).__name__}: {printable(failure)}", None]
-
-
-def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, timeout: timedelta) -> DeviceMesh:
-    """A one-dimensional mesh, axis `tp`, over all ranks: NCCL on CUDA, gloo on CPU."""
-    if not dist.is_initialized():
-        options: dict[str, Any] = {}
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            options["device_id"] = device
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=info.rank,
-            world_size=info.world_size,
-            timeout=timeout,
-            **options,
-        )
+        mesh = init_device_mesh(device.type, (info.world_size,), mesh_dim_names=("tp",))
+    except RuntimeError as error:
+        waited = deadline.seconds() <= 0
+        raise (UnansweredError if waited else TopologyError)(f"cannot join the others: {first_line(error)}") from None
+    if made:
         atexit.register(_leave)
-    return init_device_mesh(device.type, (info.world_size,), mesh_dim_names=("tp",))
+        store.set_timeout(_COLLECTIVES)
+        dist.distributed_c10d._set_pg_timeout(_COLLECTIVES)
+    return mesh
 
 
 def _leave() -> None:
@@ -151,11 +99,3 @@ def shut_down() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def this_rank() -> RankInfo:
-    """`RankInfo` of this process, from the process group where there is one."""
-    info = RankInfo.from_env(os.environ)
-    if dist.is_initialized():
-        return replace(info, rank=dist.get_rank(), world_size=dist.get_world_size())
-    return info

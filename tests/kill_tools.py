@@ -84,7 +84,7 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
     for name in _CALLS:
         setattr(os, name, counted(getattr(os, name)))
     builtins.open = counted(builtins.open)
-    reshard.staging._renameat2 = counted(reshard.staging._renameat2)
+    reshard.staging.move = counted(reshard.staging.move)
     convert(source, out, tp_size=2, workers=1)
     sender.send((made, written))
     sender.close()

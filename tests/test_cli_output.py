@@ -79,7 +79,7 @@ def test_lock_is_busy(source: Path, out: Path, refused: Refused) -> None:
 
 def test_leftovers_of_other_work_are_cleared(source: Path, out: Path, tmp_path: Path, cli: Cli) -> None:
     Path(f"{out}.lock").touch()
-    part = Path(f"{out}.part-0123456789abcdef")
+    part = Path(f"{out}.part-0123456789abcdef-01234567")
     part.mkdir()
     (part / RANK_FILES[0]).write_bytes(b"half")
     assert cli(*convert(source, out)).code == 0

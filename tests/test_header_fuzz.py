@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
+import subprocess
+import sys
 import time
-import tracemalloc
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from reshard.header import HEADER_LIMIT, parse_header
+import reshard
+from reshard.header import DTYPE_BITS, ENTRY_LIMIT, HEADER_LIMIT, TEXT_LIMIT, parse_header
 
 BASES = [
     save({"a": torch.zeros(2, 3), "b": torch.ones(3, dtype=torch.int8), "e": torch.zeros(0, 4)}, {"format": "pt"}),
@@ -50,44 +55,120 @@ def edited(base: bytes, edits: list[tuple[int, int, bytes]], length_by: int | No
     return struct.pack("<Q", stated) + raw + data
 
 
+CHANGED = st.builds(
+    edited,
+    st.sampled_from(BASES),
+    EDITS,
+    st.none() | st.none() | st.integers(-16, 16) | st.integers(0, 2**63),
+    st.just(0) | st.integers(-8, 8),
+)
+NUMBERS = st.sampled_from(["0", "1", "2", "3", "-0", "-1", "1.0", "1e1", str(2**63), str(2**64), "true", "null", '"1"'])
+
+
+@st.composite
+def made_up(draw: st.DrawFn) -> bytes:
+    """Entries of numbers that may not go together."""
+    parts = []
+    for _ in range(draw(st.integers(0, 3))):
+        name, dtype = draw(st.sampled_from("abc")), draw(st.sampled_from(["U8", "F4", "F16", "X"]))
+        dims, offsets = (",".join(draw(st.lists(NUMBERS, min_size=least, max_size=3))) for least in (0, 1))
+        parts.append(f'"{name}":{{"dtype":"{dtype}","shape":[{dims}],"data_offsets":[{offsets}]}}'.encode())
+    return join(members(*parts), bytes(draw(st.integers(0, 6))))
+
+
+@st.composite
+def legal(draw: st.DrawFn) -> bytes:
+    """A file as the format has it, written in an unusual way: any order, white space, escapes and padding."""
+
+    def space() -> str:
+        return draw(st.text(" \t\n\r", max_size=2))
+
+    def string(text: str) -> str:
+        escaped = draw(st.sampled_from(["never", "where needed", "always"]))
+        return json.dumps(text, ensure_ascii=escaped != "never") if escaped != "always" else f'"{units(text)}"'
+
+    def units(text: str) -> str:
+        found = text.encode("utf-16-be")
+        return "".join(f"\\u{found[i : i + 2].hex()}" for i in range(0, len(found), 2))
+
+    def collection(brackets: str, parts: Iterable[str]) -> str:
+        return brackets[0] + space() + ",".join(f"{part}{space()}" for part in parts) + brackets[1]
+
+    def fields(pairs: dict[str, str]) -> str:
+        pairs = dict(draw(st.permutations(sorted(pairs.items()))))
+        return collection("{}", (f"{space()}{string(key)}{space()}:{space()}{value}" for key, value in pairs.items()))
+
+    texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    names = texts.filter(lambda name: name != "__metadata__")
+    specs = draw(
+        st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPE_BITS)), st.lists(st.integers(0, 5), max_size=4)))
+    )
+    entries, at = {}, 0
+    for name in draw(st.permutations(sorted(specs))):
+        dtype, shape = specs[name]
+        shape = [*shape, 8] if math.prod(shape) * DTYPE_BITS[dtype] % 8 else shape
+        end = at + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        pair = {"dtype": f'"{dtype}"', "shape": shape, "data_offsets": [at, end]}
+        entries[name] = fields({k: v if isinstance(v, str) else collection("[]", map(str, v)) for k, v in pair.items()})
+        at = end
+    if draw(st.booleans()):
+        metadata = draw(st.dictionaries(texts, texts, max_size=3))
+        entries["__metadata__"] = fields({key: string(value) for key, value in metadata.items()})
+    return join(fields(entries).encode() + b" " * draw(st.integers(0, 9)), bytes(at))
+
+
+def verdict(blob: bytes) -> str:
+    """Who accepts it. Nothing that safetensors refuses may be accepted, or be read as anything else."""
+    found, reference = ours(blob), theirs(blob)
+    assert found is None or found == reference
+    return "accepted" if found is not None else "refused" if reference is None else "refused by us alone"
+
+
 @pytest.mark.fault(11)
 @settings(max_examples=1500, deadline=None)
-@given(
-    base=st.sampled_from(BASES),
-    edits=EDITS,
-    length_by=st.none() | st.none() | st.integers(-16, 16) | st.integers(0, 2**63),
-    tail=st.just(0) | st.integers(-8, 8),
-)
-@example(base=BASES[0], edits=[], length_by=None, tail=0)
-def test_never_looser_than_safetensors(
-    base: bytes, edits: list[tuple[int, int, bytes]], length_by: int | None, tail: int
-) -> None:
-    blob = edited(base, edits, length_by, tail)
-    found = ours(blob)
-    assert found is None or found == theirs(blob)
-
-
-NUMBERS = st.sampled_from(["0", "1", "2", "3", "-0", "-1", "1.0", "1e1", str(2**63), str(2**64), "true", "null", '"1"'])
+@given(CHANGED)
+@example(BASES[0])
+def test_never_looser_than_safetensors(blob: bytes) -> None:
+    verdict(blob)
 
 
 @pytest.mark.fault(11)
 @settings(max_examples=500, deadline=None)
-@given(
-    specs=st.lists(
-        st.tuples(st.sampled_from("abc"), st.sampled_from(["U8", "F4", "F16", "X"]), st.lists(NUMBERS, max_size=3))
-        .flatmap(lambda head: st.tuples(st.just(head), st.lists(NUMBERS, min_size=1, max_size=3))),
-        max_size=3,
-    ),
-    size=st.integers(0, 6),
-)  # fmt: skip
-def test_never_looser_on_made_up_entries(specs: list[tuple[tuple[str, str, list[str]], list[str]]], size: int) -> None:
-    parts = [
-        f'"{name}":{{"dtype":"{dtype}","shape":[{",".join(dims)}],"data_offsets":[{",".join(offsets)}]}}'.encode()
-        for (name, dtype, dims), offsets in specs
-    ]
-    blob = join(members(*parts), bytes(size))
-    found = ours(blob)
-    assert found is None or found == theirs(blob)
+@given(made_up())
+def test_never_looser_on_made_up_entries(blob: bytes) -> None:
+    verdict(blob)
+
+
+@pytest.mark.fault(9)
+@settings(max_examples=300, deadline=None)
+@given(legal())
+def test_every_legal_file_is_read(blob: bytes) -> None:
+    assert verdict(blob) == "accepted"
+
+
+MORE = {"changed": (CHANGED, 60_000), "made up": (made_up(), 30_000), "legal": (legal(), 10_000)}
+
+
+@pytest.mark.fault(9, 11)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MORE)
+def test_many_more(kind: str) -> None:
+    files, count = MORE[kind]
+    counts = Counter[str]()
+    stricter: list[bytes] = []
+
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(files)
+    def run(blob: bytes) -> None:
+        found = verdict(blob)
+        counts[found] += 1
+        if found == "refused by us alone":
+            stricter.append(blob)
+
+    run()
+    print(f"{counts.total()} files: {dict(counts)}")
+    for blob in sorted(stricter, key=len)[:20]:
+        print(blob)
 
 
 # --- truncation ---
@@ -108,6 +189,8 @@ def test_truncation_at_every_length(tmp_path: Path) -> None:
 SIZE = HEADER_LIMIT - 1000
 HALF = HEADER_LIMIT // 2
 SHAPE = b'{"w":{"dtype":"U8","shape":'
+LONG = b"a" * (TEXT_LIMIT - 9)
+MEMORY = 64 << 20
 BOMBS: dict[str, Callable[[], bytes]] = {
     "40M dims": lambda: SHAPE + b"[" + b"1," * (SIZE // 2) + b'1],"data_offsets":[0,1]}}',
     "one long dim": lambda: SHAPE + b"[" + b"1" * HALF + b'],"data_offsets":[0,1]}}',
@@ -126,31 +209,49 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "commas": lambda: b'{"w":{}' + b"," * HALF + b"}",
     "small members": lambda: b"{" + b'"":0,' * (HALF // 5) + b"}",
     "equal keys of metadata": lambda: b'{"__metadata__":{' + b'"":"",' * (HALF // 6) + b"}}",
-    "empty tensors": lambda: b"{" + (entry("w", 0, 0) + b",") * (SIZE // 60) + b"}",
+    "equal tensors": lambda: b"{" + (entry("w", 0, 0) + b",") * (SIZE // 60) + b"}",
+    "a million tensors": lambda: members(*(entry(f"{i:x}", 0, 0) for i in range(10**6))),
+    "a hundred thousand, and a letter": lambda: members(*(entry(f"{i:x}", 0, 0) for i in range(ENTRY_LIMIT))) + b"x",
+    "a million keys": lambda: b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(10**6)) + b"}}",
+    "long names": lambda: b"{" + b",".join(entry(f"{i:04000}", 0, 0) for i in range(20_000)) + b"}",
+    "long values": lambda: b'{"__metadata__":{' + b",".join(b'"%d":"%s"' % (i, LONG) for i in range(11)) + b"}}x",
+    "long escaped values": lambda: b'{"__metadata__":{' + b'"1":"' + rb"\"" * (TEXT_LIMIT // 2 - 1) + b'"}}x',
+    "spaces before a colon": lambda: b'{"w"' + b" " * SIZE + b"}",
+    "spaces before a comma": lambda: members(entry("w", 0, 0))[:-1] + b" " * SIZE + b"{",
 }  # fmt: skip
 
 
+# Reads the file under a limit: what it may take beside what Python and the modules have taken already.
+READ = f"""
+import re, resource, sys, time
+from pathlib import Path
+from reshard.errors import BadInputError
+from reshard.header import read_header
+taken = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (taken + {MEMORY},) * 2)
+try:
+    read_header("bomb", file="bomb")
+except BadInputError as error:
+    print(time.process_time(), error.message)
+"""
+
+
 @pytest.mark.fault(10)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("name", BOMBS)
-def test_bomb(name: str) -> None:
+def test_bomb(name: str, tmp_path: Path) -> None:
+    """Refused in about a second of one CPU, with 64 MB of memory beside the file's own pages."""
     raw = BOMBS[name]()
-    assert HALF <= len(raw) + 100 <= HEADER_LIMIT
-    tracemalloc.start()
-    try:
-        start = time.process_time()
-        refused(lambda: parse_header(raw, file=FILE, file_size=8 + len(raw)))
-        assert time.process_time() - start < 3
-        assert tracemalloc.get_traced_memory()[1] < 400e6
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.fault(10)
-def test_metadata_of_many_keys() -> None:
-    raw = b'{"__metadata__":{' + b",".join(b'"%x":""' % key for key in range(700_000)) + b"}}"
-    start = time.process_time()
-    assert "more than" in refused(lambda: parse_header(raw, file=FILE, file_size=8 + len(raw)))
-    assert time.process_time() - start < 4
+    assert len(raw) <= HEADER_LIMIT
+    (tmp_path / "bomb").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    environment = {**os.environ, "PYTHONPATH": str(Path(reshard.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", READ], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    seconds, _, message = done.stdout.partition(" ")
+    assert message.startswith("bomb: "), done
+    assert len(message) < 1000
+    assert float(seconds) < 2, seconds
 
 
 def test_a_hundred_thousand_tensors_take_about_a_second() -> None:
@@ -162,10 +263,10 @@ def test_a_hundred_thousand_tensors_take_about_a_second() -> None:
             "shape": [4096, 1536],
             "data_offsets": [i * size, (i + 1) * size],
         }
-        for i in range(100_000)
+        for i in range(99_999)
     }
     raw = json.dumps({"__metadata__": {"format": "pt"}, **found}, separators=(",", ":")).encode()
     start = time.process_time()
-    parsed = parse_header(raw, file=FILE, file_size=8 + len(raw) + 100_000 * size)
-    assert time.process_time() - start < 3
-    assert len(parsed.tensors) == 100_000
+    parsed = parse_header(raw, file=FILE, file_size=8 + len(raw) + 99_999 * size)
+    assert time.process_time() - start < 2
+    assert len(parsed.tensors) == 99_999

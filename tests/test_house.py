@@ -23,7 +23,7 @@ TORCH_FREE = [
         f"reshard.{name}"
         for name in (
             *("placement", "regions", "layout", "manifest", "source", "header"),
-            *("targets", "report", "verification", "cli", "topology", "fields", "placement_json"),
+            *("targets", "report", "verification", "cli", "topology", "fields", "placement_json", "guard"),
             *("hub", "publishing", "pulling", "card"),
         )
     ),

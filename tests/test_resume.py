@@ -93,6 +93,25 @@ def test_an_interrupted_conversion_goes_on(
     assert tree(half) == whole
 
 
+@pytest.mark.fault(29)
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("block_bytes", [100, 1 << 20])
+def test_the_bytes_are_the_same(
+    block_bytes: int, workers: int, origin: Path, tmp_path: Path, whole: dict[str, object]
+) -> None:
+    """For any number of threads, any size of block, and when others of both have begun."""
+    for begun in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if begun:
+                interrupt_after(patch, 5 * workers)
+                with pytest.raises(KeyboardInterrupt):
+                    reshard.convert(origin, tmp_path / "begun", tp_size=2, workers=3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(executor, "BLOCK_BYTES", block_bytes)
+            reshard.convert(origin, tmp_path / "begun" if begun else tmp_path / "out", tp_size=2, workers=workers)
+    assert tree(tmp_path / "out") == tree(tmp_path / "begun") == whole
+
+
 @pytest.mark.fault(2)
 def test_what_a_journal_claims_is_checked(
     half: Path, origin: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
@@ -157,10 +176,12 @@ def test_links_planted_in_the_unfinished_folder_are_not_followed(
     (part / RANK_FILES[1]).symlink_to(precious)
     with pytest.raises(StorageError, match="symbolic link"):
         reshard.convert(origin, half, tp_size=2)
+    [part] = unfinished(half)
     (part / RANK_FILES[1]).unlink()
     os.link(precious, part / RANK_FILES[1])
     with pytest.raises(StorageError, match="not a file of this command"):
         reshard.convert(origin, half, tp_size=2)
+    [part] = unfinished(half)
     (part / RANK_FILES[1]).unlink()
     (part / "config.json").symlink_to(precious)
     reshard.convert(origin, half, tp_size=2)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +23,10 @@ from reshard.errors import IntegrityError, RemoteMovedError, TopologyError, Usag
 from reshard.placement import Nested, Replicate, Shard
 from reshard.targets import Target
 from reshard.topology import Topology
-from runtime.mesh import RankInfo, agree, pick_device
+from runtime.agreement import Deadline, UnansweredError, agree
+from runtime.mesh import connect, pick_device
 from runtime.placing import _share_heads
+from runtime.ranks import RankInfo
 
 PARTS = "shard-0000{}-model-00001-of-00001.safetensors"
 
@@ -166,6 +167,8 @@ def test_environment_of_torchrun() -> None:
     assert RankInfo.from_env({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == RankInfo(3, 4, 1)
     ours = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert RankInfo.from_env(ours) == RankInfo(3, 4, 1, 2)
+    elastic = {**ours, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert RankInfo.from_env(elastic) == RankInfo(3, 4, 1, 2, attempt=1)
     with pytest.raises(UsageError, match="WORLD_SIZE is not set"):
         RankInfo.from_env({"RANK": "3", "LOCAL_RANK": "1"})
     with pytest.raises(UsageError, match="must be numbers"):
@@ -183,15 +186,26 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device(None, 1)
 
 
+def test_what_an_attempt_before_a_restart_has_said_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
+    stores = []
+    for attempt in range(2):
+        monkeypatch.setattr("runtime.mesh._store", None)  # another process
+        stores.append(connect(RankInfo(0, 2, 0, attempt=attempt), Deadline.after(5)))
+    stores[0].set("key", "failed")
+    assert [store.check(["key"]) for store in stores] == [True, False]
+
+
 def meet(monkeypatch: pytest.MonkeyPatch, *answers: tuple[Exception | None, str]) -> list[Exception | None]:
     """What `agree` raises on every rank, when each brings its failure and value. The ranks are threads."""
-    monkeypatch.setattr("runtime.mesh._meetings", itertools.repeat(0))
+    monkeypatch.setattr("runtime.agreement._meetings", itertools.repeat(0))
     store = dist.HashStore()
 
     def one(rank: int) -> Exception | None:
         failure, value = answers[rank]
         try:
-            agree(store, RankInfo(rank, len(answers), 0), failure, timedelta(seconds=5), what="loading", value=value)
+            agree(store, RankInfo(rank, len(answers), 0), failure, Deadline.after(5), what="loading", value=value)
         except Exception as error:
             return error
         return None
@@ -208,17 +222,17 @@ def test_ranks_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failure_is_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     own = IntegrityError("broken", hint="mend it")
     zero, one, two = meet(monkeypatch, (None, ""), (own, ""), (None, ""))
-    assert one is own
-    for other in (zero, two):
-        assert isinstance(other, IntegrityError)
-        assert (other.message, other.hint) == ("rank 1: broken", "mend it")
+    for found in (zero, one, two):
+        assert isinstance(found, IntegrityError)
+        assert (found.message, found.hint) == ("rank 1: broken", "mend it")
+    assert one.__cause__ is own
 
 
 def test_an_unexpected_failure_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     own = ZeroDivisionError("by\nzero")
     zero, one = meet(monkeypatch, (None, ""), (own, ""))
-    assert one is own
-    assert str(zero) == "rank 1: unexpected ZeroDivisionError: by\\nzero"
+    assert one.__cause__ is own
+    assert str(zero) == str(one) == "rank 1: unexpected ZeroDivisionError: by\\nzero"
 
 
 def test_ranks_with_different_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,13 +245,55 @@ def test_ranks_with_different_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_that_never_answers_is_named() -> None:
     started = time.monotonic()
     with pytest.raises(TopologyError, match="no answer from rank 1, 2"):
-        agree(dist.HashStore(), RankInfo(0, 3, 0), None, timedelta(seconds=0.3), what="loading")
+        agree(dist.HashStore(), RankInfo(0, 3, 0), None, Deadline.after(0.3), what="loading")
     assert time.monotonic() - started < 5
+
+
+def test_a_failure_does_not_wait_for_a_silent_rank() -> None:
+    started = time.monotonic()
+    with pytest.raises(IntegrityError, match="rank 0: mine"):
+        agree(dist.HashStore(), RankInfo(0, 2, 0), IntegrityError("mine"), Deadline.after(60), what="loading")
+    assert time.monotonic() - started < 10
+
+
+def test_a_rank_that_comes_too_late_hears_what_the_others_were_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.agreement._meetings", itertools.repeat(0))
+    store = dist.HashStore()
+    for rank, seconds in ((0, 0.1), (1, 60)):
+        with pytest.raises(TopologyError, match="no answer from rank 1 in time"):
+            agree(store, RankInfo(rank, 2, 0), None, Deadline.after(seconds), what="loading")
+
+
+def test_the_earliest_deadline_is_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.agreement._meetings", itertools.repeat(0))
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        ends = pool.map(
+            lambda rank: agree(store, RankInfo(rank, 2, 0), None, Deadline.after(20 + 20 * rank), what="loading"),
+            range(2),
+        )
+    assert all(0 < end.seconds() <= 20 for end in ends)
+
+
+def test_a_rank_that_waited_in_vain_blames_the_silent_one() -> None:
+    waited = UnansweredError("cannot join the others: timed out")
+    with pytest.raises(TopologyError, match="connecting: no answer from rank 1 in time"):
+        agree(dist.HashStore(), RankInfo(0, 2, 0), waited, Deadline.after(-1), what="connecting")
+
+
+def test_ranks_that_all_waited_in_vain_blame_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in meet(monkeypatch, *[(UnansweredError("cannot join the others: no route"), "")] * 2):
+        assert str(found) == "cannot join the others: no route"
+
+
+def test_ranks_that_fail_alike_name_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in meet(monkeypatch, *[(TopologyError("made for 3 ranks"), "")] * 2):
+        assert str(found) == "made for 3 ranks"
 
 
 def test_own_failure_is_said_even_when_nobody_answers() -> None:
     with pytest.raises(IntegrityError, match="mine"):
-        agree(dist.HashStore(), RankInfo(0, 2, 0), IntegrityError("mine"), timedelta(seconds=0.1), what="loading")
+        agree(dist.HashStore(), RankInfo(0, 2, 0), IntegrityError("mine"), Deadline.after(0.1), what="loading")
 
 
 def test_shared_heads_that_no_attention_holds_are_refused() -> None:

@@ -1,0 +1,165 @@
+"""How ranks learn of each other's failures: through the store they share, by a deadline, with no collective."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from reshard import errors
+from reshard.errors import RemoteMovedError, ReshardError, TopologyError, printable
+
+from .ranks import RankInfo
+
+__all__ = ["Deadline", "UnansweredError", "agree", "first_line", "spoken", "words_of"]
+
+_STRAGGLERS = 2.0  # seconds that a failure waits for the other ranks: so they end by themselves, with its exit code
+_ROLL_CALL = 1.0  # seconds to find out who is silent, when a group has not come about in time
+_LONGEST_PAUSE = 0.05  # seconds
+_meetings = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment of this process's monotonic clock, when all the waiting of one load ends."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds)
+
+    def seconds(self) -> float:
+        """What is left; negative when it has passed."""
+        return self.at - time.monotonic()
+
+    def left(self) -> timedelta:
+        """What is left, as torch takes it: never nothing."""
+        return timedelta(seconds=max(0.001, self.seconds()))
+
+
+class UnansweredError(TopologyError):
+    """Waiting for the others has failed. It is the fault of those who are silent, where there are any."""
+
+
+def agree(
+    store: dist.Store, info: RankInfo, failure: Exception | None, deadline: Deadline, *, what: str, value: str = ""
+) -> Deadline:
+    """Tell the other ranks how `what` went here, and learn how it went there. Returns the earliest of their deadlines.
+
+    `value` is what all must have in common, such as the digest of the manifest they read. A failure is known to all
+    within seconds, whoever else is silent.
+
+    Raises:
+        ReshardError: the failure of the first rank that had one, the same on every rank. It names the rank, unless all
+            failed alike; what failed here is its cause.
+        RemoteMovedError: the ranks' values differ.
+        TopologyError: a rank did not answer in time, and is named; or the store is gone.
+    """
+    meeting = dist.PrefixStore(f"reshard/{next(_meetings)}", store)
+    words = failure and words_of(failure)
+    try:
+        meeting.set(str(info.rank), json.dumps({"failure": words, "value": value, "left": deadline.seconds()}))
+        if isinstance(failure, UnansweredError):
+            deadline = Deadline.after(_ROLL_CALL)
+        elif words:
+            _judge(meeting, info.rank, words)
+        answers = _answers(meeting, info.world_size, deadline)
+        verdict = _verdict(meeting, answers, what)
+    except RuntimeError as error:  # of the store
+        raise failure or TopologyError(
+            f"{what}: rank {info.rank} has lost the others, since their store is gone: {first_line(error)}",
+            hint="torchrun, or the rank that held the store, has ended",
+        ) from None
+    if info.attempt is not None and None in answers:
+        _continue_siblings()
+    if verdict is None:
+        return Deadline.after(min(answer["left"] for answer in answers))
+    guilty, words = verdict
+    common = all(answer and answer["failure"] == words for answer in answers)
+    if failure is not None and common:
+        raise failure
+    prefix = "" if guilty is None or common else f"rank {guilty}: "
+    raise spoken(words, prefix) from failure
+
+
+def _answers(meeting: dist.Store, world_size: int, deadline: Deadline) -> list[Any]:
+    """What each rank told; None for those who are silent at the deadline, or for a while after another has failed."""
+    keys = [str(rank) for rank in range(world_size)]
+    pause = 0.001
+    failed = False
+    while not meeting.check(keys) and deadline.seconds() > 0:  # TCPStore's own wait logs every time it is in vain
+        if not failed and meeting.check(["verdict"]):
+            failed, deadline = True, min(deadline, Deadline.after(_STRAGGLERS), key=Deadline.seconds)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    return [json.loads(meeting.get(key)) if meeting.check([key]) else None for key in keys]
+
+
+def _verdict(meeting: dist.Store, answers: list[Any], what: str) -> Any:
+    """[guilty rank or None, words] where something is wrong. The first verdict is also that of those who come later."""
+    found = _complaint(answers, what)
+    if found and not meeting.check(["verdict"]):
+        _judge(meeting, *found)
+    return json.loads(meeting.get("verdict")) if meeting.check(["verdict"]) else None
+
+
+def _judge(meeting: dist.Store, guilty: int | None, words: list[str | None]) -> None:
+    meeting.compare_set("verdict", "", json.dumps([guilty, words]))
+
+
+def _complaint(answers: list[Any], what: str) -> tuple[int | None, list[str | None]] | None:
+    silent = [str(rank) for rank, answer in enumerate(answers) if answer is None]
+    if silent:
+        message = f"{what}: no answer from rank {', '.join(silent)} in time"
+        return None, words_of(TopologyError(message, hint="one that is only slow needs a longer --timeout"))
+    for rank, answer in enumerate(answers):
+        if answer["failure"]:
+            return rank, answer["failure"]
+        if answer["value"] != answers[0]["value"]:
+            message = f"{what}: rank {rank} has another version than rank 0"
+            return None, words_of(RemoteMovedError(message, hint="pin one with --revision COMMIT"))
+    return None
+
+
+def words_of(failure: Exception) -> list[str | None]:
+    """A failure as another rank can be told of it."""
+    if isinstance(failure, ReshardError):
+        name = next(kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__))
+        return [name, failure.message, failure.hint]
+    return ["ReshardError", f"unexpected {type(failure).__name__}: {printable(failure)}", None]
+
+
+def spoken(words: Sequence[Any], prefix: str = "") -> ReshardError:
+    """The failure that another rank told of."""
+    name, message, hint = words
+    error: ReshardError = getattr(errors, name)(prefix + message, hint=hint)
+    return error
+
+
+def _continue_siblings() -> None:
+    """Let torchrun's other processes on this machine go on, if they are stopped, to the end that it makes of them.
+
+    It asks them to end as soon as one has failed. A stopped process does not hear that, and is killed only half a
+    minute later.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                os.kill(int(pid), signal.SIGCONT)
+
+
+def first_line(error: Exception) -> str:
+    """Of torch's errors, which can go on with a stack of C++."""
+    return printable(str(error).partition("\n")[0])

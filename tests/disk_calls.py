@@ -1,0 +1,104 @@
+"""Every call that is made in this process on one folder and what is below it, handed to the test instead."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reshard.conversion
+import reshard.exclusive
+from reshard.planning import ReshardPlan
+
+CALLS = (
+    *("open", "close", "write", "pwrite", "preadv", "fsync", "ftruncate", "posix_fallocate"),
+    *("mkdir", "unlink", "rmdir", "rename", "replace", "renameat2", "listdir", "scandir", "statvfs", "flock"),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, not made yet: calling it makes it. `path` is what it is about."""
+
+    name: str
+    path: str
+    real: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.real(*self.arguments, **self.options)
+
+
+Around = Callable[[Call], Any]
+
+
+def _path(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    path = arguments[0]
+    if isinstance(path, int):
+        return _of(path)
+    folder = options.get("dir_fd")
+    return os.path.join(os.getcwd() if folder is None else _of(folder), path)
+
+
+def _of(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def passing(root: Path, around: Around) -> Iterator[None]:
+    """Inside, `around(call)` stands for every call on `root` and below: it makes the call, or raises OSError."""
+
+    def wrapped(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def once(*arguments: Any, **options: Any) -> Any:
+            path = _path(arguments, options) if arguments else ""
+            if path != str(root) and not path.startswith(f"{root}/"):
+                return real(*arguments, **options)
+            return around(Call(name, path, real, arguments, options))
+
+        return once
+
+    def renameat2(*arguments: Any) -> int:
+        try:
+            return around(Call("renameat2", str(arguments[0]), real_renameat2, arguments, {}))
+        except OSError as error:
+            return error.errno or errno.EIO
+
+    real_renameat2 = reshard.exclusive._renameat2
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(CALLS) & set(dir(os)):
+            patch.setattr(os, name, wrapped(name, getattr(os, name)))
+        patch.setattr(fcntl, "flock", wrapped("flock", fcntl.flock))
+        patch.setattr(reshard.exclusive, "_renameat2", renameat2)
+        yield
+
+
+@contextlib.contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """Where there is one: what is tried thousands of times need not reach the disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="reshard-", dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def already_planned(planned: ReshardPlan) -> Iterator[None]:
+    """Inside, `reshard.convert` does all but the planning, in milliseconds, and must be called for this plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        layouts = reshard.conversion.plan_layouts(planned)
+        patch.setattr(reshard.conversion, "_open", lambda *_, **__: (planned.source, None))
+        patch.setattr(reshard.conversion, "_plan", lambda *_, **__: (planned, layouts))
+        patch.setattr(reshard.conversion, "version", functools.cache(reshard.conversion.version))
+        yield
