@@ -139,7 +139,7 @@ def _opening(sources: Sequence[str], *, cast: bool) -> str:
         else "Every element is that of the source, bit for bit.",
     ]
     if sources:
-        lines.append("Nothing is quantized: of the relations between models that the Hub names, it is the nearest.")
+        lines.append("Nothing is quantized: the Hub has no nearer name for how the two models belong together.")
     return "\n".join(lines)
 
 

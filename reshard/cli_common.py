@@ -13,10 +13,16 @@ import click
 
 __all__ = ["format_option", "print_report", "progress_bar", "revision_option"]
 
-format_option = click.option(
-    "--format", "style", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
-)
-revision_option = click.option("--revision", help="Branch, tag or commit of a Hub id.")
+
+def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format`, as the argument `style`."""
+    kinds = click.Choice(["text", "json"])
+    return click.option("--format", "style", type=kinds, default="text", help="How to print the result.")(command)
+
+
+def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--revision`."""
+    return click.option("--revision", help="Branch, tag or commit of a Hub id.")(command)
 
 
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:

@@ -143,7 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{printable(folder)}: holds no {MANIFEST_NAME}, so it is not a resharded folder",
             hint="make one with: reshard convert SOURCE OUT --tp-size N",
         )
-    path = vetted_path(folder, MANIFEST_NAME, what="manifest")
+    vetted_path(folder, MANIFEST_NAME, what="manifest")
+    path = folder / MANIFEST_NAME
     try:
         content = read_json(path)
     except BadInputError as error:

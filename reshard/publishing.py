@@ -198,7 +198,7 @@ def _obsolete(where: Place, remote: _Remote, manifest: Manifest) -> tuple[str, .
 
 def _card(where: Place, remote: _Remote, manifest: Manifest, terms: Terms, revision: str | None) -> str | None:
     """The page for all degrees in the repo, checked by the Hub; None where somebody has written one, which stays."""
-    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     with doing("read its card", where.repo_id):
         if _CARD in remote.files:
@@ -208,9 +208,22 @@ def _card(where: Place, remote: _Remote, manifest: Manifest, terms: Terms, revis
     degrees = {where.path: manifest, **_other_degrees(where, remote)}
     ordered = dict(sorted(degrees.items(), key=lambda item: (item[1].world_size, item[0])))
     card = render(where.repo_id, ordered, terms, revision=revision)
-    with doing("have its card checked", where.repo_id):
-        ModelCard(card).validate()
+    _check_card(where, card)
     return card
+
+
+def _check_card(where: Place, card: str) -> None:
+    """Before anything is uploaded. As `ModelCard.validate`, which asks huggingface.co whatever HF_ENDPOINT says until
+    huggingface_hub 2. Raises BadInputError."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url, content = f"{constants.ENDPOINT}/api/validate-yaml", {"repoType": "model", "content": card}
+    with doing("have its card checked", where.repo_id):
+        answer = get_session().post(url, json=content, headers=build_hf_headers())
+        if answer.status_code == 400:
+            raise BadInputError(f"{where}: the Hub does not take its card: {printable(answer.text)}")
+        hf_raise_for_status(answer)
 
 
 def _other_degrees(where: Place, remote: _Remote) -> dict[str, Manifest]:

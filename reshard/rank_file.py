@@ -23,7 +23,7 @@ def written_file(folder: Path, record: FileRecord) -> Path:
     size = os.stat(real).st_size
     if size != record.size:
         raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {size}")
-    return real
+    return path  # and not what it links to: the cache's names say nothing
 
 
 def read_rank_header(path: Path, record: FileRecord) -> Header:

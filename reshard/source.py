@@ -90,7 +90,7 @@ def check_plain_name(name: str, *, what: str) -> None:
 def vetted_path(root: Path, name: str, *, what: str) -> Path:
     """The path of a plain file directly inside `root`.
 
-    A symbolic link is followed only inside `root`, or inside the cache of one Hub repo, whose snapshots are links.
+    A symbolic link is followed only inside `root`, or inside a Hub cache, whose snapshots are links.
 
     Raises:
         PolicyError: the name or a link leaves the folder.
@@ -103,20 +103,21 @@ def vetted_path(root: Path, name: str, *, what: str) -> Path:
         mode = os.stat(real).st_mode
     except OSError as error:
         raise BadInputError(f"{what}: {printable(path)} cannot be read: {error.strerror}") from None
-    if not real.is_relative_to(_boundary(root)):
+    if not any(real.is_relative_to(folder) for folder in _inside(root)):
         raise PolicyError(f"{what}: {printable(path)} is a link that leads out of the source folder")
     if not stat.S_ISREG(mode):
         raise BadInputError(f"{what}: {printable(path)} is not a regular file")
     return real
 
 
-def _boundary(root: Path) -> Path:
-    """The folder that links may not leave: the repo's cache where `root` is in `models--…/snapshots`."""
+def _inside(root: Path) -> tuple[Path, ...]:
+    """The folders that links may lead into: `root`; or where it is in the `models--…/snapshots` of a Hub cache, the
+    repo's part of that, and the blobs that its repos share."""
     real = Path(os.path.realpath(root))
     for folder in real.parents:
         if folder.name == "snapshots" and re.match(r"(models|datasets|spaces)--", folder.parent.name):
-            return folder.parent
-    return real
+            return folder.parent, folder.parent.parent / "blobs"
+    return (real,)
 
 
 def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:

@@ -27,7 +27,7 @@ import reshard.cli
 import reshard.conversion
 import reshard.executor
 
-COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run"]
+COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run", "publish", "pull"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,8 @@ COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run"]
         (["convert", "source", "out", "--tp-size", "2", "--format", "xml"], "--format"),
         (["plan", "source"], "--tp-size"),
         (["verify"], "OUT"),
+        (["publish", "out"], "REPO"),
+        (["pull", "org/model", "--ranks", "3-"], "--ranks"),
         (["inspect", "out", "--nope"], "--nope"),
         (["frobnicate"], "frobnicate"),
     ],

@@ -313,6 +313,38 @@ def test_what_the_hub_then_holds_is_compared(here: FakeHub, resharded: Path) -> 
         reshard.publish(resharded, NAME, private=True)
 
 
+def test_through_xet(home: Path, tmp_path: Path, resharded: Path) -> None:
+    """As on the Hub today: chunks into a content-addressed store, here a folder; what is stored is not stored again."""
+    cas = tmp_path / "cas"
+    cas.mkdir()
+    with FakeHub(cas=cas) as hub:
+        hub.create(NAME)
+
+        def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "reshard", *map(str, arguments)]
+            return subprocess.run(command, env=hub.environment(home), capture_output=True, text=True, timeout=300)
+
+        hub.fail(COMMIT, status(412))
+        refused = run("publish", resharded, NAME, "--license", "mit")
+        assert refused.returncode == 12, refused.stderr
+        stored = sum(path.stat().st_size for path in (cas / "xet" / "xorbs" / "xorbs").iterdir())
+        assert stored > 0
+
+        done = run("publish", resharded, NAME, "--license", "mit")
+        assert done.returncode == 0, done.stderr
+        assert published(hub) == contents(resharded)
+        assert hub.count("xet-write-token") >= 1
+        assert hub.count(PUT) == 0
+        assert sum(path.stat().st_size for path in (cas / "xet" / "xorbs" / "xorbs").iterdir()) == stored
+
+        pulled = run("pull", NAME, "--rank", 1)
+        assert pulled.returncode == 0, pulled.stderr
+        folder = Path(pulled.stdout.strip())
+        assert (folder / RANK_FILES[1]).read_bytes() == contents(resharded)[RANK_FILES[1]]
+        assert hub.count("xet-read-token") == 1
+        assert hub.count(f"GET .*/{RANK_FILES[1]}") == 0
+
+
 @pytest.mark.fault(26)
 def test_ctrl_c_while_uploading(hub: FakeHub, home: Path, resharded: Path) -> None:
     hub.fail(PUT, stall(seconds=5), times=2)  # the client waits for uploads under way

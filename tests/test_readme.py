@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pico
 import pytest
+from fake_hub import FakeHub
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,12 +27,13 @@ NAMED = re.compile(r"# (\w+\.(?:py|toml))\n")
 FILES = {match[1]: block for _, block in BLOCKS if (match := NAMED.match(block))}
 SCRIPTS = [block for language, block in BLOCKS if language == "python" and not NAMED.match(block)]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-ENVIRONMENT = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"PATH": PATH, "OMP_NUM_THREADS": "1"}
 
 
-def run(*command: str, folder: Path) -> str:
+def run(*command: str, folder: Path, hub: FakeHub | None = None) -> str:
+    there = dict(os.environ) if hub is None else hub.environment(folder / "home")
     done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=folder, env={**there, **ENVIRONMENT}, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -48,16 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_commands(folder: Path) -> None:
+def test_commands(folder: Path, hub: FakeHub) -> None:
     said = {}
     for command in COMMANDS:
         if command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
             assert os.access(ROOT / command.split()[0], os.X_OK)
         else:
-            said[command] = run(*shlex.split(command), folder=folder)
-    assert {"plan", "convert", "verify", "run"} <= {command.split()[1] for command in said}
+            said[command] = run(*shlex.split(command), folder=folder, hub=hub)
+    assert {"plan", "convert", "verify", "run", "publish", "pull"} <= {command.split()[1] for command in said}
     generated = [text for command, text in said.items() if "--prompt" in command]
-    assert len(generated) == 2
+    assert len(generated) == 3
     for text in generated:
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
     checked = [text for command, text in said.items() if "runtime check" in command]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
@@ -76,6 +77,11 @@ class FakeHub(ThreadingHTTPServer):
         repo = self.repos[repo_id] = Repo(token, gated)
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"} if files is None else files)
         return repo
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone is none; anything else is an error of the stand-in, and is shown."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     def fail(self, request: str, fault: Fault, *, times: int = 1) -> None:
         """Let the next requests go wrong whose "METHOD path" holds the pattern. Faults come in the order given."""

@@ -117,8 +117,8 @@ class Handler(BaseHTTPRequestHandler):
         return Reply({"type": "user", "name": "user", "orgs": [{"name": "org"}], "auth": {"type": "access_token"}})
 
     def check_card(self, body: bytes) -> Reply:
-        """The front matter must be there, and no tag may be longer than the Hub takes."""
-        errors = [] if re.match(r"---\n.*?\n---\n", json.loads(body)["content"], re.S) else ["no front matter"]
+        licence = card_data({"README.md": json.loads(body)["content"].encode()}).get("license", "other")
+        errors = [] if licence in _LICENCES else [{"message": '"license" must be one of those that there are'}]
         return Reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create(self, body: bytes) -> Reply:
@@ -298,6 +298,7 @@ class Handler(BaseHTTPRequestHandler):
         return Reply({"commitUrl": f"{self.server.url}/{repo_id}/commit/{sha}", "commitOid": sha, **pull})
 
 
+_LICENCES = {"apache-2.0", "mit", "llama3.1", "other"}
 _MODEL = "/api/models/([^/]+/[^/]+)"
 _ROUTES = {
     "GET /api/whoami-v2": Handler.whoami,

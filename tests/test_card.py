@@ -1,0 +1,139 @@
+"""The model card: valid, in our own words, and with commands that do what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_tools import Result
+from fake_hub import FakeHub, status
+
+import reshard
+from reshard.card import is_ours, render
+from reshard.errors import BadInputError, NetworkError
+from reshard.licence import Terms
+from reshard.manifest import Manifest
+
+OPEN = Terms("apache-2.0", None, False, {"license": "apache-2.0"})
+UNKNOWN = Terms(None, "it is not known", False, {})
+
+
+@pytest.fixture(scope="module")
+def manifests(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
+    """Of two degrees, as if made from `org/model`."""
+    root = tmp_path_factory.mktemp("card")
+    found = {}
+    for size in (2, 4):
+        reshard.convert(checkpoint("llama"), root / str(size), tp_size=size)
+        found[f"tp{size}"] = dataclasses.replace(
+            reshard.inspect(root / str(size)), repo_id="org/model", commit="3f" * 20
+        )
+    return found
+
+
+def front_matter(card: str) -> dict[str, object]:
+    from huggingface_hub import ModelCard
+
+    return ModelCard(card).data.to_dict()
+
+
+def test_front_matter(manifests: dict[str, Manifest]) -> None:
+    assert front_matter(render("me/two", manifests, OPEN)) == {
+        "base_model": "org/model",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["reshard", "tensor-parallel", "tp2", "tp4"],
+    }
+    local = dataclasses.replace(manifests["tp2"], repo_id=None, commit=None, architecture="LlamaModel")
+    assert front_matter(render("me/two", {"": local}, UNKNOWN)) == {
+        "library_name": "transformers",
+        "tags": ["reshard", "tensor-parallel", "tp2"],
+    }
+
+
+def test_a_licence_of_its_own(manifests: dict[str, Manifest]) -> None:
+    metadata = {
+        "license": "other",
+        "license_name": "tongyi",
+        "license_link": "https://huggingface.co/org/model/LICENSE",
+    }
+    found = front_matter(render("me/two", manifests, Terms("other", None, False, metadata)))
+    assert {key: found[key] for key in metadata} == metadata
+
+
+def test_every_file_with_its_digest(manifests: dict[str, Manifest]) -> None:
+    card = render("me/two", manifests, OPEN)
+    for path, manifest in manifests.items():
+        section = card.split(f"### {path}/")[1].split("###")[0]
+        for rank, record in enumerate(manifest.rank_files):
+            assert f"| {rank} | `{record.name}` | {record.size:,} | `{record.digest}` |" in section
+    assert "`org/model` | `" + "3f" * 20 in card
+    assert "reshard 0." in card
+
+
+def test_the_same_folders_give_the_same_card(manifests: dict[str, Manifest]) -> None:
+    card = render("me/two", manifests, OPEN)
+    assert card == render("me/two", manifests, OPEN)
+    assert is_ours(card)
+    assert not is_ours("# By hand\n")
+
+
+def test_what_was_cast_is_said(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    reshard.convert(checkpoint("llama"), tmp_path / "out", tp_size=2, dtype="bfloat16")
+    card = render("me/two", {"": reshard.inspect(tmp_path / "out")}, UNKNOWN)
+    assert "bit for bit" not in card
+    assert "elements were cast" in card
+    assert "--layout hf" in card
+
+
+def test_nothing_of_a_manifest_is_markup(manifests: dict[str, Manifest]) -> None:
+    evil = "evil`|<b>$(touch x)\n[a](b)"
+    crafted = dataclasses.replace(
+        manifests["tp2"], repo_id=evil, commit=evil, tool={evil: evil}, runtime_only=(evil,), custom={evil: evil}
+    )
+    card = render("me/two", {"": crafted}, OPEN)
+    assert "evil" in card
+    assert "<b>" not in card
+    assert "$(touch" not in card
+    assert "(b)" not in card
+
+
+def test_the_hub_checks_it(here: FakeHub, manifests: dict[str, Manifest], resharded: Path) -> None:
+    import huggingface_hub
+
+    if huggingface_hub.__version__ >= "2":  # until then it asks huggingface.co, whatever the endpoint
+        huggingface_hub.ModelCard(render("me/two", manifests, OPEN)).validate()
+        assert here.count("POST /api/validate-yaml") == 1
+    with pytest.raises(BadInputError, match="does not take its card"):
+        reshard.publish(resharded, "me/two", licence="nonsense")
+    here.fail("POST /api/validate-yaml", status(500), times=9)
+    with pytest.raises(NetworkError, match="have its card checked"):
+        reshard.publish(resharded, "me/two", private=True)
+    assert "me/two" not in here.repos
+
+
+def test_its_commands(
+    here: FakeHub, resharded: Path, checkpoint: Callable[..., Path], out: Path, cli: Callable[..., Result]
+) -> None:
+    """`pull` and `merge` as they stand there; the others are the README's too."""
+    reshard.publish(resharded, "me/two/tp2", private=True)
+    card = here.repos["me/two"].files["README.md"].decode()
+    generate, pull, merge = re.findall(r"^(?:reshard|torchrun) .*$", card, re.M)
+    assert generate == 'torchrun --nproc-per-node 2 -m runtime generate me/two/tp2 --prompt "Hello"'
+    assert (Path(run(cli, pull)) / "reshard.json").exists()
+    inner = merge[merge.index("$(") + 2 : merge.index(")")]
+    run(cli, merge.replace(f"$({inner})", run(cli, inner)).replace("DEST", str(out)))
+    for path in checkpoint("llama").glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def run(cli: Callable[..., Result], command: str) -> str:
+    result = cli(*shlex.split(command)[1:])
+    assert result.code == 0, result
+    return result.out.strip()

@@ -1,0 +1,284 @@
+"""`reshard pull`, through the real client against the stand-in: the right bytes of one commit, or none are kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_tools import RANK_FILES, Cli, Result, assert_one_error
+from fake_hub import FakeHub, Fault, Handler, Reply, corrupt, drop, hang_up, ignore_range, stall, status
+
+import reshard
+from reshard.errors import BadInputError, DestinationExistsError, IntegrityError, NetworkError, TopologyError
+
+NAME = "org/model-tp2"
+SECOND = RANK_FILES[1]
+GET = f"GET .*/{SECOND}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder; a Hub's cache holds links, and `.cache` is the client's."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def expected(out: Path, *ranks: int) -> dict[str, bytes]:
+    """What a pull of some ranks must give."""
+    others = {name for rank, name in enumerate(RANK_FILES) if rank not in ranks} | {"unused.safetensors"}
+    return {name: data for name, data in contents(out).items() if name not in others}
+
+
+def kept(home: Path) -> list[bytes]:
+    """Every file below the cache."""
+    return [path.read_bytes() for path in home.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def repo(here: FakeHub, resharded: Path) -> FakeHub:
+    """The Hub, with a resharded repo that holds a page and a stranger's file too."""
+    here.create(NAME, {**contents(resharded), "README.md": b"# Words\n", "notes.txt": b"-"})
+    return here
+
+
+@pytest.fixture
+def fine_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client writes what it gets every thousand bytes, and so can go on there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_one_rank_then_again_without_the_network(
+    repo: FakeHub, resharded: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = cli("pull", NAME, "--rank", 1)
+    assert result.code == 0, result
+    folder = Path(result.out.strip())
+    assert contents(folder) == expected(resharded, 1)
+    assert repo.asked(NAME) == set(expected(resharded, 1))
+
+    repo.requests.clear()
+    assert cli("pull", NAME, "--rank", 1).out == result.out
+    assert repo.asked(NAME) == set()
+    go_offline(monkeypatch)
+    repo.requests.clear()
+    assert json.loads(cli("pull", NAME, "--rank", 1, "--format", "json").out) == {"folder": str(folder)}
+    assert_one_error(cli("pull", NAME), 10, "no such folder here, and the Hub does not answer")
+    assert repo.requests == []
+
+
+def test_ranks(repo: FakeHub, resharded: Path, cli: Cli) -> None:
+    assert contents(reshard.pull(NAME, ranks=[0])) == expected(resharded, 0)
+    folder = Path(cli("pull", NAME, "--ranks", "0-1").out.strip())
+    assert contents(folder) == expected(resharded, 0, 1)
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+    assert reshard.verify(folder).files == len(contents(resharded)) - 1
+    with pytest.raises(TopologyError, match="has no rank 2") as refused:
+        reshard.pull(NAME, ranks=range(4))
+    assert refused.value.hint == "its ranks are 0 to 1"
+    assert cli("pull", NAME, "--ranks", "0:1").code == 2
+
+
+def test_into_a_folder(repo: FakeHub, resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = reshard.pull(NAME, ranks=[1], to=tmp_path / "here")
+    assert folder == tmp_path / "here"
+    assert contents(folder) == expected(resharded, 1)
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    reshard.pull(NAME, to=folder)
+    assert contents(folder) == contents(resharded)
+    go_offline(monkeypatch)
+    repo.requests.clear()
+    assert reshard.pull(NAME, to=folder) == folder
+    assert repo.requests == []
+
+
+def test_into_a_folder_of_another_model(repo: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "reshard.json").write_text("{}")
+    with pytest.raises(DestinationExistsError, match="holds another resharded model"):
+        reshard.pull(NAME, to=tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["reshard.json"]
+
+
+def test_a_folder_of_a_repo(here: FakeHub, resharded: Path, tmp_path: Path, cli: Cli) -> None:
+    here.create(
+        "org/model", {f"{tp}/{name}": data for tp in ("tp2", "tp10") for name, data in contents(resharded).items()}
+    )
+    folder = reshard.pull("org/model/tp2", ranks=[0])
+    assert folder.name == "tp2"
+    assert contents(folder) == expected(resharded, 0)
+    assert {path.split("/")[0] for path in here.asked("org/model")} == {"tp2"}
+    assert reshard.pull("org/model/tp2", to=tmp_path / "to") == tmp_path / "to" / "tp2"
+    assert contents(tmp_path / "to" / "tp2") == contents(resharded)
+    assert reshard.inspect("org/model/tp10") == reshard.inspect(resharded)
+    for command in (["pull", "org/model"], ["inspect", "org/model"]):
+        assert_one_error(cli(*command), 9, "but in folders: tp2, tp10", hint="org/model/tp2")
+    assert_one_error(cli("pull", "org/model/tp4"), 3, "holds no reshard.json")
+
+
+def test_all_files_are_of_one_commit(repo: FakeHub, resharded: Path) -> None:
+    """The repo moves on between the manifest and the rest."""
+    first = repo.repos[NAME].revisions["main"]
+
+    def move(_: Handler, answer: Callable[[], Reply]) -> Reply:
+        repo.repos[NAME].commit(dict.fromkeys(contents(resharded), b"new"))
+        return answer()
+
+    repo.fail("HEAD .*/config.json", move)
+    folder = reshard.pull(NAME)
+    assert folder.name == first
+    assert contents(folder) == contents(resharded)
+
+
+def test_what_is_no_resharded_repo(here: FakeHub, tmp_path: Path) -> None:
+    here.create("org/model", {"config.json": b"{}"})
+    with pytest.raises(BadInputError, match=r"holds no reshard\.json"):
+        reshard.pull("org/model")
+    with pytest.raises(BadInputError, match="is a local folder"):
+        reshard.pull(str(tmp_path))
+
+
+def test_no_access(here: FakeHub, resharded: Path) -> None:
+    here.create(NAME, contents(resharded), gated=True, token="hf_other")
+    with pytest.raises(NetworkError, match="access is restricted"):
+        reshard.pull(NAME)
+
+
+def test_a_cdn_gets_no_token(repo: FakeHub, resharded: Path) -> None:
+    """Large files come from another origin, where the token has no business."""
+    repo.cdn = True
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+    elsewhere = [request for request in repo.requests if request.path.startswith("/cdn/")]
+    assert len(elsewhere) == 2
+    assert not [request for request in elsewhere if "authorization" in request.headers]
+    assert all("authorization" in request.headers for request in repo.requests if request not in elsewhere)
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize("name", [SECOND, "config.json", "reshard.json"])
+@pytest.mark.parametrize("into", [None, "here"])
+def test_wrong_bytes(
+    name: str, into: str | None, repo: FakeHub, resharded: Path, home: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Of the right size, so that the client takes them."""
+    repo.fail(f"GET .*/{name}", corrupt())
+    to = ["--to", tmp_path / into] if into else []
+    assert_one_error(cli("pull", NAME, *to), 4, name)
+    wrong = bytearray(contents(resharded)[name])
+    wrong[-1] ^= 1
+    assert bytes(wrong) not in kept(home) + kept(tmp_path)
+    repo.requests.clear()
+    folder = Path(cli("pull", NAME, *to).out.strip())
+    assert contents(folder) == contents(resharded)
+    assert name in repo.asked(NAME)
+    assert name == SECOND or SECOND not in repo.asked(NAME) or name == "reshard.json"
+
+
+@pytest.mark.fault(16)
+def test_bytes_that_turn_wrong_in_the_cache(repo: FakeHub, resharded: Path) -> None:
+    path = reshard.pull(NAME) / SECOND
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="was altered") as refused:
+        reshard.pull(NAME)
+    assert "was removed" in str(refused.value.hint)
+    assert not path.is_symlink()
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+
+
+@pytest.mark.fault(18)
+@pytest.mark.usefixtures("fine_steps")
+def test_a_connection_that_breaks(repo: FakeHub, resharded: Path) -> None:
+    """What has come is not asked for again."""
+    size = len(contents(resharded)[SECOND])
+    repo.fail(GET, drop(after=20_000), times=2)
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+    ranges = [request.headers.get("range") for request in repo.requests if request.path.endswith(SECOND)]
+    assert [found for found in ranges if found] == ["bytes=20000-", "bytes=40000-"]
+    assert size > 40_000
+
+
+@pytest.mark.fault(17)
+@pytest.mark.usefixtures("fine_steps")
+def test_content_that_changes_after_the_break(repo: FakeHub, resharded: Path, home: Path) -> None:
+    """The client puts two halves together that are not of one file."""
+    repo.fail(GET, drop(after=20_000))
+    repo.fail(GET, corrupt())
+    with pytest.raises(IntegrityError, match=SECOND):
+        reshard.pull(NAME)
+    wrong = bytearray(contents(resharded)[SECOND])
+    wrong[-1] ^= 1
+    assert bytes(wrong) not in kept(home)
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+
+
+@pytest.mark.fault(18)
+@pytest.mark.usefixtures("fine_steps")
+def test_a_range_that_is_ignored(repo: FakeHub, resharded: Path) -> None:
+    repo.fail(GET, drop(after=20_000))
+    repo.fail(GET, ignore_range())
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+    assert repo.faults_left == 0
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize(
+    ("request_", "fault"),
+    [
+        (GET, status(429, retry_after=2)),
+        (GET, stall(after=10_000, seconds=20)),
+        (GET, hang_up()),
+        (f"HEAD .*/{SECOND}", status(503)),
+        (f"HEAD .*/{SECOND}", status(429, retry_after=2)),
+        (f"HEAD .*/{SECOND}", stall(seconds=20)),
+    ],
+    ids=["429", "stall", "hang up", "HEAD 503", "HEAD 429", "HEAD stalls"],
+)
+def test_a_request_that_fails_once(request_: str, fault: Fault, repo: FakeHub, resharded: Path) -> None:
+    repo.fail(request_, fault)
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+    assert repo.faults_left == 0
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize(
+    ("request_", "fault"),
+    [
+        (GET, drop(after=0)),
+        (GET, status(429, retry_after=2)),
+        (GET, status(503)),
+        (GET, stall(seconds=20)),
+        (f"HEAD .*/{SECOND}", status(500)),
+        ("GET /api/models/.*/tree", status(502)),
+        ("GET /api/models/", stall(seconds=20)),
+    ],
+    ids=["drop", "429", "503", "stall", "HEAD 500", "tree 502", "stall at once"],
+)
+def test_a_hub_that_stays_broken(request_: str, fault: Fault, repo: FakeHub, resharded: Path, cli: Cli) -> None:
+    """It ends in bounded time, and the next run fetches only what is missing."""
+    repo.fail(request_, fault, times=100)
+    start = time.monotonic()
+    assert_one_error_among_warnings(cli("pull", NAME, seconds=60))
+    assert time.monotonic() - start < 45
+    came = repo.asked(NAME) - {SECOND}
+    repo.recover()
+    repo.requests.clear()
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+    assert not repo.asked(NAME) & came
+
+
+def assert_one_error_among_warnings(result: Result) -> None:
+    """The client tells on stderr when it tries again."""
+    assert result.code == 10, result
+    lines = result.err.splitlines()
+    assert len([line for line in lines if line.startswith("Error: ")]) == 1
+    assert lines[-1].startswith("Hint: ")
+    assert "Traceback" not in result.err
