@@ -101,7 +101,8 @@ def test_convert_then_again_without_the_network(
     reshard.convert(source, tmp_path / "local", tp_size=2)
     repo = hub.create("org/model", {**contents(source), **UNWANTED}, token=canary)
 
-    done = python("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2, token=canary)
+    keep = ("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2, "--keep-cache")
+    done = python(*keep, token=canary)
     assert done.returncode == 0, done.stderr
     assert_same_conversion(tmp_path / "out", tmp_path / "local", commit=repo.revisions["main"])
     assert hub.asked("org/model") == set(contents(source))

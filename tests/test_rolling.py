@@ -132,6 +132,7 @@ def test_what_the_cache_has_is_not_fetched(
     assert cached(home) == ["model-00002-of-00003.safetensors"]
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("after", [1, 9, 20, 40])
 def test_an_interrupted_conversion_fetches_only_what_is_missing(
     after: int, published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
@@ -154,6 +155,7 @@ def test_an_interrupted_conversion_fetches_only_what_is_missing(
     assert sum(bodies.values()) == sum(sizes.values())
 
 
+@pytest.mark.fault(18)
 def test_a_broken_connection_goes_on_where_it_was(
     published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ def test_a_broken_connection_goes_on_where_it_was(
     assert published.faults_left == 0
 
 
+@pytest.mark.fault(18)
 def test_a_hub_that_has_gone_is_waited_for_no_longer(
     published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
 ) -> None:
