@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ._version import __version__
-from .cli_common import format_option, print_report, progress_bar, revision_option
+from .cli_common import Bytes, format_option, print_report, progress_bar, revision_option
 from .cli_hub import publish, pull
 from .errors import StorageError, printable
 from .failures import Terminated, report_failure, terminate, wants_traceback
@@ -30,7 +30,6 @@ _no_sync = click.option(
     "--no-sync", is_flag=True, help="Do not wait for the disk. A power loss soon after can undo the work."
 )
 _WHAT_TO_CUT = (
-    click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Tensor-parallel ranks."),
     click.option(
         "--ep-size",
         type=click.IntRange(min=1),
@@ -87,6 +86,7 @@ def cli(verbose: bool) -> None:
 @cli.command()
 @click.argument("source")
 @click.argument("out", type=click.Path())
+@click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Tensor-parallel ranks.")
 @_what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
 @click.option(
@@ -144,16 +144,21 @@ def convert(
 
 @cli.command()
 @click.argument("source")
+@click.option("--tp-size", "-tp", type=click.IntRange(min=1), help="Tensor-parallel ranks.")
+@click.option(
+    "--gpu-memory", type=Bytes(), help="Instead: the fewest ranks of which each holds so much of the weights."
+)
 @_what_to_cut
 @format_option
 def plan(source: str, style: str, **cut: Any) -> None:
     """Print how SOURCE would be cut for a number of ranks: styles, placements, sizes, and which numbers are legal.
 
-    Only headers are read.
+    Only headers are read; those of a Hub id by ranges, so that nothing large is fetched.
 
     \b
     Examples:
       reshard plan ./llama --tp-size 4
+      reshard plan meta-llama/Llama-3.1-70B --gpu-memory 80GB
       reshard plan ./bert --tp-size 2 --plan bert.toml
     """
     _print_plan(source, style, **cut)

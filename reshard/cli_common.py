@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-__all__ = ["format_option", "print_report", "progress_bar", "revision_option"]
+__all__ = ["Bytes", "format_option", "print_report", "progress_bar", "revision_option"]
 
 
 def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +24,20 @@ def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--revision`."""
     return click.option("--revision", help="Branch, tag or commit of a Hub id.")(command)
+
+
+class Bytes(click.ParamType):
+    """A number of bytes with its unit: 24GB (thousands, as GPUs are sold), 24GiB, or bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of a text such as 24GB."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", str(value).strip(), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 24GB", param, ctx)
+        power = 1 + "kmgt".index(match[2].lower()) if match[2] else 0
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:

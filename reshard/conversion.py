@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 from .arrivals import Arrivals
-from .digest import ALGORITHM, DigestsAhead, FileRecord, digest_of, new_digest
+from .digest import ALGORITHM, FileRecord, digest_of, new_digest
+from .errors import UsageError
 from .executor import write_files
-from .hub import fetch, locate
 from .journal import Journal
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
 from .manifest import Manifest
 from .model import read_model
+from .origin import Origin, open_origin
 from .placement import is_box
-from .planning import ReshardPlan, build_plan
+from .planning import ReshardPlan, build_plan, smallest_fit
 from .progress import Progress, silent
-from .reader import equal_tensors
-from .remote import Remote, open_remote
-from .resharded import Resharded, open_resharded
 from .rules import AUTO, read_rules
-from .source import MANIFEST_NAME, Source, SourceFile, is_resharded, open_source
+from .source import MANIFEST_NAME, Source, SourceFile
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
 from .targets import rank_tensors, unused_tensors
@@ -41,7 +36,8 @@ _MANIFEST_SHARE = 1 << 20  # bytes kept free for the manifest and the folder its
 def plan(
     source: str | Path,
     *,
-    tp_size: int,
+    tp_size: int | None = None,
+    gpu_memory: int | None = None,
     ep_size: int = 1,
     tp_plan: Mapping[str, str] | str | Path = AUTO,
     strategies: ParallelInterface = ALL_PARALLEL_STYLES,
@@ -50,7 +46,8 @@ def plan(
     drop_unused: bool = False,
 ) -> ReshardPlan:
     """Plan a checkpoint (folder or Hub id) for `tp_size` ranks, from its headers alone. A resharded folder is planned
-    as the checkpoint that it was made from.
+    as the checkpoint that it was made from. Of a Hub id, only the small files and ranges are fetched. With `gpu_memory`
+    in bytes instead of `tp_size`, for the fewest ranks of which each holds at most so many bytes of weights.
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
     "auto" for the model's own, or rules (pattern → style) or the file that holds them; with `"extends": "auto"` among
@@ -59,95 +56,46 @@ def plan(
 
     Raises a `ReshardError`.
     """
+    if (tp_size is None) == (gpu_memory is None):
+        raise UsageError("give either the number of ranks (--tp-size) or what each can hold (--gpu-memory)")
     planned, _ = _plan(
-        _open(str(source), revision),
-        Topology(tp_size, ep_size),
+        open_origin(str(source), revision=revision),
+        Topology(tp_size or ep_size, ep_size),
         tp_plan=tp_plan,
         strategies=strategies,
         dtype=dtype,
         drop_unused=drop_unused,
+        gpu_memory=gpu_memory,
     )
     return planned
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """The checkpoint that is planned, and what there is of it: its files, or else a resharded folder that was `made`
-    of it, or files that are still to come from a `remote` place."""
-
-    source: Source
-    made: Resharded | None = None
-    remote: Remote | None = None
-
-    @property
-    def held(self) -> Source:
-        """What is read."""
-        return self.made.held if self.made else self.source
-
-    def ahead(self) -> DigestsAhead:
-        """Digests of the files that are here as the source has them."""
-        here = () if self.made or self.remote else self.source.files
-        return DigestsAhead({file.name: file.path for file in here})
-
-    @contextlib.contextmanager
-    def arrivals(self, folder: Path | None, *, at_once: bool) -> Iterator[Arrivals | None]:
-        """The files that are still to come, if any, each in `folder` for as long as it is needed; without a folder,
-        they stay in the cache. With `at_once` the first begin to come before it is known which are needed."""
-        if self.remote is None:
-            yield None
-            return
-        remote = self.remote
-
-        def discard(path: Path) -> None:
-            if folder is not None and path.is_relative_to(folder):
-                path.unlink(missing_ok=True)
-
-        with Arrivals(partial(remote.fetch, folder=folder), discard=discard) as arrivals:
-            if at_once:
-                arrivals.expect(dict.fromkeys((file.name for file in self.source.files), 1))
-            yield arrivals
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _open(place: str, revision: str | None) -> _Origin:
-    root, repo_id, commit = locate(place, revision=revision)
-    if is_resharded(root):
-        made = open_resharded(fetch(place, revision=commit or revision)[0])
-        return _Origin(made.source, made=made)
-    if repo_id is None or commit is None:
-        return _Origin(open_source(root))
-    remote = open_remote(root, repo_id, commit)
-    return _Origin(remote.source, remote=remote)
-
-
 def _plan(
-    origin: _Origin,
+    origin: Origin,
     topology: Topology,
     *,
     tp_plan: Mapping[str, str] | str | Path,
     strategies: ParallelInterface,
     dtype: str | None,
     drop_unused: bool,
+    gpu_memory: int | None = None,
     arrivals: Arrivals | None = None,
 ) -> tuple[ReshardPlan, list[FileLayout]]:
-    """The plan, and the files to fill from what is read. Two tensors of a remote checkpoint that could be equal are
-    compared only where their files arrive."""
-    checkpoint, made = origin.source, origin.made
-    equal: Callable[[str, str], bool] | None = partial(equal_tensors, checkpoint, arrivals=arrivals)
-    if made or (origin.remote and not arrivals):
-        equal = made.equal if made else None
+    """The plan, and the files to fill from what is read."""
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
+    model = read_model(origin.source, dtype=dtype, tp_plan=rules, experts=topology.ep > 1)
+    if gpu_memory is not None:
+        topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory)
     planned = build_plan(
-        checkpoint,
-        read_model(checkpoint, dtype=dtype, tp_plan=rules, experts=topology.ep > 1),
+        origin.source,
+        model,
         topology,
         cast=dtype is not None,
         drop_unused=drop_unused,
         strategies=strategies,
-        equal=equal,
+        equal=origin.equal(arrivals),
     )
-    layouts = plan_layouts(planned)
+    layouts, made = plan_layouts(planned), origin.made
     return planned, [made.relocated(layout) for layout in layouts] if made else layouts
 
 
@@ -201,7 +149,7 @@ def convert(
     out = Path(out)
     topology = Topology(tp_size, ep_size)
     with staged_folder(out, overwrite=overwrite, sync=sync) as stage:
-        origin = _open(str(source), revision)
+        origin = open_origin(str(source), revision=revision)
         checkpoint, made = origin.source, origin.made
         staging = None if keep_cache else out.with_name(f"{out.name}.fetched")
         with origin.ahead() as ahead, origin.arrivals(staging, at_once=not stage.begun()) as arrivals:

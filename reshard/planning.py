@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from .dtypes import FLOATING, torch_name
+from .dtypes import FLOATING, itemsize, torch_name
 from .errors import BadInputError, TopologyError, listed, printable
 from .model import Model, Parameter
 from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
@@ -17,7 +18,7 @@ from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, TensorParallelLa
 from .targets import Target
 from .topology import Topology
 
-__all__ = ["ReshardPlan", "build_plan", "legal_sizes"]
+__all__ = ["ReshardPlan", "build_plan", "legal_sizes", "smallest_fit"]
 
 _LARGEST = 64  # ranks looked at when listing the legal sizes
 
@@ -254,6 +255,38 @@ def legal_sizes(
 ) -> dict[int, str | None]:
     """For each number of tensor-parallel ranks up to `most`: None where it fits, else why it does not."""
     return {size: _refusal(model, strategies, Topology(size)) for size in range(1, most + 1)}
+
+
+def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory: int) -> Topology:
+    """The fewest tensor-parallel ranks with `ep` that the model allows, none of which holds more than `memory` bytes of
+    weights. Raises TopologyError where there are none."""
+    least = None
+    for tp in range(1, _LARGEST + 1):
+        if tp % ep and ep % tp:
+            continue
+        topology = Topology(tp, ep)
+        if _refusal(model, strategies, topology) is None:
+            least = _largest_part(model, strategies, topology)
+            if least <= memory:
+                return topology
+    if least is None:
+        raise TopologyError(f"no number of ranks with ep {ep} fits {model.architecture}")
+    raise TopologyError(
+        f"{model.architecture}: no number of ranks up to {_LARGEST} brings the weights of each under {memory:,} bytes;"
+        f" the most have {least:,}",
+        hint="what is whole on every rank is listed by reshard plan --tp-size N",
+    )
+
+
+def _largest_part(model: Model, strategies: ParallelInterface, topology: Topology) -> int:
+    """Bytes of the parameters of rank 0, which has the largest part of each, as torch.chunk cuts."""
+    first = {"rank": 0, "world_size": topology.world_size}
+    return sum(
+        math.prod(local_shape(_placement(parameter, strategies, topology), parameter.shape, **first))
+        * itemsize(parameter.dtype)
+        for parameter in model.parameters
+        if parameter.name not in model.tied
+    )
 
 
 def _join(sizes: Iterable[int]) -> str:

@@ -17,6 +17,7 @@ import pytest
 
 import reshard.conversion
 import reshard.exclusive
+from reshard.origin import Origin
 from reshard.planning import ReshardPlan
 
 CALLS = (
@@ -98,7 +99,7 @@ def already_planned(planned: ReshardPlan) -> Iterator[None]:
     """Inside, `reshard.convert` does all but the planning, in milliseconds, and must be called for this plan."""
     with pytest.MonkeyPatch.context() as patch:
         layouts = reshard.conversion.plan_layouts(planned)
-        patch.setattr(reshard.conversion, "_open", lambda *_, **__: (planned.source, None))
+        patch.setattr(reshard.conversion, "open_origin", lambda *_, **__: Origin(planned.source))
         patch.setattr(reshard.conversion, "_plan", lambda *_, **__: (planned, layouts))
         patch.setattr(reshard.conversion, "version", functools.cache(reshard.conversion.version))
         yield
