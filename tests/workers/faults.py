@@ -18,7 +18,7 @@ from reshard.strategies import ALL_PARALLEL_STYLES, ColwiseParallel
 
 PHASES = {
     "handshake": (dist, "rendezvous"),
-    "open": (runtime.loading, "_open"),
+    "open": (runtime.loading, "locate_together"),
     "import": (runtime.loading, "model_class"),
     "build": (runtime.loading, "on_meta"),
     "read": (runtime.loading, "_begin"),
