@@ -11,14 +11,14 @@ from .card import is_ours, render
 from .errors import (
     BadInputError,
     DestinationExistsError,
+    IntegrityError,
     PolicyError,
     RemoteMovedError,
     listed,
     printable,
 )
-from .hub import Place, client
+from .hub import Place, client, discard
 from .hub_errors import doing
-from .inspection import inspect
 from .licence import Terms, check_public, source_terms
 from .manifest import Manifest, read_manifest
 from .source import MANIFEST_NAME
@@ -183,7 +183,8 @@ def _obsolete(where: Place, remote: _Remote, manifest: Manifest) -> tuple[str, .
     """
     earlier = set()
     if where.inside(MANIFEST_NAME) in remote.files:
-        earlier = {where.inside(record.name) for record in inspect(str(where), revision=remote.head).files()}
+        known = _manifest_there(where.repo_id, where.inside(MANIFEST_NAME), remote)
+        earlier = {where.inside(record.name) for record in known.files()}
     there = [path for path in remote.files if path.rpartition("/")[0] == where.path]
     weights = (".safetensors", ".safetensors.index.json", ".bin")
     foreign = [path for path in there if path.endswith(weights) and path not in earlier]
@@ -232,5 +233,18 @@ def _other_degrees(where: Place, remote: _Remote) -> dict[str, Manifest]:
     for path in remote.files:
         folder, _, name = path.rpartition("/")
         if name == MANIFEST_NAME and folder != where.path:
-            found[folder] = inspect(f"{where.repo_id}/{folder}".rstrip("/"), revision=remote.head)
+            found[folder] = _manifest_there(where.repo_id, path, remote)
     return found
+
+
+def _manifest_there(repo_id: str, path: str, remote: _Remote) -> Manifest:
+    """Of the Hub, also where a local folder has the same name."""
+    from huggingface_hub import hf_hub_download
+
+    with doing(f"read {printable(path)}", repo_id):
+        file = Path(hf_hub_download(repo_id, path, revision=remote.head))
+        try:
+            return read_manifest(file.parent)
+        except IntegrityError:
+            discard(file)
+            raise

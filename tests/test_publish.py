@@ -83,6 +83,17 @@ def test_again_changes_nothing(here: FakeHub, resharded: Path) -> None:
     assert len(here.repos[NAME].commits) == 2
 
 
+def test_a_local_folder_of_the_same_name_is_not_the_repo(
+    here: FakeHub, degrees: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size, folder in degrees.items():
+        reshard.publish(folder, f"org/model/tp{size}", private=True)
+        (tmp_path / "org" / "model" / f"tp{size}").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    done = reshard.publish(degrees[2], "org/model/tp4", private=True)
+    assert set(done.deleted) == {f"tp4/{name}" for name in set(contents(degrees[4])) - set(contents(degrees[2]))}
+
+
 def test_uploads_in_parts(here: FakeHub, resharded: Path) -> None:
     here.part_size = 50_000
     reshard.publish(resharded, NAME, private=True)
