@@ -8,6 +8,7 @@ from pathlib import Path
 import bench_convert
 import bench_device
 import bench_forward
+import bench_hub
 import bench_load
 import bench_overhead
 import pytest
@@ -65,6 +66,14 @@ def test_the_benchmark_of_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, rows in ((first, [*ours, "load and split", r"transformers \+ DCP"]), (second, ours)):
         for row in rows:
             assert re.search(rf"^  {row}  .*\d", text, re.MULTILINE), output
+
+
+def test_the_benchmark_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_hub, "LLAMA_1B", SMALL)
+    output = run(bench_hub.main, "--repeat", "1", "--layers", "1", "--rate", "50")
+    for row in ("download alone", "convert a local folder", "convert from the Hub"):
+        assert re.search(rf"^  {row}  .*\d", output, re.MULTILINE), output
+    assert "× the longer of the two" in output
 
 
 def test_a_plot(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ class FakeHub(ThreadingHTTPServer):
     """Serves while the context is open. `requests` holds every request so far.
 
     `cdn`: large files come by a redirect to another origin. `part_size`: what is larger is uploaded in parts. `cas`: a
-    folder to keep large files in through hf_xet. `readers`: tokens that may not write.
+    folder to keep large files in through hf_xet. `readers`: tokens that may not write. `rate`: bytes a second of every
+    connection.
     """
 
     daemon_threads = True
@@ -50,6 +51,7 @@ class FakeHub(ThreadingHTTPServer):
         self.part_size: int | None = None
         self.cas = cas
         self.readers: set[str] = set()
+        self.rate: float | None = None
         self.closing = threading.Event()
         self.lock = threading.Lock()  # of the repos and of the faults
         self._faults: list[tuple[str, Fault]] = []

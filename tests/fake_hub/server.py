@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import md5, sha256
@@ -17,6 +18,8 @@ from .repo import Repo, card_data, etag, file_entry, is_lfs
 
 if TYPE_CHECKING:
     from .hub import FakeHub
+
+_PIECE = 1 << 20  # bytes that are sent at once, at a certain rate
 
 
 @dataclass
@@ -78,9 +81,18 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body[:most])
+                self._write(body[:most])
         except OSError:  # the client has gone
             self.close_connection = True
+
+    def _write(self, body: bytes) -> None:
+        """At the rate of this Hub, if it has one."""
+        begun, rate = time.monotonic(), self.server.rate
+        for at in range(0, len(body), _PIECE if rate else len(body)):
+            piece = memoryview(body)[at : at + _PIECE] if rate else body
+            self.wfile.write(piece)
+            if rate:
+                time.sleep(max(0.0, begun + (at + len(piece)) / rate - time.monotonic()))
 
     def log_message(self, *_: object) -> None:
         pass
