@@ -33,7 +33,11 @@ if kind != "unsharded":
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 if kind == "reshard":
     import runtime, runtime.loading
-    runtime.loading.agree = lambda *arguments, **options: None  # the other rank is not there
+    def agree(store, info, failure, *arguments, **options):  # the other rank is not there
+        if failure:
+            raise failure
+    runtime.loading.agree = agree
+    runtime.loading.connect = lambda *_: dist.HashStore()  # a fake one holds nothing
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model = runtime.load(folder, mesh)
 else:

@@ -85,6 +85,15 @@ def refused(cli: Cli, tmp_path: Path) -> Refused:
     return run
 
 
+@pytest.fixture(scope="module")
+def room() -> Iterator[Path]:
+    """A folder in memory: what is tried thousands of times need not reach the disk."""
+    from disk_calls import folder_in_memory
+
+    with folder_in_memory() as folder:
+        yield folder
+
+
 @pytest.fixture
 def source(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     """A copy of a llama checkpoint in three files, to be spoilt."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 
+import reshard
 import reshard.conversion
 import reshard.exclusive
 from reshard.origin import Origin
@@ -92,6 +94,15 @@ def folder_in_memory() -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="reshard-", dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)
+
+
+def make_folders(room: Path) -> Path:
+    """A checkpoint, resharded for two ranks (`whole`) and for four (`other`), and `merged` again. Returns it."""
+    source = pico.save("llama", room / "source")
+    reshard.convert(source, room / "whole", tp_size=2)
+    reshard.convert(source, room / "other", tp_size=4)
+    reshard.merge(room / "whole", room / "merged")
+    return source
 
 
 @contextlib.contextmanager

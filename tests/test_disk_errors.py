@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pico
 import pytest
 from cli_tools import RANK_FILES
-from disk_calls import CALLS, Call, already_planned, folder_in_memory, passing
+from disk_calls import CALLS, Call, already_planned, make_folders, passing
 from power_loss import Tree, put, taken
 
 import reshard
@@ -68,17 +67,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def room() -> Iterator[Path]:
-    with folder_in_memory() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def jobs(room: Path) -> Iterator[dict[str, Job]]:
-    source = pico.save("llama", room / "source")
-    reshard.convert(source, room / "whole", tp_size=2)
-    reshard.convert(source, room / "other", tp_size=4)
-    reshard.merge(room / "whole", room / "merged")
+    source = make_folders(room)
 
     def run(out: Path) -> None:
         reshard.convert(source, out, tp_size=2, workers=1)
@@ -222,7 +212,8 @@ def test_nothing_works_any_more(name: str, code: int, jobs: dict[str, Job], room
         except StorageError as error:
             refused = error
         if refused is not None:
-            assert os.strerror(code) in refused.message
+            # Python's rmtree closes again what it could not close, and tells of that.
+            assert os.strerror(code) in refused.message or "is in place" in refused.message
             assert there(out) in (job.before.get("out"), job.whole)  # the whole: it could not be taken back
         else:
             assert there(out) == job.whole

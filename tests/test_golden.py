@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pico
 import pytest
 import torch
 from cli_tools import INDEX, Cli, rewrite, weight_map
+from test_parity import torchrun
 
 import reshard
 from reshard.manifest import FORMAT_VERSION
@@ -59,15 +57,7 @@ def compute(folder: Path, scratch: Path) -> dict:
     """Logits and greedy tokens of the folder, on two processes."""
     jobs, out = scratch / "jobs.json", scratch / "out.json"
     jobs.write_text(json.dumps([{"name": "golden", "folder": str(folder), "ids": IDS, "new_tokens": NEW_TOKENS}]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(PARITY), str(jobs), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = torchrun(2, str(PARITY), str(jobs), str(out))
     assert done.returncode == 0, done.stderr
     return {**torch.load(f"{out}.golden.pt"), "tokens": json.loads(out.read_text())["golden"]["tokens"]}
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pico
 import pytest
-from disk_calls import already_planned, folder_in_memory
+from disk_calls import already_planned, make_folders
 from power_loss import Disk, Step, Sync, Tree, put, record, states, taken
 
 import reshard
@@ -31,17 +30,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def room() -> Iterator[Path]:
-    with folder_in_memory() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def jobs(room: Path) -> Iterator[dict[str, Job]]:
-    source = pico.save("llama", room / "source")
-    reshard.convert(source, room / "whole", tp_size=2)
-    reshard.convert(source, room / "other", tp_size=4)
-    reshard.merge(room / "whole", room / "merged")
+    source = make_folders(room)
     whole, other, merged = (taken(room / name) for name in ("whole", "other", "merged"))
 
     def convert(out: Path, **options: Any) -> None:

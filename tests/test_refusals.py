@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli_tools import RANK_FILES, flip, reseal
+from test_parity import torchrun
 
 WORKER = Path(__file__).parent / "workers" / "refusals.py"
 FIRST, SECOND = RANK_FILES
@@ -87,15 +86,7 @@ def refusals(resharded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         shutil.copytree(resharded, root / name)
         DAMAGED.get(name, (lambda _: None,))[0](root / name)
     (root / "folders.json").write_text(json.dumps([str(root / name) for name in (*DAMAGED, "none")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(root / "folders.json"), str(root / "out")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = torchrun(2, str(WORKER), str(root / "folders.json"), str(root / "out"))
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((root / f"out.{rank}").read_text()) for rank in range(2)]
     return {name: [found[str(root / name)] for found in ranks] for name in (*DAMAGED, "none")}
