@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_a_thread_that_the_pool_does_not_know_is_waited_for(tmp_path: Path, monk
         assert begun.wait(10)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(executor.ThreadPoolExecutor, "submit", submit)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
     with pytest.raises(KeyboardInterrupt):
         write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, progress=progress)
     assert seen == ["written"]
