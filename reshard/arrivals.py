@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["Arrivals", "in_order"]
+__all__ = ["AHEAD", "Arrivals", "in_order"]
+
+AHEAD = 2  # files, the one that is being cut among them
 
 _LOOK_UP = 0.1  # seconds between looks whether the work is given up
 
@@ -30,7 +32,7 @@ class Arrivals:
     file that everybody is done with. Leaving the context ends it after the file under way.
     """
 
-    def __init__(self, fetch: Callable[[str], Path], *, discard: Callable[[Path], object], ahead: int = 2) -> None:
+    def __init__(self, fetch: Callable[[str], Path], *, discard: Callable[[Path], object], ahead: int = AHEAD) -> None:
         self._fetch, self._discard, self._ahead = fetch, discard, ahead
         self._queue: dict[str, int] = {}
         self._urgent: list[str] = []

@@ -165,7 +165,8 @@ def convert(
             folder = stage.begin(_work(planned, layouts, origin.held.files))
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
-            check_free_space(folder, total + extras_size + _MANIFEST_SHARE)
+            staged = 0 if keep_cache else origin.staged_bytes()
+            check_free_space(folder, total + staged + extras_size + _MANIFEST_SHARE)
             with progress(total) as report, contextlib.closing(Journal(folder)) as journal:
                 written, source_digests = write_files(
                     folder,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .arrivals import Arrivals
+from .arrivals import AHEAD, Arrivals
 from .digest import DigestsAhead
 from .hub import fetch, locate
 from .reader import equal_tensors
@@ -44,6 +44,13 @@ class Origin:
         if self.made:
             return self.made.equal
         return partial(equal_tensors, self.source, arrivals=arrivals) if arrivals or not self.remote else None
+
+    def staged_bytes(self) -> int:
+        """What files that are still to come take at once, beside what is made of them."""
+        if self.remote is None:
+            return 0
+        coming = [file.size for file in self.source.files if file.name not in self.remote.cached]
+        return sum(sorted(coming)[-AHEAD:])
 
     @contextlib.contextmanager
     def arrivals(self, folder: Path | None, *, at_once: bool) -> Iterator[Arrivals | None]:

@@ -18,6 +18,7 @@ from fake_hub import FakeHub, faults
 from safetensors.torch import load_file, save_file
 
 import reshard
+import reshard.conversion
 from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError
 from reshard.journal import Journal
 from reshard.remote import Remote
@@ -292,3 +293,14 @@ def test_a_file_that_changes_its_size_is_refused(published: FakeHub, tmp_path: P
         patch.setattr(Remote, "fetch", fetch)
         with pytest.raises(IntegrityError, match="is not what the Hub has"):
             reshard.convert("org/model", tmp_path / "out", tp_size=2)
+
+
+@pytest.mark.fault(4)
+def test_room_for_two_source_files_is_asked_for(
+    published: FakeHub, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(reshard.conversion, "check_free_space", lambda _, needed: asked.append(needed))
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    reshard.convert(checkpoint("llama"), tmp_path / "local", tp_size=2)
+    assert asked[0] - asked[1] == sum(sorted(sizes_of(checkpoint("llama")).values())[-2:])
