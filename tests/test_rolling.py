@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cli_tools import Checkpoint
-from fake_hub import FakeHub, faults
+from fake_hub import FakeHub, faults, xet
 from safetensors.torch import load_file, save_file
 
 import reshard
@@ -304,3 +306,47 @@ def test_room_for_two_source_files_is_asked_for(
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     reshard.convert(checkpoint("llama"), tmp_path / "local", tp_size=2)
     assert asked[0] - asked[1] == sum(sorted(sizes_of(checkpoint("llama")).values())[-2:])
+
+
+@pytest.mark.fault(27)
+def test_a_cdn_gets_no_token(published: FakeHub, local: Path, tmp_path: Path) -> None:
+    """Neither with a header's range nor with a file."""
+    published.cdn = True
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local)
+    elsewhere = [request for request in published.requests if request.path.startswith("/cdn/")]
+    assert len(elsewhere) >= 6
+    assert not [request for request in elsewhere if "authorization" in request.headers]
+
+
+SEND = """
+import pathlib, sys
+from huggingface_hub import CommitOperationAdd, HfApi
+files = [CommitOperationAdd(path.name, str(path)) for path in pathlib.Path(sys.argv[1]).iterdir()]
+HfApi().preupload_lfs_files("org/model", files)
+"""
+
+
+def test_through_xet(home: Path, checkpoint: Checkpoint, local: Path, tmp_path: Path) -> None:
+    """As large files come today: in chunks from a content-addressed store. Only headers come by HTTP."""
+    (tmp_path / "cas").mkdir()
+    with FakeHub(cas=tmp_path / "cas") as hub:
+        hub.create("org/model")
+        assert hub.cas
+
+        def run(*arguments: object) -> None:
+            command = [sys.executable, *map(str, arguments)]
+            done = subprocess.run(command, env=hub.environment(home), capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+
+        run("-c", SEND, checkpoint("llama"))
+        hub.xet_hashes = {digest: found for digest, (found, _) in xet.stored(hub.cas).items()}
+        assert len(hub.xet_hashes) == 3
+        hub.repos["org/model"].commit(contents(checkpoint("llama")))
+        hub.requests.clear()
+        run("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2)
+        assert_same(tmp_path / "out", local)
+        bodies, headers = fetched(hub, sizes_of(checkpoint("llama")))
+        assert sum(bodies.values()) == 0
+        assert headers > 0
+        assert hub.count("xet-read-token") >= 1
