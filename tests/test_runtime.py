@@ -188,6 +188,7 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_an_attempt_before_a_restart_has_said_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # other tests of this process make a group
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
     stores = []
     for attempt in range(2):

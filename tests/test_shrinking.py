@@ -26,7 +26,7 @@ from executor_tools import make_source
 from kill_tools import server
 
 import reshard
-from reshard import compare, conversion, reader
+from reshard import compare, conversion, origin, reader
 from reshard.errors import IntegrityError
 from reshard.executor import write_files
 from reshard.guard import MappedFile
@@ -303,14 +303,14 @@ def test_convert_while_it_plans(digested: bool, share: float, root: Path, monkey
         return real(*arguments, **options)
 
     ahead: Any = None
-    digests_ahead = conversion.DigestsAhead
+    digests_ahead = origin.DigestsAhead
 
     def remember(*arguments: Any) -> Any:
         nonlocal ahead
         ahead = digests_ahead(*arguments)
         return ahead
 
-    monkeypatch.setattr(conversion, "DigestsAhead", remember)
+    monkeypatch.setattr(origin, "DigestsAhead", remember)
     monkeypatch.setattr(conversion, "read_model", read_model)
     with pytest.raises(IntegrityError, match=f"{SOURCES[2]}: changed while it was being read"):
         reshard.convert(root / "source", root / "new", tp_size=2)
