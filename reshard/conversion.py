@@ -151,8 +151,7 @@ def convert(
     with staged_folder(out, overwrite=overwrite, sync=sync) as stage:
         origin = open_origin(str(source), revision=revision)
         checkpoint, made = origin.source, origin.made
-        staging = None if keep_cache else out.with_name(f"{out.name}.fetched")
-        with origin.ahead() as ahead, origin.arrivals(staging, at_once=not stage.begun()) as arrivals:
+        with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
             planned, layouts = _plan(  # imports transformers: time for a few gigabytes
                 origin,
                 topology,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +15,11 @@ from .reader import equal_tensors
 from .remote import Remote, open_remote
 from .resharded import Resharded, open_resharded
 from .source import Source, is_resharded, open_source
+from .staging import Stage
 
 __all__ = ["Origin", "open_origin"]
+
+_FETCHED = "fetched-"  # and the commit: files of another are not gone on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +55,31 @@ class Origin:
         return sum(sorted(coming)[-AHEAD:])
 
     @contextlib.contextmanager
-    def arrivals(self, folder: Path | None, *, at_once: bool) -> Iterator[Arrivals | None]:
-        """The files that are still to come, if any, each in `folder` for as long as it is needed; without a folder,
-        they stay in the cache. With `at_once` the first begin to come before it is known which are needed."""
+    def arrivals(self, stage: Stage, *, keep_cache: bool) -> Iterator[Arrivals | None]:
+        """The files that are still to come, if any: each beside the output for as long as it is needed, or else in the
+        cache. Of a first try some begin to come before it is known which are needed.
+
+        What has come stays for the next run if the work has begun.
+        """
         if self.remote is None:
             yield None
             return
-        remote = self.remote
+        folder = None if keep_cache else stage.beside(_FETCHED + str(self.source.commit))
 
         def discard(path: Path) -> None:
             if folder is not None and path.is_relative_to(folder):
                 path.unlink(missing_ok=True)
 
-        with Arrivals(partial(remote.fetch, folder=folder), discard=discard) as arrivals:
-            if at_once:
-                arrivals.expect(dict.fromkeys((file.name for file in self.source.files), 1))
-            yield arrivals
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        done = False
+        try:
+            with Arrivals(partial(self.remote.fetch, folder=folder), discard=discard) as arrivals:
+                if not stage.begun():
+                    arrivals.expect(dict.fromkeys((file.name for file in self.source.files), 1))
+                yield arrivals
+            done = True
+        finally:
+            if done or stage.folder is None:
+                stage.clear(_FETCHED)
 
 
 def open_origin(place: str, *, revision: str | None = None) -> Origin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import secrets
@@ -34,6 +35,15 @@ class Stage:
     def begun(self) -> bool:
         """Whether an earlier run has left something."""
         return bool(_unfinished(self._out))
+
+    def beside(self, name: str) -> Path:
+        """A place beside the output for what the work needs on the way."""
+        return self._out.with_name(f"{self._out.name}.part-{name}")
+
+    def clear(self, prefix: str) -> None:
+        """Remove every such place whose name begins so, of earlier runs too."""
+        for path in self._out.parent.glob(f"{glob.escape(self._out.name)}.part-{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, work: str) -> Path:
         """The folder to fill, named after `work`, the digest of all that goes into it: of the same work, what an

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 import reshard.conversion
-from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError
+from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, TopologyError
 from reshard.journal import Journal
 from reshard.remote import Remote
 
@@ -95,7 +95,7 @@ def test_each_file_is_fetched_once_and_stays_no_longer_than_needed(
 
         def look(self, _: int) -> None:
             nonlocal most
-            most = max(most, len(list(out.with_name("out.fetched").glob("*.safetensors"))))
+            most = max(most, len(list(tmp_path.glob("out.part-fetched-*/*.safetensors"))))
 
     reshard.convert("org/model", out, tp_size=2, progress=lambda _: Watching())  # type: ignore[arg-type, return-value]
     assert_same(out, local)
@@ -151,6 +151,7 @@ def test_an_interrupted_conversion_fetches_only_what_is_missing(
         patch.setattr(Journal, "add", add)
         with pytest.raises(KeyboardInterrupt):
             reshard.convert("org/model", tmp_path / "out", tp_size=2, workers=1)
+    (tmp_path / f"out.part-fetched-{'0' * 40}").mkdir()  # of a commit before
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
     sizes = sizes_of(checkpoint("llama"))
@@ -295,6 +296,12 @@ def test_a_file_that_changes_its_size_is_refused(published: FakeHub, tmp_path: P
         patch.setattr(Remote, "fetch", fetch)
         with pytest.raises(IntegrityError, match="is not what the Hub has"):
             reshard.convert("org/model", tmp_path / "out", tp_size=2)
+
+
+def test_nothing_stays_of_what_was_fetched_for_a_plan_that_cannot_be(published: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(TopologyError):
+        reshard.convert("org/model", tmp_path / "out", tp_size=3)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.fault(4)
