@@ -88,11 +88,12 @@ class Handler(BaseHTTPRequestHandler):
     def _write(self, body: bytes) -> None:
         """At the rate of this Hub, if it has one."""
         begun, rate = time.monotonic(), self.server.rate
-        for at in range(0, len(body), _PIECE if rate else len(body)):
-            piece = memoryview(body)[at : at + _PIECE] if rate else body
-            self.wfile.write(piece)
-            if rate:
-                time.sleep(max(0.0, begun + (at + len(piece)) / rate - time.monotonic()))
+        if rate is None:
+            self.wfile.write(body)
+            return
+        for at in range(0, len(body), _PIECE):
+            self.wfile.write(memoryview(body)[at : at + _PIECE])
+            time.sleep(max(0.0, begun + (at + _PIECE) / rate - time.monotonic()))
 
     def log_message(self, *_: object) -> None:
         pass
