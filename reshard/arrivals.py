@@ -26,10 +26,10 @@ def in_order(together: Iterable[Collection[str]]) -> dict[str, int]:
 
 
 class Arrivals:
-    """Files fetched in order on a thread of its own, `ahead` of them here at a time.
+    """Files fetched in order, each on a thread of its own, `ahead` of them here or under way at a time.
 
     A file that is asked for out of its turn is fetched at once, and does not count. `discard` is called with each
-    file that everybody is done with. Leaving the context ends it after the file under way.
+    file that everybody is done with. Leaving the context ends it after the files under way.
     """
 
     def __init__(self, fetch: Callable[[str], Path], *, discard: Callable[[Path], object], ahead: int = AHEAD) -> None:
@@ -41,10 +41,10 @@ class Arrivals:
         self._here: dict[str, Path | BaseException] = {}
         self._stop = False
         self._change = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="reshard-arrivals", daemon=True)
 
     def __enter__(self) -> Arrivals:
-        self._thread.start()
+        for _ in range(self._ahead):  # while one is checked, the next is on its way
+            threading.Thread(target=self._run, name="reshard-arrivals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

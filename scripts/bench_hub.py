@@ -55,7 +55,7 @@ def timed(command: list[str], environment: dict[str, str], root: Path) -> float:
 
 @click.command()
 @click.option("--folder", type=click.Path(file_okay=False), help="Where to work. [default: a temporary folder]")
-@click.option("--rate", default=250, show_default=True, help="Of the Hub, for each connection: MB a second.")
+@click.option("--rate", default=250, show_default=True, help="Of the Hub: MB a second.")
 @click.option("--layers", default=8, show_default=True, help="Of a llama of 1B shape.")
 @click.option("--repeat", default=3, show_default=True)
 def main(folder: str | None, rate: int, layers: int, repeat: int) -> None:
@@ -88,9 +88,8 @@ def main(folder: str | None, rate: int, layers: int, repeat: int) -> None:
     for name, seconds in median.items():
         click.echo(f"  {name:24} {seconds:6.2f} s")
     *parts, together = median.values()
-    click.echo(
-        f"  from the Hub: {together / max(parts):.2f} × the longer of the two, {together / sum(parts):.2f} × both"
-    )
+    longer, both = together / max(parts), together / sum(parts)
+    click.echo(f"  from the Hub: {longer:.2f} × the longer of the two, {both:.2f} × one after the other")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -33,8 +34,8 @@ class FakeHub(ThreadingHTTPServer):
     """Serves while the context is open. `requests` holds every request so far.
 
     `cdn`: large files come by a redirect to another origin. `part_size`: what is larger is uploaded in parts. `cas`: a
-    folder to keep large files in through hf_xet. `readers`: tokens that may not write. `rate`: bytes a second of every
-    connection.
+    folder to keep large files in through hf_xet. `readers`: tokens that may not write. `rate`: bytes a second of all
+    connections together.
     """
 
     daemon_threads = True
@@ -52,6 +53,7 @@ class FakeHub(ThreadingHTTPServer):
         self.cas = cas
         self.readers: set[str] = set()
         self.rate: float | None = None
+        self._free = 0.0  # the moment when the line has sent what it has taken
         self.closing = threading.Event()
         self.lock = threading.Lock()  # of the repos and of the faults
         self._faults: list[tuple[str, Fault]] = []
@@ -88,6 +90,14 @@ class FakeHub(ThreadingHTTPServer):
     def fail(self, request: str, fault: Fault, *, times: int = 1) -> None:
         """Let the next requests go wrong whose "METHOD path" holds the pattern. Faults come in the order given."""
         self._faults += [(request, fault)] * times
+
+    def turn(self, size: int) -> float:
+        """Seconds until so many bytes are through, behind what the line has taken before."""
+        assert self.rate is not None
+        with self.lock:
+            now = time.monotonic()
+            self._free = max(self._free, now) + size / self.rate
+            return self._free - now
 
     def next_fault(self, request: Request) -> Fault | None:
         with self.lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ def is_lfs(path: str) -> bool:
     return path.endswith((".safetensors", ".bin", ".pth"))
 
 
+@functools.lru_cache(maxsize=256)
 def etag(path: str, data: bytes) -> str:
     """The oid of a file: git's of a blob, SHA-256 of what goes through LFS."""
     return sha256(data).hexdigest() if is_lfs(path) else sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()

@@ -87,13 +87,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write(self, body: bytes) -> None:
         """At the rate of this Hub, if it has one."""
-        begun, rate = time.monotonic(), self.server.rate
-        if rate is None:
+        if self.server.rate is None:
             self.wfile.write(body)
             return
         for at in range(0, len(body), _PIECE):
-            self.wfile.write(memoryview(body)[at : at + _PIECE])
-            time.sleep(max(0.0, begun + (at + _PIECE) / rate - time.monotonic()))
+            piece = memoryview(body)[at : at + _PIECE]
+            self.wfile.write(piece)
+            time.sleep(self.server.turn(len(piece)))
 
     def log_message(self, *_: object) -> None:
         pass
