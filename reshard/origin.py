@@ -57,10 +57,7 @@ class Origin:
     @contextlib.contextmanager
     def arrivals(self, stage: Stage, *, keep_cache: bool) -> Iterator[Arrivals | None]:
         """The files that are still to come, if any: each beside the output for as long as it is needed, or else in the
-        cache. Of a first try some begin to come before it is known which are needed.
-
-        What has come stays for the next run if the work has begun.
-        """
+        cache. What has come stays for the next run if the work has begun."""
         if self.remote is None:
             yield None
             return
@@ -73,8 +70,6 @@ class Origin:
         done = False
         try:
             with Arrivals(partial(self.remote.fetch, folder=folder), discard=discard) as arrivals:
-                if not stage.begun():
-                    arrivals.expect(dict.fromkeys((file.name for file in self.source.files), 1))
                 yield arrivals
             done = True
         finally:

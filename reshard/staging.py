@@ -32,10 +32,6 @@ class Stage:
         self._out = out
         self.folder: Path | None = None
 
-    def begun(self) -> bool:
-        """Whether an earlier run has left something."""
-        return bool(_unfinished(self._out))
-
     def beside(self, name: str) -> Path:
         """A place beside the output for what the work needs on the way."""
         return self._out.with_name(f"{self._out.name}.part-{name}")
