@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
-from .errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, printable
+from .errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
 
 __all__ = ["doing", "explain"]
 
@@ -25,6 +26,8 @@ def explain(
     """The error to raise for one of the client's. `writing` says what was to be done to the repo, if it was that."""
     if isinstance(error, ReshardError):
         return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return StorageError(f"{printable(place)}: could not be kept here: {error.strerror}")
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,

@@ -35,7 +35,7 @@ class Remote:
     cached: frozenset[str]
 
     def fetch(self, name: str, folder: Path | None) -> Path:
-        """One file, whole, into `folder`, or the cache where that is None. What has arrived of it before is kept.
+        """One file, whole, into `folder`, or the cache where that is None.
 
         Raises:
             NetworkError: it does not come.
@@ -77,7 +77,7 @@ def open_remote(root: Path, place: str, commit: str) -> Remote:
     for name in names:
         check_plain_name(name, what="source file")
     cached = frozenset(name for name in names if (root / name).exists())
-    absent = _listed(root, where, commit, [name for name in names if name not in cached])
+    absent = _entries(where, commit, [name for name in names if name not in cached])
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         headers = list(pool.map(partial(_read_header, where, commit), absent))
     files = {
@@ -97,7 +97,7 @@ class _Entry:
     sha256: str | None
 
 
-def _listed(root: Path, where: Place, commit: str, names: Sequence[str]) -> list[_Entry]:
+def _entries(where: Place, commit: str, names: Sequence[str]) -> list[_Entry]:
     if not names:
         return []
     from huggingface_hub import HfApi
@@ -111,7 +111,7 @@ def _listed(root: Path, where: Place, commit: str, names: Sequence[str]) -> list
     entries = []
     for name in names:
         info = found.get(where.inside(name))
-        if info is None:
+        if info is None or not hasattr(info, "size"):  # a folder can have such a name too
             raise BadInputError(f"{where}: the repo has no {printable(name)}", hint="only safetensors files are read")
         entries.append(_Entry(name, info.size, info.lfs.sha256 if info.lfs else None))
     return entries
@@ -127,17 +127,15 @@ def _read_header(where: Place, commit: str, entry: _Entry) -> Header:
 
 def _read_range(where: Place, commit: str, name: str, start: int, end: int) -> bytes:
     """The bytes from `start` to `end` of a file. Raises NetworkError."""
-    failure: Exception | None = None
+    if start == end:
+        return b""
     for _ in range(_ATTEMPTS):
         try:
             found = _ask(where, commit, name, start, end)
-            if len(found) == end - start:
-                return found
         except Exception as error:
-            failure = error
-            break
-    if failure is not None:
-        raise explain(failure, str(where), revision=commit) from None
+            raise explain(error, str(where), revision=commit) from None
+        if len(found) == end - start:
+            return found
     raise NetworkError(f"{where}: {printable(name)}: the connection breaks", hint="try again")
 
 

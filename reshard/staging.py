@@ -18,7 +18,7 @@ from .journal import JOURNAL_NAME
 from .output import pwrite
 from .source import MANIFEST_NAME
 
-__all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "sync_folder", "write_file"]
+__all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "write_file"]
 
 _WORK, _OWNER = 16, 8  # hex digits: of the digest of the work, and of a number drawn by each run
 _REFUSE = "0" * _WORK  # the work of what is only there to be removed

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 import reshard.conversion
-from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, TopologyError
+from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, StorageError, TopologyError
 from reshard.journal import Journal
 from reshard.remote import Remote
 
@@ -280,6 +280,25 @@ def test_an_index_that_leads_elsewhere(here: FakeHub, checkpoint: Checkpoint) ->
     here.create("org/model", {**files, "model.safetensors.index.json": json.dumps(index).encode()})
     with pytest.raises(BadInputError, match=r"org/model: the repo has no gone\.safetensors"):
         reshard.plan("org/model", tp_size=2)
+
+
+def test_a_header_of_nothing(here: FakeHub, checkpoint: Checkpoint) -> None:
+    here.create("org/model", {**contents(checkpoint("llama")), "model-00002-of-00003.safetensors": b""})
+    with pytest.raises(BadInputError, match="model-00002"):
+        reshard.plan("org/model", tp_size=2)
+
+
+@pytest.mark.fault(5)
+def test_a_disk_that_is_full_of_what_arrives(published: FakeHub, local: Path, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.hf_hub_download", full)
+        with pytest.raises(StorageError, match="org/model: could not be kept here: No space left"):
+            reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert_same(tmp_path / "out", local)
 
 
 def test_a_file_that_changes_its_size_is_refused(published: FakeHub, tmp_path: Path) -> None:
