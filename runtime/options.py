@@ -1,0 +1,64 @@
+"""What the commands of the runtime share: how a model is asked for, and how one rank speaks for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
+
+from .loading import load
+
+__all__ = ["format_option", "is_first", "load_model", "model_options", "say"]
+
+_OPTIONS = (
+    click.option("--revision", help="Branch, tag or commit where OUT is a Hub id."),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]"),
+    click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file."),
+    click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 …"),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1800,
+        show_default=True,
+        help="Seconds within which every rank must have loaded; the one that has not is named, and all end.",
+    ),
+    click.option(
+        "--strategies",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Python file that registers the styles of your own that OUT was made with. It is run.",
+    ),
+)
+
+
+def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format`, as the argument `style`."""
+    kinds = click.Choice(["text", "json"])
+    return click.option("--format", "style", type=kinds, default="text", help="How to print the result.")(command)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that loads a model: what `load_model` takes."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def load_model(out: str, *, strategies: str | None, no_digests: bool, attn: str | None, **options: Any) -> Any:
+    """The model at `out`, loaded as `model_options` say."""
+    known = load_strategies(strategies) if strategies else ALL_PARALLEL_STYLES
+    return load(out, check_digests=not no_digests, attn_implementation=attn, strategies=known, **options)
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print on stdout, on rank 0."""
+    if is_first():
+        click.echo(text)
