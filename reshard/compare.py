@@ -10,8 +10,8 @@ from .digest import FileRecord
 from .errors import BadInputError, IntegrityError, printable
 from .guard import MappedFile
 from .header import Header, read_header
-from .hub import resolve_source
 from .manifest import Manifest
+from .places import resolve_source
 from .reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
 from .resharded import source_headers, source_tensors
 from .source import Source

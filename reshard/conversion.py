@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 from .arrivals import Arrivals
+from .destination import destination
 from .digest import ALGORITHM, FileRecord, digest_of, new_digest
 from .errors import UsageError
 from .executor import write_files
@@ -22,7 +23,7 @@ from .placement import is_box
 from .planning import ReshardPlan, build_plan, smallest_fit
 from .progress import Progress, silent
 from .rules import AUTO, read_rules
-from .source import MANIFEST_NAME, Source, SourceFile
+from .source import MANIFEST_NAME, Source
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
 from .targets import rank_tensors, unused_tensors
@@ -146,9 +147,8 @@ def convert(
     Raises:
         ReshardError: its subclass and exit code say which kind of failure.
     """
-    out = Path(out)
     topology = Topology(tp_size, ep_size)
-    with staged_folder(out, overwrite=overwrite, sync=sync) as stage:
+    with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         origin = open_origin(str(source), revision=revision)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
@@ -161,7 +161,7 @@ def convert(
                 drop_unused=drop_unused,
                 arrivals=arrivals,
             )
-            folder = stage.begin(_work(planned, layouts, origin.held.files))
+            folder = stage.begin(_work(planned, layouts, origin))
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             staged = 0 if keep_cache else origin.staged_bytes()
@@ -186,10 +186,11 @@ def convert(
     return manifest
 
 
-def _work(plan: ReshardPlan, layouts: list[FileLayout], held: Iterable[SourceFile]) -> str:
+def _work(plan: ReshardPlan, layouts: list[FileLayout], origin: Origin) -> str:
     """Digest of all that the rank files depend on: what is read as it is now, and where every element of it goes."""
     digest = new_digest()
-    for file in held:
+    digest.update(origin.version.encode())
+    for file in origin.held.files:
         digest.update(repr((file.name, file.size, file.mtime_ns)).encode() + file.header.raw)
     for thing in (*plan.source.extras, *plan.targets):
         digest.update(repr(thing).encode())

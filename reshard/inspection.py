@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .hub import find_resharded
 from .manifest import Manifest
+from .places import find_resharded
 
 __all__ = ["inspect"]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .destination import destination
 from .digest import ALGORITHM, digest_file, digest_of
 from .dtypes import torch_name
 from .errors import BadInputError, IntegrityError, UsageError, listed, printable
@@ -52,7 +53,7 @@ def merge(
     made = open_resharded(folder)
     layouts = _standard_files(made) if layout == "hf" else _source_files(made)
     total = sum(file.size for file in layouts)
-    with staged_folder(Path(dest), sync=sync) as stage:
+    with staged_folder(destination(dest, sync=sync)) as stage:
         part = stage.begin(digest_of(f"{layout} {digest_file(folder / MANIFEST_NAME)}".encode()))
         check_free_space(part, total)
         with progress(total) as report, contextlib.closing(Journal(part)) as journal:

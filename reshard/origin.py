@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .arrivals import AHEAD, Arrivals
 from .digest import DigestsAhead
-from .hub import fetch, locate
+from .places import away, fetch, locate, of_hub
 from .reader import equal_tensors
 from .remote import Remote, open_remote
 from .resharded import Resharded, open_resharded
@@ -19,7 +19,7 @@ from .staging import Stage
 
 __all__ = ["Origin", "open_origin"]
 
-_FETCHED = "fetched-"  # and the commit: files of another are not gone on with
+_FETCHED = "fetched-"  # and the version: files of another are not gone on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class Origin:
     def held(self) -> Source:
         """What is read."""
         return self.made.held if self.made else self.source
+
+    @property
+    def version(self) -> str:
+        """Of what is still to come: which state of it that is."""
+        return self.remote.away.version if self.remote else ""
 
     def ahead(self) -> DigestsAhead:
         """Digests of the files that are here as the source has them."""
@@ -61,7 +66,7 @@ class Origin:
         if self.remote is None:
             yield None
             return
-        folder = None if keep_cache else stage.beside(_FETCHED + str(self.source.commit))
+        folder = None if keep_cache else stage.beside(_FETCHED + self.version)
 
         def discard(path: Path) -> None:
             if folder is not None and path.is_relative_to(folder):
@@ -78,14 +83,15 @@ class Origin:
 
 
 def open_origin(place: str, *, revision: str | None = None) -> Origin:
-    """A checkpoint folder, a resharded one, or a Hub id of either. Raises a `ReshardError`."""
-    root, repo_id, commit = locate(place, revision=revision)
+    """A checkpoint folder, a resharded one, or a Hub id or URL of either. Raises a `ReshardError`."""
+    root, found, version = locate(place, revision=revision)
     if is_resharded(root):
-        if commit is not None:
-            root, _, _ = fetch(place, revision=commit)
+        if version is not None:
+            root, _, _ = fetch(place, revision=version)
         made = open_resharded(root)
         return Origin(made.source, made=made)
-    if repo_id is None or commit is None:
+    if found is None or version is None:
         return Origin(open_source(root))
-    remote = open_remote(root, repo_id, commit)
+    repo_id, commit = of_hub(found, version)
+    remote = open_remote(root, away(found, version), repo_id=repo_id, commit=commit)
     return Origin(remote.source, remote=remote)

@@ -88,3 +88,15 @@ def write_error(path: Path, error: OSError, *, synced: bool = False) -> StorageE
     failure = StorageError(f"{printable(path)}: {error.strerror}")
     failure.lost = synced or error.errno not in (errno.ENOSPC, errno.EDQUOT)
     return failure
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StorageError(f"{printable(folder)}: {error.strerror}") from None

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from .digest import FileRecord
 from .errors import BadInputError, DestinationExistsError, IntegrityError, TopologyError, printable
-from .hub import Found, Place, discard, find_resharded, locate
+from .hub import Place, discard
 from .manifest import Manifest
+from .places import Found, find_resharded, locate
 from .source import MANIFEST_NAME
 from .verification import check_file
 
@@ -45,7 +46,7 @@ def pull(
     target = None if to is None else _vacant(Path(to), found)
     folder, _, _ = locate(
         place,
-        revision=found.commit,
+        revision=found.version,
         patterns=[glob.escape(name) for name in names],
         ignored=(),
         to=None if to is None else Path(to),

@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import BusyError, DestinationExistsError, IntegrityError, StorageError, printable
-from .exclusive import EXCHANGE, NOREPLACE, locked, move, renamed
+from .destination import Destination
+from .errors import BusyError, IntegrityError, StorageError, printable
+from .exclusive import locked, renamed
 from .journal import JOURNAL_NAME
 from .output import pwrite
-from .source import MANIFEST_NAME
 
 __all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "write_file"]
 
@@ -77,28 +77,28 @@ def _unfinished(out: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> Iterator[Stage]:
-    """Give a stage whose folder is to be filled; put that at `out` when the block ends well.
+def staged_folder(to: Destination) -> Iterator[Stage]:
+    """Give a stage whose folder is to be filled; put that where it goes when the block ends well.
 
     When it does not, what is there stays for the next run of the same work; when bytes are not what they should be
-    (IntegrityError), nothing stays. The move never replaces anything, unless `overwrite` and `out` is a folder of ours;
-    then the two are exchanged in one step. With `sync`, folder and move are on disk on return. One process at a time:
-    `OUT.lock` is held meanwhile; where locks do nothing, see `Stage.begin`.
+    (IntegrityError), nothing stays. One process at a time: `OUT.lock` is held meanwhile; where locks do nothing, see
+    `Stage.begin`.
 
     Raises:
-        DestinationExistsError: `out` exists (now, or when the work is done).
-        BusyError: another process is at work on `out`.
+        DestinationExistsError: something is in the way (now, or when the work is done).
+        BusyError: another process is at work on it.
         StorageError: the disk refused.
     """
-    out = Path(os.path.abspath(out))
-    _check_destination(out, overwrite)
+    out = to.local
+    to.check()
     with locked(out.with_name(out.name + ".lock")):
-        _check_destination(out, overwrite)  # who held the lock before may have made it
+        to.check()  # who held the lock before may have made it
         stage = Stage(out)
         try:
             yield stage
             if stage.folder is not None:
-                _commit(stage.folder, out, overwrite=overwrite, sync=sync)
+                to.commit(stage.folder)
+                _clear_away(stage.folder, out)
         except BaseException as error:
             if stage.folder is not None:
                 if _taken(stage.folder, error):
@@ -124,49 +124,15 @@ def _leave(folder: Path, out: Path, error: BaseException) -> None:
             error.__dict__["hint"] = f"the same command goes on with what is in {printable(folder)}"
 
 
-def _commit(folder: Path, out: Path, *, overwrite: bool, sync: bool) -> None:
-    """Put a whole folder in its place. Without its journal it is no longer gone on with, only put there."""
+def _clear_away(folder: Path, out: Path) -> None:
+    """Of what was replaced, or sent away, nothing stays: no power loss puts it back any more."""
     try:
-        (folder / JOURNAL_NAME).unlink(missing_ok=True)
-        if sync:
-            sync_folder(folder)
-        _check_destination(out, overwrite)
-        flag = EXCHANGE if overwrite and os.path.lexists(out) else NOREPLACE
-        move(folder, out, flag)
-        try:
-            if sync:
-                sync_folder(out.parent)
-        except StorageError:
-            move(out, folder, flag)
-            raise
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise DestinationExistsError(f"{printable(out)}: appeared meanwhile") from None
-        raise StorageError(f"{printable(out)}: {error.strerror}") from None
-    try:
-        if flag == EXCHANGE:
-            _discard(folder, out)  # which is the old one now, and no power loss puts it back any more
+        if os.path.lexists(folder):
+            _discard(folder, out)
     except OSError as error:
         raise StorageError(
             f"{printable(out)}: is in place, but what it replaced could not be removed: {error.strerror}"
         ) from None
-
-
-def _check_destination(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out):
-        if not out.parent.is_dir():
-            raise StorageError(f"{printable(out.parent)}: no such folder")
-        return
-    if not overwrite:
-        raise DestinationExistsError(
-            f"{printable(out)}: already exists",
-            hint="choose another name; convert replaces a folder of its own with --overwrite",
-        )
-    if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
-        raise DestinationExistsError(
-            f"{printable(out)}: is not a resharded folder, so --overwrite does not replace it",
-            hint="choose another name",
-        )
 
 
 def _discard(folder: Path, out: Path) -> None:
@@ -208,18 +174,6 @@ def copy_file(source: Path, target: Path, *, sync: bool = True) -> bytes:
         raise StorageError(f"{printable(source)}: {error.strerror}") from None
     write_file(target, data, sync=sync)
     return data
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise StorageError(f"{printable(folder)}: {error.strerror}") from None
 
 
 def check_free_space(folder: Path, needed: int) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from reshard.architecture import quiet_transformers
-from reshard.hub import resolve_source
+from reshard.places import resolve_source
 
 from .generate import greedy
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from reshard.errors import IntegrityError, TopologyError, printable
-from reshard.hub import discard, find_resharded, locate
+from reshard.hub import discard
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
+from reshard.places import find_resharded, locate
 from reshard.source import MANIFEST_NAME
 from reshard.verification import check_file
 
@@ -58,8 +59,8 @@ def locate_together(
         except Exception as error:
             store.set(key, json.dumps({"error": words_of(error)}))
             raise
-        store.set(key, json.dumps({"place": found.place, "commit": found.commit}))
-        return _fetch(found.place, found.commit, rank, world_size)
+        store.set(key, json.dumps({"place": found.place, "commit": found.version}))
+        return _fetch(found.place, found.version, rank, world_size)
     if Path(place).exists():
         found = find_resharded(place, world_size=world_size)
         return _fetch(found.place, None, rank, world_size)

@@ -45,8 +45,8 @@ def convert_until(context: Any, source: Path, out: Path, *, call: int | None = N
 def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> None:
     import torch
 
+    import reshard.destination
     import reshard.executor
-    import reshard.staging
     from reshard.conversion import convert
 
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
     for name in _CALLS:
         setattr(os, name, counted(getattr(os, name)))
     builtins.open = counted(builtins.open)
-    reshard.staging.move = counted(reshard.staging.move)
+    reshard.destination.move = counted(reshard.destination.move)
     convert(source, out, tp_size=2, workers=1)
     sender.send((made, written))
     sender.close()

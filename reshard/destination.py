@@ -1,0 +1,167 @@
+"""Where a finished folder goes: its place on this machine's disk, or an object store."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from .digest import digest_of
+from .errors import DestinationExistsError, IntegrityError, StorageError, UsageError, listed, printable
+from .exclusive import EXCHANGE, NOREPLACE, move
+from .journal import JOURNAL_NAME
+from .output import sync_folder
+from .progress import Progress, silent
+from .source import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
+from .stores import cache_folder, is_url, open_store
+
+__all__ = ["Destination", "destination"]
+
+_SMALL = 8 << 20  # bytes: files up to this size are sent several at a time, larger ones in several parts
+_AT_ONCE = 8
+_LAST = (MANIFEST_NAME, INDEX_NAME, SINGLE_NAME)  # the first that there is says that the others are there
+
+
+class Destination(Protocol):
+    """Where a folder goes when it is whole. It is filled beside `local`, under another name."""
+
+    @property
+    def local(self) -> Path:
+        """A path on this machine: its folder exists once `check` was called."""
+
+    def check(self) -> None:
+        """Raises DestinationExistsError where something is in the way, StorageError where there is no way."""
+
+    def commit(self, folder: Path) -> None:
+        """Put a whole folder there. What is at its old place afterwards is nobody's. Raises a ReshardError."""
+
+
+def destination(
+    out: str | Path, *, overwrite: bool = False, sync: bool = True, progress: Progress = silent
+) -> Destination:
+    """That of a path or a URL. `progress` is for what is sent."""
+    return (
+        _InStore(str(out), overwrite, progress) if is_url(out) else _OnDisk(Path(os.path.abspath(out)), overwrite, sync)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDisk:
+    """A path: it takes the folder in one step, which never replaces anything, unless `overwrite` and a folder of ours
+    is there; then the two are exchanged. With `sync`, folder and move are on disk when it is done."""
+
+    local: Path
+    overwrite: bool
+    sync: bool
+
+    def check(self) -> None:
+        out = self.local
+        if not os.path.lexists(out):
+            if not out.parent.is_dir():
+                raise StorageError(f"{printable(out.parent)}: no such folder")
+            return
+        if not self.overwrite:
+            raise DestinationExistsError(
+                f"{printable(out)}: already exists",
+                hint="choose another name; convert replaces a folder of its own with --overwrite",
+            )
+        if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+            raise DestinationExistsError(
+                f"{printable(out)}: is not a resharded folder, so --overwrite does not replace it",
+                hint="choose another name",
+            )
+
+    def commit(self, folder: Path) -> None:
+        out = self.local
+        try:
+            # Without its journal it is no longer gone on with, only put there.
+            (folder / JOURNAL_NAME).unlink(missing_ok=True)
+            if self.sync:
+                sync_folder(folder)
+            self.check()
+            flag = EXCHANGE if self.overwrite and os.path.lexists(out) else NOREPLACE
+            move(folder, out, flag)
+            try:
+                if self.sync:
+                    sync_folder(out.parent)
+            except StorageError:
+                move(out, folder, flag)
+                raise
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise DestinationExistsError(f"{printable(out)}: appeared meanwhile") from None
+            raise StorageError(f"{printable(out)}: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _InStore:
+    """A URL: the files are sent, and last of all the one that makes a whole of them. Nothing that is there is replaced.
+    What an earlier run has sent, as what is kept on this machine shows, is compared and stays."""
+
+    url: str
+    overwrite: bool
+    progress: Progress
+
+    @property
+    def local(self) -> Path:
+        return cache_folder() / "unfinished" / digest_of(self.url.rstrip("/").encode())
+
+    def check(self) -> None:
+        if self.overwrite:
+            raise UsageError(
+                "--overwrite: a store cannot exchange two folders in one step",
+                hint="choose another name, then remove it",
+            )
+        try:
+            self.local.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{printable(self.local.parent)}: {error.strerror}") from None
+        there = open_store(self.url)
+        if there.files.keys() & set(_LAST):
+            raise DestinationExistsError(f"{there}: already exists", hint="choose another name")
+        if there.files and not any(self.local.parent.glob(f"{self.local.name}.part-*")):
+            raise DestinationExistsError(
+                f"{there}: holds files of something else: {listed(there.files)}",
+                hint="choose another name; or remove them, if they are what an interrupted run on another machine left",
+            )
+
+    def commit(self, folder: Path) -> None:
+        names = sorted({path.name for path in folder.iterdir()} - {JOURNAL_NAME})
+        last = next(name for name in _LAST if name in names)
+        names.remove(last)
+        sizes = {name: (folder / name).stat().st_size for name in names}
+        strange = sorted(open_store(self.url).files.keys() - {*names, last})
+        if strange:
+            raise DestinationExistsError(f"{printable(self.url)}: holds files of something else: {listed(strange)}")
+        with self.progress(sum(sizes.values())) as report, ThreadPoolExecutor(_AT_ONCE) as pool:
+            small = [name for name in names if sizes[name] <= _SMALL]
+            list(pool.map(lambda name: self._send(folder / name, report), small))
+            for name in names:
+                if sizes[name] > _SMALL:
+                    self._send(folder / name, report)
+        self._check_sent(sizes.items())
+        self._send(folder / last)
+
+    def _send(self, path: Path, report: Callable[[int], object] = lambda _: None) -> None:
+        store = open_store(self.url)
+        if path.name not in store.files:
+            try:
+                store.put(path, path.name, report)
+                return
+            except FileExistsError:  # it was sent twice: the answer to the first time was lost, or it is another's
+                store = open_store(self.url)
+        if not store.holds(path):
+            raise DestinationExistsError(
+                f"{store}: holds another {printable(path.name)}", hint="remove it, or choose another name"
+            )
+        report(path.stat().st_size)
+
+    def _check_sent(self, sizes: Iterable[tuple[str, int]]) -> None:
+        store = open_store(self.url)
+        wrong = [name for name, size in sizes if name not in store.files or store.files[name][0] != size]
+        if wrong:
+            raise IntegrityError(f"{store}: not as it was sent: {listed(wrong)}", hint="run it again")

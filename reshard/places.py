@@ -1,0 +1,152 @@
+"""Where a checkpoint or a resharded folder is, here, on the Hub or in an object store, and what of it is here."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BadInputError, IntegrityError, TopologyError, listed, printable
+from .hub import Place, discard
+from .hub import folders as hub_folders
+from .hub import snapshot as hub_snapshot
+from .hub_files import HubFiles
+from .manifest import Manifest, read_manifest
+from .remote import Away
+from .source import MANIFEST_NAME, NOT_WANTED, SMALL_FILES, Source, is_resharded, open_source, weight_files
+from .stores import is_url, open_store
+from .stores import snapshot as store_snapshot
+
+__all__ = ["Found", "away", "fetch", "find_resharded", "locate", "of_hub", "resolve_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A resharded folder: what to call it by, where its manifest is, and its version if it is not of this machine."""
+
+    place: str
+    folder: Path
+    manifest: Manifest
+    version: str | None
+
+
+def locate(
+    place: str,
+    *,
+    revision: str | None = None,
+    patterns: Sequence[str] = SMALL_FILES,
+    ignored: Sequence[str] = NOT_WANTED,
+    to: Path | None = None,
+) -> tuple[Path, str | None, str | None]:
+    """A local folder, or what is fetched of another place: (folder, place, version). The last two are None for one that
+    is here.
+
+    `place` is a folder, `org/name` on the Hub, a folder of a repo, `org/name/path`, or the URL of a folder in an object
+    store. Of those, only the files that match `patterns` are fetched, into the cache unless `to` says where; those
+    already there are used. A version is a commit of the Hub, or tells one state of a store's folder from another, and
+    can be given as `revision`.
+
+    Raises:
+        NetworkError: the place cannot be reached, or does not give it.
+        BadInputError: `place` is none of these, or there is nothing.
+        RemoteMovedError: a store's folder is not at that version any more.
+    """
+    if is_url(place):
+        folder, version = store_snapshot(place, version=revision, patterns=patterns, ignored=ignored, to=to)
+        return folder, place, version
+    path = Path(place)
+    if path.exists():
+        return path, None, None
+    folder, commit = hub_snapshot(Place.parse(place), revision=revision, patterns=patterns, ignored=ignored, to=to)
+    return folder, place, commit
+
+
+def away(place: str, version: str) -> Away:
+    """The files of what `locate` has found elsewhere."""
+    return open_store(place) if is_url(place) else HubFiles(Place.parse(place), version)
+
+
+def find_resharded(place: str, *, revision: str | None = None, world_size: int | None = None) -> Found:
+    """The resharded folder at `place`, or for a `world_size` its folder `tpN`. Of what is elsewhere, only manifests are
+    fetched.
+
+    Raises:
+        BadInputError: there is none.
+        TopologyError: there are such folders, but none of them is `tpN`.
+        IntegrityError: the manifest was altered; it is not kept in the cache.
+    """
+    choices = [""] if world_size is None else ["", f"tp{world_size}"]
+    for name, folder, fetched, version in _candidates(place, revision, choices):
+        if (folder / MANIFEST_NAME).exists():
+            try:
+                return Found(name, folder, read_manifest(folder), version)
+            except IntegrityError:
+                if fetched:
+                    discard(folder / MANIFEST_NAME)
+                raise
+    there = _folders(place, revision)
+    if there:
+        fitting = f" for {world_size} ranks" if world_size else ""
+        raise TopologyError(
+            f"{printable(place)}: holds no model{fitting} itself, but in folders: {listed(there, most=20)}",
+            hint=f"name one of them: {printable(place)}/{printable(there[0])}",
+        )
+    if Path(place).exists():
+        read_manifest(Path(place))  # says what is wrong
+    raise BadInputError(f"{printable(place)}: holds no {MANIFEST_NAME}, so it is not a resharded one")
+
+
+def _candidates(
+    place: str, revision: str | None, choices: Sequence[str]
+) -> Iterator[tuple[str, Path, bool, str | None]]:
+    """Each choice of a folder below `place`: (place, folder, whether it was fetched, version)."""
+    if is_url(place):  # a version is that of one folder
+        for choice in choices:
+            name = f"{place.rstrip('/')}/{choice}".rstrip("/")
+            try:
+                folder, _, version = locate(name, revision=revision, patterns=[MANIFEST_NAME], ignored=())
+            except BadInputError:
+                if choice:
+                    return
+                raise
+            yield name, folder, True, version
+        return
+    patterns = [f"{choice}/{MANIFEST_NAME}".lstrip("/") for choice in choices]
+    root, found, version = locate(place, revision=revision, patterns=patterns, ignored=())
+    for choice in choices:
+        yield f"{place}/{choice}".rstrip("/"), root / choice, found is not None, version
+
+
+def _folders(place: str, revision: str | None) -> list[str]:
+    """The folders inside that hold a manifest, by the number in their names."""
+    if is_url(place):
+        store = open_store(place)
+        found = [name for name in store.folders if MANIFEST_NAME in open_store(f"{store.url}/{name}").files]
+    elif Path(place).exists():
+        found = [path.parent.name for path in Path(place).glob(f"*/{MANIFEST_NAME}")]
+    else:
+        found = hub_folders(Place.parse(place), revision, MANIFEST_NAME)
+    return sorted(found, key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
+
+
+def fetch(place: str, *, revision: str | None = None) -> tuple[Path, str | None, str | None]:
+    """`locate` a checkpoint, or a resharded one, with its weights: (folder, place, version)."""
+    root, found, version = locate(place, revision=revision)
+    if found is not None:
+        weights = [file.name for file in read_manifest(root).files()] if is_resharded(root) else weight_files(root)
+        locate(place, revision=version, patterns=[glob.escape(name) for name in weights])
+    return root, found, version
+
+
+def resolve_source(place: str, *, revision: str | None = None) -> Source:
+    """Open a checkpoint: a local folder, or one elsewhere, whose files are fetched to the cache."""
+    root, found, version = fetch(place, revision=revision)
+    repo_id, commit = of_hub(found, version)
+    return open_source(root, repo_id=repo_id, commit=commit)
+
+
+def of_hub(place: str | None, version: str | None) -> tuple[str | None, str | None]:
+    """Repo id and commit of what `locate` has found, if it is of the Hub."""
+    return (None, None) if place is None or is_url(place) else (place, version)

@@ -1,0 +1,251 @@
+"""Object stores, and whatever else fsspec opens, by URL: `s3://bucket/model`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .digest import digest_of
+from .errors import (
+    BadInputError,
+    IntegrityError,
+    NetworkError,
+    RemoteMovedError,
+    ReshardError,
+    StorageError,
+    UsageError,
+    printable,
+)
+from .output import pwrite
+from .remote import Entry
+from .source import check_plain_name
+
+__all__ = ["Store", "cache_folder", "is_url", "open_store", "snapshot"]
+
+_RANGE = 8 << 20  # bytes of one request
+_AT_ONCE = 8  # requests
+_ATTEMPTS = 3
+_PART = {"chunksize": 16 << 20, "max_concurrency": 4}  # of S3's multipart uploads: what is held in memory meanwhile
+_MOST_PARTS = 10_000  # S3's own limit
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is a URL, and not a folder or a Hub id."""
+    return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None
+
+
+def shown(url: str) -> str:
+    """A URL, safe to show: without the password that some kinds can have."""
+    return printable(re.sub(r"//[^/@]*@", "//", url))
+
+
+def cache_folder() -> Path:
+    """Where what was fetched from stores is kept: `reshard` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reshard"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A folder of a store, as it was listed: the size in bytes and the identity of each of its files, and the names of
+    the folders in it. An identity is another one when the content is."""
+
+    url: str
+    system: Any
+    root: str
+    files: Mapping[str, tuple[int, str]]
+    folders: tuple[str, ...]
+
+    @property
+    def version(self) -> str:
+        """What tells this state of the folder from any other."""
+        return digest_of(repr(sorted(self.files.items())).encode())
+
+    def __str__(self) -> str:
+        return shown(self.url)
+
+    def path(self, name: str) -> str:
+        """A file's path, as the file system takes it."""
+        return f"{self.root}/{name}"
+
+    def cached(self) -> Path:
+        """The folder of this machine in which the files of this version are kept."""
+        return cache_folder() / digest_of(self.url.encode()) / self.version
+
+    def entries(self, names: Sequence[str]) -> list[Entry]:
+        """Size of each file. Raises BadInputError where there is none of that name."""
+        for name in names:
+            if name not in self.files:
+                raise BadInputError(f"{self}: has no {printable(name)}")
+        return [Entry(name, self.files[name][0], None) for name in names]
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end` of a file. Raises NetworkError."""
+        for _ in range(_ATTEMPTS):
+            with doing("read", self.url):
+                found: bytes = self.system.cat_file(self.path(name), start=start, end=end) if end > start else b""
+            if len(found) == end - start:
+                return found
+        raise NetworkError(f"{self}: {printable(name)}: the connection breaks", hint="try again")
+
+    def get(self, name: str, folder: Path | None) -> Path:
+        """Fetch a file whole, by ranges, into `folder`, or else the cache. It appears there in one step.
+
+        Raises:
+            IntegrityError: it was changed meanwhile.
+        """
+        check_plain_name(name, what=str(self))
+        size, target = self.entries([name])[0].size, (folder or self.cached()) / name
+        part = target.with_name(f".{name}.part-{secrets.token_hex(4)}")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                self._fill(fd, name, size)
+            finally:
+                os.close(fd)
+            if open_store(self.url).files.get(name) != self.files[name]:
+                raise IntegrityError(f"{self}: {printable(name)} was changed while it was fetched", hint="try again")
+            os.replace(part, target)
+        except OSError as error:
+            raise StorageError(f"{printable(target)}: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    def _fill(self, fd: int, name: str, size: int) -> None:
+        def piece(start: int) -> None:
+            pwrite(fd, memoryview(self.read(name, start, min(start + _RANGE, size))), start)
+
+        pool = ThreadPoolExecutor(_AT_ONCE)
+        try:
+            for done in [pool.submit(piece, start) for start in range(0, size, _RANGE)]:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file of that name holds the same bytes as the one here, which are read back."""
+        size = path.stat().st_size
+        if self.files[path.name][0] != size:
+            return False
+        with open(path, "rb") as here, ThreadPoolExecutor(_AT_ONCE) as pool:
+
+            def same(start: int) -> bool:
+                end = min(start + _RANGE, size)
+                return os.pread(here.fileno(), end - start, start) == self.read(path.name, start, end)
+
+            return all(pool.map(same, range(0, size, _RANGE)))
+
+    def put(self, path: Path, name: str, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Send a file, in parts where the store takes such; nobody sees it before it is whole.
+
+        Raises:
+            FileExistsError: there is one of that name.
+        """
+        from fsspec.callbacks import Callback
+
+        class Told(Callback):
+            def relative_update(self, inc: int = 1) -> None:
+                progress(inc)
+
+        options: dict[str, Any] = {}
+        if "s3" in self.system.protocol:
+            options = _PART | {"chunksize": max(_PART["chunksize"], path.stat().st_size // _MOST_PARTS + 1)}
+        with doing("write", self.url):
+            self.system.put_file(str(path), self.path(name), callback=Told(), mode="create", **options)
+
+
+def open_store(url: str) -> Store:
+    """The folder at a URL: listed, now. Where there is none, it has no files.
+
+    Raises:
+        UsageError: the package for this kind of URL is missing, or there is no such kind.
+        NetworkError: the store cannot be reached, or refuses.
+    """
+    with doing("list", url):
+        import fsspec
+
+        system, root = fsspec.core.url_to_fs(url)
+        if "file" in system.protocol:
+            raise UsageError(f"{shown(url)}: is on this machine", hint=f"give its path: {printable(root)}")
+        root = root.rstrip("/")
+        system.invalidate_cache()
+        try:
+            found = system.ls(root, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            found = []
+        files, folders = {}, []
+        for info in found:
+            name = info["name"].rstrip("/").rpartition("/")[2]
+            if info["type"] == "directory":
+                folders.append(name)
+            elif info["name"].rstrip("/") != root:
+                size = info["size"] if info.get("size") is not None else system.info(info["name"])["size"]
+                files[name] = (int(size), digest_of(repr(sorted((k, str(v)) for k, v in info.items())).encode()))
+    return Store(url.rstrip("/"), system, root, files, tuple(sorted(folders)))
+
+
+def snapshot(
+    url: str, *, version: str | None, patterns: Sequence[str], ignored: Sequence[str], to: Path | None
+) -> tuple[Path, str]:
+    """The files of a store's folder whose names match `patterns`, fetched into `to` or the cache: (folder, version).
+
+    Raises:
+        BadInputError: there is nothing.
+        RemoteMovedError: it is not at `version` any more.
+    """
+    store = open_store(url)
+    if not store.files and not store.folders:
+        raise BadInputError(f"{store}: nothing is there", hint="check the name")
+    if version is not None and store.version != version:
+        raise RemoteMovedError(f"{store}: has changed meanwhile, or is given a revision, which stores do not have")
+    folder = to or store.cached()
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    for name in store.files:
+        if matches(name, patterns) and not matches(name, ignored) and not (folder / name).exists():
+            store.get(name, folder)
+    return folder, store.version
+
+
+@contextlib.contextmanager
+def doing(what: str, url: str) -> Iterator[None]:
+    """What a file system raises inside is raised as an error of ours, but that something exists."""
+    try:
+        yield
+    except (ReshardError, FileExistsError):
+        raise
+    except Exception as error:  # each kind of store has errors of its own
+        raise _explained(error, what, shown(url)) from None
+
+
+def _explained(error: Exception, what: str, place: str) -> ReshardError:
+    words = printable(next(iter(str(error).splitlines()), ""))
+    if isinstance(error, ImportError):
+        hint = "pip install 'reshard[s3]'" if place.startswith(("s3:", "s3a:")) else None
+        return UsageError(f"{place}: a package is missing: {words}", hint=hint)
+    if isinstance(error, FileNotFoundError):
+        return BadInputError(f"{place}: no such place, or a file of it has gone: {words}")
+    if isinstance(error, ValueError) and "rotocol" in words:
+        return UsageError(
+            f"{place}: {words}", hint="give a folder, a Hub id such as org/name, or a URL that fsspec opens"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return StorageError(f"{place}: {error.strerror}")
+    if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+        return NetworkError(
+            f"{place}: may not {what}: {words}",
+            hint="the credentials are those of the environment, or of the store's own tools (for S3: AWS_PROFILE …)",
+        )
+    return NetworkError(f"{place}: could not {what}: {type(error).__name__}: {words}", hint="try again")
