@@ -14,9 +14,9 @@ from .errors import ReshardError
 
 if TYPE_CHECKING:
     from .conversion import convert, plan
+    from .hub.publishing import publish
     from .inspection import inspect
     from .merging import merge
-    from .publishing import publish
     from .pulling import pull
     from .verification import verify
 
@@ -27,7 +27,7 @@ _HOMES = {
     "plan": "conversion",
     "inspect": "inspection",
     "merge": "merging",
-    "publish": "publishing",
+    "publish": "hub.publishing",
     "pull": "pulling",
     "verify": "verification",
 }

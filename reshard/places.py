@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BadInputError, IntegrityError, TopologyError, listed, printable
-from .hub import Place, discard
-from .hub import folders as hub_folders
-from .hub import snapshot as hub_snapshot
-from .hub_files import HubFiles
+from .hub.files import HubFiles
+from .hub.place import Place, discard
+from .hub.place import folders as hub_folders
+from .hub.place import snapshot as hub_snapshot
 from .manifest import Manifest, read_manifest
 from .remote import Away
 from .source import MANIFEST_NAME, NOT_WANTED, SMALL_FILES, Source, is_resharded, open_source, weight_files

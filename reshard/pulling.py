@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .digest import FileRecord
 from .errors import BadInputError, DestinationExistsError, IntegrityError, TopologyError, printable
-from .hub import Place, discard
+from .hub.place import Place, discard
 from .manifest import Manifest
 from .places import Found, find_resharded, locate
 from .source import MANIFEST_NAME

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from .errors import IntegrityError, printable
 from .header import Header, header_length, parse_header
-from .hub import discard
+from .hub.place import discard
 from .source import Source, SourceFile, check_plain_name, open_source, weight_files
 
 __all__ = ["Away", "Entry", "Remote", "open_remote"]

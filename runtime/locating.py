@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from reshard.errors import IntegrityError, TopologyError, printable
-from reshard.hub import discard
+from reshard.hub.place import discard
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
 from reshard.places import find_resharded, locate

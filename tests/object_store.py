@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -35,6 +36,20 @@ class ObjectStore:
     client: Any
     log: list[Call] = field(default_factory=list)
     fault: Callable[[Call], Any] | None = None
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """What makes a process take this server for S3, and keep in `folder` what it fetches."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_MAX_ATTEMPTS": "2",
+            "AWS_CONFIG_FILE": str(folder / "none"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(folder / "none"),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+        }
 
     def put(self, prefix: str, files: dict[str, bytes]) -> str:
         """Put some objects there, and return the URL."""

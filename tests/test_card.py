@@ -13,9 +13,9 @@ from cli_tools import Result
 from fake_hub import FakeHub, status
 
 import reshard
-from reshard.card import is_ours, render
 from reshard.errors import BadInputError, NetworkError
-from reshard.licence import Terms
+from reshard.hub.card import is_ours, render
+from reshard.hub.licence import Terms
 from reshard.manifest import Manifest
 
 OPEN = Terms("apache-2.0", None, False, {"license": "apache-2.0"})

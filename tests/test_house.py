@@ -24,13 +24,25 @@ TORCH_FREE = [
         for name in (
             *("placement", "regions", "layout", "manifest", "source", "header"),
             *("targets", "report", "verification", "cli", "topology", "fields", "placement_json", "guard"),
-            *("hub", "publishing", "pulling", "card"),
+            *("hub.place", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination"),
         )
     ),
 ]
 RUNTIME_MAY_IMPORT = {
     "layout",
-    *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "source"),
+    *(
+        "architecture",
+        "digest",
+        "dtypes",
+        "errors",
+        "failures",
+        "header",
+        "hub",
+        "manifest",
+        "placement",
+        "places",
+        "source",
+    ),
     *("process", "rank_file", "strategies", "targets", "topology", "verification"),
 }
 

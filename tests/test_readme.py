@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import object_store
 import pico
 import pytest
 from fake_hub import FakeHub
@@ -30,11 +31,9 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 ENVIRONMENT = {"PATH": PATH, "OMP_NUM_THREADS": "1"}
 
 
-def run(*command: str, folder: Path, hub: FakeHub | None = None) -> str:
-    there = dict(os.environ) if hub is None else hub.environment(folder / "home")
-    done = subprocess.run(
-        command, cwd=folder, env={**there, **ENVIRONMENT}, capture_output=True, text=True, check=False, timeout=300
-    )
+def run(*command: str, folder: Path, **variables: str) -> str:
+    there = {**os.environ, **variables, **ENVIRONMENT}
+    done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -52,11 +51,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_commands(folder: Path, hub: FakeHub) -> None:
     said = {}
-    for command in COMMANDS:
-        if command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
-            assert os.access(ROOT / command.split()[0], os.X_OK)
-        else:
-            said[command] = run(*shlex.split(command), folder=folder, hub=hub)
+    contents = {path.name: path.read_bytes() for path in (folder / "SOURCE").iterdir()}
+    with object_store.serve() as store:
+        store.put("llama", contents)
+        variables = {**hub.environment(folder / "home"), **store.environment(folder)}
+        for command in COMMANDS:
+            if command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
+                assert os.access(ROOT / command.split()[0], os.X_OK)
+            else:
+                said[command] = run(*shlex.split(command), folder=folder, **variables)
+        assert "reshard.json" in store.objects("llama-tp4")
     assert {"plan", "convert", "verify", "run", "publish", "pull"} <= {command.split()[1] for command in said}
     generated = [text for command, text in said.items() if "--prompt" in command]
     assert len(generated) == 3
@@ -81,7 +85,7 @@ def test_map_of_the_house() -> None:
     """Every module is on the map, and the map has no others."""
     block = next(block for _, block in BLOCKS if block.startswith("reshard/  "))
     house = {line.split()[0].rstrip("/") for line in block.splitlines() if not line.startswith(" ")}
-    named = set(re.findall(r"[\w]+\.py\b", block)) | {"strategies"}
+    named = set(re.findall(r"[\w]+\.py\b", block)) | {"strategies", "hub"}
     there = {path.name for package in house for path in (ROOT / package).iterdir() if not path.name.startswith("_")} - {
         "py.typed"
     }

@@ -45,7 +45,7 @@ def store(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """An empty bucket, whose server this process and those it starts take for S3."""
     from s3fs import S3FileSystem
 
-    for name, value in environment(server, tmp_path).items():
+    for name, value in server.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()
     monkeypatch.setattr(S3FileSystem, "read_timeout", 1)
@@ -54,20 +54,6 @@ def store(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     server.fault = None
     server.log.clear()
     server.empty()
-
-
-def environment(server: ObjectStore, tmp_path: Path) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "2",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:

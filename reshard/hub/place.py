@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, through huggingface_hub alone."""
+"""A repo of the Hub or a folder of one, what of it is fetched, and its cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import BadInputError, printable
-from .hub_errors import explain
+from ..errors import BadInputError, printable
+from .errors import explain
 
 __all__ = ["Place", "client", "discard", "folders", "snapshot"]
 

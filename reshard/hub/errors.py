@@ -6,7 +6,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from .errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
+from ..errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
 
 __all__ = ["doing", "explain"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInputError, NetworkError, printable
-from .hub import Place, client
-from .hub_errors import explain
-from .remote import Entry
+from ..errors import BadInputError, NetworkError, printable
+from ..remote import Entry
+from .errors import explain
+from .place import Place, client
 
 __all__ = ["HubFiles"]
 

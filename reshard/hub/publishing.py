@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .card import is_ours, render
-from .errors import (
+from ..errors import (
     BadInputError,
     DestinationExistsError,
     IntegrityError,
@@ -17,13 +16,14 @@ from .errors import (
     listed,
     printable,
 )
-from .hub import Place, client, discard
-from .hub_errors import doing
+from ..manifest import Manifest, read_manifest
+from ..source import MANIFEST_NAME
+from ..verification import verify
+from .card import is_ours, render
+from .errors import doing
 from .licence import Terms, check_public, source_terms
-from .manifest import Manifest, read_manifest
-from .source import MANIFEST_NAME
+from .place import Place, client, discard
 from .uploading import Change, LocalFile, upload
-from .verification import verify
 
 __all__ = ["Published", "publish"]
 

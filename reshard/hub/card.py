@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .dtypes import torch_name
-from .errors import printable
+from ..dtypes import torch_name
+from ..errors import printable
+from ..manifest import Manifest
+from ..report import gigabytes
+from ..resharded import source_headers
 from .licence import Terms
-from .manifest import Manifest
-from .report import gigabytes
-from .resharded import source_headers
 
 __all__ = ["is_ours", "render"]
 

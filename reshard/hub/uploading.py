@@ -9,8 +9,8 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
-from .errors import IntegrityError, listed, printable
-from .hub_errors import doing
+from ..errors import IntegrityError, listed, printable
+from .errors import doing
 
 __all__ = ["Change", "LocalFile", "upload"]
 

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import PolicyError, UsageError, printable
-from .hub import Place, client
-from .hub_errors import explain
-from .manifest import Manifest
+from ..errors import PolicyError, UsageError, printable
+from ..manifest import Manifest
+from .errors import explain
+from .place import Place, client
 
 __all__ = ["Terms", "check_public", "source_terms"]
 
