@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["AHEAD", "Arrivals", "in_order"]
+__all__ = ["AHEAD", "Arrivals", "Fetch", "in_order"]
 
 AHEAD = 2  # files, the one that is being cut among them
 
 _LOOK_UP = 0.1  # seconds between looks whether the work is given up
+_TO_STOP = 3.0  # seconds for what is under way then
+
+Fetch = Callable[[str, Callable[[], bool]], Path]  # of a file, by name, until the work is given up
 
 
 def in_order(together: Iterable[Collection[str]]) -> dict[str, int]:
@@ -29,11 +33,13 @@ class Arrivals:
     """Files fetched in order, each on a thread of its own, `ahead` of them here or under way at a time.
 
     A file that is asked for out of its turn is fetched at once, and does not count. `discard` is called with each
-    file that everybody is done with. Leaving the context ends it after the files under way.
+    file that everybody is done with. Leaving the context ends it, and what is under way where that
+    can be broken off.
     """
 
-    def __init__(self, fetch: Callable[[str], Path], *, discard: Callable[[Path], object], ahead: int = AHEAD) -> None:
+    def __init__(self, fetch: Fetch, *, discard: Callable[[Path], object], ahead: int = AHEAD) -> None:
         self._fetch, self._discard, self._ahead = fetch, discard, ahead
+        self._threads: list[threading.Thread] = []
         self._queue: dict[str, int] = {}
         self._urgent: list[str] = []
         self._begun: set[str] = set()  # in order, and not done with
@@ -44,13 +50,17 @@ class Arrivals:
 
     def __enter__(self) -> Arrivals:
         for _ in range(self._ahead):  # while one is checked, the next is on its way
-            threading.Thread(target=self._run, name="reshard-arrivals", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._run, name="reshard-arrivals", daemon=True))
+            self._threads[-1].start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._change:
             self._stop = True
             self._change.notify_all()
+        until = time.monotonic() + _TO_STOP
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def expect(self, needs: Mapping[str, int]) -> None:
         """Fetch these in this order, and no others that nobody has asked for. With each goes how many must be here at
@@ -117,7 +127,7 @@ class Arrivals:
                     return
             found: Path | BaseException
             try:
-                found = self._fetch(name)
+                found = self._fetch(name, lambda: self._stop)
             except BaseException as error:
                 found = error
             with self._change:

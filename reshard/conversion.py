@@ -165,7 +165,7 @@ def convert(
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             staged = 0 if keep_cache else origin.staged_bytes()
-            check_free_space(folder, total + staged + extras_size + _MANIFEST_SHARE)
+            check_free_space(folder, total + staged + extras_size + _MANIFEST_SHARE, origin.staged(stage))
             with progress(total) as report, contextlib.closing(Journal(folder)) as journal:
                 written, source_digests = write_files(
                     folder,

@@ -14,7 +14,7 @@ from .places import away, fetch, locate, of_hub
 from .reader import equal_tensors
 from .remote import Remote, open_remote
 from .resharded import Resharded, open_resharded
-from .source import Source, is_resharded, open_source
+from .source import Source, SourceFile, is_resharded, open_source
 from .staging import Stage
 
 __all__ = ["Origin", "open_origin"]
@@ -52,21 +52,27 @@ class Origin:
             return self.made.equal
         return partial(equal_tensors, self.source, arrivals=arrivals) if arrivals or not self.remote else None
 
+    def coming(self) -> list[SourceFile]:
+        """The files that are still to come, in order."""
+        return [file for file in self.source.files if self.remote and file.name not in self.remote.cached]
+
     def staged_bytes(self) -> int:
         """What files that are still to come take at once, beside what is made of them."""
-        if self.remote is None:
-            return 0
-        coming = [file.size for file in self.source.files if file.name not in self.remote.cached]
-        return sum(sorted(coming)[-AHEAD:])
+        return sum(sorted(file.size for file in self.coming())[-AHEAD:])
+
+    def staged(self, stage: Stage) -> Path:
+        """Where they are meanwhile."""
+        return stage.beside(_FETCHED + self.version)
 
     @contextlib.contextmanager
     def arrivals(self, stage: Stage, *, keep_cache: bool) -> Iterator[Arrivals | None]:
         """The files that are still to come, if any: each beside the output for as long as it is needed, or else in the
-        cache. What has come stays for the next run if the work has begun."""
+        cache. Where nothing of an earlier run is gone on with, the first are under way at once. What has come stays for
+        the next run if the work has begun."""
         if self.remote is None:
             yield None
             return
-        folder = None if keep_cache else stage.beside(_FETCHED + self.version)
+        folder = None if keep_cache else self.staged(stage)
 
         def discard(path: Path) -> None:
             if folder is not None and path.is_relative_to(folder):
@@ -75,6 +81,8 @@ class Origin:
         done = False
         try:
             with Arrivals(partial(self.remote.fetch, folder=folder), discard=discard) as arrivals:
+                if stage.fresh:
+                    arrivals.expect({file.name: 1 for file in self.coming()[:AHEAD]})
                 yield arrivals
             done = True
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +15,19 @@ from .header import Header, header_length, parse_header
 from .hub.place import discard
 from .source import Source, SourceFile, check_plain_name, open_source, weight_files
 
-__all__ = ["Away", "Entry", "Remote", "open_remote"]
+__all__ = ["Away", "Entry", "GivenUp", "Remote", "never", "open_remote"]
 
 _AT_ONCE = 8  # requests
 _FIRST_BYTES = 16 << 10  # most headers are shorter
 _HASHED_AT_ONCE = 4 << 20
+
+
+GivenUp = Callable[[], bool]
+
+
+def never() -> bool:
+    """That nothing is given up."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,8 @@ class Away(Protocol):
     def read(self, name: str, start: int, end: int) -> bytes:
         """The bytes from `start` to `end` of a file."""
 
-    def get(self, name: str, folder: Path | None) -> Path:
-        """Fetch a file whole, into `folder`, or the cache where that is None."""
+    def get(self, name: str, folder: Path | None, given_up: GivenUp = never) -> Path:
+        """Fetch a file whole, into `folder`, or the cache where that is None. InterruptedError once it is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +66,23 @@ class Remote:
     digests: dict[str, str]
     cached: frozenset[str]
 
-    def fetch(self, name: str, folder: Path | None) -> Path:
+    def fetch(self, name: str, given_up: GivenUp = never, *, folder: Path | None) -> Path:
         """One file, whole, into `folder`, or the cache where that is None.
 
         Raises:
+            InterruptedError: the work was given up meanwhile.
             NetworkError: it does not come.
             IntegrityError: what came is not what is there; it is not kept.
         """
         file = self.source.file(name)
         if name in self.cached:
             return file.path
-        path = self.away.get(name, folder)
+        path = self.away.get(name, folder, given_up)
         expected = self.digests.get(name)
         if path.stat().st_size != file.size or (expected and _sha256(path) != expected):
             discard(path)
             raise IntegrityError(
-                f"{self.away}: {printable(name)} did not come as it is there",
+                f"{self.away}: {printable(name)} did not arrive intact",
                 hint="try again: it is fetched anew",
             )
         return path

@@ -32,6 +32,11 @@ class Stage:
         self._out = out
         self.folder: Path | None = None
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing is there that an earlier run left."""
+        return not _unfinished(self._out)
+
     def beside(self, name: str) -> Path:
         """A place beside the output for what the work needs on the way."""
         return self._out.with_name(f"{self._out.name}.part-{name}")
@@ -176,11 +181,14 @@ def copy_file(source: Path, target: Path, *, sync: bool = True) -> bytes:
     return data
 
 
-def check_free_space(folder: Path, needed: int) -> None:
+def check_free_space(folder: Path, needed: int, *others: Path) -> None:
     """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` bytes in the folder,
-    what is in it already included."""
+    and in `others` on the same disk, what is in them already included."""
+    there = 0
+    for path in (path for each in (folder, *others) for path in each.rglob("*")):
+        with contextlib.suppress(OSError):  # what arrives meanwhile gets other names
+            there += path.lstat().st_blocks * 512
     try:
-        there = sum(entry.stat(follow_symlinks=False).st_blocks for entry in os.scandir(folder)) * 512
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise StorageError(f"{printable(folder)}: {error.strerror}") from None

@@ -26,7 +26,7 @@ from .errors import (
     printable,
 )
 from .output import pwrite
-from .remote import Entry
+from .remote import Entry, GivenUp, never
 from .source import check_plain_name
 
 __all__ = ["Store", "cache_folder", "is_url", "open_store", "snapshot"]
@@ -96,11 +96,12 @@ class Store:
                 return found
         raise NetworkError(f"{self}: {printable(name)}: the connection breaks", hint="try again")
 
-    def get(self, name: str, folder: Path | None) -> Path:
+    def get(self, name: str, folder: Path | None, given_up: GivenUp = never) -> Path:
         """Fetch a file whole, by ranges, into `folder`, or else the cache. It appears there in one step.
 
         Raises:
             IntegrityError: it was changed meanwhile.
+            InterruptedError: it was given up meanwhile.
         """
         check_plain_name(name, what=str(self))
         size, target = self.entries([name])[0].size, (folder or self.cached()) / name
@@ -109,20 +110,24 @@ class Store:
             part.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
-                self._fill(fd, name, size)
+                self._fill(fd, name, size, given_up)
             finally:
                 os.close(fd)
             if open_store(self.url).files.get(name) != self.files[name]:
                 raise IntegrityError(f"{self}: {printable(name)} was changed while it was fetched", hint="try again")
             os.replace(part, target)
+        except InterruptedError:
+            raise
         except OSError as error:
             raise StorageError(f"{printable(target)}: {error.strerror}") from None
         finally:
             part.unlink(missing_ok=True)
         return target
 
-    def _fill(self, fd: int, name: str, size: int) -> None:
+    def _fill(self, fd: int, name: str, size: int, given_up: GivenUp) -> None:
         def piece(start: int) -> None:
+            if given_up():
+                raise InterruptedError
             pwrite(fd, memoryview(self.read(name, start, min(start + _RANGE, size))), start)
 
         pool = ThreadPoolExecutor(_AT_ONCE)

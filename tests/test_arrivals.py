@@ -33,7 +33,7 @@ class Harbour:
         self.here: set[str] = set()
         self.most = 0
 
-    def fetch(self, name: str) -> Path:
+    def fetch(self, name: str, given_up: Callable[[], bool]) -> Path:
         self.log.append(name)
         self.here.add(name)
         self.most = max(self.most, len(self.here))
@@ -93,7 +93,7 @@ def test_one_that_is_not_expected_comes_for_who_asks() -> None:
 def test_who_has_given_up_is_let_go() -> None:
     never = threading.Event()
 
-    def fetch(_: str) -> Path:
+    def fetch(_: str, given_up: Callable[[], bool]) -> Path:
         never.wait()
         return Path()
 
@@ -125,7 +125,7 @@ def test_what_nobody_needs_is_not_fetched() -> None:
 
 
 def test_an_error_is_for_those_who_wait_for_the_file() -> None:
-    def fetch(name: str) -> Path:
+    def fetch(name: str, given_up: Callable[[], bool]) -> Path:
         if name == "1":
             raise ConnectionError(name)
         return Path(name)
@@ -143,7 +143,7 @@ def test_an_error_is_for_those_who_wait_for_the_file() -> None:
 def test_who_waits_is_let_go_at_the_end() -> None:
     begun, never = threading.Event(), threading.Event()
 
-    def fetch(_: str) -> Path:
+    def fetch(_: str, given_up: Callable[[], bool]) -> Path:
         begun.set()
         never.wait()
         return Path()

@@ -74,8 +74,8 @@ def test_another_file_takes_the_room(
     rank_files = sum(-(-path.stat().st_size // PAGE) for path in resharded.glob("shard-*"))
     for pages in (0, rank_files // 2, *range(rank_files, 2 * rank_files)):
 
-        def check(folder: Path, needed: int, free: int = pages * PAGE) -> None:
-            check_free_space(folder, needed)
+        def check(folder: Path, needed: int, *others: Path, free: int = pages * PAGE) -> None:
+            check_free_space(folder, needed, *others)
             fill(small, free)
 
         with monkeypatch.context() as patch:

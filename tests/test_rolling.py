@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 import reshard.conversion
+from reshard.arrivals import AHEAD
 from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, StorageError, TopologyError
 from reshard.journal import Journal
 from reshard.remote import Remote
@@ -151,12 +154,18 @@ def test_an_interrupted_conversion_fetches_only_what_is_missing(
         patch.setattr(Journal, "add", add)
         with pytest.raises(KeyboardInterrupt):
             reshard.convert("org/model", tmp_path / "out", tp_size=2, workers=1)
+    sizes = sizes_of(checkpoint("llama"))
+    before, _ = fetched(published, sizes)
+    whole = {path.name for path in tmp_path.glob("out.part-fetched-*/*.safetensors")}
+    published.requests.clear()
     (tmp_path / f"out.part-fetched-{'0' * 40}").mkdir()  # of a commit before
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
-    sizes = sizes_of(checkpoint("llama"))
     bodies, _ = fetched(published, sizes)
-    assert sum(bodies.values()) == sum(sizes.values())
+    again = {name for name in sizes if before[name] and bodies[name]}
+    assert not whole & {name for name in bodies if bodies[name]}
+    assert len(again) <= AHEAD  # what was under way
+    assert all(before[name] or bodies[name] for name in sizes)
 
 
 @pytest.mark.fault(18)
@@ -195,7 +204,7 @@ def test_wrong_bytes_are_not_cut(published: FakeHub, local: Path, tmp_path: Path
     name = "model-00002-of-00003.safetensors"
     published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # its header
     published.fail(f"GET /org/model/resolve.*{name}", faults.corrupt(), times=1)
-    with pytest.raises(IntegrityError, match=f"org/model: {name} is not what the Hub has"):
+    with pytest.raises(IntegrityError, match=f"org/model: {name} did not arrive intact"):
         reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob(name))
@@ -305,22 +314,50 @@ def test_a_file_that_changes_its_size_is_refused(published: FakeHub, tmp_path: P
     """Of a Hub that gives no digest."""
     remote_fetch = Remote.fetch
 
-    def fetch(self: Remote, name: str, folder: Path | None) -> Path:
+    def fetch(self: Remote, name: str, *arguments: Any, **options: Any) -> Path:
         source = dataclasses.replace(
             self.source, files=tuple(dataclasses.replace(file, size=file.size + 1) for file in self.source.files)
         )
-        return remote_fetch(dataclasses.replace(self, source=source, digests={}), name, folder)
+        return remote_fetch(dataclasses.replace(self, source=source, digests={}), name, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Remote, "fetch", fetch)
-        with pytest.raises(IntegrityError, match="is not what the Hub has"):
+        with pytest.raises(IntegrityError, match="did not arrive intact"):
             reshard.convert("org/model", tmp_path / "out", tp_size=2)
 
 
-def test_nothing_stays_of_what_was_fetched_for_a_plan_that_cannot_be(published: FakeHub, tmp_path: Path) -> None:
+def test_nothing_stays_of_what_was_fetched_for_a_plan_that_cannot_be(
+    published: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a slow Hub: what is under way is broken off."""
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    published.rate = 10_000
     with pytest.raises(TopologyError):
         reshard.convert("org/model", tmp_path / "out", tp_size=3)
     assert not list(tmp_path.glob("out*"))
+    threads = [thread for thread in threading.enumerate() if thread.name == "reshard-arrivals"]
+    for thread in threads:
+        thread.join(5)
+    assert not [thread for thread in threads if thread.is_alive()]
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_fetching_begins_before_the_plan_is_made(
+    published: FakeHub, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, seen = reshard.conversion.build_plan, []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        end = time.monotonic() + 20
+        while len(seen) < 2 and time.monotonic() < end:
+            seen[:] = [r for r in published.requests if WEIGHTS.fullmatch(str(r)) and "range" not in r.headers]
+            time.sleep(0.01)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(reshard.conversion, "build_plan", slow)
+    reshard.convert("org/model", tmp_path / "out", tp_size=2)
+    assert len(seen) == 2
+    assert_same(tmp_path / "out", local)
 
 
 @pytest.mark.fault(4)
@@ -328,7 +365,7 @@ def test_room_for_two_source_files_is_asked_for(
     published: FakeHub, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(reshard.conversion, "check_free_space", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(reshard.conversion, "check_free_space", lambda _, needed, *others: asked.append(needed))
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     reshard.convert(checkpoint("llama"), tmp_path / "local", tp_size=2)
     assert asked[0] - asked[1] == sum(sorted(sizes_of(checkpoint("llama")).values())[-2:])

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import BadInputError, NetworkError, printable
-from ..remote import Entry
+from ..remote import Entry, GivenUp, never
 from .errors import explain
 from .place import Place, client
 
@@ -88,13 +89,31 @@ class HubFiles:
                         break
         return bytes(data[skip : skip + end - start])
 
-    def get(self, name: str, folder: Path | None) -> Path:
-        """Fetch a file whole, into `folder`, or the cache where that is None. Raises NetworkError."""
+    def get(self, name: str, folder: Path | None, given_up: GivenUp = never) -> Path:
+        """Fetch a file whole, into `folder`, or the cache where that is None.
+
+        Raises NetworkError; InterruptedError once it is given up.
+        """
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import tqdm
+
+        class Told(tqdm):  # by every piece that arrives
+            def update(self, n: float | None = 1) -> Any:
+                if given_up():
+                    raise InterruptedError
+                return super().update(n)
 
         client()
         try:
-            path = hf_hub_download(self.place.repo_id, self.place.inside(name), revision=self.version, local_dir=folder)
+            path = hf_hub_download(
+                self.place.repo_id,
+                self.place.inside(name),
+                revision=self.version,
+                local_dir=folder,
+                tqdm_class=Told,
+            )
+        except InterruptedError:
+            raise
         except Exception as error:  # which may only say that it is not in the cache either
             raise explain(error.__cause__ or error, str(self), revision=self.version) from None
         return Path(path)
