@@ -40,6 +40,7 @@ class ReshardError(Exception):
     """A failure with one line for the user, an optional hint, and an exit code."""
 
     exit_code = 1
+    lost = False  # whether what was written before it may be wrong, or lost: then it is not gone on with
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -57,11 +58,11 @@ class BadInputError(ReshardError):
 
 class IntegrityError(ReshardError):
     exit_code = 4
+    lost = True
 
 
 class StorageError(ReshardError):
     exit_code = 5
-    lost = False  # whether what was written before may be lost too: then it is not gone on with
 
 
 class BusyError(ReshardError):

@@ -81,10 +81,11 @@ class Remote:
         expected = self.digests.get(name)
         if path.stat().st_size != file.size or (expected and _sha256(path) != expected):
             discard(path)
-            raise IntegrityError(
-                f"{self.away}: {printable(name)} did not arrive intact",
-                hint="try again: it is fetched anew",
+            damaged = IntegrityError(
+                f"{self.away}: {printable(name)} did not arrive intact", hint="try again: it is fetched anew"
             )
+            damaged.lost = False  # nothing was made of it
+            raise damaged
         return path
 
 

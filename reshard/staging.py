@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .destination import Destination
-from .errors import BusyError, IntegrityError, StorageError, printable
+from .errors import BusyError, StorageError, printable
 from .exclusive import locked, renamed
 from .journal import JOURNAL_NAME
 from .output import pwrite
@@ -85,9 +85,9 @@ def _unfinished(out: Path) -> list[Path]:
 def staged_folder(to: Destination) -> Iterator[Stage]:
     """Give a stage whose folder is to be filled; put that where it goes when the block ends well.
 
-    When it does not, what is there stays for the next run of the same work; when bytes are not what they should be
-    (IntegrityError), nothing stays. One process at a time: `OUT.lock` is held meanwhile; where locks do nothing, see
-    `Stage.begin`.
+    When it does not, what is there stays for the next run of the same work; when bytes that were used are not what they
+    should be (`error.lost`), nothing stays. One process at a time: `OUT.lock` is held meanwhile; where locks do
+    nothing, see `Stage.begin`.
 
     Raises:
         DestinationExistsError: something is in the way (now, or when the work is done).
@@ -122,8 +122,7 @@ def _leave(folder: Path, out: Path, error: BaseException) -> None:
     """After a failure: keep what the next run can go on with, and say so where the error has no hint of its own."""
     with contextlib.suppress(OSError):
         journal = folder / JOURNAL_NAME
-        lost = isinstance(error, IntegrityError) or getattr(error, "lost", False)
-        if lost or not journal.exists() or not journal.stat().st_size:
+        if getattr(error, "lost", False) or not journal.exists() or not journal.stat().st_size:
             _discard(folder, out)
         elif getattr(error, "hint", None) is None:
             error.__dict__["hint"] = f"the same command goes on with what is in {printable(folder)}"

@@ -200,16 +200,19 @@ def test_a_hub_that_has_gone_is_waited_for_no_longer(
 
 
 @pytest.mark.fault(16)
-def test_wrong_bytes_are_not_cut(published: FakeHub, local: Path, tmp_path: Path) -> None:
+def test_wrong_bytes_are_not_cut(published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path) -> None:
     name = "model-00002-of-00003.safetensors"
     published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # its header
     published.fail(f"GET /org/model/resolve.*{name}", faults.corrupt(), times=1)
     with pytest.raises(IntegrityError, match=f"org/model: {name} did not arrive intact"):
-        reshard.convert("org/model", tmp_path / "out", tp_size=2)
+        reshard.convert("org/model", tmp_path / "out", tp_size=2, workers=1)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob(name))
+    published.requests.clear()
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
+    bodies, _ = fetched(published, sizes_of(checkpoint("llama")))
+    assert bodies["model-00001-of-00003.safetensors"] == 0  # what was made of that was good
 
 
 def test_tied_tensors_are_compared_as_they_arrive(here: FakeHub, checkpoint: Checkpoint, tmp_path: Path) -> None:
