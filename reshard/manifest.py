@@ -21,7 +21,7 @@ from .topology import Topology
 __all__ = ["FORMAT_VERSION", "REFERENCE_NAME", "Manifest", "read_manifest", "sealed_text"]
 
 FORMAT_VERSION = "2.0"
-REFERENCE_NAME = "reference.safetensors"  # among the extras of a folder that has reference logits
+REFERENCE_NAME = "reference.logits"  # among the extras; a safetensors file that no reader is to take for weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,11 +31,11 @@ def _difference(found: Difference) -> list[str]:
     lines = [
         f"first difference: {printable(found.module) or 'the model'}{style}",
         f"  seen in {printable(found.seen)} on {ranks}: max abs {found.max_abs:.3g}, max rel {found.max_rel:.3g}"
-        f" (limit {found.tolerance:g}); all before agrees",
+        f" (limit {found.tolerance:g}); what comes before agrees",
     ]
     for altered in found.altered:
-        where = ", ".join(f"{count:,} in {printable(name)}" for name, count in altered.files.items())
-        lines.append(f"  {printable(altered.name)} is not that of the source: {where} elements differ")
+        where = ", ".join(f"{count:,} elements in {printable(name)}" for name, count in altered.files.items())
+        lines.append(f"  {printable(altered.name)} is not that of the source: {where}")
     for name, (ours, theirs) in found.configuration.items():
         lines.append(f"  config.json: {printable(name)} is {printable(ours)} here, {printable(theirs)} in the source")
     if not found.altered and not found.configuration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ def _explain(
     names = [target.name for target in manifest.parameters if target.name.startswith(prefix)]
     theirs = dict(layers.single.state_dict()) if layers else None
     altered = [_altered(model, manifest, name, theirs) for name in names]
-    configuration: list[Any] = [layers and _apart(model.config.to_dict(), layers.single.config.to_dict())]
+    configuration: list[Any] = [layers and _apart(_fields(model), _fields(layers.single))]
     dist.broadcast_object_list(configuration, src=0, device=model.device)
     worst = max(differing, key=lambda rank: errors[rank][1])
     return Difference(
@@ -224,6 +225,10 @@ def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.
     counts = [int(found) for found, _ in _from_all((wrong, 0), local.device)]
     files = {record.name: count for record, count in zip(manifest.rank_files, counts) if count}
     return Altered(name, files) if files else None
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    return json.loads(model.config.to_json_string(use_diff=False))
 
 
 def _apart(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

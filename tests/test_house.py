@@ -31,7 +31,8 @@ TORCH_FREE = [
 RUNTIME_MAY_IMPORT = {
     "layout",
     *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "source"),
-    *("process", "rank_file", "strategies", "targets", "topology", "verification"),
+    *("process", "rank_file", "reference", "strategies", "targets", "topology", "verification"),
+    "launch",  # the benchmark starts itself on the ranks of each folder
 }
 
 
