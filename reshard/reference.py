@@ -139,7 +139,11 @@ def store_reference(root: Path, folder: Path, dtype: str, *, sync: bool = True) 
     values = reference.values
     if values.ndim == 3:
         values = values[:, -_KEPT:].contiguous()
-    tensors = {"ids": reference.ids, "values": values, "tolerance": torch.tensor(reference.tolerance, dtype=torch.float64)}
+    tensors = {
+        "ids": reference.ids,
+        "values": values,
+        "tolerance": torch.tensor(reference.tolerance, dtype=torch.float64),
+    }
     if reference.tokens is not None:
         tensors["tokens"] = reference.tokens
     data = save(tensors, metadata={"format": "pt"})

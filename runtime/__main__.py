@@ -70,10 +70,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="torch.distributed")
     code: Any = 0
     try:
-        cli.main(prog_name="python -m runtime", standalone_mode=False)
+        code = cli.main(prog_name="python -m runtime", standalone_mode=False) or 0  # what a command exits with, if any
         shut_down()
-    except click.exceptions.Exit as finished:
-        code = finished.exit_code
     except (Exception, KeyboardInterrupt) as error:
         code = _fail(error)
     sys.stdout.flush()
