@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +231,26 @@ def test_what_else_can_be_wrong_is_said(found: dict[str, Found]) -> None:
     hooks = found["a sum that is not reduced"]
     assert hooks["difference"]["style"] == "replicate"
     assert "so a style or a kernel is wrong" in hooks["text"]
+
+
+def test_what_the_readme_shows(found: dict[str, Found]) -> None:
+    """Figures apart, which may change in their last digit."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = re.search(r"^```text\n(first difference: .*?)^```", readme, re.M | re.S)
+    assert shown
+    said = found["rows of one rank's weight swapped"]["text"].partition("\n")[2]
+    assert re.sub(r"(max \w+) [\d.]+", r"\1", said) == re.sub(r"(max \w+) [\d.]+", r"\1", shown[1].rstrip())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    source, out = make("llama", tmp_path, 2)
+    in_file(1, f"{DOWN}.weight", swap_rows)(out)
+    options = ["--reference", str(source), "--per-layer", "--no-digests", "--format", "json"]
+    done = torchrun(2, "-m", "runtime", "check", str(out), *options)
+    assert re.findall(r"exitcode\s*: (\d+)", done.stderr)[-1] == "4"
+    assert json.loads(done.stdout)["difference"]["module"] == DOWN
+    assert done.stderr.count("Error: ") == 1
+    assert "does not compute what" in done.stderr
 
 
 def test_four_ranks_that_share_kv_heads(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -21,12 +22,13 @@ COMMANDS = [
     for language, block in BLOCKS
     if not language
     for line in block.splitlines()
-    if line.startswith(("reshard ", "torchrun ", "scripts/"))
+    if line.startswith(("reshard ", "torchrun ", "scripts/", "python -m "))
 ]
 NAMED = re.compile(r"# (\w+\.(?:py|toml))\n")
 FILES = {match[1]: block for _, block in BLOCKS if (match := NAMED.match(block))}
 SCRIPTS = [block for language, block in BLOCKS if language == "python" and not NAMED.match(block)]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None  # in the extra [bench]
 ENVIRONMENT = {"PATH": PATH, "OMP_NUM_THREADS": "1"}
 
 
@@ -56,15 +58,22 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
         if command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
             assert os.access(ROOT / command.split()[0], os.X_OK)
         else:
-            said[command] = run(*shlex.split(command), folder=folder, hub=hub)
+            there = command if MATPLOTLIB else command.split(" --plot")[0]
+            said[command] = run(*shlex.split(there), folder=folder, hub=hub)
     assert {"plan", "convert", "verify", "run", "publish", "pull"} <= {command.split()[1] for command in said}
     generated = [text for command, text in said.items() if "--prompt" in command]
     assert len(generated) == 3
     for text in generated:
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
     checked = [text for command, text in said.items() if "runtime check" in command]
-    assert len(checked) == 2
+    assert len(checked) == 4
     assert all("tokens equal" in text for text in checked)
+    assert next(text for command, text in said.items() if "--per-layer" in command).endswith("no module differs\n")
+    one_command, on_ranks = (text for command, text in said.items() if "runtime bench" in command)
+    assert "reshard tp 1" in one_command
+    assert all("reshard tp 2" in text for text in (one_command, on_ranks))
+    if MATPLOTLIB:
+        assert (folder / "speed-up.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_python(folder: Path, tmp_path: Path) -> None:
