@@ -92,6 +92,11 @@ def cli(verbose: bool) -> None:
 @click.option(
     "--keep-cache", is_flag=True, help="Keep the files of a Hub id in the cache, not only while they are cut."
 )
+@click.option(
+    "--reference-logits",
+    is_flag=True,
+    help="Store what one process computes on fixed tokens, for `runtime check`. Loads the whole model into memory.",
+)
 @_workers
 @_no_sync
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -101,6 +106,7 @@ def convert(
     out: str,
     overwrite: bool,
     keep_cache: bool,
+    reference_logits: bool,
     workers: int | None,
     no_sync: bool,
     dry_run: bool,
@@ -129,6 +135,7 @@ def convert(
         out,
         overwrite=overwrite,
         keep_cache=keep_cache,
+        reference_logits=reference_logits,
         workers=workers,
         sync=not no_sync,
         progress=progress_bar,

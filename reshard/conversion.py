@@ -16,12 +16,13 @@ from .errors import UsageError
 from .executor import write_files
 from .journal import Journal
 from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
-from .manifest import Manifest
+from .manifest import REFERENCE_NAME, Manifest
 from .model import read_model
 from .origin import Origin, open_origin
 from .placement import is_box
 from .planning import ReshardPlan, build_plan, smallest_fit
 from .progress import Progress, silent
+from .reference import fetch_whole, store_reference
 from .rules import AUTO, read_rules
 from .source import MANIFEST_NAME, Source
 from .staging import check_free_space, copy_file, staged_folder, write_file
@@ -129,6 +130,7 @@ def convert(
     drop_unused: bool = False,
     overwrite: bool = False,
     keep_cache: bool = False,
+    reference_logits: bool = False,
     workers: int | None = None,
     sync: bool = True,
     progress: Progress = silent,
@@ -141,6 +143,8 @@ def convert(
     `write_files`). What to cut and how is said as for `plan`.
     Files of the Hub that are not in its cache are fetched two ahead of what is cut, and removed when they have been;
     with `keep_cache` they stay in the cache.
+    `reference_logits` stores what the single-process model computes on a few fixed tokens, for `runtime check`. That
+    alone loads the model, and needs memory for it (see `store_reference`) and every file of a Hub id in the cache.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
 
@@ -149,6 +153,8 @@ def convert(
     """
     topology = Topology(tp_size, ep_size)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
+        if reference_logits:
+            whole, revision = fetch_whole(str(source), revision=revision)
         origin = open_origin(str(source), revision=revision)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
@@ -179,7 +185,11 @@ def convert(
                     sync=sync,
                     progress=report,
                 )
-        extras = [_copy(checkpoint, name, folder, sync) for name in checkpoint.extras]
+        same = made is None or made.manifest.dtype == planned.model.dtype
+        kept = [name for name in checkpoint.extras if name != REFERENCE_NAME or same]
+        extras = [_copy(checkpoint, name, folder, sync) for name in kept]
+        if reference_logits:
+            extras.append(store_reference(whole, folder, planned.model.dtype, sync=sync))
         recorded = made.manifest.source_files if made else _source_files(checkpoint, source_digests)
         manifest = _manifest(planned, written, recorded, extras)
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)

@@ -18,9 +18,10 @@ from .source import MANIFEST_NAME, read_json, vetted_path
 from .targets import Target
 from .topology import Topology
 
-__all__ = ["FORMAT_VERSION", "Manifest", "read_manifest", "sealed_text"]
+__all__ = ["FORMAT_VERSION", "REFERENCE_NAME", "Manifest", "read_manifest", "sealed_text"]
 
 FORMAT_VERSION = "2.0"
+REFERENCE_NAME = "reference.logits"  # among the extras; a safetensors file that no reader is to take for weights
 
 
 @dataclass(frozen=True, slots=True)

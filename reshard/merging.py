@@ -15,6 +15,7 @@ from .errors import BadInputError, IntegrityError, UsageError, listed, printable
 from .executor import write_files
 from .journal import Journal
 from .layout import FileLayout, Slot, file_layout
+from .manifest import REFERENCE_NAME
 from .progress import Progress, silent
 from .rank_file import written_file
 from .resharded import Resharded, open_resharded
@@ -70,6 +71,8 @@ def merge(
         if layout == "source":
             _check_digests(made, part)
         for extra in made.manifest.extras:
+            if extra.name == REFERENCE_NAME:  # made with the folder; the source has none
+                continue
             copy_file(written_file(folder, extra), part / extra.name, sync=sync)
         if [file.name for file in layouts] != [SINGLE_NAME]:
             write_file(part / INDEX_NAME, _index(layouts), sync=sync)

@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m runtime generate|check OUT …`. One rank speaks; the others are quiet."""
+"""`torchrun --nproc-per-node N -m runtime generate|check|bench OUT …`. One rank speaks; the others are quiet."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from reshard.errors import ReshardError
 from reshard.failures import report_failure, wants_traceback
 
 from .agreement import Deadline
+from .bench_command import bench
 from .commands import check, generate
 from .mesh import connect, shut_down
 from .ranks import this_rank
@@ -35,6 +36,7 @@ def cli(verbose: bool) -> None:
 
 cli.add_command(generate)
 cli.add_command(check)
+cli.add_command(bench)
 
 
 def _fail(error: BaseException) -> int:
@@ -68,10 +70,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="torch.distributed")
     code: Any = 0
     try:
-        cli.main(prog_name="python -m runtime", standalone_mode=False)
+        code = cli.main(prog_name="python -m runtime", standalone_mode=False) or 0  # what a command exits with, if any
         shut_down()
-    except click.exceptions.Exit as finished:
-        code = finished.exit_code
     except (Exception, KeyboardInterrupt) as error:
         code = _fail(error)
     sys.stdout.flush()

@@ -10,6 +10,7 @@ import click
 from reshard.errors import IntegrityError
 
 from .check import check as compare
+from .check_text import parity_text
 from .generate import generate_text, load_tokenizer
 from .options import format_option, load_model, model_options, say
 
@@ -35,20 +36,23 @@ def generate(out: str, prompt: str, max_new_tokens: int, **options: Any) -> None
 
 @click.command()
 @click.argument("out")
-@click.option("--reference", required=True, metavar="SOURCE", help="The checkpoint that OUT was made from.")
+@click.option("--reference", metavar="SOURCE", help="The checkpoint that OUT was made from. [default: stored logits]")
+@click.option("--per-layer", is_flag=True, help="Name the first module that computes something else, and why.")
 @model_options
 @format_option
-def check(out: str, reference: str, style: str, **options: Any) -> None:
+def check(out: str, reference: str | None, per_layer: bool, style: str, **options: Any) -> None:
     """Compare logits and greedy tokens with the single-process model; exit 4 where rounding does not explain them.
 
+    Without --reference, with what `reshard convert --reference-logits` has stored of it.
+
     \b
-    Example:
+    Examples:
       torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama
+      torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama --per-layer --no-digests
     """
     model = load_model(out, **options)
-    parity = compare(model, reference)
-    tokens = {True: "equal", False: "different", None: "not generated"}[parity.equal_tokens]
-    text = f"max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}), tokens {tokens}"
-    say(json.dumps(parity.to_json()) if style == "json" else f"{out}: {text}")
+    parity = compare(model, reference, per_layer=per_layer)
+    say(json.dumps(parity.to_json()) if style == "json" else parity_text(out, parity, per_layer=per_layer))
     if not parity.ok:
-        raise IntegrityError(f"{out}: the sharded model does not compute what {reference} does")
+        of = reference if reference else "the model that its reference logits are of"
+        raise IntegrityError(f"{out}: the sharded model does not compute what {of} does")

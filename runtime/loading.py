@@ -29,7 +29,7 @@ from .agreement import Deadline, agree
 from .hooks import install_hooks
 from .locating import Located, locate_together
 from .mapping import map_rank_file
-from .mesh import connect, make_mesh, pick_device
+from .mesh import backend_of, connect, make_mesh, pick_device
 from .phases import Phases
 from .placing import distribute, fill
 from .ranks import this_rank
@@ -61,6 +61,8 @@ def load(
     on local tensors. What it took is in `model.reshard_seconds`, part by part in order.
 
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
+    `device` is `cpu`, `cuda` (each rank a GPU of its own: the default where there are GPUs) or `cuda:0` (all ranks on
+    that one, over gloo).
     `timeout` is in seconds, from now until the last rank is done; those that are not are named.
 
     Raises:
@@ -106,7 +108,7 @@ def load(
     deadline = agree(store, info, failure, deadline, what="loading", value=seal)
     phases.end("agree")
     try:
-        mesh = mesh or make_mesh(info, where, store, deadline)
+        mesh = mesh or make_mesh(info, where, store, deadline, backend=backend_of(device, where, info.world_size))
         phases.end("mesh")
         fill(model, manifest, tensors, where)
         distribute(model, manifest, mesh, strategies)

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from reshard.errors import TopologyError
+from reshard.errors import TopologyError, UsageError, printable
 
 from .agreement import Deadline, UnansweredError, first_line
 from .ranks import RankInfo
 
-__all__ = ["connect", "make_mesh", "pick_device", "shut_down"]
+__all__ = ["backend_of", "connect", "make_mesh", "pick_device", "shut_down"]
 
 _GLOO_LETS_GO = 0.2  # seconds
 _COLLECTIVES = timedelta(minutes=10)  # that a rank waits in one for the others, once the model is loaded
@@ -24,16 +24,36 @@ _store: dist.Store | None = None
 
 
 def pick_device(wanted: str | None, local_rank: int) -> torch.device:
-    """`cuda:LOCAL_RANK` where there are GPUs, unless the user wants another. Raises TopologyError if it is absent."""
-    kind = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind != "cuda":
-        return torch.device(kind)
+    """The device that is wanted, `cuda:LOCAL_RANK` for `cuda`; by default that where there are GPUs, else `cpu`.
+
+    Raises:
+        UsageError: there is no such kind of device.
+        TopologyError: it is absent.
+    """
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UsageError(f"{printable(wanted)} is not a device", hint="use --device cpu, cuda or cuda:0") from None
+    if device.type != "cuda":
+        return device
     if not torch.cuda.is_available():
         raise TopologyError("no CUDA device is available", hint="use --device cpu")
     count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise TopologyError(f"local rank {local_rank} has no GPU of its own: this machine has {count}")
-    return torch.device("cuda", local_rank)
+    if device.index is None and local_rank >= count:
+        raise TopologyError(
+            f"local rank {local_rank} has no GPU of its own: this machine has {count}",
+            hint="--device cuda:0 has all ranks share one",
+        )
+    if device.index is not None and device.index >= count:
+        raise TopologyError(f"there is no {device}: this machine has {count} GPUs")
+    return torch.device("cuda", local_rank if device.index is None else device.index)
+
+
+def backend_of(wanted: str | None, device: torch.device, world_size: int) -> str:
+    """NCCL on GPUs, gloo on CPU; and gloo where a GPU is wanted by its number, which is every rank's then: NCCL takes
+    no two ranks on one."""
+    shared = wanted is not None and torch.device(wanted).index is not None and world_size > 1
+    return "nccl" if device.type == "cuda" and not shared else "gloo"
 
 
 def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
@@ -52,8 +72,10 @@ def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
     return _store
 
 
-def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline) -> DeviceMesh:
-    """A one-dimensional mesh, axis `tp`, over all ranks: NCCL on CUDA, gloo on CPU.
+def make_mesh(
+    info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline, *, backend: str
+) -> DeviceMesh:
+    """A one-dimensional mesh, axis `tp`, over all ranks, whose collectives are those of `backend`.
 
     Collectives have longer than the deadline, which is for the ranks to find each other.
 
@@ -65,12 +87,13 @@ def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, deadline:
     options: dict[str, Any] = {}
     if made and device.type == "cuda":
         torch.cuda.set_device(device)
-        options["device_id"] = device
+        if backend == "nccl":
+            options["device_id"] = device
     try:
         if made:
             store.set_timeout(deadline.left())
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                backend,
                 store=dist.PrefixStore("group", store),
                 rank=info.rank,
                 world_size=info.world_size,

@@ -16,7 +16,11 @@ __all__ = ["format_option", "is_first", "load_model", "model_options", "say"]
 
 _OPTIONS = (
     click.option("--revision", help="Branch, tag or commit where OUT is a Hub id."),
-    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]"),
+    click.option(
+        "--device",
+        metavar="cpu|cuda|cuda:N",
+        help="cuda: a GPU for each rank. cuda:N: that one for all ranks, over gloo. [default: cuda where there is one]",
+    ),
     click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file."),
     click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 …"),
     click.option(

@@ -8,24 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import click
+from runtime.bench_runs import in_turn
+from runtime.chart import draw
 
 __all__ = ["convert", "draw", "in_turn", "rank_zero", "same_memory", "torchrun", "warm"]
-
-T = TypeVar("T")
-
-
-def in_turn(repeat: int, contenders: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
-    """Each contender's results of `repeat` rounds. A round runs every one once, so that drift meets all alike."""
-    found: dict[str, list[T]] = {name: [] for name in contenders}
-    for _ in range(repeat):
-        for name, run in contenders.items():
-            found[name].append(run())
-    return found
 
 
 def same_memory(rest: float) -> None:
@@ -72,20 +62,3 @@ def rank_zero(script: str, arguments: Sequence[str], ranks: int) -> Any:
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def draw(path: str, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draw lines of (x, y) points, from zero up, into an image file. Needs matplotlib: `pip install -e '.[bench]'`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, points in lines.items():
-        axes.plot(*zip(*points), marker="o", label=name)
-    axes.set(title=title, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
-    click.echo(f"{path}: drawn")

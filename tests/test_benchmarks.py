@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import bench_convert
 import bench_device
@@ -12,7 +11,6 @@ import bench_hub
 import bench_load
 import bench_overhead
 import pytest
-from bench_common import draw
 from big_checkpoints import LLAMA_1B
 from click import Command
 from click.testing import CliRunner
@@ -74,10 +72,3 @@ def test_the_benchmark_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in ("download alone", "convert a local folder", "convert from the Hub"):
         assert re.search(rf"^  {row}  .*\d", output, re.MULTILINE), output
     assert "× the longer of the two" in output
-
-
-def test_a_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the plots need the extra [bench]")
-    draw(str(tmp_path / "plot.svg"), "title", "size", "seconds", {"cp": [(1, 2), (2, 4)], "reshard": [(1, 1), (2, 2)]})
-    picture = (tmp_path / "plot.svg").read_text()
-    assert "<svg" in picture

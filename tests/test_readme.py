@@ -22,7 +22,7 @@ COMMANDS = [
     for language, block in BLOCKS
     if not language
     for line in block.splitlines()
-    if line.startswith(("reshard ", "torchrun ", "scripts/"))
+    if line.startswith(("reshard ", "torchrun ", "scripts/", "python -m "))
 ]
 NAMED = re.compile(r"# (\w+\.(?:py|toml))\n")
 FILES = {match[1]: block for _, block in BLOCKS if (match := NAMED.match(block))}
@@ -67,8 +67,13 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
     for text in generated:
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
     checked = [text for command, text in said.items() if "runtime check" in command]
-    assert len(checked) == 2
+    assert len(checked) == 4
     assert all("tokens equal" in text for text in checked)
+    assert next(text for command, text in said.items() if "--per-layer" in command).endswith("no module differs\n")
+    one_command, on_ranks = (text for command, text in said.items() if "runtime bench" in command)
+    assert "reshard tp 1" in one_command
+    assert all("reshard tp 2" in text for text in (one_command, on_ranks))
+    assert (folder / "speed-up.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_python(folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from reshard.placement import Nested, Replicate, Shard
 from reshard.targets import Target
 from reshard.topology import Topology
 from runtime.agreement import Deadline, UnansweredError, agree
-from runtime.mesh import connect, pick_device
+from runtime.mesh import backend_of, connect, pick_device
 from runtime.placing import _share_heads
 from runtime.ranks import RankInfo
 
@@ -184,6 +184,25 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(pick_device(None, 0)) == "cuda:0"
     with pytest.raises(TopologyError, match="local rank 1 has no GPU"):
         pick_device(None, 1)
+    assert str(pick_device("cuda:0", 1)) == "cuda:0"
+    with pytest.raises(TopologyError, match="there is no cuda:1"):
+        pick_device("cuda:1", 0)
+    with pytest.raises(UsageError, match="gpu is not a device"):
+        pick_device("gpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "world_size", "backend"),
+    [
+        (None, "cpu", 2, "gloo"),
+        (None, "cuda:1", 2, "nccl"),
+        ("cuda", "cuda:1", 2, "nccl"),
+        ("cuda:0", "cuda:0", 2, "gloo"),  # both ranks on it
+        ("cuda:0", "cuda:0", 1, "nccl"),
+    ],
+)
+def test_ranks_that_share_a_gpu_talk_over_gloo(wanted: str | None, device: str, world_size: int, backend: str) -> None:
+    assert backend_of(wanted, torch.device(device), world_size) == backend
 
 
 def test_what_an_attempt_before_a_restart_has_said_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,183 @@
+"""What the single-process model computes on a few fixed tokens: what a sharded one is compared with.
+
+It can be kept in a resharded folder, so that there it is compared without its source.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .architecture import model_class, quiet_transformers
+from .digest import FileRecord, digest_file, digest_of
+from .errors import BadInputError, IntegrityError, UsageError, printable
+from .manifest import REFERENCE_NAME, Manifest
+from .places import fetch
+from .rank_file import written_file
+from .source import is_resharded
+from .staging import write_file
+
+__all__ = [
+    "EXACT",
+    "HALF",
+    "NEW_TOKENS",
+    "Reference",
+    "fetch_whole",
+    "fixed_ids",
+    "inputs_of",
+    "read_reference",
+    "reference_of",
+    "rounding",
+    "single_model",
+    "store_reference",
+    "values_of",
+]
+
+EXACT = 1e-5  # largest relative error in fp32: sums are split over the ranks and added in another order
+HALF = (torch.float16, torch.bfloat16)
+_ROUNDING = 3  # times the error that one process makes by computing in half precision
+NEW_TOKENS = 16
+_ROWS, _LENGTH = 2, 16
+_KEPT = 4  # positions, the last ones: which depend on all before them
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Token ids `[rows, length]`, and what one process makes of them.
+
+    `values` are fp32 logits `[rows, positions, vocabulary]` of the last positions, or the last hidden state of a model
+    without a head. `tokens` are the ids continued greedily; None where the model generates none. `tolerance` is the
+    relative error that rounding explains: in half precision, a few times the model's own distance from fp32.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
+    tokens: torch.Tensor | None
+    tolerance: float
+
+
+def fetch_whole(place: str, *, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint with all its files, and the revision to read it at: those of a Hub id come into the
+    cache. Raises UsageError for a resharded folder, which one process cannot run."""
+    root, _, commit = fetch(place, revision=revision)
+    if is_resharded(root):
+        raise UsageError(
+            f"{printable(place)}: is resharded; reference logits are those of the checkpoint it was made from",
+            hint="a resharded folder that has reference logits hands them on",
+        )
+    return root, commit or revision
+
+
+def single_model(root: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """The checkpoint in `root` as transformers loads it in one process: the whole model in memory.
+
+    Raises BadInputError where it cannot be loaded.
+    """
+    family: Any = model_class(root)[0]
+    try:
+        with quiet_transformers():
+            return family.from_pretrained(root, dtype=dtype, use_safetensors=True).to(device).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInputError(f"{printable(root)}: transformers cannot load it: {printable(error)}") from None
+
+
+def fixed_ids(model: Any) -> torch.Tensor:
+    """Token ids, the same for every model of this vocabulary. Raises BadInputError for one that takes none."""
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        raise BadInputError(f"{type(model).__name__} takes no token ids: there is nothing fixed to run it on")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.get_text_config().vocab_size, (_ROWS, _LENGTH), generator=generator)
+
+
+def inputs_of(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Keyword arguments of a forward on token ids. A decoder of its own is fed the same ones."""
+    ids = ids.to(model.device)
+    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+
+
+def values_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The model's output in fp32: logits, else hidden states."""
+    with torch.inference_mode():
+        return model(**inputs_of(model, ids))[0].float()
+
+
+def reference_of(single: Any, ids: torch.Tensor) -> Reference:
+    """Run the single-process model. One in half precision is cast to fp32 afterwards, and run once more."""
+    values, tokens = values_of(single, ids), None
+    if single.can_generate():
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+        inputs = ids.to(single.device)
+        with torch.inference_mode():
+            tokens = single.generate(inputs, attention_mask=torch.ones_like(inputs), **options).cpu()
+    tolerance = EXACT
+    if single.dtype in HALF:
+        tolerance = rounding(values, values_of(single.float(), ids))
+    return Reference(ids, values.cpu(), tokens, tolerance)
+
+
+def rounding(values: torch.Tensor, exact: torch.Tensor) -> float:
+    """The relative error that is allowed of another run in half precision, from one such run and one in fp32."""
+    distance = (values - exact).abs().max().item() / (values.abs().max().item() or 1.0)
+    return max(EXACT, _ROUNDING * distance)
+
+
+def store_reference(root: Path, folder: Path, dtype: str, *, sync: bool = True) -> FileRecord:
+    """Run the checkpoint in `root` in one process, and write what it computes into `folder`.
+
+    Memory is that of the model, in fp32 where `dtype` (a torch name) is half precision. The file has the values of the
+    last positions: for a vocabulary of 128,000 tokens 4 MB.
+    """
+    from safetensors.torch import save
+
+    single = single_model(root, getattr(torch, dtype))
+    reference = reference_of(single, fixed_ids(single))
+    values = reference.values
+    if values.ndim == 3:
+        values = values[:, -_KEPT:].contiguous()
+    tensors = {
+        "ids": reference.ids,
+        "values": values,
+        "tolerance": torch.tensor(reference.tolerance, dtype=torch.float64),
+    }
+    if reference.tokens is not None:
+        tensors["tokens"] = reference.tokens
+    data = save(tensors, metadata={"format": "pt"})
+    write_file(folder / REFERENCE_NAME, data, sync=sync)
+    return FileRecord(REFERENCE_NAME, len(data), digest_of(data), {})
+
+
+def read_reference(folder: Path, manifest: Manifest) -> Reference:
+    """What was stored when the folder was made.
+
+    Raises:
+        UsageError: nothing was.
+        IntegrityError: the file is not the one that was written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    record = next((extra for extra in manifest.extras if extra.name == REFERENCE_NAME), None)
+    if record is None:
+        raise UsageError(
+            f"{printable(folder)}: holds no reference logits to compare with",
+            hint="give its source: --reference SOURCE; or store them: reshard convert … --reference-logits",
+        )
+    path = written_file(folder, record)
+    if digest_file(path) != record.digest:
+        raise IntegrityError(f"{printable(path)}: its content was altered")
+    try:
+        return _reference(load_file(path))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise IntegrityError(f"{printable(path)}: not reference logits ({printable(error)})") from None
+
+
+def _reference(tensors: Mapping[str, torch.Tensor]) -> Reference:
+    ids, values, tokens = tensors["ids"], tensors["values"], tensors.get("tokens")
+    if ids.ndim != 2 or ids.dtype != torch.int64 or values.dtype != torch.float32 or len(values) != len(ids):
+        raise ValueError("ids and values do not fit together")
+    return Reference(ids, values, tokens, float(tensors["tolerance"]))

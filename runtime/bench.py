@@ -1,0 +1,196 @@
+"""How fast a model runs on these ranks: start, prefill, decode and memory. One measuring rule for every engine."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .engines import Engine
+from .ranks import this_rank
+
+__all__ = ["Measured", "Point", "Settings", "measure"]
+
+_RUNS = 3  # timed ones of each kind, in turn, after one that warms up
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured: batch sizes, tokens of a prompt, tokens decoded behind it, and whether compiled as well.
+
+    A model of fewer positions gets a prompt that fits.
+    """
+
+    batches: tuple[int, ...] = (1, 2, 4)
+    length: int = 512
+    steps: int = 8
+    compiled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Medians at one batch size, in seconds: a forward of the prompts that gives the logits of their last tokens, and a
+    step of one token behind them (None where compiled, or where the model decodes nothing)."""
+
+    batch: int
+    compiled: bool
+    prefill: float
+    decode: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one job of `ranks` processes took. Seconds of the load, part by part where they are known, and from the
+    start of the process to its first token; bytes of the rank that has most: on a GPU the peak of what was allocated,
+    on CPU what is the process's own after the runs, without pages of mapped files."""
+
+    engine: str
+    ranks: int
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    length: int
+    load: float
+    parts: dict[str, float]
+    first_token: float | None
+    memory: int
+    points: tuple[Point, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Measured:
+        return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
+
+
+def measure(engine: Engine, settings: Settings) -> Measured:
+    """Load and run a model. Call it on every rank; the figures are this rank's, but for memory."""
+    start = time.perf_counter()
+    model = engine.load()
+    load = time.perf_counter() - start
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    length = _length(model, settings)
+    prompts = {batch: _prompt(model, batch, length) for batch in settings.batches}
+    with torch.inference_mode():
+        _prefill(model, model, prompts[settings.batches[0]])
+        _wait(model)
+        first_token = _since_start()
+        points = _points(model, settings, prompts)
+    return Measured(
+        engine=engine.name,
+        ranks=engine.ranks,
+        model=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=_device(model),
+        threads=torch.get_num_threads(),
+        length=length,
+        load=load,
+        parts=dict(getattr(model, "reshard_seconds", {})),
+        first_token=first_token,
+        memory=_memory(model),
+        points=points,
+    )
+
+
+def _length(model: Any, settings: Settings) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return max(1, min(settings.length, limit - settings.steps)) if isinstance(limit, int) else settings.length
+
+
+def _prompt(model: Any, batch: int, length: int) -> torch.Tensor:
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, size, (batch, length), generator=torch.Generator().manual_seed(batch))
+    return ids.to(model.device)
+
+
+def _points(model: Any, settings: Settings, prompts: dict[int, torch.Tensor]) -> tuple[Point, ...]:
+    """Every batch size, eager and compiled, in turn: what else the machine does meets all alike."""
+    forwards = {False: model, **({True: torch.compile(model)} if settings.compiled else {})}
+    steps = settings.steps if model.can_generate() and not model.config.is_encoder_decoder else 0
+    prefill: dict[tuple[int, bool], list[float]] = {(b, c): [] for b in prompts for c in forwards}
+    decode: dict[int, list[float]] = {batch: [] for batch in prompts}
+    for turn in range(1 + _RUNS):
+        for (batch, compiled), took in prefill.items():
+            seconds, output = _timed(model, lambda: _prefill(model, forwards[compiled], prompts[batch]))  # noqa: B023
+            stepped = [] if compiled else _steps(model, output, prompts[batch], steps)
+            if turn:
+                took.append(seconds)
+                decode[batch] += stepped
+    return tuple(
+        Point(batch, compiled, statistics.median(took), _median(decode[batch]) if not compiled else None)
+        for (batch, compiled), took in prefill.items()
+    )
+
+
+def _prefill(model: Any, forward: Any, ids: torch.Tensor) -> Any:
+    accepted = inspect.signature(model.forward).parameters
+    options = {"use_cache": True, "logits_to_keep": 1}
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return forward(ids, **inputs, **{name: value for name, value in options.items() if name in accepted})
+
+
+def _steps(model: Any, output: Any, ids: torch.Tensor, steps: int) -> list[float]:
+    """Seconds of steps of one token, with all that came before in the cache."""
+    token, found = ids[:, :1], []
+    for _ in range(steps):
+        cache = output.past_key_values
+        seconds, output = _timed(model, lambda: model(token, past_key_values=cache, use_cache=True))  # noqa: B023
+        token = output.logits[:, -1:].argmax(-1)
+        found.append(seconds)
+    return found
+
+
+def _timed(model: Any, run: Any) -> tuple[float, Any]:
+    _wait(model)
+    start = time.perf_counter()
+    output = run()
+    _wait(model)
+    return time.perf_counter() - start, output
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _device(model: Any) -> str:
+    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+
+
+def _memory(model: Any) -> int:
+    mine = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else _anonymous()
+    if not dist.is_initialized():
+        return mine
+    everyone: list[Any] = [None] * this_rank().world_size
+    dist.all_gather_object(everyone, mine)
+    return max(everyone)
+
+
+def _anonymous() -> int:
+    """Bytes of this process's memory that are no file's. 0 where the system does not say."""
+    path = Path("/proc/self/smaps_rollup")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:")), 0)
+
+
+def _since_start() -> float | None:
+    """Seconds since this process began, imports and all. None where the system does not say."""
+    path = Path("/proc/self/stat")
+    if not path.exists():
+        return None
+    began = int(path.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # since the machine did
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began

@@ -1,0 +1,219 @@
+"""A benchmark over several degrees and engines: each a torchrun job of its own, in turn, and what they come to."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from reshard.errors import ReshardError
+from reshard.launch import launch
+from reshard.places import find_resharded
+
+from .bench import Measured, Point
+
+__all__ = ["Failed", "Job", "Report", "in_turn", "report_of", "run_jobs", "summary"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An engine on the ranks of the folder `out`."""
+
+    engine: str
+    out: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An engine that could not be measured, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Medians over all jobs of each kind, and those that failed."""
+
+    repeat: int
+    measured: tuple[Measured, ...]
+    failed: tuple[Failed, ...] = ()
+
+    @property
+    def base(self) -> Measured:
+        """What speed-ups are over: the fewest ranks, of this runtime where it was measured."""
+        return min(self.measured, key=lambda one: (one.engine != "reshard", one.ranks))
+
+    def speed_up(self, point: Point) -> float | None:
+        """How many times as fast as the base is at the same batch size, compiled or not as the point is."""
+        same = [p.prefill for p in self.base.points if (p.batch, p.compiled) == (point.batch, point.compiled)]
+        return same[0] / point.prefill if same else None
+
+    def lines(self) -> dict[str, list[tuple[float, float]]]:
+        """Speed-ups against batch sizes, by engine and number of ranks."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for one in self.measured:
+            for point in one.points:
+                ratio = self.speed_up(point)
+                if ratio is not None:
+                    found.setdefault(label(one, compiled=point.compiled), []).append((point.batch, ratio))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        series = [
+            {
+                "name": label(one, compiled=compiled),
+                **{key: value for key, value in one.to_json().items() if key != "points"},
+                "compiled": compiled,
+                "points": [_point(self, one, point) for point in one.points if point.compiled == compiled],
+            }
+            for one in self.measured
+            for compiled in sorted({point.compiled for point in one.points})
+        ]
+        failed = [{"name": one.name, "reason": one.reason} for one in self.failed]
+        return {"repeat": self.repeat, "base": label(self.base), "series": series, "failed": failed}
+
+
+def _point(report: Report, one: Measured, point: Point) -> dict[str, Any]:
+    return {
+        "batch": point.batch,
+        "prefill_seconds": point.prefill,
+        "prefill_tokens_per_second": point.batch * one.length / point.prefill,
+        "decode_tokens_per_second": point.batch / point.decode if point.decode else None,
+        "speed_up": report.speed_up(point),
+    }
+
+
+def label(one: Measured, *, compiled: bool = False) -> str:
+    """What a series is called."""
+    return f"{one.engine} tp {one.ranks}{', compiled' if compiled else ''}"
+
+
+def in_turn(repeat: int, contenders: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+    """Each contender's results of `repeat` rounds. A round runs every one once, so that drift meets all alike."""
+    found: dict[str, list[T]] = {name: [] for name in contenders}
+    for _ in range(repeat):
+        for name, run in contenders.items():
+            found[name].append(run())
+    return found
+
+
+def run_jobs(jobs: Sequence[Job], arguments: Sequence[str], repeat: int) -> Report:
+    """Run `python -m runtime bench` on the ranks of each folder, `repeat` times in turn, with these arguments.
+
+    One thread a rank, unless OMP_NUM_THREADS says otherwise: a rank stands for a device. Of an engine that fails it is
+    said why, and the others go on.
+
+    Raises:
+        ReshardError: this runtime cannot run a folder.
+        JobFailedError: likewise, and a rank has said why.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sizes = {job.out: find_resharded(job.out).manifest.world_size for job in jobs}
+    names = {f"{job.engine} tp {sizes[job.out]}": job for job in jobs}
+    failed: dict[str, Failed] = {}
+
+    def run(name: str) -> Measured | None:
+        if name in failed:
+            return None
+        found = _run(names[name], arguments)
+        if isinstance(found, str):
+            failed[name] = Failed(name, found)
+            return None
+        return found
+
+    runs = in_turn(repeat, {name: partial(run, name) for name in names})
+    measured = [[one for one in found if one] for name, found in runs.items() if name not in failed]
+    return report_of(measured, tuple(failed.values()))
+
+
+def report_of(runs: Sequence[Sequence[Measured]], failed: tuple[Failed, ...] = ()) -> Report:
+    """The report of the runs of each kind."""
+    return Report(max(map(len, runs)), tuple(map(_median, runs)), failed)
+
+
+class JobFailedError(Exception):
+    """A job of this runtime ended with an exit code, and has said why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def _run(job: Job, arguments: Sequence[str]) -> Measured | str:
+    """What a job measured, or why another engine's could not."""
+    ours = job.engine == "reshard"
+    with tempfile.TemporaryDirectory(prefix="reshard-bench-") as folder:
+        result = Path(folder, "result.json")
+        try:
+            code = launch(job.out, ["bench", job.out, "--engine", job.engine, "--result", str(result), *arguments])
+        except ReshardError as error:
+            if ours:
+                raise
+            return error.message
+        found = json.loads(result.read_text()) if result.exists() else {}
+    if "error" in found:
+        return found["error"]
+    if code:
+        if ours:
+            raise JobFailedError(code)
+        return f"ended with exit code {code}"
+    return Measured.from_json(found)
+
+
+def _median(runs: Sequence[Measured]) -> Measured:
+    """Of every figure the median; of memory the most."""
+
+    def over(values: Sequence[float | None]) -> Any:
+        return None if None in values else statistics.median(values)  # type: ignore[type-var]
+
+    points = tuple(
+        replace(
+            point,
+            prefill=over([run.points[at].prefill for run in runs]),
+            decode=over([run.points[at].decode for run in runs]),
+        )
+        for at, point in enumerate(runs[0].points)
+    )
+    return replace(
+        runs[0],
+        load=over([run.load for run in runs]),
+        parts={part: over([run.parts[part] for run in runs]) for part in runs[0].parts},
+        first_token=over([run.first_token for run in runs]),
+        memory=max(run.memory for run in runs),
+        points=points,
+    )
+
+
+def summary(report: Report) -> str:
+    """The report as tables."""
+    first = report.measured[0]
+    lines = [
+        f"{first.model}, {first.dtype}, {first.device}, {first.threads} thread{'s' * (first.threads > 1)} a rank;"
+        f" prompts of {first.length} tokens; medians of {report.repeat} job{'s' * (report.repeat > 1)}",
+        f"  {'':28} {'load':>8} {'first token':>12} {'memory':>10}",
+    ]
+    for one in report.measured:
+        token = "" if one.first_token is None else f"{one.first_token:.2f} s"
+        lines.append(f"  {label(one):28} {f'{one.load:.2f} s':>8} {token:>12} {f'{one.memory >> 20:,} MiB':>10}")
+    over = label(report.base)
+    lines += ["", f"  {'':28} {'batch':>5} {'prefill':>10} {'tokens/s':>10} {'decode':>16}   × {over}"]
+    for one in report.measured:
+        for point in sorted(one.points, key=lambda point: point.compiled):
+            decode = f"{point.batch / point.decode:,.1f} tokens/s" if point.decode else ""
+            ratio = report.speed_up(point)
+            lines.append(
+                f"  {label(one, compiled=point.compiled):28} {point.batch:>5} {f'{point.prefill:.4g} s':>10}"
+                f" {point.batch * one.length / point.prefill:>10,.0f} {decode:>16}   "
+                + (f"{ratio:.2f}" if ratio is not None else "")
+            )
+    lines += [f"  {one.name}: not measured: {one.reason}" for one in report.failed]
+    return "\n".join(lines)

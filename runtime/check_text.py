@@ -1,0 +1,45 @@
+"""What `check` found, in words."""
+
+from __future__ import annotations
+
+from reshard.errors import printable
+
+from .check import Parity
+from .differences import Difference
+
+__all__ = ["parity_text"]
+
+_TOKENS = {True: "equal", False: "different", None: "not generated"}
+
+
+def parity_text(out: str, parity: Parity, *, per_layer: bool) -> str:
+    """One line; with `per_layer`, and where a module differs, more about that."""
+    lines = [
+        f"{printable(out)}: max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}),"
+        f" tokens {_TOKENS[parity.equal_tokens]}"
+    ]
+    if parity.difference:
+        lines += _difference(parity.difference)
+    elif per_layer:
+        lines.append("no module differs")
+    return "\n".join(lines)
+
+
+def _difference(found: Difference) -> list[str]:
+    ranks = "every rank" if len(found.ranks) == found.world_size else f"rank {', '.join(map(str, found.ranks))}"
+    style = f" ({printable(found.style)})" if found.style else ""
+    lines = [
+        f"first difference: {printable(found.module) or 'the model'}{style}",
+        f"  seen in {printable(found.seen)} on {ranks}: max abs {found.max_abs:.3g}, max rel {found.max_rel:.3g}"
+        f" (limit {found.tolerance:g}); what comes before agrees",
+    ]
+    for altered in found.altered:
+        where = ", ".join(f"{count:,} elements in {printable(name)}" for name, count in altered.files.items())
+        lines.append(f"  {printable(altered.name)} is not that of the source: {where}")
+    for name, (ours, theirs) in found.configuration.items():
+        lines.append(f"  config.json: {printable(name)} is {printable(ours)} here, {printable(theirs)} in the source")
+    if not found.altered and not found.configuration:
+        lines.append("  its parameters and the configuration are those of the source: so a style or a kernel is wrong")
+    elif not found.altered:
+        lines.append("  its parameters are those of the source")
+    return lines

@@ -1,0 +1,245 @@
+"""The first module of a forward that computes something else than the same module of the single-process model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from reshard.manifest import Manifest, read_manifest
+from reshard.placement import pieces, shard_bounds
+from reshard.reference import EXACT, rounding
+from reshard.strategies import ALL_PARALLEL_STYLES, AllReduceParallel
+from reshard.targets import Target
+
+from .placing import owners
+from .traces import Moment, Trace
+
+__all__ = ["Altered", "Difference", "Layers", "first_difference"]
+
+_SEQUENCE = 1  # dim of activations [batch, sequence, …]
+_NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}
+
+
+@dataclass(frozen=True, slots=True)
+class Altered:
+    """A parameter that is not that of the source: how many of its elements, by the rank file that holds them."""
+
+    name: str
+    files: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a forward first goes another way.
+
+    `module` is the one whose own work differs, though its inputs do not. `seen` is where it shows: its output, or what
+    it gives to a module inside. `ranks` see it. `style` is the module's. `altered` are parameters of it, and
+    `configuration` fields of `config.json`, here and in the source; where both are empty, a style or a kernel is left.
+    """
+
+    module: str
+    seen: str
+    ranks: tuple[int, ...]
+    world_size: int
+    max_abs: float
+    max_rel: float
+    tolerance: float
+    style: str | None
+    altered: tuple[Altered, ...]
+    configuration: dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Rank 0's single-process model, what it went through, and in half precision what it does in fp32."""
+
+    single: Any
+    trace: Trace
+    exact: Trace | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What all ranks are told of a tensor before it comes."""
+
+    moment: Moment
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tolerance: float
+
+
+def first_difference(model: Any, ours: Trace, layers: Layers | None) -> Difference | None:
+    """Compare moment by moment, in the forward's order. `layers` is rank 0's. Call it on every rank; the result is the
+    same on all.
+
+    A rank compares what it holds: a whole tensor, its part of the features of a module whose weight is cut, or its
+    part of the sequence. What has neither form is passed over, and so are partial sums before they are reduced: then
+    the next module that can be compared shows the difference.
+    """
+    manifest = read_manifest(Path(model.name_or_path))
+    told: list[Any] = [layers and list(_expected(ours, layers, manifest))]
+    dist.broadcast_object_list(told, src=0, device=model.device)
+    for expected in told[0]:
+        whole = torch.empty(expected.shape, dtype=expected.dtype, device=model.device)
+        if layers:
+            whole.copy_(layers.trace[expected.moment][expected.number])
+        dist.broadcast(whole, src=0)
+        found = ours.get(expected.moment, ())
+        error = _error(model, expected.moment, found[expected.number], whole) if len(found) > expected.number else None
+        errors = _from_all(error or (0.0, 0.0), model.device)
+        differing = tuple(rank for rank, (_, relative) in enumerate(errors) if not relative <= expected.tolerance)
+        if differing:
+            return _explain(model, manifest, layers, expected, differing, errors)
+    return None
+
+
+def _expected(ours: Trace, layers: Layers, manifest: Manifest) -> Iterator[_Expected]:
+    """The moments that both models have, by rank 0's order."""
+    partial_sums = [
+        f"{name}."
+        for name, style in manifest.hooks.items()
+        if style in ALL_PARALLEL_STYLES and isinstance(ALL_PARALLEL_STYLES.find(style), AllReduceParallel)
+    ]
+    for moment in ours:
+        if moment not in layers.trace or any(moment.module.startswith(name) for name in partial_sums):
+            continue
+        for number, tensor in enumerate(layers.trace[moment]):
+            tolerance = EXACT
+            if layers.exact is not None and moment in layers.exact:
+                tolerance = rounding(tensor.float(), layers.exact[moment][number].float())
+            yield _Expected(moment, number, tuple(tensor.shape), tensor.dtype, tolerance)
+
+
+def _error(model: Any, moment: Moment, mine: torch.Tensor, whole: torch.Tensor) -> tuple[float, float] | None:
+    """The largest absolute error of what this rank holds, and relative to the largest value of the whole tensor."""
+    part = _part(model, moment, mine.shape, whole)
+    if part is None:
+        return None
+    if not part.numel():
+        return 0.0, 0.0
+    apart = (mine.float() - part.float()).abs().masked_fill(mine == part, 0)  # equal infinities are no distance apart
+    largest, scale = apart.max().item(), whole.float().abs().max().item()
+    return largest, largest / (scale or 1.0)
+
+
+def _part(model: Any, moment: Moment, shape: torch.Size, whole: torch.Tensor) -> torch.Tensor | None:
+    """What of the whole tensor a rank should hold, judging by the shape that it has. None where that does not tell."""
+    if shape == whole.shape:
+        return whole
+    dims = [dim for dim in range(whole.ndim) if len(shape) == whole.ndim and shape[dim] != whole.shape[dim]]
+    if len(dims) != 1:
+        return None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if dims == [whole.ndim - 1]:
+        held = _features(model, moment, rank, world_size)
+        if held is not None and len(held) == shape[-1]:
+            return whole[..., held.to(whole.device)]
+    if dims == [_SEQUENCE]:
+        start, stop = shard_bounds(whole.shape[_SEQUENCE], rank=rank, world_size=world_size)
+        if stop - start == shape[_SEQUENCE]:
+            return whole.narrow(_SEQUENCE, start, stop - start)
+    return None
+
+
+def _features(model: Any, moment: Moment, rank: int, world_size: int) -> torch.Tensor | None:
+    """Which input or output features of a linear layer or embedding a rank has, by the placement of its weight."""
+    target: Target | None = model._reshard_targets.get(f"{moment.module}.weight".lstrip("."))
+    if target is None or len(target.shape) != 2:
+        return None
+    module = model.get_submodule(moment.module)
+    outputs_last = isinstance(module, (nn.Embedding, Conv1D))
+    axis = int(outputs_last) if moment.side == "output" else int(not outputs_last)
+    found = pieces(target.placement, target.shape, rank=rank, world_size=world_size)
+    if any(piece.extent[1 - axis] != target.shape[1 - axis] for piece in found):
+        return None
+    ranges = sorted((piece.local_start[axis], piece.start[axis], piece.extent[axis]) for piece in found)
+    return torch.tensor([place for _, start, size in ranges for place in range(start, start + size)], dtype=torch.long)
+
+
+def _from_all(pair: tuple[float, float], device: torch.device) -> list[tuple[float, float]]:
+    mine = torch.tensor(pair, dtype=torch.float64, device=device)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return [(part[0].item(), part[1].item()) for part in parts]
+
+
+def _explain(
+    model: Any,
+    manifest: Manifest,
+    layers: Layers | None,
+    expected: _Expected,
+    differing: tuple[int, ...],
+    errors: list[tuple[float, float]],
+) -> Difference:
+    """Whose work it is, and which of its parameters are not those of the source."""
+    moment = expected.moment
+    culprit = moment.module if moment.side == "output" else moment.caller
+    seen = "its output" if moment.side == "output" else f"the input of {moment.module}"
+    prefix = f"{culprit}." if culprit else ""
+    names = [target.name for target in manifest.parameters if target.name.startswith(prefix)]
+    theirs = dict(layers.single.state_dict()) if layers else None
+    altered = [_altered(model, manifest, name, theirs) for name in names]
+    configuration: list[Any] = [layers and _apart(_fields(model), _fields(layers.single))]
+    dist.broadcast_object_list(configuration, src=0, device=model.device)
+    worst = max(differing, key=lambda rank: errors[rank][1])
+    return Difference(
+        module=culprit,
+        seen=seen,
+        ranks=differing,
+        world_size=manifest.world_size,
+        max_abs=errors[worst][0],
+        max_rel=errors[worst][1],
+        tolerance=expected.tolerance,
+        style=manifest.hooks.get(culprit),
+        altered=tuple(found for found in altered if found),
+        configuration=configuration[0],
+    )
+
+
+def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.Tensor] | None) -> Altered | None:
+    """Compare a parameter, rank by rank, with rank 0's of the source. A collective."""
+    target: Target = model._reshard_targets[name]
+    module, own = owners(model)(name)
+    tensor = module._parameters.get(own, module._buffers.get(own))
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    whole = torch.empty(target.shape, dtype=torch.float32, device=local.device)
+    if theirs is not None:
+        whole.copy_(theirs[name])
+    dist.broadcast(whole, src=0)
+    wrong = 0
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for piece in pieces(target.placement, target.shape, rank=rank, world_size=world_size):
+        there = tuple(slice(start, start + extent) for start, extent in zip(piece.start, piece.extent))
+        here = tuple(slice(start, start + extent) for start, extent in zip(piece.local_start, piece.extent))
+        wrong += int((whole[there] != local[here].float()).sum())
+    counts = [int(found) for found, _ in _from_all((wrong, 0), local.device)]
+    files = {record.name: count for record, count in zip(manifest.rank_files, counts) if count}
+    return Altered(name, files) if files else None
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def _apart(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields of two configurations that differ, by their path: here, and in the source."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted((ours.keys() | theirs.keys()) - _NO_MATTER):
+        if key.startswith("_"):
+            continue
+        one, other = ours.get(key), theirs.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found |= _apart(one, other, f"{prefix}{key}.")
+        elif one != other:
+            found[f"{prefix}{key}"] = one, other
+    return found

@@ -1,0 +1,76 @@
+"""What a benchmark runs a model with: this runtime, or one of those it is compared with."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reshard.architecture import model_class, quiet_transformers
+from reshard.errors import BadInputError
+
+__all__ = ["PEERS", "Engine", "peer"]
+
+_TRIAL = 60  # seconds for a first forward of a few tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A name, how many ranks it runs on, and how it loads the model on each."""
+
+    name: str
+    ranks: int
+    load: Callable[[], Any]
+
+
+def peer(name: str, root: Path, ranks: int, dtype: str) -> Engine:
+    """The engine `name` of `PEERS`, on the checkpoint in `root`."""
+    return Engine(name, ranks, lambda: PEERS[name](root, ranks, getattr(torch, dtype)))
+
+
+def _transformers(root: Path, _ranks: int, dtype: torch.dtype) -> Any:
+    """transformers' own tensor parallelism."""
+    family: Any = model_class(root)[0]
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another spelling of tp_plan, which the oldest release does not know
+        return family.from_pretrained(root, tp_plan="auto", dtype=dtype).eval()
+
+
+def _tensor_parallel(root: Path, ranks: int, dtype: torch.dtype) -> Any:
+    """The package of that name: threads of one process. Its wrapper gets the few attributes that are asked of a model.
+
+    It can wait for ever for a thread that has failed, so it must first show that it runs at all.
+    """
+    try:
+        import tensor_parallel
+    except ImportError as error:
+        raise BadInputError(f"it cannot be imported: {error}", hint="pip install tensor_parallel") from None
+    family: Any = model_class(root)[0]
+    devices = [f"cuda:{rank}" for rank in range(ranks)] if torch.cuda.is_available() else ["cpu"] * ranks
+    with quiet_transformers():
+        single = family.from_pretrained(root, dtype=dtype, attn_implementation="eager").eval()
+        model = tensor_parallel.tensor_parallel(single, devices)
+    before = signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(_TRIAL)
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 4, dtype=torch.long, device=devices[0]), use_cache=True)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return model
+
+
+def _give_up(*_: object) -> None:
+    raise BadInputError(f"its first forward does not end within {_TRIAL} s")
+
+
+PEERS: dict[str, Callable[[Path, int, torch.dtype], Any]] = {
+    "transformers": _transformers,
+    "tensor_parallel": _tensor_parallel,
+}

@@ -1,0 +1,102 @@
+"""Run under torchrun: everything the runtime does on a device, compared with one process on CPU.
+
+    on_device.py JOB.json OUT.json
+
+The job is {"device", "source", "fp32", "bf16", "backend", "compiler"}: a folder of each dtype, and how to compile. Any
+difference is an assertion, hence a non-zero exit; rank 0 leaves the figures.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM
+
+import runtime
+from reshard.manifest import read_manifest
+from runtime.bench import Settings, measure
+from runtime.check import check
+from runtime.engines import Engine
+from runtime.generate import greedy
+from runtime.placing import owners
+
+IDS = torch.arange(3, 19).repeat(2, 1)
+NEW = 6
+SLACK = 2 << 20  # bytes: the allocator's rounding, and buffers that no file holds
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.float().cpu(), expected.float().cpu()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def memory(model: Any, folder: str) -> dict[str, int]:
+    """What the rank's file brings, and what is allocated for it. On a GPU, at no time more than that and a little."""
+    held = read_manifest(Path(folder)).rank_files[dist.get_rank()].size
+    found = owners(model)
+    local = [getattr(module, own) for module, own in map(found, dict(model.named_parameters()))]
+    assert all(tensor.device == model.device for tensor in local)
+    assert sum(tensor.nbytes for tensor in local) <= held
+    if model.device.type != "cuda":
+        return {"file": held}
+    allocated, peak = torch.cuda.memory_allocated(model.device), torch.cuda.max_memory_allocated(model.device)
+    assert allocated <= held + SLACK, f"{allocated} bytes on the device, of a file of {held}"
+    assert peak <= held + SLACK, f"{peak} bytes at the most, of a file of {held}"
+    return {"file": held, "allocated": allocated, "peak": peak}
+
+
+def flash(model: Any) -> float:
+    """The relative distance of the flash kernel from the plain one. Raises where the kernel cannot be used."""
+    ids = IDS.to(model.device)
+    with torch.inference_mode():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            fast = model(ids, use_cache=False).logits
+        with sdpa_kernel(SDPBackend.MATH):
+            return relative(fast, model(ids, use_cache=False).logits)
+
+
+def main(job_path: str, out_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    exact = 1e-5 if job["device"] == "cpu" else 1e-4  # kernels of a GPU add in an order of their own
+    model = runtime.load(job["fp32"], device=job["device"])
+    assert dist.get_backend() == job["backend"]
+    found: dict[str, Any] = {"device": str(model.device), "memory": memory(model, job["fp32"])}
+    found["seconds"] = sum(model.reshard_seconds.values())
+    ids = IDS.to(model.device)
+    single = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = single(IDS).logits
+        found["error"] = relative(model(ids).logits, expected)
+        tokens = greedy(model, ids, NEW)
+    assert found["error"] <= exact, found
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    assert torch.equal(tokens.cpu(), single.generate(IDS, attention_mask=torch.ones_like(IDS), **options))
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=job["compiler"])
+        found["compiled"] = relative(compiled(ids, use_cache=False).logits, expected)
+    assert found["compiled"] <= exact, found
+    parity = check(model, job["source"], per_layer=True)
+    assert parity.ok, parity
+    assert parity.difference is None, parity
+    assert check(model).max_rel <= exact
+    half = runtime.load(job["bf16"], device=job["device"], attn_implementation="sdpa")
+    found["flash"] = flash(half)
+    assert found["flash"] <= 0.05, found
+    engine = Engine("reshard", dist.get_world_size(), partial(runtime.load, job["bf16"], device=job["device"]))
+    measured = measure(engine, Settings((1,), 16, 2))
+    assert measured.memory > 0
+    assert measured.points[0].decode
+    found["bench"] = measured.to_json()
+    if dist.get_rank() == 0:
+        Path(out_path).write_text(json.dumps(found))
+    dist.barrier()
+
+
+main(*sys.argv[1:])
+os._exit(0)  # gloo's threads can abort the interpreter while it shuts down, when all is done
