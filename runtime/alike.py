@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .argmax import joins_logits
+from .texts import Stops
 
 __all__ = ["generate_alike"]
 
@@ -63,7 +64,7 @@ def _share_the_end(model: Any, call: dict[str, Any], group: ProcessGroup) -> Non
     """Leave criteria that do not follow from the tokens alone to rank 0."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
-    pure = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
+    pure = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, Stops)
     criteria = list(call.get("stopping_criteria") or ())
     configs = (call.get("generation_config"), model.generation_config)  # in the order in which transformers asks them
     said = (call.get("max_time"), *(getattr(config, "max_time", None) for config in configs))

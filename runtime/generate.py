@@ -12,8 +12,8 @@ import torch
 from reshard.architecture import quiet_transformers
 from reshard.errors import BadInputError
 
+from . import kernels
 from .argmax import argmax_only
-from .kernels import compiled_decoding, compiler_errors
 from .prompts import Prompt, as_batch
 from .texts import Stops, Stream, before_stop, continuation
 
@@ -82,9 +82,9 @@ def generate_texts(
     stops = Stops(tokenizer, how.stops, before, start) if how.stops else None
     if stops:
         options["stopping_criteria"] = [stops]
-    with torch.inference_mode(), quiet_transformers(), compiler_errors():
-        with contextlib.nullcontext() if options["do_sample"] else argmax_only(model):
-            tokens = model.generate(ids, attention_mask=mask, **options)
+    shortcut = contextlib.nullcontext() if options["do_sample"] else argmax_only(model)
+    with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), shortcut:
+        tokens = model.generate(ids, attention_mask=mask, **options)
     found = []
     for row, (prompt, new) in enumerate(zip(prompts, tokens[:, start:].tolist())):
         count, ended = _end(new, _eos(model), stops.ends[row] if stops else None)
@@ -94,14 +94,14 @@ def generate_texts(
 
 
 def _options(how: Decoding, model: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {**_ONE_TEXT, "do_sample": how.temperature > 0, "disable_compile": True}
+    options: dict[str, Any] = {**_ONE_TEXT, "do_sample": how.temperature > 0, "disable_compile": not how.compiled}
     if how.temperature > 0:
         given = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
         options |= {name: value for name, value in given.items() if value is not None}
     if how.cache:
         options["cache_implementation"] = how.cache
     if how.compiled:
-        options |= compiled_decoding(how.compiled)
+        options |= {"cache_implementation": "static", "compile_config": kernels.compile_config(how.compiled)}
     return options
 
 

@@ -18,7 +18,7 @@ __all__ = [
     "check_attention",
     "check_attention_of",
     "check_sdpa",
-    "compiled_decoding",
+    "compile_config",
     "compiler_errors",
     "sdpa",
 ]
@@ -102,13 +102,13 @@ def check_sdpa(kernel: str | None, device: torch.device) -> None:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
 
 
-def compiled_decoding(mode: str) -> dict[str, Any]:
-    """What `model.generate` takes to compile its decoding steps, in torch.compile's `mode`, with a static cache."""
+def compile_config(mode: str) -> Any:
+    """What `model.generate` takes as `compile_config`, to compile decoding steps in torch.compile's `mode`."""
     from transformers import CompileConfig
 
     config = CompileConfig(mode=mode)
     config._compile_all_devices = True  # on CPU too
-    return {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
+    return config
 
 
 @contextlib.contextmanager
@@ -119,6 +119,5 @@ def compiler_errors() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        raise ReshardError(
-            f"--compile: {printable(str(error).strip().partition(chr(10))[0])}", hint="-v shows the traceback"
-        ) from error
+        reason = str(getattr(error, "inner_exception", error)).strip().splitlines()
+        raise ReshardError(f"--compile: {printable(reason[0])}", hint="-v shows the traceback") from error

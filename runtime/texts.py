@@ -35,7 +35,7 @@ class _Growing:
         self._begin, self._told = (
             0,
             len(self._ids),
-        )  # of a window: enough to decode what comes, and its part told before
+        )  # of a window to decode, and of what in it is not told yet
 
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
         """What they add; nothing while the last character lacks some of its bytes, unless no more are to come."""
@@ -96,8 +96,6 @@ class Stops:
     Unlike transformers' own, it asks neither the prompt nor the whole vocabulary. `ends` are the rows' numbers of new
     tokens by then, None where there is no such text.
     """
-
-    follows_from_tokens = True  # so that ranks need not tell each other
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompts: Sequence[Sequence[int]], start: int) -> None:
         self.ends: list[int | None] = [None] * len(prompts)
