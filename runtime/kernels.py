@@ -119,5 +119,5 @@ def compiler_errors() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = str(getattr(error, "inner_exception", error)).strip().splitlines()
-        raise ReshardError(f"--compile: {printable(reason[0])}", hint="-v shows the traceback") from error
+        reason, _, _ = str(getattr(error, "inner_exception", error)).strip().partition("\n")
+        raise ReshardError(f"--compile: {printable(reason)}", hint="-v shows the traceback") from error
