@@ -147,12 +147,20 @@ def test_a_batch_from_stdin(out: Path, single: Any) -> None:
     assert {one["ended"] for one in found} >= {"stop"}
 
 
-def test_sampling(out: Path, single: Any) -> None:
-    """The same seed gives the same text, and the same as in one process."""
+@pytest.mark.parametrize(
+    ("kernels", "note"),
+    [
+        (["--cache", "static", "--sdpa", "math"], ""),
+        pytest.param(["--compile", "reduce-overhead"], "Note: reduce-overhead captures CUDA", marks=pytest.mark.slow),
+    ],
+)
+def test_sampling(kernels: list[str], note: str, out: Path, single: Any) -> None:
+    """The same seed gives the same text, and the same as in one process, by whichever kernels."""
     options = {"temperature": 5.0, "top_p": 0.9, "top_k": 20, "max_new_tokens": 24}
     asked = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    done = run(out, "--prompt", BEGINNING, *asked, "--seed", "11", "--format", "json", "--compile", "default")
+    done = run(out, "--prompt", BEGINNING, *asked, "--seed", "11", "--format", "json", *kernels)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.partition(" graphs")[0] == note
     [found] = map(json.loads, done.stdout.splitlines())
     assert found["seed"] == 11
     assert found["text"] == single(BEGINNING, seed=11, do_sample=True, **options)
