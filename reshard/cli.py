@@ -258,11 +258,16 @@ def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, 
 def run(context: click.Context, out: str, options: tuple[str, ...]) -> None:
     """Generate text from the resharded folder OUT, on as many processes as it has ranks.
 
-    OPTIONS are those of `python -m runtime generate`.
+    OPTIONS are those of `python -m runtime generate`, whose help has them all. What to continue: --prompt, --prompts,
+    --chat. How: --max-new-tokens, --stop, --temperature, --top-p, --top-k, --seed, --batch-size. By which kernels:
+    --device, --attn, --sdpa, --cache, --compile. What to print: --format, --report.
 
     \b
-    Example:
+    Examples:
       reshard run llama-tp2 --prompt "The capital of France is"
+      reshard run llama-tp2 --chat --max-new-tokens 500
+      reshard run llama-tp2 --prompts lines.txt --format json
+      reshard run llama-tp2 --prompt "Once" --temperature 0.8 --top-p 0.9 --seed 7
     """
     from .launch import launch
 

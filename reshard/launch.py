@@ -18,6 +18,8 @@ __all__ = ["launch"]
 def launch(out: str, arguments: Sequence[str]) -> int:
     """Run `python -m runtime ARGUMENTS` on every rank, on this machine. Returns the exit code of the first to fail.
 
+    The ranks share this process's stdin, stdout and stderr; only rank 0 reads.
+
     Raises TopologyError where a rank was killed, so that it could not say what was wrong.
     """
     world_size = inspect(out).world_size
@@ -29,7 +31,7 @@ def launch(out: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the rank has said it in one line
+    logging.disable(logging.CRITICAL)  # of the agent: the rank has said it in one line
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -49,5 +51,7 @@ def launch(out: str, arguments: Sequence[str]) -> int:
         hint = "the system kills so when memory runs out" if name == "SIGKILL" else None
         raise TopologyError(f"rank {rank} was ended by {name}", hint=hint) from None
     except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         return 128 + stopped.sigval
     return 0

@@ -3,7 +3,8 @@
 from reshard.process import patient_collector
 
 with patient_collector():
+    from .kernels import sdpa
     from .loading import load
     from .whole import full_tensor
 
-__all__ = ["full_tensor", "load"]
+__all__ = ["full_tensor", "load", "sdpa"]

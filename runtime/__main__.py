@@ -19,8 +19,10 @@ from reshard.failures import report_failure, wants_traceback
 
 from .agreement import Deadline
 from .bench_command import bench
-from .commands import check, generate
+from .command_generate import generate
+from .commands import check
 from .mesh import connect, shut_down
+from .options import is_first
 from .ranks import this_rank
 
 _TO_SPEAK = 1.0  # seconds to reach the store, which says who does
@@ -67,11 +69,17 @@ def _speaks_first() -> bool:
 
 def main() -> None:
     """Run a command on this rank. A failure is said once, whoever has it and however many."""
-    warnings.filterwarnings("ignore", module="torch.distributed")
+    if not (wants_traceback(sys.argv) and is_first()):
+        warnings.simplefilter("ignore")  # advice to whoever writes torch code
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is torchrun's to report; in a collective nobody hears it
     code: Any = 0
     try:
         code = cli.main(prog_name="python -m runtime", standalone_mode=False) or 0  # what a command exits with, if any
         shut_down()
+    except SystemExit:  # click's, of a reader of stdout who has gone: no reason for words, of any rank
+        _speaks_first()
+        code = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         code = _fail(error)
     sys.stdout.flush()

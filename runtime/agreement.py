@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,12 +21,13 @@ from reshard.errors import RemoteMovedError, ReshardError, TopologyError, printa
 
 from .ranks import RankInfo
 
-__all__ = ["Deadline", "UnansweredError", "agree", "first_line", "spoken", "words_of"]
+__all__ = ["Deadline", "UnansweredError", "agree", "first_line", "from_first", "spoken", "words_of"]
 
 _STRAGGLERS = 2.0  # seconds that a failure waits for the other ranks: so they end by themselves, with its exit code
 _ROLL_CALL = 1.0  # seconds to find out who is silent, when a group has not come about in time
 _LONGEST_PAUSE = 0.05  # seconds
 _meetings = itertools.count()
+_messages = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,35 @@ def spoken(words: Sequence[Any], prefix: str = "") -> ReshardError:
     name, message, hint = words
     error: ReshardError = getattr(errors, name)(prefix + message, hint=hint)
     return error
+
+
+def from_first(store: dist.Store, info: RankInfo, find: Callable[[], Any]) -> Any:
+    """What `find` gives on rank 0, on every rank; its failure too. The others wait for as long as it takes.
+
+    It is something that JSON can hold. A user at a keyboard is slower than any collective may be.
+
+    Raises TopologyError where rank 0, or whoever holds the store, has gone.
+    """
+    key = f"reshard/message/{next(_messages)}"
+    if info.world_size == 1:
+        return find()
+    if info.rank == 0:
+        try:
+            found = find()
+        except Exception as error:
+            store.set(key, json.dumps({"failure": words_of(error)}))
+            raise
+        store.set(key, json.dumps({"found": found}))
+        return found
+    try:
+        while not store.check([key]):
+            time.sleep(_LONGEST_PAUSE)
+        told = json.loads(store.get(key))
+    except RuntimeError as error:  # of the store
+        raise TopologyError(f"rank {info.rank} has lost rank 0: {first_line(error)}") from None
+    if "failure" in told:
+        raise spoken(told["failure"])
+    return told["found"]
 
 
 def _continue_siblings() -> None:

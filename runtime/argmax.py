@@ -8,13 +8,18 @@ from typing import Any
 
 from reshard.strategies.linear import ONLY_ARGMAX
 
-__all__ = ["argmax_only"]
+__all__ = ["argmax_only", "joins_logits"]
 
 # What a generation config may say without changing which token is the largest. Of samplers, greedy decoding has none.
 _HARMLESS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
     *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "_from_model_config"),
 }
+
+
+def joins_logits(model: Any) -> bool:
+    """Whether every rank joins the logits from the ranks' parts, so that all have the same bits."""
+    return hasattr(model.get_output_embeddings(), "_whole_features")
 
 
 @contextlib.contextmanager
@@ -26,7 +31,7 @@ def argmax_only(model: Any) -> Iterator[None]:
     """
     head = model.get_output_embeddings()
     said = {name for name, value in model.generation_config.to_diff_dict().items() if value not in (None, False)}
-    if not hasattr(head, "_whole_features") or not said <= _HARMLESS:
+    if not joins_logits(model) or not said <= _HARMLESS:
         yield
         return
     gathered: Any = None
@@ -37,11 +42,15 @@ def argmax_only(model: Any) -> Iterator[None]:
 
     def compare(_module: Any, _inputs: Any, outputs: Any) -> None:
         setattr(head, ONLY_ARGMAX, getattr(outputs, "logits", None) is gathered)
+        remove()  # a compiled forward is one without hooks, and the same for every call
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
 
     handles = [head.register_forward_hook(see), model.register_forward_hook(compare)]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        remove()
         setattr(head, ONLY_ARGMAX, False)

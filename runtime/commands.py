@@ -1,4 +1,4 @@
-"""`generate` and `check`, as commands: what they print, and on which rank."""
+"""`check`, as a command: what it prints, and on which rank."""
 
 from __future__ import annotations
 
@@ -11,27 +11,9 @@ from reshard.errors import IntegrityError
 
 from .check import check as compare
 from .check_text import parity_text
-from .generate import generate_text, load_tokenizer
 from .options import format_option, load_model, model_options, say
 
-__all__ = ["check", "generate"]
-
-
-@click.command()
-@click.argument("out")
-@click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
-@model_options
-def generate(out: str, prompt: str, max_new_tokens: int, **options: Any) -> None:
-    """Continue a prompt greedily.
-
-    \b
-    Example:
-      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "Once"
-    """
-    model = load_model(out, **options)
-    tokenizer = load_tokenizer(model.name_or_path)
-    say(generate_text(model, tokenizer, prompt, max_new_tokens))
+__all__ = ["check"]
 
 
 @click.command()

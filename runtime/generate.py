@@ -1,29 +1,52 @@
-"""Text from a prompt: transformers' own `generate` on the loaded model, on every rank, with equal tokens."""
+"""Text from prompts: transformers' own `generate` on the loaded model, on every rank, with equal tokens."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from reshard.errors import BadInputError, printable
+from reshard.architecture import quiet_transformers
+from reshard.errors import BadInputError
 
+from . import kernels
 from .argmax import argmax_only
+from .prompts import Prompt, as_batch
+from .texts import Stops, Stream, before_stop, continuation
 
-__all__ = ["generate_text", "greedy", "load_tokenizer"]
+__all__ = ["Decoding", "Generated", "generate_texts", "greedy"]
+
+# What a generation_config.json may say that is not taken: one text for each prompt, and greedy unless asked otherwise.
+_ONE_TEXT = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer copied into a resharded folder. Raises BadInputError where there is none."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How to continue. What is None is as the folder's generation_config.json says, else as transformers does.
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInputError(
-            f"{printable(folder)}: holds no usable tokenizer", hint=printable(str(error).splitlines()[0])
-        ) from None
+    Greedy at temperature 0. A text ends before the first of `stops`. `compiled` is a mode of torch.compile.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    stops: tuple[str, ...] = ()
+    cache: str | None = None
+    compiled: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a prompt was continued with. `ended` is why no more came: eos, stop or length."""
+
+    prompt: Prompt
+    text: str
+    new_tokens: int
+    ended: str
 
 
 def greedy(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
@@ -32,7 +55,74 @@ def greedy(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
 
 
-def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """The prompt and its greedy continuation, as text."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    return tokenizer.decode(greedy(model, ids, max_new_tokens)[0], skip_special_tokens=True)
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    how: Decoding,
+    *,
+    emit: Callable[[str], object] | None = None,
+) -> list[Generated]:
+    """Continue a batch of prompts. Call it on every rank; all get the same.
+
+    `emit` is given the text of a single prompt as it comes. Where the model's positions end, so does the text.
+
+    Raises:
+        BadInputError: a prompt is longer than the model's positions.
+        ReshardError: the model cannot be compiled here.
+    """
+    decoder_only = not model.config.is_encoder_decoder
+    pad = next((i for i in (tokenizer.pad_token_id, *_eos(model)) if i is not None), 0)
+    ids, mask = as_batch(prompts, pad=pad, left=decoder_only, device=model.device)
+    start = ids.shape[1] if decoder_only else 1  # of what is new in what `generate` returns
+    before = [prompt.ids if decoder_only else () for prompt in prompts]
+    options = {**_options(how, model), "max_new_tokens": min(how.max_new_tokens, _room(model, ids.shape[1]))}
+    if emit is not None:
+        options["streamer"] = Stream(tokenizer, how.stops, emit)
+    stops = Stops(tokenizer, how.stops, before, start) if how.stops else None
+    if stops:
+        options["stopping_criteria"] = [stops]
+    shortcut = contextlib.nullcontext() if options["do_sample"] else argmax_only(model)
+    with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), shortcut:
+        tokens = model.generate(ids, attention_mask=mask, **options)
+    found = []
+    for row, (prompt, new) in enumerate(zip(prompts, tokens[:, start:].tolist())):
+        count, ended = _end(new, _eos(model), stops.ends[row] if stops else None)
+        text = continuation(tokenizer, before[row], new[:count])
+        found.append(Generated(prompt, before_stop(text, how.stops), count, ended))
+    return found
+
+
+def _options(how: Decoding, model: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {**_ONE_TEXT, "do_sample": how.temperature > 0, "disable_compile": not how.compiled}
+    if how.temperature > 0:
+        given = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
+        options |= {name: value for name, value in given.items() if value is not None}
+    if how.cache:
+        options["cache_implementation"] = how.cache
+    if how.compiled:
+        options |= {"cache_implementation": "static", "compile_config": kernels.compile_config(how.compiled)}
+    return options
+
+
+def _eos(model: Any) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _room(model: Any, length: int) -> int:
+    """New tokens that the model has positions for."""
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is None:
+        return 1 << 62
+    taken = 1 if model.config.is_encoder_decoder else length
+    if taken >= positions:
+        raise BadInputError(f"a prompt has {length} tokens, and the model {positions} positions")
+    return positions - taken
+
+
+def _end(new: Sequence[int], eos: Sequence[int], stopped: int | None) -> tuple[int, str]:
+    """How many of a row's new tokens are its own, and why no more came. What follows is padding."""
+    ends = [(stopped, "stop")] if stopped is not None else []
+    ends += [(count, "eos") for count, token in enumerate(new, 1) if token in eos][:1]
+    return min(ends, default=(len(new), "length"))

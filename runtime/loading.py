@@ -27,6 +27,7 @@ from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks
+from .kernels import check_attention, check_attention_of
 from .locating import Located, locate_together
 from .mapping import map_rank_file
 from .mesh import backend_of, connect, make_mesh, pick_device
@@ -58,7 +59,10 @@ def load(
     Parameters are DTensors over `mesh` (axis `tp`; made here when not given), each holding this rank's part; a layout
     that DTensor cannot express stays a local tensor, and `full_tensor` assembles either. On CPU the tensors are views
     of the mapped file, so memory is shared with the page cache; on a GPU they share one allocation. The forward runs
-    on local tensors. What it took is in `model.reshard_seconds`, part by part in order.
+    on local tensors. What it took is in `model.reshard_seconds`, part by part in order, for `model.reshard_bytes`.
+
+    `model.generate` is one decision of all ranks: called alike on each, it gives the same tokens on each, sampled
+    or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels.
 
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
     `device` is `cpu`, `cuda` (each rank a GPU of its own: the default where there are GPUs) or `cuda:0` (all ranks on
@@ -66,6 +70,7 @@ def load(
     `timeout` is in seconds, from now until the last rank is done; those that are not are named.
 
     Raises:
+        UsageError: the attention implementation is not there for this device, dtype or model.
         TopologyError: the folder was made for another number of ranks, or a rank did not answer in time.
         IntegrityError: a file is missing or its bytes are not those that were written.
         VersionError: made by a newer release, or for a model the installed transformers does not know.
@@ -90,10 +95,12 @@ def load(
         )
         folder, manifest = found.folder, found.manifest
         _check_custom(manifest, strategies)
+        check_attention(attn_implementation, where, manifest.dtype)
         seal = digest_of((folder / MANIFEST_NAME).read_bytes())
         arriving = _begin(folder, manifest, info.rank, where, pool, digests=check_digests)
         phases.end("open")  # from here the file is read while the model is made
         family, config = model_class(folder)
+        check_attention_of(family, attn_implementation)
         phases.end("import")
         model = on_meta(family, config, dtype=manifest.dtype, attn_implementation=attn_implementation)
         phases.end("build")
@@ -121,6 +128,7 @@ def load(
     agree(store, info, failure, deadline, what="connecting")
     phases.end("ready")
     model.reshard_seconds = phases.seconds
+    model.reshard_bytes = manifest.rank_files[info.rank].size
     return model
 
 
@@ -168,6 +176,10 @@ def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate() and mesh.size() > 1:
+        from .alike import generate_alike
+
+        generate_alike(model, mesh.get_group())
     if _has_unaligned_experts(model):
         model.set_experts_implementation("eager")
     model.eval()

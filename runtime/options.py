@@ -8,11 +8,16 @@ from typing import Any
 
 import click
 
+from reshard.errors import UsageError
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
+from .kernels import SDPA_KERNELS, check_sdpa
 from .loading import load
+from .mesh import pick_device
+from .phases import load_report
+from .ranks import this_rank
 
-__all__ = ["format_option", "is_first", "load_model", "model_options", "say"]
+__all__ = ["format_option", "is_first", "load_model", "model_options", "say", "sdpa_option"]
 
 _OPTIONS = (
     click.option("--revision", help="Branch, tag or commit where OUT is a Hub id."),
@@ -22,7 +27,8 @@ _OPTIONS = (
         help="cuda: a GPU for each rank. cuda:N: that one for all ranks, over gloo. [default: cuda where there is one]",
     ),
     click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file."),
-    click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 …"),
+    click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2, flash_attention_3 …"),
+    click.option("--report", is_flag=True, help="Say on stderr what the load took, on rank 0 and on the slowest rank."),
     click.option(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
@@ -51,10 +57,41 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def load_model(out: str, *, strategies: str | None, no_digests: bool, attn: str | None, **options: Any) -> Any:
-    """The model at `out`, loaded as `model_options` say."""
+def sdpa_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--sdpa`, as the argument `kernel`: for `load_model`, and for `with sdpa(kernel)` around what is computed."""
+    help = "Which of torch's kernels computes attention sdpa; no other in its place.  [default: torch chooses]"
+    return click.option("--sdpa", "kernel", type=click.Choice(list(SDPA_KERNELS)), help=help)(command)
+
+
+def load_model(
+    out: str,
+    *,
+    strategies: str | None,
+    no_digests: bool,
+    attn: str | None,
+    report: bool,
+    device: str | None,
+    kernel: str | None = None,
+    **options: Any,
+) -> Any:
+    """The model at `out`, loaded as `model_options` and `sdpa_option` say.
+
+    Raises UsageError where the kernel cannot run on the device, or the model's attention does not use it.
+    """
     known = load_strategies(strategies) if strategies else ALL_PARALLEL_STYLES
-    return load(out, check_digests=not no_digests, attn_implementation=attn, strategies=known, **options)
+    if kernel is not None:
+        check_sdpa(kernel, pick_device(device, this_rank().local_rank))
+    model = load(
+        out, device=device, check_digests=not no_digests, attn_implementation=attn, strategies=known, **options
+    )
+    used = model.config.get_text_config()._attn_implementation
+    if kernel is not None and used != "sdpa":
+        raise UsageError(
+            f"--sdpa {kernel} goes with attention sdpa, and this model uses {used}", hint="use --attn sdpa"
+        )
+    if report:
+        say(load_report(model), err=True)
+    return model
 
 
 def is_first() -> bool:
@@ -62,7 +99,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str) -> None:
-    """Print on stdout, on rank 0."""
+def say(text: str, *, err: bool = False) -> None:
+    """Print on stdout or stderr, on rank 0."""
     if is_first():
-        click.echo(text)
+        click.echo(text, err=err)

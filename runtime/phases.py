@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
-__all__ = ["Phases"]
+import torch.distributed as dist
+
+__all__ = ["Phases", "load_report"]
+
+_OWN = ("open", "import", "build", "read")  # what a rank does by itself, while its file is read
 
 
 class Phases:
@@ -18,3 +23,27 @@ class Phases:
         now = time.perf_counter()
         self.seconds[part] = now - self._since
         self._since = now
+
+
+def load_report(model: Any) -> str:
+    """What loading a model took on rank 0, and on the rank that was slowest by itself. A collective: call it on all.
+
+    A rank's rate is that of its file, from when it was found until it was read; the model is made meanwhile.
+    """
+    mine = (model.reshard_seconds, model.reshard_bytes)
+    ranks: list[Any] = [mine] * model._device_mesh.size()
+    if len(ranks) > 1:
+        dist.all_gather_object(ranks, mine, group=model._device_mesh.get_group())
+    slowest = max(range(len(ranks)), key=lambda rank: _own(ranks[rank][0]))
+    return "\n".join(_line(rank, *ranks[rank]) for rank in sorted({0, slowest}))
+
+
+def _own(seconds: dict[str, float]) -> float:
+    return sum(seconds[part] for part in _OWN)
+
+
+def _line(rank: int, seconds: dict[str, float], size: int) -> str:
+    reading = _own(seconds) - seconds["open"]
+    parts = ", ".join(f"{part} {value:.3f}" for part, value in seconds.items())
+    rate = f"{size / 1e9:.3f} GB at {size / 1e9 / reading:.2f} GB/s"
+    return f"rank {rank}: loaded {rate} in {sum(seconds.values()):.3f} s: {parts}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -62,9 +63,13 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
                 said[command] = run(*shlex.split(command), folder=folder, **variables)
         assert "reshard.json" in store.objects("llama-tp4")
     assert {"plan", "convert", "verify", "run", "publish", "pull"} <= {command.split()[1] for command in said}
-    generated = [text for command, text in said.items() if "--prompt" in command]
-    assert len(generated) == 3
-    for text in generated:
+    generated = {command: text for command, text in said.items() if "--prompt" in command}
+    [batch] = [generated.pop(command) for command in list(generated) if "--format json" in command]
+    found = [json.loads(line) for line in batch.splitlines()]
+    assert [one["ended"] for one in found] == ["stop", "stop"]
+    assert found[1]["text"] == " every rank opened the whole "
+    assert len(generated) == 4
+    for text in generated.values():
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
     checked = [text for command, text in said.items() if "runtime check" in command]
     assert len(checked) == 4

@@ -1,0 +1,103 @@
+"""Every rank generates the same tokens, whatever differs between them: what could tell them apart is rank 0's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from .argmax import joins_logits
+from .texts import Stops
+
+__all__ = ["generate_alike"]
+
+
+def generate_alike(model: Any, group: ProcessGroup) -> None:
+    """Make `model.generate` one decision of all ranks, which must call it with the same arguments.
+
+    A rank that chose another token, or stopped at another moment, would leave the others in a collective. So each call
+    begins with rank 0's random state, and samples what one process with that state would. Rank 0 alone looks at the
+    clock (`max_time`) and asks the caller's own `stopping_criteria`. And logits that may differ in their last bits,
+    since each rank computes them by itself or processors of the caller's own work on them, are rank 0's. What is left
+    is arithmetic on the same numbers.
+    """
+    own = model.generate
+    signature = inspect.signature(own)
+
+    @functools.wraps(own)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        call = _as_keywords(signature, args, kwargs)
+        _share_random_state(model.device, group)
+        _share_the_end(model, call, group)
+        processors = call.get("logits_processor") or []
+        if processors or call.get("prefix_allowed_tokens_fn") or not joins_logits(model):
+            call["logits_processor"] = [*processors, _FirstRanksLogits(group)]
+        return own(**call)
+
+    model.generate = generate
+
+
+def _as_keywords(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    call = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            call |= call.pop(name, {})
+    return call
+
+
+def _share_random_state(device: torch.device, group: ProcessGroup) -> None:
+    """Continue with rank 0's random numbers on the device that samples."""
+    on_gpu = device.type == "cuda"
+    state = (torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()).to(device)
+    dist.broadcast(state, group=group, group_src=0)
+    if on_gpu:
+        torch.cuda.set_rng_state(state.cpu(), device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _share_the_end(model: Any, call: dict[str, Any], group: ProcessGroup) -> None:
+    """Leave criteria that do not follow from the tokens alone to rank 0."""
+    from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
+
+    pure = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, Stops)
+    criteria = list(call.get("stopping_criteria") or ())
+    configs = (call.get("generation_config"), model.generation_config)  # in the order in which transformers asks them
+    said = (call.get("max_time"), *(getattr(config, "max_time", None) for config in configs))
+    seconds = next((value for value in said if value is not None), None)
+    if seconds is not None:
+        call["max_time"] = None
+        criteria.append(MaxTimeCriteria(seconds))
+    if criteria:
+        call["stopping_criteria"] = [c if isinstance(c, pure) else _FirstRanksWord(c, group) for c in criteria]
+
+
+class _FirstRanksWord:
+    """A stopping criterion that only rank 0 asks."""
+
+    def __init__(self, criterion: Any, group: ProcessGroup) -> None:
+        self._criterion = criterion
+        self._group = group
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.uint8, device=input_ids.device)
+        if self._group.rank() == 0:
+            done += torch.as_tensor(self._criterion(input_ids, scores, **options)).to(done)
+        dist.broadcast(done, group=self._group, group_src=0)
+        return done.bool()
+
+
+class _FirstRanksLogits:
+    """A logits processor that gives rank 0's, on every rank."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.contiguous()
+        dist.broadcast(scores, group=self._group, group_src=0)
+        return scores

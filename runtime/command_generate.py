@@ -1,0 +1,143 @@
+"""`generate`, as a command: text from prompts, from a file of them, or in a chat."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+import torch
+
+from reshard.errors import UsageError
+
+from .generate import Decoding, Generated, generate_texts
+from .kernels import sdpa
+from .options import format_option, is_first, load_model, model_options, say, sdpa_option
+from .prompts import Prompt, chat_turns, in_chat, load_tokenizer, plain, read_prompts
+
+__all__ = ["generate"]
+
+_POSITIVE = click.IntRange(min=1)
+_MODES = click.Choice(["default", "reduce-overhead", "max-autotune"])
+_Continue = Callable[[Sequence[Prompt]], list[Generated]]
+
+
+@click.command()
+@click.argument("out")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; repeat it for a batch.")
+@click.option("--prompts", "file", metavar="FILE", help="File of prompts, one a line; - for stdin.")
+@click.option("--chat", is_flag=True, help="Answer by the chat template: each prompt, else lines of stdin in turn.")
+@click.option("--max-new-tokens", type=_POSITIVE, default=32, show_default=True, help="Tokens of a text at most.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0, help="Sample, where it is over 0.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest of that mass.")
+@click.option("--top-k", type=click.IntRange(min=0), help="Sample from so many of the likeliest; 0 for all.")
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help="Sample the same again.")
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@click.option("--batch-size", type=_POSITIVE, default=16, show_default=True, help="Prompts continued at a time.")
+@click.option("--cache", type=click.Choice(["dynamic", "static"]), help="KV cache.  [default: dynamic]")
+@click.option("--compile", "compiled", type=_MODES, help="Compile decoding steps, with a static cache.")
+@sdpa_option
+@model_options
+@format_option
+def generate(
+    out: str,
+    prompts: tuple[str, ...],
+    file: str | None,
+    chat: bool,
+    seed: int | None,
+    batch_size: int,
+    style: str,
+    kernel: str | None,
+    **options: Any,
+) -> None:
+    """Continue prompts, greedily unless --temperature is given.
+
+    The text of a single prompt and a chat's answers come as they are made. --format json prints an object a line: the
+    prompt, the new text, how many tokens both have, why it ended (eos, stop or length), and the seed if it was sampled.
+    The folder's generation_config.json holds where no option says otherwise, but for its do_sample and num_beams.
+
+    \b
+    Examples:
+      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "Once upon a time"
+      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --chat --max-new-tokens 500
+      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompts lines.txt --format json
+      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "I" --temperature 0.8 --top-p 0.9 --seed 7
+    """
+    how = Decoding(**{name: options.pop(name) for name in Decoding.__slots__})
+    _refuse_contradictions(how, chat or prompts or file, seed)
+    if file is not None:
+        prompts = (*prompts, *read_prompts(file, options["timeout"]))
+    model = load_model(out, kernel=kernel, **options)
+    tokenizer = load_tokenizer(model.name_or_path, chat=chat)
+    if how.compiled == "reduce-overhead" and model.device.type == "cpu":
+        say("Note: reduce-overhead captures CUDA graphs, which a CPU has not; compiled as by default", err=True)
+    if how.temperature > 0:  # what rank 0 begins with, all do
+        seed = secrets.randbits(32) if seed is None else seed
+        torch.manual_seed(seed)
+    streams = style == "text" and len(prompts) < 2
+
+    def go_on(batch: Sequence[Prompt]) -> list[Generated]:
+        emit = None
+        if streams and is_first():
+            click.echo(_beginning(model, batch[0]), nl=False)
+            emit = _emit
+        found = generate_texts(model, tokenizer, batch, how, emit=emit)
+        if streams:
+            say("")
+        elif style == "json":
+            for one in found:
+                say(json.dumps(_record(one, seed)))
+        else:
+            for one in found:
+                say(_beginning(model, one.prompt) + one.text + "\n")
+        return found
+
+    with sdpa(kernel):
+        if chat and not prompts:
+            _converse(tokenizer, options["timeout"], go_on)
+            return
+        made = [in_chat(tokenizer, [_message("user", text)]) if chat else plain(tokenizer, text) for text in prompts]
+        for start in range(0, len(made), batch_size):
+            go_on(made[start : start + batch_size])
+
+
+def _refuse_contradictions(how: Decoding, anything: Any, seed: int | None) -> None:
+    if not anything:
+        raise UsageError("there is nothing to continue", hint="give --prompt TEXT, --prompts FILE, or --chat")
+    sampling = {"--top-p": how.top_p, "--top-k": how.top_k, "--seed": seed}
+    said = [name for name, value in sampling.items() if value is not None]
+    if said and not how.temperature:
+        raise UsageError(f"{said[0]} is for sampling", hint="give --temperature too")
+    if how.compiled and how.cache == "dynamic":
+        raise UsageError("--compile needs a static cache, whose steps are all alike", hint="leave out --cache")
+    if "" in how.stops:
+        raise UsageError("--stop: an empty text is in every text")
+
+
+def _converse(tokenizer: Any, timeout: float, go_on: _Continue) -> None:
+    messages: list[dict[str, str]] = []
+    for turn in chat_turns(timeout):
+        messages.append(_message("user", turn))
+        [answer] = go_on([in_chat(tokenizer, messages)])
+        messages.append(_message("assistant", answer.text))
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _emit(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def _beginning(model: Any, prompt: Prompt) -> str:
+    """What is shown before the new text: what it goes on from, where it goes on from that."""
+    return "" if prompt.chat or model.config.is_encoder_decoder else prompt.text
+
+
+def _record(one: Generated, seed: int | None) -> dict[str, Any]:
+    counts = {"prompt_tokens": len(one.prompt.ids), "new_tokens": one.new_tokens, "ended": one.ended}
+    sampled = {} if seed is None else {"seed": seed}
+    return {"prompt": one.prompt.text, "text": one.text, **counts, **sampled}

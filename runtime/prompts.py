@@ -1,0 +1,138 @@
+"""What the model is to continue: prompts as the user gives them, and as tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from reshard.architecture import quiet_transformers
+from reshard.errors import BadInputError, printable
+
+from .agreement import Deadline, from_first
+from .mesh import connect
+from .ranks import this_rank
+
+__all__ = ["Prompt", "as_batch", "chat_turns", "in_chat", "load_tokenizer", "plain", "read_prompts"]
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt, as the user wrote it and as tokens. The answer to a chat's does not repeat it."""
+
+    text: str
+    ids: tuple[int, ...]
+    chat: bool = False
+
+
+def load_tokenizer(folder: str | Path, *, chat: bool = False) -> Any:
+    """The tokenizer copied into a resharded folder. Raises BadInputError where there is none, or none for a chat."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BadInputError(
+            f"{printable(folder)}: holds no usable tokenizer", hint=printable(str(error).splitlines()[0])
+        ) from None
+    if chat and not tokenizer.chat_template:
+        raise BadInputError(
+            f"{printable(folder)}: the tokenizer has no chat template", hint="without --chat, text is continued"
+        )
+    return tokenizer
+
+
+def plain(tokenizer: Any, text: str) -> Prompt:
+    """A text to be continued. Raises BadInputError where it has no tokens."""
+    return Prompt(text, _tokens(tokenizer, text, add_special_tokens=True))
+
+
+def in_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Prompt:
+    """A conversation whose last message is the user's, by the tokenizer's chat template.
+
+    Raises BadInputError where the template refuses it.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, of the repo's
+        raise BadInputError(f"the tokenizer's chat template fails: {printable(error)}") from None
+    return Prompt(messages[-1]["content"], _tokens(tokenizer, text, add_special_tokens=False), chat=True)
+
+
+def _tokens(tokenizer: Any, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    if not ids:
+        raise BadInputError("a prompt has no tokens")
+    return tuple(ids)
+
+
+def as_batch(
+    prompts: Sequence[Prompt], *, pad: int, left: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids `[batch, longest]` and the mask that leaves out the padding. A decoder goes on from the right end."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        place = slice(longest - len(prompt.ids), longest) if left else slice(len(prompt.ids))
+        ids[row, place] = torch.tensor(prompt.ids)
+        mask[row, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+def read_prompts(file: str, timeout: float) -> list[str]:
+    """The lines of a file, or of stdin where it is `-`, but empty ones: read by rank 0, for all.
+
+    `timeout` is in seconds, to reach rank 0. Raises BadInputError on every rank where there is nothing to read.
+    """
+
+    def read() -> list[str]:
+        try:
+            text = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+        except OSError as error:
+            raise BadInputError(f"{printable(file)}: {error.strerror}") from None
+        found = [line for line in _decoded(text, file).splitlines() if line.strip()]
+        if not found:
+            raise BadInputError(f"{printable(file)}: holds no prompts", hint="one prompt a line")
+        return found
+
+    return _from_first(read, timeout)
+
+
+def chat_turns(timeout: float) -> Iterator[str]:
+    """The user's lines from stdin, but empty ones, until its end: read by rank 0, for all. `timeout` as above."""
+
+    def read() -> str | None:
+        while line := _ask():
+            if line.strip():
+                return line.strip()
+        return None
+
+    while (turn := _from_first(read, timeout)) is not None:
+        yield turn
+
+
+def _from_first(read: Callable[[], Any], timeout: float) -> Any:
+    info = this_rank()
+    return from_first(connect(info, Deadline.after(timeout)), info, read)
+
+
+def _ask() -> str:
+    if sys.stdin.isatty():
+        click.echo("> ", nl=False, err=True)
+    return _decoded(sys.stdin.buffer.readline(), STDIN)
+
+
+def _decoded(text: bytes, file: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise BadInputError(f"{printable(file)}: is not UTF-8") from None
