@@ -15,6 +15,7 @@ from reshard.errors import TopologyError
 
 from .agreement import Deadline, UnansweredError, first_line
 from .ranks import RankInfo
+from .replicas import TP
 
 __all__ = ["connect", "make_mesh", "pick_device", "shut_down"]
 
@@ -52,8 +53,10 @@ def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
     return _store
 
 
-def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline) -> DeviceMesh:
-    """A one-dimensional mesh, axis `tp`, over all ranks: NCCL on CUDA, gloo on CPU.
+def make_mesh(
+    info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline, *, replicas: int = 1
+) -> DeviceMesh:
+    """A mesh over all ranks, axis `tp`, behind an axis `dp` where there are replicas: NCCL on CUDA, gloo on CPU.
 
     Collectives have longer than the deadline, which is for the ranks to find each other.
 
@@ -77,14 +80,17 @@ def make_mesh(info: RankInfo, device: torch.device, store: dist.Store, deadline:
                 timeout=deadline.left(),
                 **options,
             )
-        mesh = init_device_mesh(device.type, (info.world_size,), mesh_dim_names=("tp",))
+        size = info.world_size // replicas
+        axes = {"dp": replicas, TP: size} if replicas > 1 else {TP: size}
+        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     except RuntimeError as error:
         waited = deadline.seconds() <= 0
         raise (UnansweredError if waited else TopologyError)(f"cannot join the others: {first_line(error)}") from None
     if made:
         atexit.register(_leave)
         store.set_timeout(_COLLECTIVES)
-        dist.distributed_c10d._set_pg_timeout(_COLLECTIVES)
+        for group in {dist.group.WORLD, *mesh.get_all_groups()}:
+            dist.distributed_c10d._set_pg_timeout(_COLLECTIVES, group)
     return mesh
 
 
