@@ -4,6 +4,7 @@ from reshard.process import patient_collector
 
 with patient_collector():
     from .loading import load
+    from .replicas import gather, share
     from .whole import full_tensor
 
-__all__ = ["full_tensor", "load"]
+__all__ = ["full_tensor", "gather", "load", "share"]

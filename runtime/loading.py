@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .placing import distribute, fill
 from .ranks import this_rank
 from .reading import read_rank_file
 from .replicas import TP, on_mesh, side_by_side, span
+from .saving import save_pretrained
 from .sequence import split_points, split_sequence
 
 __all__ = ["load"]
@@ -135,6 +137,7 @@ def load(
             split_sequence(model, points, tp_axis(mesh, manifest.topology))
         _finish(model, folder, mesh)
         model._reshard_replicas = replicas
+        model.save_pretrained = MethodType(save_pretrained, model)  # its own would write this rank's tensors
         phases.end("wrap")
     except Exception as error:
         failure = error

@@ -32,6 +32,10 @@ class Replicas:
     size: int
     group: Any = None
 
+    def __deepcopy__(self, _memo: Any) -> Replicas:
+        """A copy of a model is on the same ranks, and a group cannot be copied."""
+        return self
+
 
 def side_by_side(info: RankInfo, count: int) -> Replicas:
     """`count` replicas over all ranks, of ranks in a row. Raises TopologyError where they do not divide."""

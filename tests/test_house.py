@@ -31,7 +31,7 @@ TORCH_FREE = [
 RUNTIME_MAY_IMPORT = {
     "layout",
     *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "source"),
-    *("process", "rank_file", "strategies", "targets", "topology", "verification"),
+    *("process", "rank_file", "regions", "strategies", "targets", "topology", "verification"),
 }
 
 

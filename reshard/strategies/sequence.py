@@ -30,6 +30,10 @@ class SplitSequence:
         self._mesh = mesh
         self.length: int | None = None
 
+    def __deepcopy__(self, _memo: Any) -> SplitSequence:
+        """The hooks of a copied model are those of the first: they go by this one."""
+        return self
+
     def begin(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's slice of whole hidden states. Fewer tokens than ranks are not split: each rank has them all."""
         if x.ndim != 3 or x.shape[_DIM] < self._mesh.size():
