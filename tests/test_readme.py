@@ -63,7 +63,7 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
     for text in generated:
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
     checked = [text for command, text in said.items() if "runtime check" in command]
-    assert len(checked) == 2
+    assert len(checked) == 3
     assert all("tokens equal" in text for text in checked)
 
 
