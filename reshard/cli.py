@@ -254,8 +254,9 @@ def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("out", type=click.Path())
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--dp", type=click.IntRange(min=1), default=1, metavar="K", help="Replicas: K times as many processes.")
 @click.pass_context
-def run(context: click.Context, out: str, options: tuple[str, ...]) -> None:
+def run(context: click.Context, out: str, options: tuple[str, ...], dp: int) -> None:
     """Generate text from the resharded folder OUT, on as many processes as it has ranks.
 
     OPTIONS are those of `python -m runtime generate`, whose help has them all. What to continue: --prompt, --prompts,
@@ -272,7 +273,7 @@ def run(context: click.Context, out: str, options: tuple[str, ...]) -> None:
     from .launch import launch
 
     verbose = ["--verbose"] if context.find_root().params["verbose"] else []
-    sys.exit(launch(out, [*verbose, "generate", out, *options]))
+    sys.exit(launch(out, [*verbose, "generate", out, "--dp", str(dp), *options], replicas=dp))
 
 
 cli.add_command(publish)

@@ -15,14 +15,15 @@ from .inspection import inspect
 __all__ = ["launch"]
 
 
-def launch(out: str, arguments: Sequence[str]) -> int:
+def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
     """Run `python -m runtime ARGUMENTS` on every rank, on this machine. Returns the exit code of the first to fail.
 
-    The ranks share this process's stdin, stdout and stderr; only rank 0 reads.
+    There are as many processes as the folder has ranks, for each of `replicas`. They share this process's stdin, stdout
+    and stderr; only rank 0 reads.
 
     Raises TopologyError where a rank was killed, so that it could not say what was wrong.
     """
-    world_size = inspect(out).world_size
+    world_size = replicas * inspect(out).world_size
     # Each process gets its share of the CPUs, unless the caller decided.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of its sockets come with stacks of C++

@@ -11,7 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from reshard.strategies import ParallelInterface, rows_of
 from reshard.topology import Topology
 
-__all__ = ["install_hooks"]
+__all__ = ["install_hooks", "tp_axis"]
+
+
+def tp_axis(mesh: DeviceMesh, topology: Topology) -> DeviceMesh:
+    """The ranks that hold the other parts of what this one has a part of. `mesh` has one axis, over a model's ranks.
+
+    Experts may be on more ranks than the rest is cut over; then a row of them has the same part of it.
+    """
+    return mesh if topology.tp_row == 1 else rows_of(mesh, topology.tp_row)["rows"]
 
 
 def install_hooks(
@@ -22,7 +30,7 @@ def install_hooks(
     Returns the handles; `remove()` undoes each, and so takes the functions off again.
     """
     handles: list[Any] = []
-    tp_mesh = mesh if topology.tp_row == 1 else rows_of(mesh, topology.tp_row)["rows"]
+    tp_mesh = tp_axis(mesh, topology)
     for name, style in hooks.items():
         strategy, module = strategies.find(style), model.get_submodule(name)
         spanned = mesh if strategy.over_all_ranks else tp_mesh

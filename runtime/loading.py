@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from reshard.architecture import model_class, on_meta
 from reshard.digest import digest_of
-from reshard.errors import BadInputError, IntegrityError, TopologyError, printable
+from reshard.errors import BadInputError, IntegrityError, printable
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest
 from reshard.process import patient_collector, worker_count
@@ -26,7 +26,7 @@ from reshard.source import MANIFEST_NAME
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
 from .agreement import Deadline, agree
-from .hooks import install_hooks
+from .hooks import install_hooks, tp_axis
 from .kernels import check_attention, check_attention_of
 from .locating import Located, locate_together
 from .mapping import map_rank_file
@@ -35,6 +35,9 @@ from .phases import Phases
 from .placing import distribute, fill
 from .ranks import this_rank
 from .reading import read_rank_file
+from .replicas import TP, on_mesh, side_by_side, span
+from .saving import save_pretrained
+from .sequence import split_points, split_sequence
 
 __all__ = ["load"]
 
@@ -49,6 +52,8 @@ def load(
     check_digests: bool = True,
     attn_implementation: str | None = None,
     strategies: ParallelInterface = ALL_PARALLEL_STYLES,
+    dp_size: int = 1,
+    sequence_parallel: bool = False,
     timeout: float = 1800,
 ) -> Any:
     """Load a resharded folder on every rank of the torchrun job, and return the transformers model.
@@ -56,13 +61,18 @@ def load(
     `place` is a folder, a Hub repo (`org/name`) or a folder of one (`org/name/tp4`); in one that is none itself, its
     folder `tpN` for N ranks is taken. All ranks load one commit; each fetches its own file and the small ones.
 
-    Parameters are DTensors over `mesh` (axis `tp`; made here when not given), each holding this rank's part; a layout
-    that DTensor cannot express stays a local tensor, and `full_tensor` assembles either. On CPU the tensors are views
-    of the mapped file, so memory is shared with the page cache; on a GPU they share one allocation. The forward runs
-    on local tensors. What it took is in `model.reshard_seconds`, part by part in order, for `model.reshard_bytes`.
+    Parameters are DTensors over the axis `tp` of `mesh`, each holding this rank's part; a layout that DTensor cannot
+    express stays a local tensor, and `full_tensor` assembles either. Along the mesh's other axes the model is repeated.
+    Without a mesh, one is made over all ranks, for `dp_size` replicas of ranks in a row (see `share`). On CPU the
+    tensors are views of the mapped file, so memory is shared with the page cache; on a GPU they share one allocation.
+    The forward runs on local tensors. What it took is in `model.reshard_seconds`, part by part in order, for
+    `model.reshard_bytes`.
 
     `model.generate` is one decision of all ranks: called alike on each, it gives the same tokens on each, sampled
     or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels.
+
+    With `sequence_parallel`, each rank has only its slice of the sequence between a layer's blocks: activations take
+    less memory. Nothing in the files depends on it, since norms are whole on every rank.
 
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
     `device` is `cpu`, `cuda` (each rank a GPU of its own: the default where there are GPUs) or `cuda:0` (all ranks on
@@ -72,13 +82,16 @@ def load(
     Raises:
         UsageError: the attention implementation is not there for this device, dtype or model.
         TopologyError: the folder was made for another number of ranks, or a rank did not answer in time.
+        BadInputError: sequence parallelism is not for this model.
         IntegrityError: a file is missing or its bytes are not those that were written.
         VersionError: made by a newer release, or for a model the installed transformers does not know.
     """
-    if mesh is not None and mesh.ndim != 1:
-        raise TopologyError(f"the mesh has {mesh.ndim} axes; give its tp axis alone", hint='mesh["tp"]')
     deadline = Deadline.after(timeout)
-    info = replace(this_rank(), rank=mesh.get_local_rank(), world_size=mesh.size()) if mesh else this_rank()
+    info = this_rank()
+    if mesh is None:
+        replicas = side_by_side(info, dp_size)
+    else:
+        info, replicas = on_mesh(mesh, info)
     phases = Phases()
     store = connect(info, deadline)
     if mesh is not None:  # other ranks may load on a mesh of their own at the same time
@@ -91,44 +104,58 @@ def load(
     try:
         where = pick_device(mesh.device_type if mesh else device, info.local_rank)
         found = locate_together(
-            str(place), revision=revision, rank=info.rank, world_size=info.world_size, store=store, deadline=deadline
+            str(place),
+            revision=revision,
+            first=info.rank == 0,
+            rank=replicas.rank,
+            world_size=replicas.size,
+            store=store,
+            deadline=deadline,
         )
         folder, manifest = found.folder, found.manifest
         _check_custom(manifest, strategies)
         check_attention(attn_implementation, where, manifest.dtype)
         seal = digest_of((folder / MANIFEST_NAME).read_bytes())
-        arriving = _begin(folder, manifest, info.rank, where, pool, digests=check_digests)
+        arriving = _begin(folder, manifest, replicas.rank, where, pool, digests=check_digests)
         phases.end("open")  # from here the file is read while the model is made
         family, config = model_class(folder)
         check_attention_of(family, attn_implementation)
         phases.end("import")
         model = on_meta(family, config, dtype=manifest.dtype, attn_implementation=attn_implementation)
+        points = split_points(model, manifest.hooks, strategies) if sequence_parallel else None
         phases.end("build")
         tensors = arriving()
         phases.end("read")
     except Exception as error:  # whatever it is, the others must hear of it before they wait in a collective
         failure = error
         if found and isinstance(error, IntegrityError):
-            found.damaged([rank_file_name(info.rank)])
+            found.damaged([rank_file_name(replicas.rank)])
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not keep a failure to itself
     deadline = agree(store, info, failure, deadline, what="loading", value=seal)
     phases.end("agree")
     try:
-        mesh = mesh or make_mesh(info, where, store, deadline, backend=backend_of(device, where, info.world_size))
+        backend = backend_of(device, where, info.world_size)
+        mesh = mesh or make_mesh(info, where, store, deadline, backend=backend, replicas=dp_size)
+        replicas = span(replicas, mesh)
+        mesh = mesh if mesh.ndim == 1 else mesh[TP]
         phases.end("mesh")
         fill(model, manifest, tensors, where)
         distribute(model, manifest, mesh, strategies)
         if manifest.world_size > 1:
             install_hooks(model, manifest.hooks, mesh, manifest.topology, strategies)
+        if points is not None:
+            split_sequence(model, points, tp_axis(mesh, manifest.topology))
         _finish(model, folder, mesh)
+        model._reshard_replicas = replicas
+        model.save_pretrained = MethodType(save_pretrained, model)  # its own would write this rank's tensors
         phases.end("wrap")
     except Exception as error:
         failure = error
     agree(store, info, failure, deadline, what="connecting")
     phases.end("ready")
     model.reshard_seconds = phases.seconds
-    model.reshard_bytes = manifest.rank_files[info.rank].size
+    model.reshard_bytes = manifest.rank_files[replicas.rank].size
     return model
 
 

@@ -41,19 +41,21 @@ class Located:
 
 
 def locate_together(
-    place: str, *, revision: str | None, rank: int, world_size: int, store: dist.Store, deadline: Deadline
+    place: str, *, revision: str | None, first: bool, rank: int, world_size: int, store: dist.Store, deadline: Deadline
 ) -> Located:
     """The resharded folder at `place`, or its folder `tpN` for so many ranks, with this rank's file.
 
+    `rank` and `world_size` are those of one replica of the model; `first` is one rank of all.
+
     Of a repo, each rank fetches its own file and the small ones, into a cache that the ranks of a machine share. Only
-    rank 0 asks which commit it is.
+    the first asks which commit it is.
 
     Raises:
         TopologyError: the folder was made for another number of ranks; says which there are.
-        ReshardError: what stopped rank 0, on every rank.
+        ReshardError: what stopped the first, on every rank.
     """
     key = f"reshard/place/{next(_calls)}"
-    if rank == 0:
+    if first:
         try:
             found = find_resharded(place, revision=revision, world_size=world_size)
         except Exception as error:

@@ -15,6 +15,7 @@ from reshard.errors import TopologyError, UsageError, printable
 
 from .agreement import Deadline, UnansweredError, first_line
 from .ranks import RankInfo
+from .replicas import TP
 
 __all__ = ["backend_of", "connect", "make_mesh", "pick_device", "shut_down"]
 
@@ -73,9 +74,9 @@ def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
 
 
 def make_mesh(
-    info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline, *, backend: str
+    info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline, *, backend: str, replicas: int = 1
 ) -> DeviceMesh:
-    """A one-dimensional mesh, axis `tp`, over all ranks, whose collectives are those of `backend`.
+    """A mesh over all ranks, axis `tp`, behind an axis `dp` where there are replicas; collectives are `backend`'s.
 
     Collectives have longer than the deadline, which is for the ranks to find each other.
 
@@ -100,14 +101,17 @@ def make_mesh(
                 timeout=deadline.left(),
                 **options,
             )
-        mesh = init_device_mesh(device.type, (info.world_size,), mesh_dim_names=("tp",))
+        size = info.world_size // replicas
+        axes = {"dp": replicas, TP: size} if replicas > 1 else {TP: size}
+        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     except RuntimeError as error:
         waited = deadline.seconds() <= 0
         raise (UnansweredError if waited else TopologyError)(f"cannot join the others: {first_line(error)}") from None
     if made:
         atexit.register(_leave)
         store.set_timeout(_COLLECTIVES)
-        dist.distributed_c10d._set_pg_timeout(_COLLECTIVES)
+        for group in {dist.group.WORLD, *mesh.get_all_groups()}:
+            dist.distributed_c10d._set_pg_timeout(_COLLECTIVES, group)
     return mesh
 
 

@@ -30,6 +30,19 @@ _OPTIONS = (
     click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2, flash_attention_3 …"),
     click.option("--report", is_flag=True, help="Say on stderr what the load took, on rank 0 and on the slowest rank."),
     click.option(
+        "--dp",
+        "dp_size",
+        type=click.IntRange(min=1),
+        default=1,
+        metavar="K",
+        help="Replicas of the model, each of ranks in a row: start K times as many processes as OUT has ranks.",
+    ),
+    click.option(
+        "--sequence-parallel",
+        is_flag=True,
+        help="Between a layer's blocks, each rank holds its slice of the sequence only: less memory for activations.",
+    ),
+    click.option(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         default=1800,

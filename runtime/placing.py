@@ -72,6 +72,7 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
         module._parameters[own] = public[target.name]
         module.__dict__[own] = local
     model._reshard_targets = targets
+    model._reshard_manifest = manifest
     _share_heads(model, manifest)
 
 

@@ -14,7 +14,7 @@ from reshard.targets import Target
 
 from .placing import owners
 
-__all__ = ["full_tensor"]
+__all__ = ["full_tensor", "whole_of"]
 
 
 def full_tensor(model: Any, name: str) -> torch.Tensor:
@@ -24,7 +24,11 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
     """
     target: Target = model._reshard_targets[name]
     module, own = owners(model)(name)
-    tensor = module._parameters.get(own, module._buffers.get(own))
+    return whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
+
+
+def whole_of(tensor: Any, target: Target, model: Any) -> torch.Tensor:
+    """The same of a parameter or buffer that is at hand."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if isinstance(target.placement, Replicate):

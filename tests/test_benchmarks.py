@@ -10,6 +10,7 @@ import bench_forward
 import bench_hub
 import bench_load
 import bench_overhead
+import bench_sequence
 import pytest
 from big_checkpoints import LLAMA_1B
 from click import Command
@@ -38,6 +39,7 @@ def run(command: Command, *arguments: str) -> str:
             ["reshard tp 1", "reshard tp 2", "transformers tp 2"],
         ),
         (bench_overhead, ["--repeat", "1"], ["unsharded", "reshard", "transformers"]),
+        (bench_sequence, ["--repeat", "1", "--length", "32"], ["whole", "split"]),
         (
             bench_device,
             ["--repeat", "1", "--layers", "2", "--device", "cpu"],

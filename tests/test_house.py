@@ -31,7 +31,7 @@ TORCH_FREE = [
 RUNTIME_MAY_IMPORT = {
     "layout",
     *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "places"),
-    *("process", "rank_file", "reference", "source", "strategies", "targets", "topology", "verification"),
+    *("process", "rank_file", "reference", "regions", "source", "strategies", "targets", "topology", "verification"),
     "launch",  # the benchmark starts itself on the ranks of each folder
 }
 

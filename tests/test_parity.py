@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ import pico
 import pytest
 import torch
 import transformers
+from torchrun_tools import WORKERS, torchrun
 
 import reshard
 
-WORKERS = Path(__file__).parent / "workers"
 IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7)).tolist()
 NEW_TOKENS = 6
 # Sizes that split vocabulary, intermediate size and experts unevenly, and the four ways weights are tied.
@@ -34,14 +31,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-uneven": ("mixtral", {"intermediate_size": 22}),
 }
 WORLD_SIZES = (1, 2, 4)
-
-
-def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 def experts(name: str) -> dict[str, str]:

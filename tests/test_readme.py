@@ -72,7 +72,7 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
     for text in generated.values():
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
     checked = [text for command, text in said.items() if "runtime check" in command]
-    assert len(checked) == 4
+    assert len(checked) == 5
     assert all("tokens equal" in text for text in checked)
     assert next(text for command, text in said.items() if "--per-layer" in command).endswith("no module differs\n")
     one_command, on_ranks = (text for command, text in said.items() if "runtime bench" in command)

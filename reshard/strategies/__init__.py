@@ -31,7 +31,7 @@ from .experts import (
     MoeIdentityParallel,
 )
 from .linear import ColwiseParallel, PackedColwiseParallel, PackedRowwiseParallel, RowwiseParallel
-from .sequence import SequenceParallel
+from .sequence import SequenceParallel, SplitSequence, follow
 
 __all__ = [
     "ALL_PARALLEL_STYLES",
@@ -51,8 +51,10 @@ __all__ = [
     "ParallelInterface",
     "RowwiseParallel",
     "SequenceParallel",
+    "SplitSequence",
     "TensorParallelLayer",
     "as_dtensor",
+    "follow",
     "get_packed_weights",
     "get_tensor_shard",
     "load_strategies",

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -112,10 +113,16 @@ def as_dtensor(local: torch.Tensor, placement: Placement, mesh: DeviceMesh, shap
 
 
 def rows_of(mesh: DeviceMesh, row: int) -> DeviceMesh:
-    """The mesh as two axes, `rows` and `row`: that many ranks in each row. Made once, by a collective."""
+    """The mesh as two axes, `rows` and `row`: that many ranks in each row. Made once, by a collective of its ranks."""
     views: dict[int, DeviceMesh] = mesh.__dict__.setdefault("_reshard_views", {})
     if row not in views:
-        views[row] = DeviceMesh(mesh.device_type, mesh.mesh.view(-1, row), mesh_dim_names=("rows", "row"))
+        ranks = mesh.mesh.view(-1, row)
+        place, column = divmod(mesh.get_local_rank(), row)
+        # Other ranks may be on a mesh of their own, with views at other times: each makes only the groups it is in.
+        groups = [
+            dist.new_group(own.tolist(), use_local_synchronization=True) for own in (ranks[:, column], ranks[place])
+        ]
+        views[row] = DeviceMesh.from_group(groups, mesh.device_type, mesh=ranks, mesh_dim_names=("rows", "row"))
     return views[row]
 
 

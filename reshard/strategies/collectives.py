@@ -8,10 +8,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import shard_bounds
 
-__all__ = ["all_gather", "all_reduce", "largest_only", "split"]
+__all__ = ["all_gather", "all_reduce", "largest_only", "reduce_scatter", "split"]
 
-# torch 2.13 renamed it, and warns of the old name.
+# torch 2.13 renamed them, and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 # Bytes, over all ranks. A reduction on gloo goes round the ranks twice, and each step wakes a thread; gathering goes
@@ -44,6 +45,28 @@ def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.
     joined = x.new_empty((world_size, *x.shape))
     _all_gather(joined.view(-1), x.reshape(-1), group=mesh.get_group())
     return joined.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)
+
+
+def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+    """Sum over the ranks, each of which gets its slice of `dim`: what `split` takes of `all_reduce`."""
+    world_size = mesh.size()
+    if world_size == 1:
+        return x
+    dim %= x.ndim
+    size = x.shape[dim]
+    chunk = -(-size // world_size)
+    if chunk * world_size > size:
+        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, chunk * world_size - size))
+    parts = x.unflatten(dim, (world_size, chunk)).movedim(dim, 0).contiguous()
+    if x.device.type == "cpu":  # gloo reduces all and then cuts, in twice the time
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received.view(-1), parts.view(-1), group=mesh.get_group())
+        total = torch.sum(received, 0, dtype=x.dtype)
+    else:
+        total = torch.empty_like(parts[0])
+        _reduce_scatter(total.view(-1), parts.view(-1), group=mesh.get_group())
+    start, stop = shard_bounds(size, rank=mesh.get_local_rank(), world_size=world_size)
+    return total.narrow(dim, 0, stop - start)
 
 
 def largest_only(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:

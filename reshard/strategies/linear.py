@@ -13,6 +13,7 @@ from .. import placement as plan
 from ..placement import PackedShard, Placement, block_sizes
 from .base import LocalLayer
 from .collectives import all_gather, all_reduce, largest_only, split
+from .sequence import split_sequence_of
 
 __all__ = ["ONLY_ARGMAX", "ColwiseParallel", "PackedColwiseParallel", "PackedRowwiseParallel", "RowwiseParallel"]
 
@@ -53,7 +54,7 @@ class RowwiseParallel(LocalLayer):
     """Input features are split: weight `Shard(-1)`; each rank's product is a partial sum, reduced after the forward.
 
     The bias is whole on every rank and added once, after the reduction. With `input_layouts=Replicate()` the input is
-    whole and each rank takes its slice.
+    whole and each rank takes its slice. Where the model's hidden states are split along the sequence, so is the sum.
     """
 
     input_layouts = (_LAST,)
@@ -74,7 +75,8 @@ class RowwiseParallel(LocalLayer):
     def _prepare_output_fn(
         output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
     ) -> Any:
-        outputs = all_reduce(outputs, device_mesh)
+        sequence = split_sequence_of(mod)
+        outputs = all_reduce(outputs, device_mesh) if sequence is None else sequence.reduced(outputs)
         bias = mod.__dict__.get("_hidden_bias")
         return outputs if bias is None else outputs + bias
 

@@ -1,32 +1,110 @@
-"""Modules that work on each token by itself (norms, dropout), each rank on its own tokens."""
+"""Each rank on its own tokens: modules that work on a token by itself, and hidden states split along the sequence."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..errors import BadInputError
+from ..placement import shard_bounds
 from .base import LocalLayer
-from .collectives import all_gather, split
+from .collectives import all_gather, reduce_scatter, split
 
-__all__ = ["SequenceParallel"]
+__all__ = ["SequenceParallel", "SplitSequence", "follow", "split_sequence_of"]
 
-_SEQUENCE_DIM = 1  # of activations [batch, sequence, hidden]
+_DIM = 1  # the sequence's, of activations [batch, sequence, hidden]
+_FOLLOWED = "_split_sequence"  # the attribute of a module that gives or takes slices while the sequence is split
+
+
+class SplitSequence:
+    """A model's hidden states between its blocks: while `length` is set, each rank has its slice of so many tokens.
+
+    Slices are those of torch.chunk: later ranks may hold less, or nothing. What is given out is contiguous: models use
+    `view`, and a slice must not keep the whole in memory.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self.length: int | None = None
+
+    def __deepcopy__(self, _memo: Any) -> SplitSequence:
+        """The hooks of a copied model are those of the first: they go by this one."""
+        return self
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of whole hidden states. Fewer tokens than ranks are not split: each rank has them all."""
+        if x.ndim != 3 or x.shape[_DIM] < self._mesh.size():
+            return x
+        self.length = x.shape[_DIM]
+        return split(x, _DIM, self._mesh).contiguous()
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' slices, joined."""
+        assert self.length is not None
+        return all_gather(self.checked(x), _DIM, self.length, self._mesh).contiguous()
+
+    def end(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' slices, joined, and split no longer."""
+        whole = self.whole(x)
+        self.length = None
+        return whole
+
+    def reduced(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of the sum of whole, partial hidden states."""
+        return reduce_scatter(self._checked(x, self.length), _DIM, self._mesh).contiguous()
+
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of whole hidden states, which all ranks have."""
+        return split(self._checked(x, self.length), _DIM, self._mesh).contiguous()
+
+    def checked(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, which is this rank's slice. Raises BadInputError where it is not."""
+        assert self.length is not None
+        start, stop = shard_bounds(self.length, rank=self._mesh.get_local_rank(), world_size=self._mesh.size())
+        return self._checked(x, stop - start)
+
+    def _checked(self, x: torch.Tensor, tokens: int | None) -> torch.Tensor:
+        if x.ndim != 3 or x.shape[_DIM] != tokens:
+            raise BadInputError(
+                f"hidden states of shape {list(x.shape)}, where {tokens} of {self.length} tokens were expected",
+                hint="the model mixes whole and split sequences: load it without sequence parallelism",
+            )
+        return x
+
+
+def follow(module: nn.Module, sequence: SplitSequence) -> None:
+    """Let a module's style know when the hidden states around it are split."""
+    module.__dict__[_FOLLOWED] = sequence
+
+
+def split_sequence_of(module: nn.Module) -> SplitSequence | None:
+    """What the module follows, where that is split now."""
+    sequence = module.__dict__.get(_FOLLOWED)
+    return sequence if sequence is not None and sequence.length is not None else None
 
 
 class SequenceParallel(LocalLayer):
-    """Parameters are whole; each rank runs its slice of the sequence, and the slices are gathered."""
+    """Parameters are whole; each rank runs its slice of the sequence, and the slices are gathered.
+
+    Where the hidden states are split already, the module runs on its slice, and gives one.
+    """
 
     @staticmethod
     def _prepare_input_fn(
         input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
     ) -> tuple:
-        mod._sequence_length = inputs[0].shape[_SEQUENCE_DIM]
-        return (split(inputs[0], _SEQUENCE_DIM, device_mesh), *inputs[1:])
+        if split_sequence_of(mod) is not None:
+            return inputs
+        mod._sequence_length = inputs[0].shape[_DIM]
+        return (split(inputs[0], _DIM, device_mesh), *inputs[1:])
 
     @staticmethod
     def _prepare_output_fn(
         output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
     ) -> Any:
-        return all_gather(outputs, _SEQUENCE_DIM, mod._sequence_length, device_mesh)
+        if split_sequence_of(mod) is not None:
+            return outputs
+        return all_gather(outputs, _DIM, mod._sequence_length, device_mesh)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reshard.placement import Nested, PackedShard, Placement, Replicate, Shard
 from reshard.strategies import PackedColwiseParallel, RowwiseParallel, as_dtensor, rows_of, take, torch_placement
-from reshard.strategies.collectives import all_gather, all_reduce, largest_only, split
+from reshard.strategies.collectives import all_gather, all_reduce, largest_only, reduce_scatter, split
 
 CASES = 150
 
@@ -121,6 +121,11 @@ def compare_collectives(mesh: DeviceMesh) -> None:
         assert largest.shape == whole.shape
         assert torch.equal(largest.argmax(-1), whole.argmax(-1))
         assert largest.sum() == 6
+        brought = [torch.randn(2, size, 3, generator=torch.Generator().manual_seed(r)) for r in range(world_size)]
+        for dim, total in ((1, sum(brought)), (-2, sum(brought))):
+            part = reduce_scatter(brought[rank], dim, mesh)
+            assert part.shape == split(total, dim, mesh).shape
+            torch.testing.assert_close(part, split(total, dim, mesh), rtol=1e-6, atol=1e-6)
 
 
 def main() -> None:

@@ -1,0 +1,100 @@
+"""The checkpoint's own tensors, from the parameters of the model that they went into: regions read the other way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from reshard.dtypes import torch_name
+from reshard.errors import IntegrityError, printable
+from reshard.header import TensorInfo, parse_header
+from reshard.manifest import Manifest
+from reshard.regions import Region
+from reshard.targets import LocalTensor, Target
+
+__all__ = ["Origin", "origins"]
+
+Parts = tuple[tuple[str, Region], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Parameters of the model, and the source tensors whose elements went into these and into no others.
+
+    `parts` are, for each of `sources` by name, the parameters that hold its elements, and where. Of source tensors that
+    were found equal one was taken; its parts are those of all.
+    """
+
+    targets: tuple[Target, ...]
+    sources: tuple[LocalTensor, ...]
+    parts: dict[str, Parts]
+
+    def source(self, made: LocalTensor, wholes: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A source tensor, from the whole parameters."""
+        source = torch.empty(made.shape, dtype=getattr(torch, made.dtype))
+        for name, region in self.parts[made.name]:
+            box = tuple(slice(start, start + size) for start, size in zip(region.target_start, region.extent))
+            source.view(-1).as_strided(region.extent, region.strides, region.offset).copy_(wholes[name][box])
+        return source
+
+
+def origins(manifest: Manifest) -> list[Origin]:
+    """Of the whole model, in its order. A source tensor has its own dtype, unless it was cast.
+
+    Raises IntegrityError where not every element of a source tensor is in the model.
+    """
+    sources = {info.name: info for info in _sources(manifest)}
+    parts: dict[str, list[tuple[str, Region]]] = defaultdict(list)
+    dtypes: dict[str, set[str]] = defaultdict(set)
+    for target in manifest.parameters:
+        for region in target.regions:
+            parts[region.source].append((target.name, _unrepeated(region)))
+            dtypes[region.source].add(target.dtype)
+    equal: dict[str, list[str]] = defaultdict(list)
+    for name in sources:
+        equal[manifest.duplicates.get(name, name)].append(name)
+    found = []
+    for targets in _connected(manifest.parameters):
+        made: dict[str, LocalTensor] = {}
+        for name in dict.fromkeys(region.source for target in targets for region in target.regions):
+            _check_covered(sources[name], parts[name])
+            own = torch_name(sources[name].dtype, tensor=name)
+            dtype = own if own in dtypes[name] else min(dtypes[name])
+            made |= {one: LocalTensor(one, sources[one].shape, dtype, (), ()) for one in equal[name]}
+        owned = {one: tuple(parts[manifest.duplicates.get(one, one)]) for one in made}
+        found.append(Origin(targets, tuple(made.values()), owned))
+    return found
+
+
+def _sources(manifest: Manifest) -> Iterator[TensorInfo]:
+    for file in manifest.source_files:
+        text = file["header"].encode(errors="surrogatepass")
+        yield from parse_header(text, file=file["file"], file_size=file["size"]).tensors
+
+
+def _connected(parameters: Iterable[Target]) -> list[tuple[Target, ...]]:
+    """Parameters in groups, so that no source tensor has elements in two of them: mostly each by itself."""
+    groups: dict[int, list[Target]] = {}
+    group_of: dict[str, int] = {}
+    for number, target in enumerate(parameters):
+        names = {region.source for region in target.regions}
+        groups[number] = [target]
+        for other in sorted({group_of[name] for name in names if name in group_of}):
+            names |= {region.source for one in groups[other] for region in one.regions}
+            groups[number] = [*groups.pop(other), *groups[number]]
+        group_of |= dict.fromkeys(names, number)
+    return [tuple(group) for group in groups.values()]
+
+
+def _unrepeated(region: Region) -> Region:
+    """The first of the times that it repeats its elements."""
+    return replace(region, extent=tuple(1 if s == 0 else e for e, s in zip(region.extent, region.strides)))
+
+
+def _check_covered(info: TensorInfo, parts: Iterable[tuple[str, Region]]) -> None:
+    boxes = {(region.offset, region.strides, region.extent): region.size for _, region in parts}
+    if sum(boxes.values()) < torch.Size(info.shape).numel():
+        raise IntegrityError(f"{printable(info.name)}: not every element of it is in the model")

@@ -1,0 +1,115 @@
+"""Copies of a model side by side: which one this rank belongs to, and how they share work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from reshard.errors import TopologyError
+
+from .ranks import RankInfo
+
+__all__ = ["TP", "Replicas", "gather", "on_mesh", "replicas_of", "share", "side_by_side", "span"]
+
+T = TypeVar("T")
+TP = "tp"  # the axis of a mesh that a model is cut over
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """This rank's replica, the `index`-th of `count`, in which it is the `rank`-th of `size`.
+
+    `group` is all ranks of all replicas, once they are connected.
+    """
+
+    index: int
+    count: int
+    rank: int
+    size: int
+    group: Any = None
+
+    def __deepcopy__(self, _memo: Any) -> Replicas:
+        """A copy of a model is on the same ranks, and a group cannot be copied."""
+        return self
+
+
+def side_by_side(info: RankInfo, count: int) -> Replicas:
+    """`count` replicas over all ranks, of ranks in a row. Raises TopologyError where they do not divide."""
+    if count < 1 or info.world_size % count:
+        raise TopologyError(
+            f"{info.world_size} ranks do not make {count} replicas of equal size",
+            hint="use torchrun --nproc-per-node K*N for K replicas of N ranks",
+        )
+    size = info.world_size // count
+    index, rank = divmod(info.rank, size)
+    return Replicas(index, count, rank, size)
+
+
+def on_mesh(mesh: DeviceMesh, info: RankInfo) -> tuple[RankInfo, Replicas]:
+    """This rank's place on a mesh of the user's, and its replica: one is cut over `tp`, every other axis repeats it.
+
+    A mesh of one axis is cut over that, whatever it is called. Raises TopologyError where several have no `tp`.
+    """
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim > 1 and TP not in names:
+        raise TopologyError(
+            f"the mesh has no axis {TP!r}: its axes are {', '.join(names) or 'without names'}",
+            hint=f'name the axis to cut over: init_device_mesh(…, mesh_dim_names=("dp", "{TP}"))',
+        )
+    place = mesh.get_coordinate()
+    if place is None:
+        raise TopologyError(f"rank {info.rank} is not on the mesh that it loads on")
+    axis = names.index(TP) if mesh.ndim > 1 else 0
+    index = at = 0
+    for number, (where, size) in enumerate(zip(place, mesh.shape)):
+        at = at * size + where
+        index = index if number == axis else index * size + where
+    size = mesh.size(axis)
+    return replace(info, rank=at, world_size=mesh.size()), Replicas(index, mesh.size() // size, place[axis], size)
+
+
+def span(replicas: Replicas, mesh: DeviceMesh) -> Replicas:
+    """The replicas on a mesh, with the group of all its ranks. A collective among them."""
+    if mesh.size() == dist.get_world_size():
+        group = dist.group.WORLD
+    elif mesh.ndim == 1:
+        group = mesh.get_group()
+    else:  # of ranks that are not on the mesh nothing is asked
+        group = dist.new_group(sorted(mesh.mesh.flatten().tolist()), use_local_synchronization=True)
+    return replace(replicas, group=group)
+
+
+def replicas_of(model: Any) -> Replicas:
+    """Those that a loaded model is one of."""
+    return model._reshard_replicas
+
+
+def share(model: Any, items: Sequence[T]) -> list[T]:
+    """Those of `items` that are this replica's work: each takes as many as the others, or one less. May be none."""
+    replicas = replicas_of(model)
+    return list(items[replicas.index :: replicas.count])
+
+
+def gather(model: Any, found: Sequence[T]) -> list[T] | None:
+    """What became of the items, in their order: `found` is this replica's share, one for each of its items.
+
+    A collective: call it on every rank of every replica. The first rank gets them, the others None.
+    """
+    replicas = replicas_of(model)
+    brought = (replicas.index, list(found)) if replicas.rank == 0 else None
+    if replicas.count == 1:
+        return list(found) if dist.get_rank(replicas.group) == 0 else None
+    first = dist.get_rank(replicas.group) == 0
+    everyone: list[Any] | None = [None] * dist.get_world_size(replicas.group) if first else None
+    dist.gather_object(brought, everyone, dst=dist.get_global_rank(replicas.group, 0), group=replicas.group)
+    if everyone is None:
+        return None
+    shares = dict(one for one in everyone if one is not None)
+    joined: list[Any] = [None] * sum(map(len, shares.values()))
+    for index, items in shares.items():
+        joined[index :: replicas.count] = items
+    return joined

@@ -1,0 +1,162 @@
+"""A loaded model as a standard checkpoint again: the source's tensors, put together one by one from all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
+from reshard.layout import Slot, file_layout
+from reshard.targets import LocalTensor
+
+from .agreement import spoken, words_of
+from .original import Origin, origins
+from .placing import owners
+from .replicas import replicas_of
+from .whole import whole_of
+
+__all__ = ["save_pretrained"]
+
+_INDEX = "model.safetensors.index.json"
+_PART = ".part"  # ending of a file that is not whole
+
+
+def save_pretrained(
+    model: Any, save_directory: str | Path, *, max_shard_size: int | str = "50GB", **others: Any
+) -> None:
+    """Write a loaded model into a folder as `from_pretrained` opens it: `model.save_pretrained(DIR)` is this.
+
+    The tensors are those of the checkpoint that it was resharded from that the model uses: their names, and their dtype
+    unless they were cast. So a model as it was loaded gives the same bytes. Call it on every rank: the ranks of one
+    replica put each parameter together in turn, and its first rank, which alone writes, has one of them in memory, and
+    one tensor that is made of it. Weights appear when all are written; a failure is raised on all ranks.
+
+    Raises:
+        UsageError: another argument of transformers' own, which is not for a model on several ranks.
+        DestinationExistsError: the folder holds weights already.
+        StorageError: the disk said no.
+    """
+    if others:
+        raise UsageError(
+            f"save_pretrained of a resharded model does not take {printable(', '.join(sorted(others)))}",
+            hint="save it, and open what was saved with from_pretrained in one process",
+        )
+    plan = origins(model._reshard_manifest)
+    group = replicas_of(model).group
+    writes, first = dist.get_rank(group) == 0, dist.get_global_rank(group, 0)
+    with _Writer(Path(save_directory)) as writer:
+        tensors = [tensor for origin in plan for tensor in origin.sources]
+        _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if writes else None)
+        failure = None
+        if first in model._device_mesh.mesh.tolist():  # this replica's parameters are those that are written
+            owner = owners(model)
+            for origin in plan:  # to its end, whatever happens to the files: the other ranks wait for this one
+                wholes = {}
+                for target in origin.targets:
+                    module, own = owner(target.name)
+                    wholes[target.name] = whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
+                if writes and failure is None:
+                    failure = _failure(writer.write, origin, wholes)
+        if writes and failure is None:
+            failure = _failure(writer.finish, model)
+        _raise_together(model, failure)
+
+
+class _Writer:
+    """The files of the folder, on the rank that writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, int] = {}  # their descriptors, by the names they are to have
+        self._slots: dict[str, Slot] = {}
+        self._file_of: dict[str, str] = {}  # by the name of a tensor
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, fd in self._files.items():
+            os.close(fd)
+            self._part(name).unlink(missing_ok=True)
+
+    def _part(self, name: str) -> Path:
+        return self._folder / f"{name}{_PART}"
+
+    def begin(self, tensors: list[LocalTensor], max_shard_size: int | str) -> None:
+        """Open the files, and write their headers."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        there = sorted([*self._folder.glob("*.safetensors"), *self._folder.glob(_INDEX)])
+        if there:
+            raise DestinationExistsError(f"{printable(there[0])} is there already", hint="choose another folder")
+        by_name = {tensor.name: tensor for tensor in tensors}
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        self._file_of = split.tensor_to_filename
+        for name, names in split.filename_to_tensors.items():
+            layout = file_layout(name, [by_name[one] for one in names])
+            self._files[name] = os.open(self._part(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            _write(self._files[name], layout.head, 0)
+            self._slots |= {slot.tensor.name: slot for slot in layout.slots}
+
+    def write(self, origin: Origin, wholes: Mapping[str, torch.Tensor]) -> None:
+        """The source tensors that went into these parameters."""
+        here = {name: whole.cpu() for name, whole in wholes.items()}
+        for made in origin.sources:
+            data = origin.source(made, here).view(-1).view(torch.uint8).numpy()
+            _write(self._files[self._file_of[made.name]], data, self._slots[made.name].offset)
+
+    def finish(self, model: Any) -> None:
+        """The configuration, the files in their places, and last the index."""
+        model.config.dtype = model._reshard_manifest.dtype
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(self._folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(self._folder)
+        for name, fd in self._files.items():
+            os.fsync(fd)
+            os.replace(self._part(name), self._folder / name)
+        if len(self._files) > 1:
+            total = sum(slot.tensor.nbytes for slot in self._slots.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+            (self._folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write(fd: int, data: Any, offset: int) -> None:
+    left = memoryview(data)
+    while left:
+        size = os.pwrite(fd, left, offset)
+        left, offset = left[size:], offset + size
+
+
+def _failure(step: Callable[..., object], *arguments: Any) -> Exception | None:
+    """What a step raises, in our words where the disk is the reason."""
+    try:
+        step(*arguments)
+    except OSError as error:
+        return StorageError(f"{printable(error.filename or 'save_pretrained')}: {error.strerror}")
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_together(model: Any, failure: Exception | None) -> None:
+    """Raise on every rank what the first, which writes, has met."""
+    group = replicas_of(model).group
+    first, device = dist.get_global_rank(group, 0), model._device_mesh.device_type
+    told: list[Any] = [failure and words_of(failure)]
+    dist.broadcast_object_list(told, src=first, group=group, device=device)
+    if failure is not None:
+        raise failure
+    if told[0] is not None:
+        raise spoken(told[0], f"rank {first}: ")

@@ -1,0 +1,73 @@
+"""Run under torchrun: redistribute every parameter of every folder of a list and back, and save the models.
+
+    round_trips.py JOBS.json OUT
+
+JOBS is a list of {"name", "folder", "source", "saved"}; the model is saved into "saved". Rank R writes OUT.R: for each
+name the kinds of placements that were met, and how calls that must fail did. What is another tensor than that of the
+model in one process, which "source" is, is an assertion.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import AutoModelForCausalLM
+
+import runtime
+from reshard.errors import ReshardError
+
+
+def there_and_back(tensor: DTensor, whole: torch.Tensor) -> None:
+    """To every other plain placement, and from it to where it was."""
+    assert torch.equal(tensor.full_tensor(), whole)
+    axes = tensor.device_mesh.ndim
+    for one in (Replicate(), *(Shard(dim) for dim in range(tensor.ndim))):
+        other = tensor.redistribute(placements=[one, *[Replicate()] * (axes - 1)])
+        assert torch.equal(other.full_tensor(), whole), (tensor.placements, one)
+        strided = [placement for placement in tensor.placements if isinstance(placement, _StridedShard)]
+        if axes == 2 and strided and one == Shard(strided[0].dim):  # which torch 2.13 gets wrong on the way back
+            other = other.redistribute(placements=[Replicate()] * axes)
+        back = other.redistribute(placements=tensor.placements)
+        assert torch.equal(back.to_local(), tensor.to_local()), (tensor.placements, one)
+
+
+def refused(call: Any, *arguments: Any, **options: Any) -> str:
+    try:
+        call(*arguments, **options)
+    except ReshardError as error:
+        return f"{type(error).__name__} {error.message}"
+    return "nothing"
+
+
+def trip(job: dict[str, str]) -> dict[str, Any]:
+    model = runtime.load(job["folder"])
+    expected = AutoModelForCausalLM.from_pretrained(job["source"]).state_dict()
+    kinds = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert torch.equal(runtime.full_tensor(model, name), expected[name]), name
+        if isinstance(parameter, DTensor):
+            if ".layers.1." not in name:  # as in the layer before it
+                there_and_back(parameter, expected[name])
+            kinds.add(" ".join(type(placement).__name__ for placement in parameter.placements))
+        else:
+            kinds.add("local")
+    model.save_pretrained(job["saved"], max_shard_size=50_000)
+    failures = {"again": refused(model.save_pretrained, job["saved"])}
+    failures["argument"] = refused(model.save_pretrained, f"{job['saved']}-2", state_dict={})
+    failures["full disk"] = refused(model.save_pretrained, "/proc/nowhere")
+    return {"kinds": sorted(kinds), **failures}
+
+
+def main(jobs: str, out: str) -> None:
+    torch.save({job["name"]: trip(job) for job in json.loads(Path(jobs).read_text())}, f"{out}.{dist.get_rank()}")
+    dist.barrier()
+
+
+main(*sys.argv[1:])
+os._exit(0)  # gloo's threads can abort the interpreter while it shuts down, when all is done
