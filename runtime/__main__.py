@@ -18,11 +18,11 @@ from reshard.errors import ReshardError
 from reshard.failures import report_failure, wants_traceback
 
 from .agreement import Deadline
-from .bench_command import bench
-from .command_generate import generate
-from .commands import check
+from .commands.bench import bench
+from .commands.check import check
+from .commands.generate import generate
+from .commands.options import is_first
 from .mesh import connect, shut_down
-from .options import is_first
 from .ranks import this_rank
 
 _TO_SPEAK = 1.0  # seconds to reach the store, which says who does

@@ -18,7 +18,7 @@ from .agreement import Deadline, from_first
 from .mesh import connect
 from .ranks import this_rank
 
-__all__ = ["Prompt", "as_batch", "chat_turns", "in_chat", "load_tokenizer", "plain", "read_prompts"]
+__all__ = ["Prompt", "as_batch", "chat_turns", "in_chat", "load_tokenizer", "of_first_rank", "plain", "read_prompts"]
 
 STDIN = "-"
 
@@ -104,7 +104,7 @@ def read_prompts(file: str, timeout: float) -> list[str]:
             raise BadInputError(f"{printable(file)}: holds no prompts", hint="one prompt a line")
         return found
 
-    return _from_first(read, timeout)
+    return of_first_rank(read, timeout)
 
 
 def chat_turns(timeout: float) -> Iterator[str]:
@@ -116,11 +116,12 @@ def chat_turns(timeout: float) -> Iterator[str]:
                 return line.strip()
         return None
 
-    while (turn := _from_first(read, timeout)) is not None:
+    while (turn := of_first_rank(read, timeout)) is not None:
         yield turn
 
 
-def _from_first(read: Callable[[], Any], timeout: float) -> Any:
+def of_first_rank(read: Callable[[], Any], timeout: float) -> Any:
+    """What `read` gives on rank 0, on every rank: something that JSON can hold. `timeout` is in seconds, as above."""
     info = this_rank()
     return from_first(connect(info, Deadline.after(timeout)), info, read)
 

@@ -15,8 +15,8 @@ import click
 from bench_common import convert, warm
 from big_checkpoints import LLAMA_1B, write
 
-from runtime.bench_command import Batches, chart
 from runtime.bench_runs import Job, run_jobs, summary
+from runtime.commands.bench import Batches, chart
 
 
 @click.command()

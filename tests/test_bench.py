@@ -17,9 +17,9 @@ from cli_tools import flip
 import reshard
 from reshard.errors import UsageError
 from runtime.bench import Measured, Point
-from runtime.bench_command import chart
 from runtime.bench_runs import Failed, in_turn, report_of, summary
 from runtime.chart import check_chart, draw
+from runtime.commands.bench import chart
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="charts need the extra [bench]"
@@ -192,7 +192,7 @@ def test_rounds_run_every_contender_in_turn() -> None:
 def test_the_lines_of_the_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of([[measured(1, 8.0)], [measured(2, 4.0)], [measured(4, 2.0)]])
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr("runtime.bench_command.draw", lambda path, *words, **ticks: drawn.update(words=words, **ticks))
+    monkeypatch.setattr("runtime.commands.bench.draw", lambda path, *words, **ticks: drawn.update(words=words, **ticks))
     chart(report, str(tmp_path / "chart.png"))
     title, x, y, lines = drawn["words"]
     assert (x, y) == ("batch size", "speed-up over one rank")

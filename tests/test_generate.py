@@ -29,7 +29,7 @@ import reshard
 from reshard.cli import cli as offline
 from reshard.errors import BadInputError, ReshardError, TopologyError, UsageError
 from runtime.agreement import Deadline, from_first
-from runtime.command_generate import generate
+from runtime.commands.generate import generate
 from runtime.kernels import check_attention, compiler_errors
 from runtime.mesh import connect
 from runtime.phases import load_report

@@ -11,13 +11,13 @@ import click
 from reshard.errors import UsageError
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
-from .kernels import SDPA_KERNELS, check_sdpa
-from .loading import load
-from .mesh import pick_device
-from .phases import load_report
-from .ranks import this_rank
+from ..kernels import SDPA_KERNELS, check_sdpa
+from ..loading import load
+from ..mesh import pick_device
+from ..phases import load_report
+from ..ranks import this_rank
 
-__all__ = ["format_option", "is_first", "load_model", "model_options", "say", "sdpa_option"]
+__all__ = ["format_option", "is_first", "load_model", "model_options", "replicas_option", "say", "sdpa_option"]
 
 _OPTIONS = (
     click.option("--revision", help="Branch, tag or commit where OUT is a Hub id."),
@@ -29,14 +29,6 @@ _OPTIONS = (
     click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file."),
     click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2, flash_attention_3 …"),
     click.option("--report", is_flag=True, help="Say on stderr what the load took, on rank 0 and on the slowest rank."),
-    click.option(
-        "--dp",
-        "dp_size",
-        type=click.IntRange(min=1),
-        default=1,
-        metavar="K",
-        help="Replicas of the model, each of ranks in a row: start K times as many processes as OUT has ranks.",
-    ),
     click.option(
         "--sequence-parallel",
         is_flag=True,
@@ -68,6 +60,12 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def replicas_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--dp`, as the argument `dp_size` of `load_model`."""
+    help = "Replicas of the model, each of ranks in a row: start K times as many processes as OUT has ranks."
+    return click.option("--dp", "dp_size", type=click.IntRange(min=1), default=1, metavar="K", help=help)(command)
 
 
 def sdpa_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,10 +12,11 @@ import torch
 
 from reshard.errors import UsageError
 
-from .generate import Decoding, Generated, generate_texts
-from .kernels import sdpa
-from .options import format_option, is_first, load_model, model_options, say, sdpa_option
-from .prompts import Prompt, chat_turns, in_chat, load_tokenizer, plain, read_prompts
+from ..generate import Decoding, Generated, generate_texts
+from ..kernels import sdpa
+from ..prompts import Prompt, chat_turns, in_chat, load_tokenizer, of_first_rank, plain, read_prompts
+from ..replicas import gather, replicas_of, share
+from .options import format_option, is_first, load_model, model_options, replicas_option, say, sdpa_option
 
 __all__ = ["generate"]
 
@@ -39,6 +40,7 @@ _Continue = Callable[[Sequence[Prompt]], list[Generated]]
 @click.option("--cache", type=click.Choice(["dynamic", "static"]), help="KV cache.  [default: dynamic]")
 @click.option("--compile", "compiled", type=_MODES, help="Compile decoding steps, with a static cache.")
 @sdpa_option
+@replicas_option
 @model_options
 @format_option
 def generate(
@@ -67,15 +69,19 @@ def generate(
     """
     how = Decoding(**{name: options.pop(name) for name in Decoding.__slots__})
     _refuse_contradictions(how, chat or prompts or file, seed)
+    if chat and not (prompts or file) and options["dp_size"] > 1:
+        raise UsageError("a chat is one replica's", hint="leave out --dp")
     if file is not None:
         prompts = (*prompts, *read_prompts(file, options["timeout"]))
+    if how.temperature > 0 and seed is None:
+        seed = of_first_rank(lambda: secrets.randbits(32), options["timeout"])
     model = load_model(out, kernel=kernel, **options)
     tokenizer = load_tokenizer(model.name_or_path, chat=chat)
     if how.compiled == "reduce-overhead" and model.device.type == "cpu":
         say("Note: reduce-overhead captures CUDA graphs, which a CPU has not; compiled as by default", err=True)
-    if how.temperature > 0:  # what rank 0 begins with, all do
-        seed = secrets.randbits(32) if seed is None else seed
-        torch.manual_seed(seed)
+    replicas = replicas_of(model)
+    if seed is not None:  # the same on every rank of a replica; replicas sample each for itself
+        torch.manual_seed(seed + replicas.index)
     streams = style == "text" and len(prompts) < 2
 
     def go_on(batch: Sequence[Prompt]) -> list[Generated]:
@@ -83,7 +89,9 @@ def generate(
         if streams and is_first():
             click.echo(_beginning(model, batch[0]), nl=False)
             emit = _emit
-        found = generate_texts(model, tokenizer, batch, how, emit=emit)
+        own = share(model, batch)
+        mine = generate_texts(model, tokenizer, own, how, emit=emit) if own else []
+        found = gather(model, mine) or []
         if streams:
             say("")
         elif style == "json":
@@ -92,15 +100,16 @@ def generate(
         else:
             for one in found:
                 say(_beginning(model, one.prompt) + one.text + "\n")
-        return found
+        return mine
 
     with sdpa(kernel):
         if chat and not prompts:
             _converse(tokenizer, options["timeout"], go_on)
             return
         made = [in_chat(tokenizer, [_message("user", text)]) if chat else plain(tokenizer, text) for text in prompts]
-        for start in range(0, len(made), batch_size):
-            go_on(made[start : start + batch_size])
+        at_once = batch_size * replicas.count
+        for start in range(0, len(made), at_once):
+            go_on(made[start : start + at_once])
 
 
 def _refuse_contradictions(how: Decoding, anything: Any, seed: int | None) -> None:

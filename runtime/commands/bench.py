@@ -14,12 +14,13 @@ import click
 from reshard.errors import ReshardError, UsageError, printable
 from reshard.places import find_resharded, resolve_source
 
-from .bench import Measured, Settings, measure
-from .bench_runs import Job, JobFailedError, Report, report_of, run_jobs, summary
-from .chart import check_chart, draw
-from .engines import PEERS, Engine, peer
-from .options import format_option, load_model, model_options, say
-from .ranks import RankInfo
+from ..bench import Measured, Settings, measure
+from ..bench_runs import Job, JobFailedError, Report, report_of, run_jobs, summary
+from ..chart import check_chart, draw
+from ..engines import PEERS, Engine, peer
+from ..kernels import sdpa
+from ..ranks import RankInfo
+from .options import format_option, load_model, model_options, say, sdpa_option
 
 __all__ = ["bench"]
 
@@ -51,6 +52,7 @@ class Batches(click.ParamType):
 @click.option("--plot", metavar="FILE", help="Draw the speed-up against the batch size: .png, .svg or .pdf.")
 @click.option("--engine", default="reshard", hidden=True)
 @click.option("--result", hidden=True, help="Where rank 0 leaves what it measured.")
+@sdpa_option
 @model_options
 @format_option
 def bench(
@@ -66,6 +68,7 @@ def bench(
     engine: str,
     result: str | None,
     style: str,
+    kernel: str | None,
     **options: Any,
 ) -> None:
     """Measure load, prefill, decode and memory; of several folders OUT, the speed-up over the fewest ranks.
@@ -83,7 +86,8 @@ def bench(
     if RankInfo.from_env(os.environ).attempt is not None:
         if len(outs) > 1 or against or plot:
             raise UsageError("under torchrun, one folder is measured, and nothing drawn", hint="start it with python")
-        measured = _measure(outs[0], engine, settings, source, result, options)
+        with sdpa(kernel):
+            measured = _measure(outs[0], engine, settings, source, result, {**options, "kernel": kernel})
         if measured and result is None:
             _print(report_of([[measured]]), style)
         return
@@ -92,7 +96,7 @@ def bench(
     if plot:
         check_chart(plot)
     jobs = [Job(name, out) for name in ("reshard", *against) for out in outs]
-    arguments = [*_arguments(settings, options), *(["--source", source] if source else [])]
+    arguments = [*_arguments(settings, {**options, "sdpa": kernel}), *(["--source", source] if source else [])]
     try:
         report = run_jobs(jobs, arguments, repeat)
     except JobFailedError as failed:

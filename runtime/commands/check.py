@@ -9,9 +9,10 @@ import click
 
 from reshard.errors import IntegrityError
 
-from .check import check as compare
-from .check_text import parity_text
-from .options import format_option, load_model, model_options, say
+from ..check import check as compare
+from ..check_text import parity_text
+from ..kernels import sdpa
+from .options import format_option, load_model, model_options, replicas_option, say, sdpa_option
 
 __all__ = ["check"]
 
@@ -20,9 +21,11 @@ __all__ = ["check"]
 @click.argument("out")
 @click.option("--reference", metavar="SOURCE", help="The checkpoint that OUT was made from. [default: stored logits]")
 @click.option("--per-layer", is_flag=True, help="Name the first module that computes something else, and why.")
+@sdpa_option
+@replicas_option
 @model_options
 @format_option
-def check(out: str, reference: str | None, per_layer: bool, style: str, **options: Any) -> None:
+def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: str | None, **options: Any) -> None:
     """Compare logits and greedy tokens with the single-process model; exit 4 where rounding does not explain them.
 
     Without --reference, with what `reshard convert --reference-logits` has stored of it.
@@ -32,8 +35,9 @@ def check(out: str, reference: str | None, per_layer: bool, style: str, **option
       torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama
       torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama --per-layer --no-digests
     """
-    model = load_model(out, **options)
-    parity = compare(model, reference, per_layer=per_layer)
+    model = load_model(out, kernel=kernel, **options)
+    with sdpa(kernel):
+        parity = compare(model, reference, per_layer=per_layer)
     say(json.dumps(parity.to_json()) if style == "json" else parity_text(out, parity, per_layer=per_layer))
     if not parity.ok:
         of = reference if reference else "the model that its reference logits are of"
