@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from .argmax import joins_logits
 from .texts import Stops
 
-__all__ = ["generate_alike"]
+__all__ = ["by_name", "generate_alike"]
 
 
 def generate_alike(model: Any, group: ProcessGroup) -> None:
@@ -30,23 +30,30 @@ def generate_alike(model: Any, group: ProcessGroup) -> None:
 
     @functools.wraps(own)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        call = _as_keywords(signature, args, kwargs)
+        args, call = by_name(signature, args, kwargs)
         _share_random_state(model.device, group)
         _share_the_end(model, call, group)
         processors = call.get("logits_processor") or []
         if processors or call.get("prefix_allowed_tokens_fn") or not joins_logits(model):
             call["logits_processor"] = [*processors, _FirstRanksLogits(group)]
-        return own(**call)
+        return own(*args, **call)
 
     model.generate = generate
 
 
-def _as_keywords(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    call = dict(signature.bind(*args, **kwargs).arguments)
+def by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with every argument that has a name under it: a criterion may be the fourth of `generate`'s."""
+    bound = signature.bind(*args, **kwargs)
+    call = dict(bound.arguments)
+    unnamed: tuple[Any, ...] = ()
     for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            unnamed = call.pop(name, ())
+        elif parameter.kind is parameter.VAR_KEYWORD:
             call |= call.pop(name, {})
-    return call
+    return unnamed, call
 
 
 def _share_random_state(device: torch.device, group: ProcessGroup) -> None:
