@@ -40,7 +40,7 @@ from runtime.ranks import RankInfo
 from runtime.texts import Stops, Stream, before_stop, continuation
 
 WORKER = Path(__file__).parent / "workers" / "generating.py"
-ALL = ["samples", "beams", "clocks", "criteria", "processors", "batches", "compiled", "kernels", "attention"]
+ALL = ["samples", "beams", "clocks", "criteria", "processors", "batches", "compiled", "kernels", "attention", "frees"]
 UNEVEN = {"vocab_size": 131, "num_key_value_heads": 2, "intermediate_size": 50}  # at 4 ranks, two share a KV head
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ ' ' if m.role == 'assistant' }}{% endfor %}"
 BEGINNING = "Once upon a time"
