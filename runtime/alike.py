@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed import ProcessGroup
 from .argmax import joins_logits
 from .texts import Stops
 
-__all__ = ["generate_alike"]
+__all__ = ["by_name", "generate_alike"]
 
 
 def generate_alike(model: Any, group: ProcessGroup) -> None:
@@ -25,28 +26,36 @@ def generate_alike(model: Any, group: ProcessGroup) -> None:
     since each rank computes them by itself or processors of the caller's own work on them, are rank 0's. What is left
     is arithmetic on the same numbers.
     """
-    own = model.generate
-    signature = inspect.signature(own)
+    own, signature = type(model).generate, inspect.signature(model.generate)
+    found = weakref.ref(model)  # a model that held itself would keep its memory until garbage is looked for
 
     @functools.wraps(own)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        call = _as_keywords(signature, args, kwargs)
+        model: Any = found()
+        args, call = by_name(signature, args, kwargs)
         _share_random_state(model.device, group)
         _share_the_end(model, call, group)
         processors = call.get("logits_processor") or []
         if processors or call.get("prefix_allowed_tokens_fn") or not joins_logits(model):
             call["logits_processor"] = [*processors, _FirstRanksLogits(group)]
-        return own(**call)
+        return own(model, *args, **call)
 
+    generate.__signature__ = signature  # type: ignore[attr-defined]
     model.generate = generate
 
 
-def _as_keywords(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with every argument that has a name under it: a criterion may be the fourth of `generate`'s."""
     call = dict(signature.bind(*args, **kwargs).arguments)
+    unnamed: tuple[Any, ...] = ()
     for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            unnamed = call.pop(name, ())
+        elif parameter.kind is parameter.VAR_KEYWORD:
             call |= call.pop(name, {})
-    return call
+    return unnamed, call
 
 
 def _share_random_state(device: torch.device, group: ProcessGroup) -> None:

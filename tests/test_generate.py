@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,17 @@ import reshard
 from reshard.cli import cli as offline
 from reshard.errors import BadInputError, ReshardError, TopologyError, UsageError
 from runtime.agreement import Deadline, from_first
+from runtime.alike import by_name
 from runtime.commands.generate import generate
 from runtime.kernels import check_attention, compiler_errors
 from runtime.mesh import connect
 from runtime.phases import load_report
-from runtime.prompts import in_chat, read_prompts
+from runtime.prompts import in_chat, load_tokenizer, read_prompts
 from runtime.ranks import RankInfo
 from runtime.texts import Stops, Stream, before_stop, continuation
 
 WORKER = Path(__file__).parent / "workers" / "generating.py"
-ALL = ["samples", "beams", "clocks", "criteria", "processors", "batches", "compiled", "kernels", "attention"]
+ALL = ["samples", "beams", "clocks", "criteria", "processors", "batches", "compiled", "kernels", "attention", "frees"]
 UNEVEN = {"vocab_size": 131, "num_key_value_heads": 2, "intermediate_size": 50}  # at 4 ranks, two share a KV head
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ ' ' if m.role == 'assistant' }}{% endfor %}"
 BEGINNING = "Once upon a time"
@@ -241,8 +243,6 @@ def test_files_that_hold_no_prompts(content: bytes | None, words: str, tmp_path:
 
 
 def test_a_folder_without_a_template_or_a_tokenizer(resharded: Path, source: Path) -> None:
-    from runtime.prompts import load_tokenizer
-
     with pytest.raises(BadInputError, match="no usable tokenizer"):
         load_tokenizer(resharded)
     tokenizer = load_tokenizer(source, chat=True)
@@ -332,6 +332,17 @@ def test_help_of_run_names_options_of_generate() -> None:
     said = CliRunner().invoke(offline, ["run", "--help"]).output
     named = {word.strip(",.()") for word in said.split() if word.startswith("--")} - {"--help"}
     assert {"--prompt", "--prompts", "--chat", "--temperature", "--stop", "--format", "--compile"} <= named <= known
+
+
+def test_arguments_by_name() -> None:
+    def generate(inputs: Any = None, config: Any = None, criteria: Any = None, **kwargs: Any) -> None: ...
+    def speech(*args: Any, **kwargs: Any) -> None: ...
+
+    assert by_name(signature(generate), (1, None, [2]), {"top_k": 3}) == (
+        (),
+        {"inputs": 1, "config": None, "criteria": [2], "top_k": 3},
+    )
+    assert by_name(signature(speech), (1,), {"criteria": [2]}) == ((1,), {"criteria": [2]})
 
 
 class Bytes:

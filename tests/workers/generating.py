@@ -6,10 +6,13 @@ JOBS is a list of {"source", "folder", "cases"}, where "cases" are names of func
 assertion, hence a non-zero exit.
 """
 
+import gc
+import inspect
 import itertools
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,19 @@ def attention(model: Any, single: Any, rank: int) -> None:
     with pytest.raises(UsageError, match=f"^--attn sdpa: {type(model).__name__} does not support it"):
         runtime.load(folder, attn_implementation="sdpa")
     type(model)._supports_sdpa = True
+
+
+def frees(model: Any, single: Any, rank: int) -> None:
+    """A model that nobody holds is gone at once, with its memory."""
+    loaded = runtime.load(model.name_or_path)
+    assert next(iter(inspect.signature(loaded.generate).parameters)) == "inputs"
+    gc.collect()
+    gc.disable()
+    generate(loaded, do_sample=True)
+    there = weakref.ref(loaded)
+    del loaded
+    assert there() is None
+    gc.enable()
 
 
 def main(jobs: str) -> None:
