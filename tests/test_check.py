@@ -73,8 +73,9 @@ LAYER = "model.layers.{}"
 DOWN = "model.layers.1.mlp.down_proj"
 FILE = "shard-0000{}-model-00001-of-00001.safetensors"
 
-# Family, damage; then module, where it shows, ranks that see it, parameters and the files they are wrong in.
-CASES: dict[str, tuple[str, Damage, str, str, list[int], dict[str, set[str]]]] = {
+# Family, damage; then module, where it shows, ranks that see it, parameters and the files they are wrong in. The ranks
+# that see an embedding's damage depend on whether the plan cuts it, as that of transformers 5.17 does not.
+CASES: dict[str, tuple[str, Damage, str, str, list[int] | None, dict[str, set[str]]]] = {
     "rows of one rank's weight swapped": (
         *("llama", in_file(1, f"{DOWN}.weight", swap_rows)),
         *(DOWN, "its output", [0, 1], {f"{DOWN}.weight": {FILE.format(2)}}),
@@ -91,7 +92,7 @@ CASES: dict[str, tuple[str, Damage, str, str, list[int], dict[str, set[str]]]] =
     ),
     "the embedding": (
         *("llama", in_file(1, "model.embed_tokens.weight", slightly)),
-        *("model.embed_tokens", "its output", [0, 1], {"model.embed_tokens.weight": {FILE.format(2)}}),
+        *("model.embed_tokens", "its output", None, {"model.embed_tokens.weight": {FILE.format(2)}}),
     ),
     "the head": (
         *("llama", in_file(0, "lm_head.weight", swap_rows)),
@@ -204,7 +205,8 @@ def test_it_names_what_is_broken(name: str, found: dict[str, Found]) -> None:
     result = found[name]
     assert not result["ok"]
     difference = result["difference"]
-    assert (difference["module"], difference["seen"], difference["ranks"]) == (module, seen, ranks)
+    assert (difference["module"], difference["seen"]) == (module, seen)
+    assert difference["ranks"] == ranks or (ranks is None and 1 in difference["ranks"])
     assert difference["max_rel"] > difference["tolerance"]
     assert {one["name"]: set(one["files"]) for one in difference["altered"]} == altered
     assert f"first difference: {module}" in result["text"]
@@ -249,7 +251,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "runtime", "check", str(out), *options)
     assert re.findall(r"exitcode\s*: (\d+)", done.stderr)[-1] == "4"
     assert json.loads(done.stdout)["difference"]["module"] == DOWN
-    assert done.stderr.count("Error: ") == 1
+    assert len(re.findall(r"^Error: ", done.stderr, re.M)) == 1
     assert "does not compute what" in done.stderr
 
 
