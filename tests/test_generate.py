@@ -149,6 +149,17 @@ def test_a_batch_from_stdin(out: Path, single: Any) -> None:
     assert {one["ended"] for one in found} >= {"stop"}
 
 
+def test_replicas_share_the_prompts(out: Path, single: Any) -> None:
+    """In order, whoever continued them; one round has --batch-size for each replica."""
+    prompts = ["Once upon", "Then somebody", "The model said", "every rank", "Once upon a time every"]
+    options = [part for prompt in prompts for part in ("--prompt", prompt)]
+    done = run(out, "--dp", "2", *options, "--batch-size", "1", "--format", "json", "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["prompt"] for one in found] == prompts
+    assert [one["text"] for one in found] == [single(prompt, max_new_tokens=8) for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("kernels", "note"),
     [
@@ -222,6 +233,7 @@ def test_a_reader_who_has_gone(out: Path) -> None:
         (["--prompt", "x", "--top-p", "0.5"], "--top-p is for sampling"),
         (["--prompt", "x", "--seed", "0"], "--seed is for sampling"),
         (["--prompt", "x", "--compile", "default", "--cache", "dynamic"], "needs a static cache"),
+        (["--chat", "--dp", "2"], "a chat is one replica's"),
         (["--prompt", "x", "--stop", ""], "empty text"),
         (["--prompt", "x", "--sdpa", "cudnn", "--device", "cpu"], "--sdpa cudnn: torch has no such kernel"),
     ],
