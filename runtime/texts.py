@@ -21,9 +21,9 @@ def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> s
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of the texts to stop at."""
-    places = [text.find(stop) for stop in stops]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
+    """`text` up to the first of the texts to stop at: the one that is complete first, as tokens come."""
+    found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(found)[1]] if found else text
 
 
 class _Growing:

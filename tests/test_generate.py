@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import torchrun
 
@@ -367,6 +367,7 @@ class Bytes:
 TEXTS = st.text("ab ä€🏖", max_size=12)
 
 
+@settings(max_examples=300, deadline=None)
 @given(TEXTS, TEXTS, st.lists(st.text("ab ä", min_size=1, max_size=3), max_size=3))
 def test_a_stream_is_the_text_before_the_first_stop(prompt: str, text: str, stops: list[str]) -> None:
     """No character is told by halves, nor anything that a stop text begins with; and rows end where one is complete."""
