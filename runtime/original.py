@@ -15,13 +15,13 @@ from reshard.manifest import Manifest
 from reshard.regions import Region
 from reshard.targets import LocalTensor, Target
 
-__all__ = ["Origin", "origins"]
+__all__ = ["Bundle", "bundles"]
 
 Parts = tuple[tuple[str, Region], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class Bundle:
     """Parameters of the model, and the source tensors whose elements went into these and into no others.
 
     `parts` are, for each of `sources` by name, the parameters that hold its elements, and where. Of source tensors that
@@ -41,7 +41,7 @@ class Origin:
         return source
 
 
-def origins(manifest: Manifest) -> list[Origin]:
+def bundles(manifest: Manifest) -> list[Bundle]:
     """Of the whole model, in its order. A source tensor has its own dtype, unless it was cast.
 
     Raises IntegrityError where not every element of a source tensor is in the model.
@@ -65,7 +65,7 @@ def origins(manifest: Manifest) -> list[Origin]:
             dtype = own if own in dtypes[name] else min(dtypes[name])
             made |= {one: LocalTensor(one, sources[one].shape, dtype, (), ()) for one in equal[name]}
         owned = {one: tuple(parts[manifest.duplicates.get(one, one)]) for one in made}
-        found.append(Origin(targets, tuple(made.values()), owned))
+        found.append(Bundle(targets, tuple(made.values()), owned))
     return found
 
 

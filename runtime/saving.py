@@ -14,17 +14,18 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
 from reshard.layout import Slot, file_layout
+from reshard.output import pwrite
+from reshard.source import INDEX_NAME
 from reshard.targets import LocalTensor
 
 from .agreement import spoken, words_of
-from .original import Origin, origins
+from .original import Bundle, bundles
 from .placing import owners
 from .replicas import replicas_of
 from .whole import whole_of
 
 __all__ = ["save_pretrained"]
 
-_INDEX = "model.safetensors.index.json"
 _PART = ".part"  # ending of a file that is not whole
 
 
@@ -48,22 +49,22 @@ def save_pretrained(
             f"save_pretrained of a resharded model does not take {printable(', '.join(sorted(others)))}",
             hint="save it, and open what was saved with from_pretrained in one process",
         )
-    plan = origins(model._reshard_manifest)
+    plan = bundles(model._reshard_manifest)
     group = replicas_of(model).group
     writes, first = dist.get_rank(group) == 0, dist.get_global_rank(group, 0)
     with _Writer(Path(save_directory)) as writer:
-        tensors = [tensor for origin in plan for tensor in origin.sources]
+        tensors = [tensor for bundle in plan for tensor in bundle.sources]
         _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if writes else None)
         failure = None
         if first in model._device_mesh.mesh.tolist():  # this replica's parameters are those that are written
             owner = owners(model)
-            for origin in plan:  # to its end, whatever happens to the files: the other ranks wait for this one
+            for bundle in plan:  # to its end, whatever happens to the files: the other ranks wait for this one
                 wholes = {}
-                for target in origin.targets:
+                for target in bundle.targets:
                     module, own = owner(target.name)
                     wholes[target.name] = whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
                 if writes and failure is None:
-                    failure = _failure(writer.write, origin, wholes)
+                    failure = _failure(writer.write, bundle, wholes)
         if writes and failure is None:
             failure = _failure(writer.finish, model)
         _raise_together(model, failure)
@@ -92,7 +93,7 @@ class _Writer:
     def begin(self, tensors: list[LocalTensor], max_shard_size: int | str) -> None:
         """Open the files, and write their headers."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        there = sorted([*self._folder.glob("*.safetensors"), *self._folder.glob(_INDEX)])
+        there = sorted([*self._folder.glob("*.safetensors"), *self._folder.glob(INDEX_NAME)])
         if there:
             raise DestinationExistsError(f"{printable(there[0])} is there already", hint="choose another folder")
         by_name = {tensor.name: tensor for tensor in tensors}
@@ -106,15 +107,15 @@ class _Writer:
         for name, names in split.filename_to_tensors.items():
             layout = file_layout(name, [by_name[one] for one in names])
             self._files[name] = os.open(self._part(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            _write(self._files[name], layout.head, 0)
+            pwrite(self._files[name], memoryview(layout.head), 0)
             self._slots |= {slot.tensor.name: slot for slot in layout.slots}
 
-    def write(self, origin: Origin, wholes: Mapping[str, torch.Tensor]) -> None:
+    def write(self, bundle: Bundle, wholes: Mapping[str, torch.Tensor]) -> None:
         """The source tensors that went into these parameters."""
         here = {name: whole.cpu() for name, whole in wholes.items()}
-        for made in origin.sources:
-            data = origin.source(made, here).view(-1).view(torch.uint8).numpy()
-            _write(self._files[self._file_of[made.name]], data, self._slots[made.name].offset)
+        for made in bundle.sources:
+            data = bundle.source(made, here).view(-1).view(torch.uint8).numpy()
+            pwrite(self._files[self._file_of[made.name]], memoryview(data), self._slots[made.name].offset)
 
     def finish(self, model: Any) -> None:
         """The configuration, the files in their places, and last the index."""
@@ -129,14 +130,7 @@ class _Writer:
         if len(self._files) > 1:
             total = sum(slot.tensor.nbytes for slot in self._slots.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-            (self._folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _write(fd: int, data: Any, offset: int) -> None:
-    left = memoryview(data)
-    while left:
-        size = os.pwrite(fd, left, offset)
-        left, offset = left[size:], offset + size
+            (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _failure(step: Callable[..., object], *arguments: Any) -> Exception | None:

@@ -32,10 +32,8 @@ class _Growing:
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-_CONTEXT:])
-        self._begin, self._told = (
-            0,
-            len(self._ids),
-        )  # of a window to decode, and of what in it is not told yet
+        self._begin = 0  # of the window that is decoded
+        self._told = len(self._ids)  # up to here it was passed on
 
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
         """What they add; nothing while the last character lacks some of its bytes, unless no more are to come."""

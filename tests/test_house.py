@@ -29,9 +29,20 @@ TORCH_FREE = [
     ),
 ]
 RUNTIME_MAY_IMPORT = {
-    "layout",
+    *("layout", "output"),
     *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "places"),
-    *("process", "rank_file", "reference", "regions", "source", "strategies", "targets", "topology", "verification"),
+    *(
+        "output",
+        "process",
+        "rank_file",
+        "reference",
+        "regions",
+        "source",
+        "strategies",
+        "targets",
+        "topology",
+        "verification",
+    ),
     "launch",  # the benchmark starts itself on the ranks of each folder
 }
 

@@ -19,7 +19,7 @@ import reshard
 from reshard.errors import IntegrityError
 from reshard.regions import Region
 from reshard.targets import Target
-from runtime.original import origins
+from runtime.original import bundles
 
 IDS = torch.arange(3, 12).repeat(2, 1)
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -120,4 +120,4 @@ def test_a_source_tensor_that_is_not_all_there_is_refused() -> None:
     target = Target("w", (3,), "float32", reshard.placement.Replicate(), (Region("w", 0, (1,), (3,), (0,)),))
     manifest = SimpleNamespace(source_files=(file,), parameters=(target,), duplicates={})
     with pytest.raises(IntegrityError, match="w: not every element of it is in the model"):
-        origins(manifest)  # type: ignore[arg-type]
+        bundles(manifest)  # type: ignore[arg-type]
