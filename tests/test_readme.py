@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands(folder: Path, hub: FakeHub) -> None:
     said = {}
     contents = {path.name: path.read_bytes() for path in (folder / "SOURCE").iterdir()}
+    hub.create("org/llama", {**contents, "README.md": b"---\nlicense: apache-2.0\n---\n"})
     with object_store.serve() as store:
         store.put("llama", contents)
         variables = {**hub.environment(folder / "home"), **store.environment(folder)}
@@ -62,6 +63,7 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
             else:
                 said[command] = run(*shlex.split(command), folder=folder, **variables)
         assert "reshard.json" in store.objects("llama-tp4")
+    assert "apache-2.0" in hub.repos["org/model"].files["README.md"].decode()
     assert {"plan", "convert", "verify", "run", "publish", "pull"} <= {command.split()[1] for command in said}
     generated = {command: text for command, text in said.items() if "--prompt" in command}
     [batch] = [generated.pop(command) for command in list(generated) if "--format json" in command]
@@ -72,7 +74,7 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
     for text in generated.values():
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
     checked = [text for command, text in said.items() if "runtime check" in command]
-    assert len(checked) == 5
+    assert len(checked) == 6
     assert all("tokens equal" in text for text in checked)
     assert next(text for command, text in said.items() if "--per-layer" in command).endswith("no module differs\n")
     one_command, on_ranks = (text for command, text in said.items() if "runtime bench" in command)
