@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .errors import TopologyError
 from .inspection import inspect
 
 __all__ = ["launch"]
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
@@ -32,7 +36,6 @@ def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # of the agent: the rank has said it in one line
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -43,7 +46,8 @@ def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "runtime", *arguments)
+        with _process_as_it_was():
+            elastic_launch(config, sys.executable)("-m", "runtime", *arguments)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if first.exitcode > 0:
@@ -56,3 +60,19 @@ def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
             raise KeyboardInterrupt from None
         return 128 + stopped.sigval
     return 0
+
+
+@contextlib.contextmanager
+def _process_as_it_was() -> Iterator[None]:
+    """No logs of the agent, since the rank has said it in one line; and it leaves its signal handlers behind."""
+    # Only the main thread may have handlers, and torch sets none from another.
+    ours = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _HANDLED if ours}
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 import bench_convert
 import bench_device
@@ -51,7 +52,9 @@ def test_a_benchmark_of_the_runtime(
     module: object, arguments: list[str], rows: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LLAMA_1B", SMALL)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     output = run(module.main, *arguments)  # type: ignore[attr-defined]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers  # torchrun sets its own
     for row in rows:
         assert re.search(rf"^  {row}  .*\d", output, re.MULTILINE), output
 
