@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import itertools
 import os
 import re
 import secrets
@@ -184,9 +185,10 @@ def check_free_space(folder: Path, needed: int, *others: Path) -> None:
     """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` bytes in the folder,
     and in `others` on the same disk, what is in them already included."""
     there = 0
-    for path in (path for each in (folder, *others) for path in each.rglob("*")):
-        with contextlib.suppress(OSError):  # what arrives meanwhile gets other names
-            there += path.lstat().st_blocks * 512
+    for root, _, names in itertools.chain(*map(os.walk, (folder, *others))):  # which tells of no errors
+        for name in names:
+            with contextlib.suppress(OSError):  # what arrives meanwhile gets other names
+                there += os.lstat(os.path.join(root, name)).st_blocks * 512
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:

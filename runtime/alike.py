@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .argmax import joins_logits
+from .methods import give_method
 from .texts import Stops
 
 __all__ = ["by_name", "generate_alike"]
@@ -27,11 +27,9 @@ def generate_alike(model: Any, group: ProcessGroup) -> None:
     is arithmetic on the same numbers.
     """
     own, signature = type(model).generate, inspect.signature(model.generate)
-    found = weakref.ref(model)  # a model that held itself would keep its memory until garbage is looked for
 
     @functools.wraps(own)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        model: Any = found()
+    def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         args, call = by_name(signature, args, kwargs)
         _share_random_state(model.device, group)
         _share_the_end(model, call, group)
@@ -40,8 +38,7 @@ def generate_alike(model: Any, group: ProcessGroup) -> None:
             call["logits_processor"] = [*processors, _FirstRanksLogits(group)]
         return own(model, *args, **call)
 
-    generate.__signature__ = signature  # type: ignore[attr-defined]
-    model.generate = generate
+    give_method(model, "generate", generate)
 
 
 def by_name(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from .kernels import check_attention, check_attention_of
 from .locating import Located, locate_together
 from .mapping import map_rank_file
 from .mesh import backend_of, connect, make_mesh, pick_device
+from .methods import give_method
 from .phases import Phases
 from .placing import distribute, fill
 from .ranks import this_rank
@@ -148,7 +148,7 @@ def load(
             split_sequence(model, points, tp_axis(mesh, manifest.topology))
         _finish(model, folder, mesh)
         model._reshard_replicas = replicas
-        model.save_pretrained = MethodType(save_pretrained, model)  # its own would write this rank's tensors
+        give_method(model, "save_pretrained", save_pretrained)  # its own would write this rank's tensors
         phases.end("wrap")
     except Exception as error:
         failure = error

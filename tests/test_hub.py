@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import socketserver
 import subprocess
@@ -315,17 +316,24 @@ def test_load_keeps_no_wrong_bytes(name: str, here: FakeHub, home: Path, one_ran
 def test_what_stops_rank_0_is_told_to_the_others(here: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """They ask nothing themselves, and wait no longer than they are told to."""
     monkeypatch.setattr(runtime.locating, "_calls", itertools.repeat(0))
+    locate = functools.partial(runtime.locating.locate_together, "org/none", revision=None, world_size=2)
     store, end = torch.distributed.HashStore(), Deadline.after(5)
     with pytest.raises(NetworkError) as first:
-        runtime.locating.locate_together("org/none", revision=None, rank=0, world_size=2, store=store, deadline=end)
+        runtime.locating.locate_together(
+            "org/none", revision=None, first=True, rank=0, world_size=2, store=store, deadline=end
+        )
     here.requests.clear()
     with pytest.raises(NetworkError) as second:
-        runtime.locating.locate_together("org/none", revision=None, rank=1, world_size=2, store=store, deadline=end)
+        runtime.locating.locate_together(
+            "org/none", revision=None, first=False, rank=1, world_size=2, store=store, deadline=end
+        )
     assert (first.value.message, first.value.hint) == (second.value.message, second.value.hint)
     assert here.requests == []
     store, end = torch.distributed.HashStore(), Deadline.after(0.1)
     with pytest.raises(TopologyError, match="rank 0 does not say"):
-        runtime.locating.locate_together("org/none", revision=None, rank=1, world_size=2, store=store, deadline=end)
+        runtime.locating.locate_together(
+            "org/none", revision=None, first=False, rank=1, world_size=2, store=store, deadline=end
+        )
 
 
 def test_publish_inspect_and_load(

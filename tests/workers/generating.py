@@ -6,6 +6,7 @@ JOBS is a list of {"source", "folder", "cases"}, where "cases" are names of func
 assertion, hence a non-zero exit.
 """
 
+import copy
 import gc
 import inspect
 import itertools
@@ -267,8 +268,10 @@ def frees(model: Any, single: Any, rank: int) -> None:
     gc.disable()
     generate(loaded, do_sample=True)
     there = weakref.ref(loaded)
+    copied = copy.deepcopy(loaded)
     del loaded
     assert there() is None
+    assert generate(copied, do_sample=False).equal(generate(single, do_sample=False))
     gc.enable()
 
 

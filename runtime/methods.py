@@ -1,0 +1,34 @@
+"""Methods of one model alone, in place of those of its class."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["give_method"]
+
+
+def give_method(model: Any, name: str, function: Callable[..., Any]) -> None:
+    """Have `model.NAME(…)` call `function(model, …)`; a copy of the model has its own."""
+    setattr(model, name, _Method(function, model))
+
+
+class _Method:
+    """Bound weakly: a model that held itself would keep its memory until garbage is looked for."""
+
+    def __init__(self, function: Callable[..., Any], model: Any) -> None:
+        functools.update_wrapper(self, function)
+        signature = inspect.signature(function)
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self._function = function
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._model(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        """Of the model that is being copied: that of the copy."""
+        return _Method(self._function, memo.get(id(self._model()), self._model()))
