@@ -319,21 +319,15 @@ def test_what_stops_rank_0_is_told_to_the_others(here: FakeHub, monkeypatch: pyt
     locate = functools.partial(runtime.locating.locate_together, "org/none", revision=None, world_size=2)
     store, end = torch.distributed.HashStore(), Deadline.after(5)
     with pytest.raises(NetworkError) as first:
-        runtime.locating.locate_together(
-            "org/none", revision=None, first=True, rank=0, world_size=2, store=store, deadline=end
-        )
+        locate(first=True, rank=0, store=store, deadline=end)
     here.requests.clear()
     with pytest.raises(NetworkError) as second:
-        runtime.locating.locate_together(
-            "org/none", revision=None, first=False, rank=1, world_size=2, store=store, deadline=end
-        )
+        locate(first=False, rank=1, store=store, deadline=end)
     assert (first.value.message, first.value.hint) == (second.value.message, second.value.hint)
     assert here.requests == []
     store, end = torch.distributed.HashStore(), Deadline.after(0.1)
     with pytest.raises(TopologyError, match="rank 0 does not say"):
-        runtime.locating.locate_together(
-            "org/none", revision=None, first=False, rank=1, world_size=2, store=store, deadline=end
-        )
+        locate(first=False, rank=1, store=store, deadline=end)
 
 
 def test_publish_inspect_and_load(
