@@ -89,9 +89,7 @@ def cli(verbose: bool) -> None:
 @click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Tensor-parallel ranks.")
 @_what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
-@click.option(
-    "--keep-cache", is_flag=True, help="Keep the files of a Hub id in the cache, not only while they are cut."
-)
+@click.option("--keep-cache", is_flag=True, help="Keep what is fetched in the cache, not only while it is cut.")
 @click.option(
     "--reference-logits",
     is_flag=True,
@@ -113,7 +111,7 @@ def convert(
     style: str,
     **cut: Any,
 ) -> None:
-    """Write SOURCE (a checkpoint folder or a Hub id) into the folder OUT, one file for each rank.
+    """Write SOURCE (a checkpoint folder, Hub id or URL) into OUT (a folder or URL), one file for each rank.
 
     OUT appears only when it is complete. No GPU, no weights in memory. SOURCE can be a resharded folder too: the result
     is that of the checkpoint it was made from.
@@ -123,6 +121,7 @@ def convert(
       reshard convert meta-llama/Llama-3.1-8B llama-tp4 --tp-size 4
       reshard convert llama-tp4 llama-tp8 --tp-size 8
       reshard convert Qwen/Qwen3-30B-A3B qwen-ep4 --tp-size 4 --ep-size 4
+      reshard convert s3://bucket/llama s3://bucket/llama-tp4 --tp-size 4
     """
     if dry_run:
         _print_plan(source, style, **cut)
@@ -160,7 +159,7 @@ def convert(
 def plan(source: str, style: str, **cut: Any) -> None:
     """Print how SOURCE would be cut for a number of ranks: styles, placements, sizes, and which numbers are legal.
 
-    Only headers are read; those of a Hub id by ranges, so that nothing large is fetched.
+    Only headers are read; those of a Hub id or a URL by ranges, so that nothing large is fetched.
 
     \b
     Examples:
@@ -188,7 +187,7 @@ def _print_plan(source: str, style: str, **cut: Any) -> None:
 @revision_option
 @format_option
 def inspect(out: str, revision: str | None, style: str) -> None:
-    """Print what a resharded folder or repo OUT holds, from its manifest.
+    """Print what a resharded folder, repo or URL OUT holds, from its manifest.
 
     \b
     Example:

@@ -47,9 +47,11 @@ def plan(
     dtype: str | None = None,
     drop_unused: bool = False,
 ) -> ReshardPlan:
-    """Plan a checkpoint (folder or Hub id) for `tp_size` ranks, from its headers alone. A resharded folder is planned
-    as the checkpoint that it was made from. Of a Hub id, only the small files and ranges are fetched. With `gpu_memory`
-    in bytes instead of `tp_size`, for the fewest ranks of which each holds at most so many bytes of weights.
+    """Plan a checkpoint (folder, Hub id or URL) for `tp_size` ranks, from its headers alone.
+
+    A resharded folder is planned as the checkpoint that it was made from. Of one elsewhere, only the small files and
+    ranges are fetched. With `gpu_memory` in bytes instead of `tp_size`, for the fewest ranks of which each holds at
+    most so many bytes of weights.
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
     "auto" for the model's own, or rules (pattern → style) or the file that holds them; with `"extends": "auto"` among
@@ -135,16 +137,16 @@ def convert(
     sync: bool = True,
     progress: Progress = silent,
 ) -> Manifest:
-    """Reshard a checkpoint (folder or Hub id) into `out`, one safetensors file for each rank.
+    """Reshard a checkpoint (folder, Hub id or URL) into `out` (folder or URL), one safetensors file for each rank.
 
     A resharded folder stands for the checkpoint that it was made from: the same bytes come out, from its rank files.
     `out` appears in one step when everything is on disk; on any failure an earlier `out` is untouched, and what was
     written stays beside it in `OUT.part-…`, where the same call goes on. Memory does not grow with the model (see
     `write_files`). What to cut and how is said as for `plan`.
-    Files of the Hub that are not in its cache are fetched two ahead of what is cut, and removed when they have been;
+    Files that are elsewhere and not in the cache are fetched two ahead of what is cut, and removed when they have been;
     with `keep_cache` they stay in the cache.
     `reference_logits` stores what the single-process model computes on a few fixed tokens, for `runtime check`. That
-    alone loads the model, and needs memory for it (see `store_reference`) and every file of a Hub id in the cache.
+    alone loads the model, and needs memory for it (see `store_reference`) and the cache all files of one that is elsewhere.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
 

@@ -39,7 +39,7 @@ def pull(
         NetworkError: the Hub cannot be reached, or does not give it; what has arrived is kept.
     """
     if Path(place).exists():
-        raise BadInputError(f"{printable(place)}: is a local folder", hint="pull takes a Hub id such as org/name")
+        raise BadInputError(f"{printable(place)}: is a local folder", hint="pull takes a Hub id or a URL")
     found = find_resharded(place, revision=revision)
     records = _wanted(found, None if ranks is None else sorted(set(ranks)))
     names = [record.name for record in records]

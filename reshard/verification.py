@@ -35,7 +35,7 @@ def verify(
     progress: Callable[[int], object] = lambda _: None,
 ) -> Report:
     """Check a resharded folder: no file missing, extra or altered. With `against`, compare every element with the
-    source checkpoint (folder or Hub id) it was made from.
+    source checkpoint (folder, Hub id or URL) it was made from.
 
     Raises:
         IntegrityError: naming the file, and the tensor where it is one.
