@@ -146,7 +146,7 @@ def convert(
     Files that are elsewhere and not in the cache are fetched two ahead of what is cut, and removed when they have been;
     with `keep_cache` they stay in the cache.
     `reference_logits` stores what the single-process model computes on a few fixed tokens, for `runtime check`. That
-    alone loads the model, and needs memory for it (see `store_reference`) and the cache all files of one that is elsewhere.
+    alone loads the model: it needs memory for it (see `store_reference`), and in the cache all files of one elsewhere.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
 
