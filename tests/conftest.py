@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,6 +24,9 @@ from cli_tools import Checkpoint, Cli, Refused, Result, assert_one_error, time_l
 from fake_hub import FakeHub  # noqa: E402
 
 import reshard.cli  # noqa: E402
+
+if TYPE_CHECKING:
+    from object_store import ObjectStore
 
 # A run in the background of a script ignores Ctrl-C; the tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -165,3 +168,43 @@ def here(hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     close_session()
     yield hub
     close_session()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    import object_store
+
+    with object_store.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def store(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An empty bucket, whose server this process and those it starts take for S3."""
+    from s3fs import S3FileSystem
+
+    for name, value in server.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(S3FileSystem, "read_timeout", 1)
+    monkeypatch.setattr(S3FileSystem, "retries", 2)
+    yield server
+    server.fault = None
+    server.log.clear()
+    server.empty()
+
+
+@pytest.fixture
+def stored_source(store: ObjectStore, checkpoint: Checkpoint) -> str:
+    """A llama in three files, in the store: its URL."""
+    from object_store import contents
+
+    return store.put("llama", contents(checkpoint("llama")))
+
+
+@pytest.fixture
+def stored(store: ObjectStore, resharded: Path) -> str:
+    """The llama on two ranks, as a folder tp2 in the store: its URL."""
+    from object_store import contents
+
+    return store.put("model/tp2", contents(resharded))

@@ -137,3 +137,12 @@ def serve() -> Iterator[ObjectStore]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    """What is left of unfinished work."""
+    return [path for path in (tmp_path / "cache/reshard/unfinished").glob("*") if path.suffix != ".lock"]
