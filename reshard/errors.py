@@ -16,6 +16,7 @@ ReshardError                1  unexpected
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -94,12 +95,14 @@ class RemoteMovedError(ReshardError):
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """`text` made safe to show: control, bidi and unprintable characters escaped, at most `limit` characters.
+    """`text` made safe to show: control, bidi and unprintable characters escaped, at most `limit` characters, and URLs
+    without the name and password that they can have.
 
     Names of files and tensors come from files that nobody vouches for.
     """
     # Cut first: a crafted name can have 99 MB.
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
+    bare = re.sub(r"(?<=://)[^/@\s]*@", "", str(text)[: limit + 1])
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in bare)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

@@ -65,7 +65,7 @@ def locate(
 
 def away(place: str, version: str) -> Away:
     """The files of what `locate` has found elsewhere."""
-    return open_store(place) if is_url(place) else HubFiles(Place.parse(place), version)
+    return open_store(place, version) if is_url(place) else HubFiles(Place.parse(place), version)
 
 
 def find_resharded(place: str, *, revision: str | None = None, world_size: int | None = None) -> Found:

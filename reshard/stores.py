@@ -43,11 +43,6 @@ def is_url(place: object) -> bool:
     return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None
 
 
-def shown(url: str) -> str:
-    """A URL, safe to show: without the password that some kinds can have."""
-    return printable(re.sub(r"//[^/@]*@", "//", url))
-
-
 def cache_folder() -> Path:
     """Where what was fetched from stores is kept: `reshard` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reshard"
@@ -70,7 +65,7 @@ class Store:
         return digest_of(repr(sorted(self.files.items())).encode())
 
     def __str__(self) -> str:
-        return shown(self.url)
+        return printable(self.url)
 
     def path(self, name: str) -> str:
         """A file's path, as the file system takes it."""
@@ -169,10 +164,11 @@ class Store:
             self.system.put_file(str(path), self.path(name), callback=Told(), mode="create", **options)
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, version: str | None = None) -> Store:
     """The folder at a URL: listed, now. Where there is none, it has no files.
 
     Raises:
+        RemoteMovedError: it is not at `version` any more.
         UsageError: the package for this kind of URL is missing, or there is no such kind.
         NetworkError: the store cannot be reached, or refuses.
     """
@@ -181,7 +177,7 @@ def open_store(url: str) -> Store:
 
         system, root = fsspec.core.url_to_fs(url)
         if "file" in system.protocol:
-            raise UsageError(f"{shown(url)}: is on this machine", hint=f"give its path: {printable(root)}")
+            raise UsageError(f"{printable(url)}: is on this machine", hint=f"give its path: {printable(root)}")
         root = root.rstrip("/")
         system.invalidate_cache()
         try:
@@ -196,7 +192,10 @@ def open_store(url: str) -> Store:
             elif info["name"].rstrip("/") != root:
                 size = info["size"] if info.get("size") is not None else system.info(info["name"])["size"]
                 files[name] = (int(size), digest_of(repr(sorted((k, str(v)) for k, v in info.items())).encode()))
-    return Store(url.rstrip("/"), system, root, files, tuple(sorted(folders)))
+    store = Store(url.rstrip("/"), system, root, files, tuple(sorted(folders)))
+    if version is not None and store.version != version:
+        raise RemoteMovedError(f"{store}: has changed meanwhile, or is given a revision, which stores do not have")
+    return store
 
 
 def snapshot(
@@ -208,11 +207,9 @@ def snapshot(
         BadInputError: there is nothing.
         RemoteMovedError: it is not at `version` any more.
     """
-    store = open_store(url)
+    store = open_store(url, version)
     if not store.files and not store.folders:
         raise BadInputError(f"{store}: nothing is there", hint="check the name")
-    if version is not None and store.version != version:
-        raise RemoteMovedError(f"{store}: has changed meanwhile, or is given a revision, which stores do not have")
     folder = to or store.cached()
 
     def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -232,7 +229,7 @@ def doing(what: str, url: str) -> Iterator[None]:
     except (ReshardError, FileExistsError):
         raise
     except Exception as error:  # each kind of store has errors of its own
-        raise _explained(error, what, shown(url)) from None
+        raise _explained(error, what, printable(url)) from None
 
 
 def _explained(error: Exception, what: str, place: str) -> ReshardError:

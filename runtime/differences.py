@@ -21,6 +21,7 @@ from reshard.strategies import ALL_PARALLEL_STYLES, AllReduceParallel
 from reshard.targets import Target
 
 from .placing import owners
+from .replicas import replicas_of
 from .traces import Moment, Trace
 
 __all__ = ["Altered", "Difference", "Layers", "first_difference"]
@@ -139,7 +140,7 @@ def _part(model: Any, moment: Moment, shape: torch.Size, whole: torch.Tensor) ->
     dims = [dim for dim in range(whole.ndim) if len(shape) == whole.ndim and shape[dim] != whole.shape[dim]]
     if len(dims) != 1:
         return None
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = _place(model)
     if dims == [whole.ndim - 1]:
         held = _features(model, moment, rank, world_size)
         if held is not None and len(held) == shape[-1]:
@@ -164,6 +165,12 @@ def _features(model: Any, moment: Moment, rank: int, world_size: int) -> torch.T
         return None
     ranges = sorted((piece.local_start[axis], piece.start[axis], piece.extent[axis]) for piece in found)
     return torch.tensor([place for _, start, size in ranges for place in range(start, start + size)], dtype=torch.long)
+
+
+def _place(model: Any) -> tuple[int, int]:
+    """This rank among those that the model is cut over, and how many they are: other ranks hold other replicas."""
+    replicas = replicas_of(model)
+    return replicas.rank, replicas.size
 
 
 def _from_all(pair: tuple[float, float], device: torch.device) -> list[tuple[float, float]]:
@@ -196,7 +203,7 @@ def _explain(
         module=culprit,
         seen=seen,
         ranks=differing,
-        world_size=manifest.world_size,
+        world_size=dist.get_world_size(),
         max_abs=errors[worst][0],
         max_rel=errors[worst][1],
         tolerance=expected.tolerance,
@@ -217,12 +224,13 @@ def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.
         whole.copy_(theirs[name])
     dist.broadcast(whole, src=0)
     wrong = 0
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = _place(model)
     for piece in pieces(target.placement, target.shape, rank=rank, world_size=world_size):
         there = tuple(slice(start, start + extent) for start, extent in zip(piece.start, piece.extent))
         here = tuple(slice(start, start + extent) for start, extent in zip(piece.local_start, piece.extent))
         wrong += int((whole[there] != local[here].float()).sum())
     counts = [int(found) for found, _ in _from_all((wrong, 0), local.device)]
+    # Of the first replica: the others hold the same files.
     files = {record.name: count for record, count in zip(manifest.rank_files, counts) if count}
     return Altered(name, files) if files else None
 

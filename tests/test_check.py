@@ -71,6 +71,7 @@ def slightly(tensor: torch.Tensor) -> torch.Tensor:
 
 LAYER = "model.layers.{}"
 DOWN = "model.layers.1.mlp.down_proj"
+QUERIES = "model.layers.0.self_attn.q_proj"
 FILE = "shard-0000{}-model-00001-of-00001.safetensors"
 
 # Family, damage; then module, where it shows, ranks that see it, parameters and the files they are wrong in. The ranks
@@ -81,9 +82,8 @@ CASES: dict[str, tuple[str, Damage, str, str, list[int] | None, dict[str, set[st
         *(DOWN, "its output", [0, 1], {f"{DOWN}.weight": {FILE.format(2)}}),
     ),
     "heads of one rank permuted": (
-        *("llama", in_file(0, "model.layers.0.self_attn.q_proj.weight", swap_heads)),
-        *("model.layers.0.self_attn.q_proj", "its output", [0]),
-        {"model.layers.0.self_attn.q_proj.weight": {FILE.format(1)}},
+        *("llama", in_file(0, f"{QUERIES}.weight", swap_heads)),
+        *(QUERIES, "its output", [0], {f"{QUERIES}.weight": {FILE.format(1)}}),
     ),
     "a whole weight wrong on one rank": (
         *("llama", in_file(1, "model.layers.1.input_layernorm.weight", slightly)),
@@ -157,8 +157,9 @@ def run(jobs: list[dict[str, Any]], root: Path, ranks: int) -> dict[str, Found]:
     return json.loads((root / "out.json").read_text())
 
 
-def job(name: str, folder: Path, source: Path | None, *, per_layer: bool = True) -> dict[str, Any]:
-    return {"name": name, "folder": str(folder), "source": source and str(source), "per_layer": per_layer}
+def job(name: str, folder: Path, source: Path | None, *, per_layer: bool = True, replicas: int = 1) -> dict[str, Any]:
+    of = source and str(source)
+    return {"name": name, "folder": str(folder), "source": of, "per_layer": per_layer, "replicas": replicas}
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "does not compute what" in done.stderr
 
 
-def test_four_ranks_that_share_kv_heads(tmp_path: Path) -> None:
+def test_four_ranks_that_share_kv_heads_or_are_two_replicas(tmp_path: Path) -> None:
     source = pico.save("llama", tmp_path / "source", num_key_value_heads=2)
     reshard.convert(source, tmp_path / "out", tp_size=4, sync=False)
     key = "model.layers.1.self_attn.k_proj"
@@ -267,6 +268,10 @@ def test_four_ranks_that_share_kv_heads(tmp_path: Path) -> None:
         folder = Path(shutil.copytree(tmp_path / "out", tmp_path / name))
         damage(folder)
         jobs.append(job(name, folder, source))
+    half = tmp_path / "half"
+    reshard.convert(source, half, tp_size=2, sync=False)
+    in_file(0, f"{QUERIES}.weight", swap_heads)(half)
+    jobs.append(job("two replicas", half, source, replicas=2))
     found = run(jobs, tmp_path, 4)
     assert found["sound"]["ok"]
     assert found["sound"]["difference"] is None
@@ -275,6 +280,9 @@ def test_four_ranks_that_share_kv_heads(tmp_path: Path) -> None:
     assert [(a["name"], a["files"].keys()) for a in shared["altered"]] == [(f"{key}.weight", {FILE.format(4)})]
     assert (uneven["module"], uneven["ranks"]) == (DOWN, [0, 1, 2, 3])
     assert [(a["name"], list(a["files"])) for a in uneven["altered"]] == [(f"{DOWN}.weight", [FILE.format(4)])]
+    both = found["two replicas"]["difference"]
+    assert (both["module"], both["ranks"]) == (QUERIES, [0, 2])
+    assert [(a["name"], list(a["files"])) for a in both["altered"]] == [(f"{QUERIES}.weight", [FILE.format(1)])]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,23 @@ def test_a_folder_that_changes_is_not_mixed(store: ObjectStore, stored_source: s
 
 
 @pytest.mark.fault(15)
+def test_small_files_and_weights_are_of_one_version(store: ObjectStore, stored_source: str, out: Path) -> None:
+    """The weights change once the small files have been fetched, before headers are read."""
+    name, changed = "model-00001-of-00003.safetensors", []
+
+    def change(call: Call) -> None:
+        if not changed and call.method == "GET" and call.path.endswith("config.json"):
+            changed.append(name)
+            store.put("llama", {name: store.objects("llama")[name] + b" "})
+
+    store.fault = change
+    with pytest.raises((IntegrityError, RemoteMovedError)):
+        reshard.convert(stored_source, out, tp_size=2)
+    assert changed
+    assert not out.exists()
+
+
+@pytest.mark.fault(15)
 def test_a_file_that_changes_while_it_is_fetched(store: ObjectStore, stored_source: str, out: Path) -> None:
     name = "model-00002-of-00003.safetensors"
 
@@ -277,3 +294,10 @@ def test_bad_input_reaches_the_user(cli: Cli, store: ObjectStore, out: Path) -> 
     assert cli("convert", "s3://bucket/broken", out, "--tp-size", "2").code == 3
     with pytest.raises(BadInputError):
         reshard.plan("s3://bucket/broken", tp_size=2)
+
+
+@pytest.mark.fault(27)
+def test_a_password_in_a_url_is_not_told(cli: Cli) -> None:
+    result = cli("plan", "nosuch://somebody:secret@host/x", "--tp-size", "2")
+    assert_one_error(result, 2, "nosuch://host/x")
+    assert "secret" not in result.out + result.err
