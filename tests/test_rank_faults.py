@@ -61,11 +61,13 @@ def run(command: list[str], fault: str, log: Path) -> Ended:
     environment = {**os.environ, "FAULT": fault, "FAULT_LOG": str(log), "OMP_NUM_THREADS": "1"}
     arguments = ["--strategies", str(FAULTS), "--timeout", str(TIMEOUT)]
     pids: dict[str, int] = {}
+    started = time.time()
     with open(log.with_suffix(".out"), "w+") as out, open(log.with_suffix(".err"), "w+") as err:
         process = subprocess.Popen([sys.executable, *command, *arguments], env=environment, stdout=out, stderr=err)
         while process.poll() is None or any(map(running, pids.values())):
-            pids |= {path.name: int(path.read_text()) for path in log.iterdir() if not path.suffix}
-            began = max((path.stat().st_mtime for path in log.iterdir()), default=time.time())
+            ranks = [path for path in log.iterdir() if not path.suffix]  # ".part" is renamed at any moment
+            pids |= {path.name: int(path.read_text()) for path in ranks}
+            began = max((path.stat().st_mtime for path in ranks), default=started)
             assert time.time() - began < 60, (fault, pids)
             if pids and not any(map(running, pids.values())):
                 break
