@@ -227,27 +227,29 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
 
 
 @cli.command()
-@click.argument("out", type=click.Path())
+@click.argument("out")
 @click.argument("dest", type=click.Path())
+@revision_option
 @click.option("--layout", type=click.Choice(["source", "hf"]), default="source", show_default=True, help=_LAYOUT)
 @_workers
 @_no_sync
 @format_option
-def merge(out: str, dest: str, layout: str, workers: int | None, no_sync: bool, style: str) -> None:
-    """Write the source files of the resharded folder OUT into the folder DEST, byte for byte as they were.
+def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str, **how: Any) -> None:
+    """Write the source files of the resharded folder, repo or URL OUT into the folder DEST, byte for byte as they were.
 
     Neither the source nor transformers is needed. Each file is checked against the digest of the original.
 
     \b
     Examples:
       reshard merge llama-tp4 llama
+      reshard merge org/llama/tp4 llama
       reshard merge llama-bf16-tp4 llama-bf16 --layout hf
     """
     from . import merge as run
 
-    files = run(out, dest, layout=layout, workers=workers, sync=not no_sync, progress=progress_bar)
-    how = "source files, as they were" if layout == "source" else "files with headers anew"
-    print_report({"dest": dest, "files": list(files)}, style, lambda _: f"{printable(dest)}: {len(files)} {how}")
+    files = run(out, dest, workers=workers, sync=not no_sync, progress=progress_bar, **how)
+    which = "source files, as they were" if how["layout"] == "source" else "files with headers anew"
+    print_report({"dest": dest, "files": list(files)}, style, lambda _: f"{printable(dest)}: {len(files)} {which}")
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -84,7 +84,7 @@ def pull(repo: str, ranks: list[int] | None, to: str | None, revision: str | Non
     \b
     Examples:
       reshard pull org/llama/tp8 --ranks 0-3
-      reshard merge "$(reshard pull org/llama-tp4)" llama
+      reshard pull s3://bucket/llama-tp4 --rank 1 --to ./llama-tp4
     """
     from . import pull as run
 

@@ -138,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         IntegrityError: its content does not match its seal.
     """
     if not folder.is_dir():
-        raise BadInputError(f"{printable(folder)}: no such folder")
+        raise BadInputError(f"{printable(folder)}: no such folder", hint="reshard pull fetches one from elsewhere")
     if not (folder / MANIFEST_NAME).exists():
         raise BadInputError(
             f"{printable(folder)}: holds no {MANIFEST_NAME}, so it is not a resharded folder",

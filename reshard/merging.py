@@ -16,6 +16,7 @@ from .executor import write_files
 from .journal import Journal
 from .layout import FileLayout, Slot, file_layout
 from .manifest import REFERENCE_NAME
+from .places import fetch
 from .progress import Progress, silent
 from .rank_file import written_file
 from .resharded import Resharded, open_resharded
@@ -32,11 +33,14 @@ def merge(
     dest: str | Path,
     *,
     layout: str = "source",
+    revision: str | None = None,
     workers: int | None = None,
     sync: bool = True,
     progress: Progress = silent,
 ) -> tuple[str, ...]:
     """Write the files that the resharded folder `out` was made from into the folder `dest`: the same bytes.
+
+    Where `out` is a Hub id or a URL, its files are fetched to the cache first, all of them, at one `revision`.
 
     Every file is digested in the end, and must be the one that was recorded. With `layout` "hf" they are files of the
     same names with headers of their own: a checkpoint that any tool opens, also of what was cast or dropped in part.
@@ -47,10 +51,11 @@ def merge(
         BadInputError: what was done cannot be undone: tensors were cast, or dropped.
         IntegrityError: the folder is not whole, or what comes out is not what went in.
         UsageError: no such layout.
+        NetworkError: `out` is elsewhere, and cannot be had.
     """
     if layout not in LAYOUTS:
         raise UsageError(f"layout {printable(layout)}: not one of {', '.join(LAYOUTS)}")
-    folder = Path(out)
+    folder, _, _ = fetch(str(out), revision=revision)
     made = open_resharded(folder)
     layouts = _standard_files(made) if layout == "hf" else _source_files(made)
     total = sum(file.size for file in layouts)

@@ -146,8 +146,8 @@ def test_load_under_torchrun(stored: str, checkpoint: Checkpoint) -> None:
     assert "tokens equal" in done.stdout
 
 
-def test_a_merge_goes_there_too(store: ObjectStore, resharded: Path, checkpoint: Checkpoint) -> None:
-    reshard.merge(resharded, "s3://bucket/llama-again")
+def test_a_merge_of_there_goes_there_too(store: ObjectStore, stored: str, checkpoint: Checkpoint) -> None:
+    reshard.merge("s3://bucket/model/tp2", "s3://bucket/llama-again")
     weights = {path.name: path.read_bytes() for path in checkpoint("llama").glob("*.safetensors")}
     there = store.objects("llama-again")
     assert weights.items() <= there.items()

@@ -97,9 +97,7 @@ def render(repo_id: str, degrees: Mapping[str, Manifest], terms: Terms, *, revis
         python=_python(places[first], revision),
         pull=_shell(f"reshard pull {places[path]}{branch} --ranks 0-{m.world_size - 1}" for path, m in degrees.items()),
         custom=_custom(degrees),
-        merge=_shell(
-            [f'reshard merge "$(reshard pull {places[first]}{branch})" DEST{" --layout hf" if partial else ""}']
-        ),
+        merge=_shell([f"reshard merge {places[first]}{branch} DEST{' --layout hf' if partial else ''}"]),
         merged="what there is of it" if partial else "the source's files, byte for byte as they were",
         origin=_table(
             ("folder", "source", "commit", "with"),
