@@ -146,7 +146,8 @@ def _part(model: Any, moment: Moment, shape: torch.Size, whole: torch.Tensor) ->
         if held is not None and len(held) == shape[-1]:
             return whole[..., held.to(whole.device)]
     if dims == [_SEQUENCE]:
-        start, stop = shard_bounds(whole.shape[_SEQUENCE], rank=rank, world_size=world_size)
+        topology = model._reshard_manifest.topology
+        start, stop = shard_bounds(whole.shape[_SEQUENCE], rank=rank // topology.tp_row, world_size=topology.tp)
         if stop - start == shape[_SEQUENCE]:
             return whole.narrow(_SEQUENCE, start, stop - start)
     return None

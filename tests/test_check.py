@@ -71,6 +71,7 @@ def slightly(tensor: torch.Tensor) -> torch.Tensor:
 
 LAYER = "model.layers.{}"
 DOWN = "model.layers.1.mlp.down_proj"
+NORM = "model.layers.1.input_layernorm"
 QUERIES = "model.layers.0.self_attn.q_proj"
 FILE = "shard-0000{}-model-00001-of-00001.safetensors"
 
@@ -86,9 +87,8 @@ CASES: dict[str, tuple[str, Damage, str, str, list[int] | None, dict[str, set[st
         *(QUERIES, "its output", [0], {f"{QUERIES}.weight": {FILE.format(1)}}),
     ),
     "a whole weight wrong on one rank": (
-        *("llama", in_file(1, "model.layers.1.input_layernorm.weight", slightly)),
-        *("model.layers.1.input_layernorm", "its output", [1]),
-        {"model.layers.1.input_layernorm.weight": {FILE.format(2)}},
+        *("llama", in_file(1, f"{NORM}.weight", slightly)),
+        *(NORM, "its output", [1], {f"{NORM}.weight": {FILE.format(2)}}),
     ),
     "the embedding": (
         *("llama", in_file(1, "model.embed_tokens.weight", slightly)),
@@ -157,9 +157,9 @@ def run(jobs: list[dict[str, Any]], root: Path, ranks: int) -> dict[str, Found]:
     return json.loads((root / "out.json").read_text())
 
 
-def job(name: str, folder: Path, source: Path | None, *, per_layer: bool = True, replicas: int = 1) -> dict[str, Any]:
+def job(name: str, folder: Path, source: Path | None, *, per_layer: bool = True, **load: Any) -> dict[str, Any]:
     of = source and str(source)
-    return {"name": name, "folder": str(folder), "source": of, "per_layer": per_layer, "replicas": replicas}
+    return {"name": name, "folder": str(folder), "source": of, "per_layer": per_layer, "load": load}
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "does not compute what" in done.stderr
 
 
-def test_four_ranks_that_share_kv_heads_or_are_two_replicas(tmp_path: Path) -> None:
+def test_four_ranks_that_share_kv_heads_or_the_sequence_or_are_two_replicas(tmp_path: Path) -> None:
     source = pico.save("llama", tmp_path / "source", num_key_value_heads=2)
     reshard.convert(source, tmp_path / "out", tp_size=4, sync=False)
     key = "model.layers.1.self_attn.k_proj"
@@ -271,7 +271,11 @@ def test_four_ranks_that_share_kv_heads_or_are_two_replicas(tmp_path: Path) -> N
     half = tmp_path / "half"
     reshard.convert(source, half, tp_size=2, sync=False)
     in_file(0, f"{QUERIES}.weight", swap_heads)(half)
-    jobs.append(job("two replicas", half, source, replicas=2))
+    jobs.append(job("two replicas", half, source, dp_size=2))
+    mixture = tmp_path / "mixture"
+    reshard.convert(pico.save("qwen3_moe", tmp_path / "moe"), mixture, tp_size=2, ep_size=4, sync=False)
+    in_file(3, f"{NORM}.weight", slightly)(mixture)
+    jobs.append(job("a row's part of the sequence", mixture, tmp_path / "moe", sequence_parallel=True))
     found = run(jobs, tmp_path, 4)
     assert found["sound"]["ok"]
     assert found["sound"]["difference"] is None
@@ -280,6 +284,9 @@ def test_four_ranks_that_share_kv_heads_or_are_two_replicas(tmp_path: Path) -> N
     assert [(a["name"], a["files"].keys()) for a in shared["altered"]] == [(f"{key}.weight", {FILE.format(4)})]
     assert (uneven["module"], uneven["ranks"]) == (DOWN, [0, 1, 2, 3])
     assert [(a["name"], list(a["files"])) for a in uneven["altered"]] == [(f"{DOWN}.weight", [FILE.format(4)])]
+    row = found["a row's part of the sequence"]["difference"]
+    assert (row["module"], row["seen"], row["ranks"]) == (NORM, "its output", [3])
+    assert [(a["name"], list(a["files"])) for a in row["altered"]] == [(f"{NORM}.weight", [FILE.format(4)])]
     both = found["two replicas"]["difference"]
     assert (both["module"], both["ranks"]) == (QUERIES, [0, 2])
     assert [(a["name"], list(a["files"])) for a in both["altered"]] == [(f"{QUERIES}.weight", [FILE.format(1)])]

@@ -2,8 +2,8 @@
 
     checking.py JOBS.json OUT.json
 
-A job is {"name", "folder", "source" or null, "per_layer", "replicas"}. The result is what every rank got:
-they must agree.
+A job is {"name", "folder", "source" or null, "per_layer", "load"}, the last options of `runtime.load`. The
+result is what every rank got: they must agree.
 """
 
 import json
@@ -22,7 +22,7 @@ from runtime.check_text import parity_text
 def main(jobs_path: str, out_path: str) -> None:
     results = {}
     for job in json.loads(Path(jobs_path).read_text()):
-        model = runtime.load(job["folder"], check_digests=False, dp_size=job["replicas"])
+        model = runtime.load(job["folder"], check_digests=False, **job["load"])
         try:
             parity = check(model, job["source"], per_layer=job["per_layer"])
             found = {**parity.to_json(), "text": parity_text("OUT", parity, per_layer=job["per_layer"])}
