@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reshard.architecture import quiet_transformers
 from reshard.errors import BadInputError
@@ -17,10 +18,11 @@ from .argmax import argmax_only
 from .prompts import Prompt, as_batch
 from .texts import Stops, Stream, before_stop, continuation
 
-__all__ = ["Decoding", "Generated", "generate_texts", "greedy"]
+__all__ = ["Decoding", "Generated", "Memory", "generate_texts", "greedy"]
 
-# What a generation_config.json may say that is not taken: one text for each prompt, and greedy unless asked otherwise.
-_ONE_TEXT = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+# What a generation_config.json may say that is not taken: one text for each prompt, and nothing beside its cache.
+_ONE_TEXT = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True}
+_ONE_TEXT |= dict.fromkeys(["output_scores", "output_logits", "output_attentions", "output_hidden_states"], False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,32 @@ class Generated:
     ended: str
 
 
+class Memory:
+    """The KV cache that a conversation has left: the next turn goes on behind it if it begins with the same tokens.
+
+    Nothing is ever cut off a cache, which not every kind allows. So a turn whose beginning the tokenizer now sees
+    otherwise is computed from its first token, as without a memory. So is any where a layer has a recurrent state:
+    given several tokens, some families (bamba, jamba) begin that anew.
+    """
+
+    _KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+    def __init__(self) -> None:
+        self._ids: tuple[int, ...] = ()
+        self._cache: Any = None
+
+    def recall(self, ids: tuple[int, ...]) -> Any:
+        """The cache of the first of `ids`, or None. It is filled further: what is not kept then is lost."""
+        known, cache, self._cache = self._ids, self._cache, None
+        return cache if len(known) < len(ids) and ids[: len(known)] == known else None
+
+    def keep(self, ids: tuple[int, ...], cache: Any) -> None:
+        """`cache` holds all `ids` but the last, which no forward has seen."""
+        layers = getattr(cache, "layers", ())
+        if layers and all(type(layer) in self._KINDS for layer in layers):
+            self._ids, self._cache = ids[:-1], cache
+
+
 def greedy(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
     """Token ids `[batch, length]` continued greedily by at most `max_new_tokens`: prompt and continuation."""
     with torch.inference_mode(), argmax_only(model):
@@ -62,10 +90,12 @@ def generate_texts(
     how: Decoding,
     *,
     emit: Callable[[str], object] | None = None,
+    memory: Memory | None = None,
 ) -> list[Generated]:
     """Continue a batch of prompts. Call it on every rank; all get the same.
 
-    `emit` is given the text of a single prompt as it comes. Where the model's positions end, so does the text.
+    `emit` is given the text of a single prompt as it comes. `memory` is that of the conversation whose next turn a
+    single prompt is; a static cache starts anew each turn. Where the model's positions end, so does the text.
 
     Raises:
         BadInputError: a prompt is longer than the model's positions.
@@ -82,9 +112,15 @@ def generate_texts(
     stops = Stops(tokenizer, how.stops, before, start) if how.stops else None
     if stops:
         options["stopping_criteria"] = [stops]
+    remembers = memory is not None and decoder_only and options.get("cache_implementation") in (None, "dynamic")
+    if remembers and (past := memory.recall(prompts[0].ids)) is not None:
+        options |= {"past_key_values": past, "cache_implementation": None}
     shortcut = contextlib.nullcontext() if options["do_sample"] else argmax_only(model)
     with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), shortcut:
-        tokens = model.generate(ids, attention_mask=mask, **options)
+        made = model.generate(ids, attention_mask=mask, **options)
+    tokens = made.sequences
+    if remembers:
+        memory.keep(tuple(tokens[0].tolist()), made.get("past_key_values"))
     found = []
     for row, (prompt, new) in enumerate(zip(prompts, tokens[:, start:].tolist())):
         count, ended = _end(new, _eos(model), stops.ends[row] if stops else None)

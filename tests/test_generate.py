@@ -15,6 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import families
 import make_pico
 import pico
 import pytest
@@ -40,7 +41,8 @@ from runtime.ranks import RankInfo
 from runtime.texts import Stops, Stream, before_stop, continuation
 
 WORKER = Path(__file__).parent / "workers" / "generating.py"
-ALL = ["samples", "beams", "clocks", "criteria", "processors", "batches", "compiled", "kernels", "attention", "frees"]
+ALL = ["samples", "beams", "clocks", "criteria", "processors", "batches", "remembers", "compiled", "kernels"]
+ALL += ["attention", "frees"]
 UNEVEN = {"vocab_size": 131, "num_key_value_heads": 2, "intermediate_size": 50}  # at 4 ranks, two share a KV head
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ ' ' if m.role == 'assistant' }}{% endfor %}"
 BEGINNING = "Once upon a time"
@@ -49,7 +51,14 @@ BEGINNING = "Once upon a time"
 @pytest.mark.parametrize(
     ("ranks", "models"),
     [
-        (2, [("llama", {}, {}, ALL), ("gemma2", {}, {}, ["samples"]), ("qwen3_moe", {}, {"ep": 2}, ["own_heads"])]),
+        (
+            2,
+            [
+                ("llama", {}, {}, ALL),
+                ("gemma2", {"sliding_window": 6}, {}, ["samples", "remembers"]),
+                ("qwen3_moe", {}, {"ep": 2}, ["own_heads"]),
+            ],
+        ),
         (4, [("llama", UNEVEN, {}, ["samples", "beams", "batches", "compiled"])]),
     ],
 )
@@ -61,6 +70,9 @@ def test_every_rank_generates_what_one_process_does(ranks: int, models: list[Any
         jobs.append({"source": str(source), "folder": str(folder), "cases": cases})
     if ranks == 2:
         jobs.append({**encoder(tmp_path), "cases": ["attention"]})
+        families.save(families.build("jamba"), tmp_path / "jamba.source")
+        reshard.convert(tmp_path / "jamba.source", tmp_path / "jamba", tp_size=2, sync=False)
+        jobs.append({"source": str(tmp_path / "jamba.source"), "folder": str(tmp_path / "jamba"), "cases": ["forgets"]})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = torchrun(ranks, str(WORKER), str(tmp_path / "jobs.json"))
     assert done.returncode == 0, done.stderr

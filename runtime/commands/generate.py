@@ -12,7 +12,7 @@ import torch
 
 from reshard.errors import UsageError
 
-from ..generate import Decoding, Generated, generate_texts
+from ..generate import Decoding, Generated, Memory, generate_texts
 from ..kernels import sdpa
 from ..prompts import Prompt, chat_turns, in_chat, load_tokenizer, of_first_rank, plain, read_prompts
 from ..replicas import gather, replicas_of, share
@@ -83,6 +83,7 @@ def generate(
     if seed is not None:  # the same on every rank of a replica; replicas sample each for itself
         torch.manual_seed(seed + replicas.index)
     streams = style == "text" and len(prompts) < 2
+    memory = Memory() if chat and not prompts else None
 
     def go_on(batch: Sequence[Prompt]) -> list[Generated]:
         emit = None
@@ -90,7 +91,7 @@ def generate(
             click.echo(_beginning(model, batch[0]), nl=False)
             emit = _emit
         own = share(model, batch)
-        mine = generate_texts(model, tokenizer, own, how, emit=emit) if own else []
+        mine = generate_texts(model, tokenizer, own, how, emit=emit, memory=memory) if own else []
         found = gather(model, mine) or []
         if streams:
             say("")

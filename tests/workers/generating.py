@@ -28,7 +28,7 @@ import runtime.kernels
 from reshard.errors import UsageError
 from reshard.strategies import linear
 from runtime.argmax import joins_logits
-from runtime.generate import Decoding, generate_texts
+from runtime.generate import Decoding, Memory, generate_texts
 from runtime.prompts import Prompt
 
 NEW = 10
@@ -176,6 +176,38 @@ def batches(model: Any, single: Any, rank: int) -> None:
     with count_calls() as calls:
         generate_texts(model, letters, PROMPTS, Decoding(NEW, temperature=0.5))
     assert calls.made["largest_only"] == 0
+
+
+def forgets(model: Any, single: Any, rank: int) -> None:
+    """A recurrent state is not gone on from: not every family can with several tokens at once."""
+    remembers(model, single, rank, forgets=True)
+
+
+def remembers(model: Any, single: Any, rank: int, *, forgets: bool = False) -> None:
+    """A conversation's turn computes only what is new in it, and says the same; where its past is not the same, all."""
+    letters, memory = Letters(), Memory()
+    lengths: list[int] = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[-1]))
+
+    def turn(ids: tuple[int, ...], computed: int, **how: Any) -> tuple[int, ...]:
+        lengths.clear()
+        [one] = generate_texts(model, letters, [Prompt("", ids, chat=True)], Decoding(NEW, **how), memory=memory)
+        whole = torch.tensor([ids])
+        mask = torch.ones_like(whole)  # what was said may hold what pads
+        expected = single.generate(whole, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[0].tolist()
+        assert one.text == letters.decode(expected[len(ids) :], True)
+        assert lengths[0] == (len(ids) if forgets else computed), lengths
+        return tuple(expected)
+
+    said = turn(PROMPTS[0].ids, len(PROMPTS[0].ids))
+    said = turn((*said, 5, 6, 7), 4)  # the last token of an answer was never put in
+    said = turn((*said, 8), 2, cache="dynamic")
+    turn((*said[:-3], 9, 9, 9), len(said))
+    short = turn(PROMPTS[2].ids, len(PROMPTS[2].ids))
+    turn(short[:-2], len(short) - 2)  # shorter than what is remembered
+    turn((*short, 5), len(short) + 1)
+    turn((*short, 5, 6), len(short) + 2, cache="static")
+    handle.remove()
 
 
 class count_calls:
