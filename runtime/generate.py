@@ -112,14 +112,15 @@ def generate_texts(
     stops = Stops(tokenizer, how.stops, before, start) if how.stops else None
     if stops:
         options["stopping_criteria"] = [stops]
-    remembers = memory is not None and decoder_only and options.get("cache_implementation") in (None, "dynamic")
-    if remembers and (past := memory.recall(prompts[0].ids)) is not None:
+    if not decoder_only or options.get("cache_implementation") not in (None, "dynamic"):
+        memory = None
+    if memory and (past := memory.recall(prompts[0].ids)) is not None:
         options |= {"past_key_values": past, "cache_implementation": None}
     shortcut = contextlib.nullcontext() if options["do_sample"] else argmax_only(model)
     with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), shortcut:
         made = model.generate(ids, attention_mask=mask, **options)
     tokens = made.sequences
-    if remembers:
+    if memory:
         memory.keep(tuple(tokens[0].tolist()), made.get("past_key_values"))
     found = []
     for row, (prompt, new) in enumerate(zip(prompts, tokens[:, start:].tolist())):
