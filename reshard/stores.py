@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ _AT_ONCE = 8  # requests
 _ATTEMPTS = 3
 _PART = {"chunksize": 16 << 20, "max_concurrency": 4}  # of S3's multipart uploads: what is held in memory meanwhile
 _MOST_PARTS = 10_000  # S3's own limit
+# In the names of what tells one content of a file from another: digests, versions, times of a change.
+_TELLING = re.compile(
+    r"etag|md5|sha\d*$|crc|digest|checksum|hash|^hex$|generation|version|modif|mtime|updated|created|date.?time|write.?time"
+)
 
 
 def is_url(place: object) -> bool:
@@ -108,7 +113,7 @@ class Store:
                 self._fill(fd, name, size, given_up)
             finally:
                 os.close(fd)
-            if open_store(self.url).files.get(name) != self.files[name]:
+            if self._now(name) != self.files[name]:
                 raise IntegrityError(f"{self}: {printable(name)} was changed while it was fetched", hint="try again")
             os.replace(part, target)
         except InterruptedError:
@@ -118,6 +123,12 @@ class Store:
         finally:
             part.unlink(missing_ok=True)
         return target
+
+    def _now(self, name: str) -> tuple[int, str] | None:
+        """Size and identity of a file as it is listed now. None where it has gone."""
+        with doing("list", self.url):
+            found = [info for info in _listed(self.system, self.root) if _name(info) == name]
+            return _identified(self.system, found[0]) if found else None
 
     def _fill(self, fd: int, name: str, size: int, given_up: GivenUp) -> None:
         def piece(start: int) -> None:
@@ -179,23 +190,48 @@ def open_store(url: str, version: str | None = None) -> Store:
         if "file" in system.protocol:
             raise UsageError(f"{printable(url)}: is on this machine", hint=f"give its path: {printable(root)}")
         root = root.rstrip("/")
-        system.invalidate_cache()
-        try:
-            found = system.ls(root, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            found = []
-        files, folders = {}, []
-        for info in found:
-            name = info["name"].rstrip("/").rpartition("/")[2]
-            if info["type"] == "directory":
-                folders.append(name)
-            elif info["name"].rstrip("/") != root:
-                size = info["size"] if info.get("size") is not None else system.info(info["name"])["size"]
-                files[name] = (int(size), digest_of(repr(sorted((k, str(v)) for k, v in info.items())).encode()))
-    store = Store(url.rstrip("/"), system, root, files, tuple(sorted(folders)))
+        found = _listed(system, root)
+        folders = sorted(_name(info) for info in found if info["type"] == "directory")
+        infos = [info for info in found if info["type"] != "directory" and info["name"].rstrip("/") != root]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            files = dict(zip(map(_name, infos), pool.map(partial(_identified, system), infos)))
+    store = Store(url.rstrip("/"), system, root, files, tuple(folders))
     if version is not None and store.version != version:
         raise RemoteMovedError(f"{store}: has changed meanwhile, or is given a revision, which stores do not have")
     return store
+
+
+def _listed(system: Any, root: str) -> list[dict[str, Any]]:
+    system.invalidate_cache()
+    try:
+        found: list[dict[str, Any]] = system.ls(root, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return found
+
+
+def _name(info: Mapping[str, Any]) -> str:
+    return str(info["name"]).rstrip("/").rpartition("/")[2]
+
+
+def _identified(system: Any, info: Mapping[str, Any]) -> tuple[int, str]:
+    """Size and identity of a file that was listed. Where a list does not tell them (of HTTP), the file is asked for.
+
+    Raises UsageError where nothing would tell another content from this one.
+    """
+    if info.get("size") is None or not _telling(info):
+        info = {**info, **system.info(info["name"])}
+    if info.get("size") is None or not _telling(info):
+        raise UsageError(
+            f"{printable(info['name'])}: the store gives neither its size and time nor a digest",
+            hint="a change of it would not be noticed: fetch it with the store's own tools",
+        )
+    return int(info["size"]), digest_of(repr((info["size"], _telling(info))).encode())
+
+
+def _telling(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What changes with a file's content, and not with a look at it: each kind of store has names of its own."""
+    return sorted((key, str(value)) for key, value in info.items() if _TELLING.search(key.lower()) and value)
 
 
 def snapshot(
