@@ -23,6 +23,8 @@ class _Ranks(click.ParamType):
         if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", value):
             self.fail(f"{value!r} is not like 0-3 or 0,2", param, context)
         spans = [[int(number) for number in part.split("-")] for part in value.split(",")]
+        if any(span[0] > span[-1] for span in spans):
+            self.fail(f"{value!r} runs backwards", param, context)
         return [rank for span in spans for rank in range(span[0], span[-1] + 1)]
 
 

@@ -69,8 +69,9 @@ def away(place: str, version: str) -> Away:
 
 
 def find_resharded(place: str, *, revision: str | None = None, world_size: int | None = None) -> Found:
-    """The resharded folder at `place`, or for a `world_size` its folder `tpN`. Of what is elsewhere, only manifests are
-    fetched.
+    """The resharded folder at `place`; or where that is not for `world_size`, its folder `tpN`, if there is one.
+
+    Of what is elsewhere, only manifests are fetched.
 
     Raises:
         BadInputError: there is none.
@@ -78,14 +79,20 @@ def find_resharded(place: str, *, revision: str | None = None, world_size: int |
         IntegrityError: the manifest was altered; it is not kept in the cache.
     """
     choices = [""] if world_size is None else ["", f"tp{world_size}"]
+    for_others = None
     for name, folder, fetched, version in _candidates(place, revision, choices):
         if (folder / MANIFEST_NAME).exists():
             try:
-                return Found(name, folder, read_manifest(folder), version)
+                found = Found(name, folder, read_manifest(folder), version)
             except IntegrityError:
                 if fetched:
                     discard(folder / MANIFEST_NAME)
                 raise
+            if world_size in (None, found.manifest.world_size):
+                return found
+            for_others = for_others or found
+    if for_others:  # which whoever asked can say more about
+        return for_others
     there = _folders(place, revision)
     if there:
         fitting = f" for {world_size} ranks" if world_size else ""

@@ -9,11 +9,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .digest import FileRecord
-from .errors import BadInputError, DestinationExistsError, IntegrityError, TopologyError, printable
+from .errors import (
+    BadInputError,
+    DestinationExistsError,
+    IntegrityError,
+    PolicyError,
+    TopologyError,
+    UsageError,
+    printable,
+)
 from .hub.place import Place, discard
 from .manifest import Manifest
 from .places import Found, find_resharded, locate
 from .source import MANIFEST_NAME
+from .stores import is_url
 from .verification import check_file
 
 __all__ = ["pull"]
@@ -34,8 +43,9 @@ def pull(
 
     Raises:
         TopologyError: there is no such rank.
+        UsageError: `ranks` are none.
         IntegrityError: a file is not what the manifest says. It is removed, so that the next run fetches it again.
-        DestinationExistsError: in `to` there is another model.
+        DestinationExistsError: in `to` there is another model, or a file in the way.
         NetworkError: the Hub cannot be reached, or does not give it; what has arrived is kept.
     """
     if Path(place).exists():
@@ -43,7 +53,7 @@ def pull(
     found = find_resharded(place, revision=revision)
     records = _wanted(found, None if ranks is None else sorted(set(ranks)))
     names = [record.name for record in records]
-    target = None if to is None else _vacant(Path(to), found)
+    target = None if to is None else _vacant(Path(to), found, records)
     folder, _, _ = locate(
         place,
         revision=found.version,
@@ -67,6 +77,8 @@ def _wanted(found: Found, ranks: list[int] | None) -> list[FileRecord]:
     manifest: Manifest = found.manifest
     if ranks is None:
         return list(manifest.files())
+    if not ranks:
+        raise UsageError("no ranks to fetch", hint="leave out --ranks for all of them")
     wrong = [rank for rank in ranks if not 0 <= rank < manifest.world_size]
     if wrong:
         raise TopologyError(
@@ -75,9 +87,21 @@ def _wanted(found: Found, ranks: list[int] | None) -> list[FileRecord]:
     return [*(manifest.rank_files[rank] for rank in ranks), *manifest.extras]
 
 
-def _vacant(to: Path, found: Found) -> Path:
-    """Where the manifest goes below `to`. Raises DestinationExistsError where another one is."""
-    target = to / Place.parse(found.place).path / MANIFEST_NAME
-    if os.path.lexists(target) and target.read_bytes() != (found.folder / MANIFEST_NAME).read_bytes():
-        raise DestinationExistsError(f"{printable(target.parent)}: holds another resharded model")
+def _vacant(to: Path, found: Found, records: list[FileRecord]) -> Path:
+    """Where the manifest goes below `to`. Raises DestinationExistsError where anything would be replaced."""
+    folder = to if is_url(found.place) else to / Place.parse(found.place).path
+    target = folder / MANIFEST_NAME
+    if os.path.lexists(target):
+        if target.read_bytes() != (found.folder / MANIFEST_NAME).read_bytes():
+            raise DestinationExistsError(f"{printable(folder)}: holds another resharded model")
+        return target
+    for record in records:  # an interrupted pull has left some of them, whole
+        if os.path.lexists(folder / record.name):
+            try:
+                check_file(folder, record)
+            except (IntegrityError, PolicyError, BadInputError):
+                raise DestinationExistsError(
+                    f"{printable(folder / record.name)}: is there already, and is not what would be fetched",
+                    hint="choose another folder with --to, or move it away",
+                ) from None
     return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,15 @@ from cli_tools import RANK_FILES, Cli, Result, assert_one_error
 from fake_hub import FakeHub, Fault, Handler, Reply, corrupt, drop, hang_up, ignore_range, stall, status
 
 import reshard
-from reshard.errors import BadInputError, DestinationExistsError, IntegrityError, NetworkError, TopologyError
+from reshard.errors import (
+    BadInputError,
+    DestinationExistsError,
+    IntegrityError,
+    NetworkError,
+    TopologyError,
+    UsageError,
+)
+from reshard.places import find_resharded
 
 NAME = "org/model-tp2"
 SECOND = RANK_FILES[1]
@@ -85,6 +94,9 @@ def test_ranks(repo: FakeHub, resharded: Path, cli: Cli) -> None:
         reshard.pull(NAME, ranks=range(4))
     assert refused.value.hint == "its ranks are 0 to 1"
     assert cli("pull", NAME, "--ranks", "0:1").code == 2
+    assert cli("pull", NAME, "--ranks", "1-0").code == 2
+    with pytest.raises(UsageError, match="no ranks"):
+        reshard.pull(NAME, ranks=[])
 
 
 def test_into_a_folder(repo: FakeHub, resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +117,33 @@ def test_into_a_folder_of_another_model(repo: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(DestinationExistsError, match="holds another resharded model"):
         reshard.pull(NAME, to=tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["reshard.json"]
+
+
+def test_into_a_folder_with_files_of_other_making(
+    repo: FakeHub, resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the user's is replaced; what an interrupted run has left is gone on with."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(DestinationExistsError, match=r"config\.json: is there already"):
+        reshard.pull(NAME, to=folder)
+    assert contents(folder) == {"config.json": b'{"mine": 1}'}
+    shutil.copyfile(resharded / "config.json", folder / "config.json")
+    shutil.copyfile(resharded / SECOND, folder / SECOND)
+    reshard.pull(NAME, ranks=[1], to=folder)
+    assert contents(folder) == expected(resharded, 1)
+
+
+def test_the_root_of_a_repo_holds_one_degree_and_a_folder_another(
+    here: FakeHub, resharded: Path, tmp_path: Path
+) -> None:
+    reshard.convert(resharded, tmp_path / "four", tp_size=4)
+    wider = {f"tp4/{name}": data for name, data in contents(tmp_path / "four").items()}
+    here.create("org/model", contents(resharded) | wider)
+    assert find_resharded("org/model", world_size=4).place == "org/model/tp4"
+    assert find_resharded("org/model", world_size=2).place == "org/model"
+    assert find_resharded("org/model", world_size=3).manifest.world_size == 2
 
 
 def test_a_folder_of_a_repo(here: FakeHub, resharded: Path, tmp_path: Path, cli: Cli) -> None:

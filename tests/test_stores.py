@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,7 @@ from safetensors.torch import save_file
 
 import reshard
 from reshard import stores
-from reshard.errors import (
-    TopologyError,
-)
+from reshard.errors import TopologyError, UsageError
 
 MANIFEST = "reshard.json"
 
@@ -113,13 +116,15 @@ def test_plan_reads_headers_alone(store: ObjectStore, stored_source: str, checkp
     assert all(span is not None and span[1] - span[0] <= 16 << 10 for span in spans)
 
 
-def test_pull_one_rank(store: ObjectStore, stored: str, resharded: Path) -> None:
+def test_pull_one_rank(store: ObjectStore, stored: str, resharded: Path, tmp_path: Path) -> None:
     folder = reshard.pull(stored, ranks=[1])
     assert contents(folder).keys() == contents(resharded).keys() - {RANK_FILES[0]}
     store.log.clear()
     assert reshard.pull(stored, ranks=[1]) == folder
     assert {call.method for call in store.log} == {"GET"}
     assert all("list-type" in call.query for call in store.log)  # nothing but whether it is as it was
+    assert reshard.pull(stored, to=tmp_path / "here") == tmp_path / "here"
+    assert contents(tmp_path / "here") == contents(resharded)
 
 
 def test_the_folder_for_so_many_ranks(stored: str, cli: Cli) -> None:
@@ -164,3 +169,65 @@ def test_whatever_fsspec_opens(checkpoint: Checkpoint, resharded: Path, monkeypa
     reshard.convert("memory://llama", "memory://out", tp_size=2)
     found = {info["name"].rpartition("/")[2]: system.cat_file(info["name"]) for info in system.ls("/out", detail=True)}
     assert found == contents(resharded)
+
+
+@contextmanager
+def web(files: dict[str, bytes], *, tells: bool = True) -> Iterator[str]:
+    """A plain web server with a page of links, as a store. Whether it tells one content of a file from another."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.removeprefix("/llama").strip("/")
+            page = "".join(f'<a href="/llama/{name}">{name}</a>' for name in files).encode()
+            data = files.get(name, b"") if name else page
+            start, _, end = self.headers.get("Range", "bytes=0-").partition("=")[2].partition("-")
+            part = data[int(start) : int(end) + 1 if end else None]
+            self.send_response(404 if name and name not in files else 206 if "Range" in self.headers else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}")
+            if tells:
+                self.send_header("ETag", hashlib.sha256(data).hexdigest())
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(part)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/llama"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_what_was_fetched_of_a_changed_file_is_not_used_again(
+    store: ObjectStore, checkpoint: Checkpoint, resharded: Path, tmp_path: Path
+) -> None:
+    """Of the same name and size; of a web server, whose lists tell no times."""
+    files = contents(checkpoint("llama"))
+    with web(files) as url:
+        reshard.convert(url, tmp_path / "first", tp_size=2, keep_cache=True)
+        assert contents(tmp_path / "first") == contents(resharded)
+        name = next(name for name in files if name.startswith("model-00001"))
+        files[name] = files[name][:-4] + b"\0\0\x80?"
+        reshard.convert(url, tmp_path / "second", tp_size=2, keep_cache=True)
+        changed = tmp_path / "changed"
+        changed.mkdir()
+        for each, data in files.items():
+            (changed / each).write_bytes(data)
+        reshard.verify(tmp_path / "second", against=changed)
+
+
+def test_a_store_that_tells_nothing_of_a_change_is_refused(
+    store: ObjectStore, checkpoint: Checkpoint, out: Path
+) -> None:
+    with web(contents(checkpoint("llama")), tells=False) as url, pytest.raises(UsageError, match="neither"):
+        reshard.convert(url, out, tp_size=2)
