@@ -94,17 +94,22 @@ def write_files(
         return digest.hexdigest()
 
     def digest_source(file: SourceFile) -> None:
-        if records is not None:
-            found = {info.name: digest_range(file.name, info.start, info.end) for info in file.header.tensors}
-            if not stop.is_set():
-                check_digests(file.path, records[file.name], file.header, found)
-            return
-        known = ahead.get(file.name) if ahead else None
-        if arrivals:  # of a file that can only be this one, so that a claim holds
-            known = claimed.get((_SOURCE, file.name))
-        source_digests[file.name] = known or digest_range(file.name, 0, file.size)
+        # Of a file that arrives there is only this one, so that a claim holds.
+        known = claimed.get((_SOURCE, file.name)) if arrivals else ahead.get(file.name) if ahead else None
+        if records is None:
+            digest = source_digests[file.name] = known or digest_range(file.name, 0, file.size)
+        else:
+            digest = records[file.name].digest
+            if not known:
+                check_tensors(file)
         if arrivals and journal and not known and not stop.is_set():
-            journal.add(_SOURCE, file.name, source_digests[file.name])
+            journal.add(_SOURCE, file.name, digest)
+
+    def check_tensors(file: SourceFile) -> None:
+        assert records is not None
+        found = {info.name: digest_range(file.name, info.start, info.end) for info in file.header.tensors}
+        if not stop.is_set():
+            check_digests(file.path, records[file.name], file.header, found)
 
     jobs = [
         Job(*_reads(slot.tensor, source), partial(write, index, slot), (layout.name, slot.tensor.name) in claimed)

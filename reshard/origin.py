@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +11,11 @@ from pathlib import Path
 
 from .arrivals import AHEAD, Arrivals
 from .digest import DigestsAhead
-from .places import away, fetch, locate, of_hub
+from .errors import StorageError
+from .manifest import read_manifest
+from .places import away, locate, of_hub
 from .reader import equal_tensors
-from .remote import Remote, open_remote
+from .remote import Remote, open_remote, remote_files
 from .resharded import Resharded, open_resharded
 from .source import Source, SourceFile, is_resharded, open_source
 from .staging import Stage
@@ -25,7 +28,7 @@ _FETCHED = "fetched-"  # and the version: files of another are not gone on with
 @dataclass(frozen=True, slots=True)
 class Origin:
     """The checkpoint that is planned, and what there is of it: its files, or else a resharded folder that was `made`
-    of it, or files that are still to come from a `remote` place."""
+    of it; of either, files that are still to come from a `remote` place."""
 
     source: Source
     made: Resharded | None = None
@@ -43,7 +46,7 @@ class Origin:
 
     def ahead(self) -> DigestsAhead:
         """Digests of the files that are here as the source has them."""
-        here = () if self.made or self.remote else self.source.files
+        here = () if self.made or self.remote else self.source.files  # rank files are checked by tensor instead
         return DigestsAhead({file.name: file.path for file in here})
 
     def equal(self, arrivals: Arrivals | None) -> Callable[[str, str], bool] | None:
@@ -54,11 +57,13 @@ class Origin:
 
     def coming(self) -> list[SourceFile]:
         """The files that are still to come, in order."""
-        return [file for file in self.source.files if self.remote and file.name not in self.remote.cached]
+        return [file for file in self.held.files if self.remote and file.name not in self.remote.cached]
 
     def staged_bytes(self) -> int:
-        """What files that are still to come take at once, beside what is made of them."""
-        return sum(sorted(file.size for file in self.coming())[-AHEAD:])
+        """What files that are still to come take at once, beside what is made of them: of rank files, all are needed
+        together."""
+        sizes = sorted(file.size for file in self.coming())
+        return sum(sizes if self.made else sizes[-AHEAD:])
 
     def staged(self, stage: Stage) -> Path:
         """Where they are meanwhile."""
@@ -85,6 +90,9 @@ class Origin:
                     arrivals.expect({file.name: 1 for file in self.coming()[:AHEAD]})
                 yield arrivals
             done = True
+        except StorageError:  # a disk that is too full is not left fuller
+            done = not stage.begun
+            raise
         finally:
             if done or stage.folder is None:
                 stage.clear(_FETCHED)
@@ -93,13 +101,17 @@ class Origin:
 def open_origin(place: str, *, revision: str | None = None) -> Origin:
     """A checkpoint folder, a resharded one, or a Hub id or URL of either. Raises a `ReshardError`."""
     root, found, version = locate(place, revision=revision)
-    if is_resharded(root):
-        if version is not None:
-            root, _, _ = fetch(place, revision=version)
+    if found is None or version is None:
+        if not is_resharded(root):
+            return Origin(open_source(root))
         made = open_resharded(root)
         return Origin(made.source, made=made)
-    if found is None or version is None:
-        return Origin(open_source(root))
+    files = away(found, version)
+    if is_resharded(root):
+        extras = [glob.escape(extra.name) for extra in read_manifest(root).extras]
+        locate(place, revision=version, patterns=extras, ignored=())  # small files of any name
+        made = open_resharded(root, files)
+        return Origin(made.source, made=made, remote=remote_files(made.held, files))
     repo_id, commit = of_hub(found, version)
-    remote = open_remote(root, away(found, version), repo_id=repo_id, commit=commit)
+    remote = open_remote(root, files, repo_id=repo_id, commit=commit)
     return Origin(remote.source, remote=remote)

@@ -11,7 +11,7 @@ from .errors import BadInputError, IntegrityError, listed, printable
 from .header import Header, TensorInfo, read_header
 from .source import MANIFEST_NAME, vetted_path
 
-__all__ = ["check_digests", "largest_first", "read_rank_header", "written_file"]
+__all__ = ["check_digests", "check_rank_header", "largest_first", "read_rank_header", "written_file"]
 
 
 def written_file(folder: Path, record: FileRecord) -> Path:
@@ -32,11 +32,16 @@ def read_rank_header(path: Path, record: FileRecord) -> Header:
         header = read_header(path, file=record.name)
     except BadInputError as error:
         raise IntegrityError(error.message) from None
+    check_rank_header(path, record, header)
+    return header
+
+
+def check_rank_header(path: Path, record: FileRecord, header: Header) -> None:
+    """Raises IntegrityError where a header, of what is or will be at `path`, is not of the record's tensors."""
     wrong = sorted({info.name for info in header.tensors} ^ record.tensors.keys())
     if wrong:
         names = listed(wrong)
         raise IntegrityError(f"{printable(path)}: does not hold the tensors that were written: {names}")
-    return header
 
 
 def largest_first(header: Header) -> list[TensorInfo]:

@@ -15,7 +15,7 @@ from .header import Header, header_length, parse_header
 from .hub.place import discard
 from .source import Source, SourceFile, check_plain_name, open_source, weight_files
 
-__all__ = ["Away", "Entry", "GivenUp", "Remote", "never", "open_remote"]
+__all__ = ["Away", "Entry", "GivenUp", "Remote", "never", "open_remote", "read_headers", "remote_files"]
 
 _AT_ONCE = 8  # requests
 _FIRST_BYTES = 16 << 10  # most headers are shorter
@@ -101,14 +101,34 @@ def open_remote(root: Path, away: Away, *, repo_id: str | None, commit: str | No
         check_plain_name(name, what="source file")
     cached = frozenset(name for name in names if (root / name).exists())
     absent = away.entries([name for name in names if name not in cached])
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        headers = list(pool.map(partial(_read_header, away), absent))
     files = {
         entry.name: SourceFile(entry.name, root / entry.name, entry.size, 0, header)
-        for entry, header in zip(absent, headers)
+        for entry, header in zip(absent, read_headers(away, absent))
     }
     source = open_source(root, repo_id=repo_id, commit=commit, absent=files)
-    return Remote(source, away, {entry.name: entry.sha256 for entry in absent if entry.sha256}, cached)
+    return Remote(source, away, _digests(absent), cached)
+
+
+def remote_files(source: Source, away: Away) -> Remote:
+    """A source whose headers have been read, and whose files are `away` where they are not in the cache.
+
+    Raises:
+        NetworkError: there is no answer.
+        BadInputError: a file is not there.
+    """
+    cached = frozenset(file.name for file in source.files if file.path.exists())
+    absent = away.entries([file.name for file in source.files if file.name not in cached])
+    return Remote(source, away, _digests(absent), cached)
+
+
+def _digests(entries: Sequence[Entry]) -> dict[str, str]:
+    return {entry.name: entry.sha256 for entry in entries if entry.sha256}
+
+
+def read_headers(away: Away, entries: Sequence[Entry]) -> list[Header]:
+    """The headers of safetensors files, by ranges. Raises BadInputError where one is not such a file."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(partial(_read_header, away), entries))
 
 
 def _read_header(away: Away, entry: Entry) -> Header:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from .header import Header, TensorInfo, parse_header
 from .inverse import invert, once, refined_shape, through
 from .layout import FileLayout
 from .manifest import Manifest, read_manifest
-from .rank_file import read_rank_header, written_file
+from .rank_file import check_rank_header, read_rank_header, written_file
 from .regions import Region, covers, whole
+from .remote import Away, read_headers
 from .source import INDEX_NAME, MANIFEST_NAME, Source, SourceFile, check_plain_name, model_config
 from .targets import LocalTensor, rank_tensors
 
@@ -77,12 +78,15 @@ class Resharded:
         return replace(tensor, regions=tuple(found))
 
 
-def open_resharded(folder: Path) -> Resharded:
+def open_resharded(folder: Path, away: Away | None = None) -> Resharded:
     """Read a resharded folder, through its manifest and headers; of the small files, also the bytes.
+
+    Of rank files that are not in it, but `away`, the headers are read by ranges.
 
     Raises:
         BadInputError: not a resharded folder, or its manifest makes no sense.
         IntegrityError: files are missing, or are not those that were written.
+        NetworkError: what is away cannot be had.
         VersionError: made by a newer release.
     """
     manifest = read_manifest(folder)
@@ -101,7 +105,8 @@ def open_resharded(folder: Path) -> Resharded:
         manifest.repo_id,
         manifest.commit,
     )
-    return Resharded(manifest, source, _rank_files(folder, manifest, headers), source_tensors(manifest, headers))
+    held = _rank_files(folder, away, manifest, headers)
+    return Resharded(manifest, source, held, source_tensors(manifest, headers))
 
 
 def source_headers(manifest: Manifest) -> dict[str, Header]:
@@ -132,17 +137,40 @@ def _by_name(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
     return {info.name: info for header in headers.values() for info in header.tensors}
 
 
-def _rank_files(folder: Path, manifest: Manifest, headers: Mapping[str, Header]) -> Source:
+def _rank_files(folder: Path, away: Away | None, manifest: Manifest, headers: Mapping[str, Header]) -> Source:
+    expected = list(_expected(manifest, headers))
+    absent = _headers_away(folder, away, [record for record, _ in expected]) if away else {}
     files: list[SourceFile] = []
     tensors: dict[str, TensorInfo] = {}
-    for record, expected in _expected(manifest, headers):
-        path = written_file(folder, record)
-        mtime_ns = os.stat(path).st_mtime_ns
-        header = read_rank_header(path, record)
-        _check_held(path, header, expected)
+    for record, held in expected:
+        path, header, mtime_ns = folder / record.name, absent.get(record.name), 0
+        if header is None:
+            mtime_ns = os.stat(written_file(folder, record)).st_mtime_ns
+            header = read_rank_header(path, record)
+        _check_held(path, header, held)
         files.append(SourceFile(record.name, path, record.size, mtime_ns, header))
         tensors |= {_held(record.name, info.name): info for info in header.tensors}
     return Source(folder, tuple(files), tensors, {}, ())
+
+
+def _headers_away(folder: Path, away: Away, records: Sequence[FileRecord]) -> dict[str, Header]:
+    """Those of the files that are not in the folder."""
+    absent = {record.name: record for record in records if not os.path.lexists(folder / record.name)}
+    for name in absent:
+        check_plain_name(name, what=MANIFEST_NAME)
+    entries = away.entries(list(absent))
+    for entry in entries:
+        if entry.size != absent[entry.name].size:
+            raise IntegrityError(
+                f"{away}: {printable(entry.name)}: expected {absent[entry.name].size} bytes, got {entry.size}"
+            )
+    try:
+        headers = dict(zip(absent, read_headers(away, entries)))
+    except BadInputError as error:
+        raise IntegrityError(error.message) from None
+    for name, header in headers.items():
+        check_rank_header(folder / name, absent[name], header)
+    return headers
 
 
 def _expected(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[tuple[FileRecord, Held]]:

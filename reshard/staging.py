@@ -38,6 +38,11 @@ class Stage:
         """Whether nothing is there that an earlier run left."""
         return not _unfinished(self._out)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything that the next run can go on with."""
+        return self.folder is not None and _has_claims(self.folder)
+
     def beside(self, name: str) -> Path:
         """A place beside the output for what the work needs on the way."""
         return self._out.with_name(f"{self._out.name}.part-{name}")
@@ -122,11 +127,17 @@ def _taken(folder: Path, error: BaseException) -> bool:
 def _leave(folder: Path, out: Path, error: BaseException) -> None:
     """After a failure: keep what the next run can go on with, and say so where the error has no hint of its own."""
     with contextlib.suppress(OSError):
-        journal = folder / JOURNAL_NAME
-        if getattr(error, "lost", False) or not journal.exists() or not journal.stat().st_size:
+        if getattr(error, "lost", False) or not _has_claims(folder):
             _discard(folder, out)
         elif getattr(error, "hint", None) is None:
             error.__dict__["hint"] = f"the same command goes on with what is in {printable(folder)}"
+
+
+def _has_claims(folder: Path) -> bool:
+    try:
+        return (folder / JOURNAL_NAME).stat().st_size > 0
+    except OSError:
+        return False
 
 
 def _clear_away(folder: Path, out: Path) -> None:
