@@ -7,10 +7,12 @@ import errno
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,26 @@ from .errors import (
     UsageError,
     printable,
 )
+from .hub.place import is_hub_url
 from .output import pwrite
 from .remote import Entry, GivenUp, never
 from .source import check_plain_name
 
-__all__ = ["Store", "cache_folder", "is_url", "open_store", "snapshot"]
+__all__ = ["PROBE_NAME", "Store", "cache_folder", "is_url", "open_store", "snapshot"]
+
+PROBE_NAME = ".reshard-probe"  # of `Store.try_out`; what is there of that name is nobody's
 
 _RANGE = 8 << 20  # bytes of one request
 _AT_ONCE = 8  # requests
 _ATTEMPTS = 3
 _PART = {"chunksize": 16 << 20, "max_concurrency": 4}  # of S3's multipart uploads: what is held in memory meanwhile
 _MOST_PARTS = 10_000  # S3's own limit
+_DONE = {"list": "listed", "read": "read", "write": "written to"}
 
 
 def is_url(place: object) -> bool:
-    """Whether a place is a URL, and not a folder or a Hub id."""
-    return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None
+    """Whether a place is a URL, and not a folder or a Hub id, which can have the form of one too."""
+    return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None and not is_hub_url(str(place))
 
 
 def cache_folder() -> Path:
@@ -84,9 +90,16 @@ class Store:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """The bytes from `start` to `end` of a file. Raises NetworkError."""
+        if start == end:
+            return b""
+        path, size = self.path(name), self.files[name][0]
         for _ in range(_ATTEMPTS):
             with doing("read", self.url):
-                found: bytes = self.system.cat_file(self.path(name), start=start, end=end) if end > start else b""
+                if size > _RANGE and "http" in self.system.protocol:
+                    _check_ranges(self.system, path, size)
+                found: bytes = self.system.cat_file(path, start=start, end=end)
+            if len(found) == size:  # also from a server that gives no ranges
+                found = found[start:end]
             if len(found) == end - start:
                 return found
         raise NetworkError(f"{self}: {printable(name)}: the connection breaks", hint="try again")
@@ -116,7 +129,8 @@ class Store:
         except OSError as error:
             raise StorageError(f"{printable(target)}: {error.strerror}") from None
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which is not to be said in place of what went wrong
+                part.unlink(missing_ok=True)
         return target
 
     def _fill(self, fd: int, name: str, size: int, given_up: GivenUp) -> None:
@@ -163,15 +177,53 @@ class Store:
         with doing("write", self.url):
             self.system.put_file(str(path), self.path(name), callback=Told(), mode="create", **options)
 
+    def try_out(self) -> None:
+        """Put a small file there as any other, and remove it. Where that may not be, or in a crash, it stays.
+
+        Raises:
+            UsageError: a store of this kind takes no files.
+            NetworkError: it refuses.
+            StorageError: a small file cannot be made here, in the cache.
+        """
+        try:
+            with tempfile.NamedTemporaryFile(dir=cache_folder()) as file:
+                file.write(b"\n")  # not every store takes a file of nothing
+                file.flush()
+                self.put(Path(file.name), PROBE_NAME)
+        except FileExistsError:  # an earlier one has stayed
+            pass
+        except OSError as error:
+            raise StorageError(f"{printable(cache_folder())}: {error.strerror}") from None
+        with contextlib.suppress(Exception):
+            self.system.rm_file(self.path(PROBE_NAME))
+
+
+@lru_cache
+def _check_ranges(system: Any, path: str, size: int) -> None:
+    """Before anything large is asked for: a server that ignores the range would send all of the file, every time."""
+    try:
+        with system.open(path, block_size=1, size=size, cache_type="none") as file:
+            file.seek(size - 1)
+            file.read(1)
+    except ValueError:
+        raise UsageError(
+            f"{printable(path)}: the server gives no part of it, only the whole",
+            hint="fetch the files, and give the path of their folder",
+        ) from None
+
 
 def open_store(url: str, version: str | None = None) -> Store:
     """The folder at a URL: listed, now. Where there is none, it has no files.
 
     Raises:
         RemoteMovedError: it is not at `version` any more.
-        UsageError: the package for this kind of URL is missing, or there is no such kind.
+        UsageError: the package for this kind of URL is missing, there is no such kind, or `version` is none of a store.
         NetworkError: the store cannot be reached, or refuses.
     """
+    if version is not None and not re.fullmatch("[0-9a-f]{32}", version):  # as no `Store.version` is
+        raise UsageError(f"{printable(url)}: a URL has no revision {printable(version)}", hint="leave out --revision")
+    if "::" in url:
+        raise UsageError(f"{printable(url)}: chained URLs are not taken", hint="give that of the folder itself")
     with doing("list", url):
         import fsspec
 
@@ -194,7 +246,7 @@ def open_store(url: str, version: str | None = None) -> Store:
                 files[name] = (int(size), digest_of(repr(sorted((k, str(v)) for k, v in info.items())).encode()))
     store = Store(url.rstrip("/"), system, root, files, tuple(sorted(folders)))
     if version is not None and store.version != version:
-        raise RemoteMovedError(f"{store}: has changed meanwhile, or is given a revision, which stores do not have")
+        raise RemoteMovedError(f"{store}: has changed meanwhile", hint="run it again")
     return store
 
 
@@ -235,8 +287,11 @@ def doing(what: str, url: str) -> Iterator[None]:
 def _explained(error: Exception, what: str, place: str) -> ReshardError:
     words = printable(next(iter(str(error).splitlines()), ""))
     if isinstance(error, ImportError):
-        hint = "pip install 'reshard[s3]'" if place.startswith(("s3:", "s3a:")) else None
-        return UsageError(f"{place}: a package is missing: {words}", hint=hint)
+        package = str(getattr(error.__cause__ or error, "name", None) or "").partition(".")[0]
+        wanted = "'reshard[s3]'" if place.startswith(("s3:", "s3a:")) else printable(package)
+        return UsageError(f"{place}: a package is missing: {words}", hint=f"pip install {wanted}" if wanted else None)
+    if isinstance(error, NotImplementedError):
+        return UsageError(f"{place}: a store of this kind cannot be {_DONE[what]}: {words}")
     if isinstance(error, FileNotFoundError):
         return BadInputError(f"{place}: no such place, or a file of it has gone: {words}")
     if isinstance(error, ValueError) and "rotocol" in words:

@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 
 import reshard
 from reshard import stores
-from reshard.errors import (
-    TopologyError,
-)
+from reshard.errors import TopologyError
+from reshard.stores import PROBE_NAME
 
 MANIFEST = "reshard.json"
 
@@ -65,6 +64,7 @@ def test_to_a_store(store: ObjectStore, checkpoint: Checkpoint, resharded: Path,
     reshard.convert(checkpoint("llama"), "s3://bucket/out", tp_size=2)
     assert store.objects("out") == contents(resharded)
     sent = [call.path for call in store.log if call.method in ("PUT", "POST")]
+    assert sent.pop(0) == f"bucket/out/{PROBE_NAME}"
     assert len(sent) == len(contents(resharded))
     assert sent[-1] == f"bucket/out/{MANIFEST}"
     assert not kept(tmp_path)
