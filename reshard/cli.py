@@ -16,7 +16,7 @@ import click
 from ._version import __version__
 from .cli_common import Bytes, format_option, print_report, progress_bar, revision_option
 from .cli_hub import publish, pull
-from .errors import StorageError, printable
+from .errors import StorageError, printable, without_secrets
 from .failures import Terminated, report_failure, terminate, wants_traceback
 from .process import patient_from_now_on, worker_count
 
@@ -142,7 +142,7 @@ def convert(
     )
     size = sum(record.size for record in manifest.rank_files)
     print_report(
-        {"out": out, **manifest_report(manifest)},
+        {"out": without_secrets(out), **manifest_report(manifest)},
         style,
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes",
     )
@@ -249,7 +249,11 @@ def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str, *
 
     files = run(out, dest, workers=workers, sync=not no_sync, progress=progress_bar, **how)
     which = "source files, as they were" if how["layout"] == "source" else "files with headers anew"
-    print_report({"dest": dest, "files": list(files)}, style, lambda _: f"{printable(dest)}: {len(files)} {which}")
+    print_report(
+        {"dest": without_secrets(dest), "files": list(files)},
+        style,
+        lambda _: f"{printable(dest)}: {len(files)} {which}",
+    )
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -27,16 +27,18 @@ def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Bytes(click.ParamType):
-    """A number of bytes with its unit: 24GB (thousands, as GPUs are sold), 24GiB, or bytes."""
+    """A number of bytes with its unit: 24GB (thousands, as GPUs are sold), 24GiB, or bytes, also as 24e9."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes of a text such as 24GB."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", str(value).strip(), re.IGNORECASE)
+        match = re.fullmatch(
+            r"(\d{1,30}(?:\.\d+)?(?:e\d{1,2})?)\s*(?:([kmgtp])(i?)b?|b)?", str(value).strip(), re.IGNORECASE
+        )
         if match is None:
             self.fail(f"{value!r} is not a size such as 24GB", param, ctx)
-        power = 1 + "kmgt".index(match[2].lower()) if match[2] else 0
+        power = 1 + "kmgtp".index(match[2].lower()) if match[2] else 0
         return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 

@@ -61,7 +61,10 @@ def plan(
     Raises a `ReshardError`.
     """
     if (tp_size is None) == (gpu_memory is None):
-        raise UsageError("give either the number of ranks (--tp-size) or what each can hold (--gpu-memory)")
+        raise UsageError(
+            "give either the number of ranks (--tp-size) or what each can hold (--gpu-memory)",
+            hint="--tp-size 2, or --gpu-memory 24GB",
+        )
     planned, _ = _plan(
         open_origin(str(source), revision=revision),
         Topology(tp_size or ep_size, ep_size),

@@ -13,11 +13,12 @@ from typing import Protocol
 from .digest import digest_of
 from .errors import DestinationExistsError, IntegrityError, StorageError, UsageError, listed, printable
 from .exclusive import EXCHANGE, NOREPLACE, move
+from .hub.place import is_hub_url
 from .journal import JOURNAL_NAME
 from .output import sync_folder
 from .progress import Progress, silent
 from .source import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
-from .stores import cache_folder, is_url, open_store
+from .stores import PROBE_NAME, cache_folder, is_url, open_store
 
 __all__ = ["Destination", "destination"]
 
@@ -36,6 +37,9 @@ class Destination(Protocol):
     def check(self) -> None:
         """Raises DestinationExistsError where something is in the way, StorageError where there is no way."""
 
+    def try_out(self) -> None:
+        """Before any work: raises a ReshardError where `commit` could put nothing there. Under the lock."""
+
     def commit(self, folder: Path) -> None:
         """Put a whole folder there. What is at its old place afterwards is nobody's. Raises a ReshardError."""
 
@@ -43,7 +47,11 @@ class Destination(Protocol):
 def destination(
     out: str | Path, *, overwrite: bool = False, sync: bool = True, progress: Progress = silent
 ) -> Destination:
-    """That of a path or a URL. `progress` is for what is sent."""
+    """That of a path or a URL. `progress` is for what is sent. Raises UsageError for a place on the Hub."""
+    if is_hub_url(str(out)):
+        raise UsageError(
+            f"{printable(out)}: is on the Hub", hint="choose a folder, and put that there with: reshard publish"
+        )
     return (
         _InStore(str(out), overwrite, progress) if is_url(out) else _OnDisk(Path(os.path.abspath(out)), overwrite, sync)
     )
@@ -74,6 +82,9 @@ class _OnDisk:
                 f"{printable(out)}: is not a resharded folder, so --overwrite does not replace it",
                 hint="choose another name",
             )
+
+    def try_out(self) -> None:
+        pass  # the folder that is filled stands in the same one
 
     def commit(self, folder: Path) -> None:
         out = self.local
@@ -123,18 +134,22 @@ class _InStore:
         there = open_store(self.url)
         if there.files.keys() & set(_LAST):
             raise DestinationExistsError(f"{there}: already exists", hint="choose another name")
-        if there.files and not any(self.local.parent.glob(f"{self.local.name}.part-*")):
+        files = there.files.keys() - {PROBE_NAME}
+        if files and not any(self.local.parent.glob(f"{self.local.name}.part-*")):
             raise DestinationExistsError(
-                f"{there}: holds files of something else: {listed(there.files)}",
+                f"{there}: holds files of something else: {listed(sorted(files))}",
                 hint="choose another name; or remove them, if they are what an interrupted run on another machine left",
             )
+
+    def try_out(self) -> None:
+        open_store(self.url).try_out()
 
     def commit(self, folder: Path) -> None:
         names = sorted({path.name for path in folder.iterdir()} - {JOURNAL_NAME})
         last = next(name for name in _LAST if name in names)
         names.remove(last)
         sizes = {name: (folder / name).stat().st_size for name in names}
-        strange = sorted(open_store(self.url).files.keys() - {*names, last})
+        strange = sorted(open_store(self.url).files.keys() - {*names, last, PROBE_NAME})
         if strange:
             raise DestinationExistsError(f"{printable(self.url)}: holds files of something else: {listed(strange)}")
         with self.progress(sum(sizes.values())) as report, ThreadPoolExecutor(_AT_ONCE) as pool:

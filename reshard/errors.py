@@ -34,7 +34,13 @@ __all__ = [
     "VersionError",
     "listed",
     "printable",
+    "without_secrets",
 ]
+
+_SECRETS = (
+    re.compile(r"(?<=://)[^/@\s]*@"),  # name and password
+    re.compile(r"(?<=[?&])([\w.-]*(?:sig|token|key|secret|pass|credential|auth|x-amz-)[\w.-]*=)[^&#\s'\"<>)]+", re.I),
+)
 
 
 class ReshardError(Exception):
@@ -94,14 +100,20 @@ class RemoteMovedError(ReshardError):
     exit_code = 12
 
 
+def without_secrets(text: str) -> str:
+    """`text` with its URLs bare of what lets one in: a name and password, and the values of a query that sound so."""
+    named, signed = _SECRETS
+    return signed.sub(r"\1…", named.sub("", text)) if "://" in text else text
+
+
 def printable(text: object, limit: int = 200) -> str:
     """`text` made safe to show: control, bidi and unprintable characters escaped, at most `limit` characters, and URLs
-    without the name and password that they can have.
+    `without_secrets`.
 
     Names of files and tensors come from files that nobody vouches for.
     """
     # Cut first: a crafted name can have 99 MB.
-    bare = re.sub(r"(?<=://)[^/@\s]*@", "", str(text)[: limit + 1])
+    bare = without_secrets(str(text)[: limit + 1])
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in bare)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInputError, IntegrityError, TopologyError, listed, printable
+from .errors import BadInputError, IntegrityError, TopologyError, UsageError, listed, printable
 from .hub.files import HubFiles
 from .hub.place import Place, discard
 from .hub.place import folders as hub_folders
@@ -51,16 +52,19 @@ def locate(
     Raises:
         NetworkError: the place cannot be reached, or does not give it.
         BadInputError: `place` is none of these, or there is nothing.
+        UsageError: a revision of what has none.
         RemoteMovedError: a store's folder is not at that version any more.
     """
     if is_url(place):
         folder, version = store_snapshot(place, version=revision, patterns=patterns, ignored=ignored, to=to)
         return folder, place, version
-    path = Path(place)
-    if path.exists():
-        return path, None, None
-    folder, commit = hub_snapshot(Place.parse(place), revision=revision, patterns=patterns, ignored=ignored, to=to)
-    return folder, place, commit
+    if os.path.exists(place):  # not Path's, which fails where the name is too long for one
+        if revision is not None:
+            raise UsageError(f"{printable(place)}: a local folder has no revisions", hint="leave out --revision")
+        return Path(place), None, None
+    where = Place.parse(place)
+    folder, commit = hub_snapshot(where, revision=revision, patterns=patterns, ignored=ignored, to=to)
+    return folder, str(where), commit
 
 
 def away(place: str, version: str) -> Away:
@@ -100,7 +104,7 @@ def find_resharded(place: str, *, revision: str | None = None, world_size: int |
             f"{printable(place)}: holds no model{fitting} itself, but in folders: {listed(there, most=20)}",
             hint=f"name one of them: {printable(place)}/{printable(there[0])}",
         )
-    if Path(place).exists():
+    if os.path.exists(place):
         read_manifest(Path(place))  # says what is wrong
     raise BadInputError(f"{printable(place)}: holds no {MANIFEST_NAME}, so it is not a resharded one")
 
@@ -123,7 +127,7 @@ def _candidates(
     patterns = [f"{choice}/{MANIFEST_NAME}".lstrip("/") for choice in choices]
     root, found, version = locate(place, revision=revision, patterns=patterns, ignored=())
     for choice in choices:
-        yield f"{place}/{choice}".rstrip("/"), root / choice, found is not None, version
+        yield f"{found or place}/{choice}".rstrip("/"), root / choice, found is not None, version
 
 
 def _folders(place: str, revision: str | None) -> list[str]:
@@ -131,7 +135,7 @@ def _folders(place: str, revision: str | None) -> list[str]:
     if is_url(place):
         store = open_store(place)
         found = [name for name in store.folders if MANIFEST_NAME in open_store(f"{store.url}/{name}").files]
-    elif Path(place).exists():
+    elif os.path.exists(place):
         found = [path.parent.name for path in Path(place).glob(f"*/{MANIFEST_NAME}")]
     else:
         found = hub_folders(Place.parse(place), revision, MANIFEST_NAME)

@@ -20,6 +20,7 @@ from .topology import Topology
 
 __all__ = ["ReshardPlan", "build_plan", "legal_sizes", "smallest_fit"]
 
+_LEAST_MEANT = 1 << 20  # bytes of a GPU: fewer are a number without its unit
 _LARGEST = 64  # ranks looked at when listing the legal sizes
 
 
@@ -274,7 +275,9 @@ def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory
     raise TopologyError(
         f"{model.architecture}: no number of ranks up to {_LARGEST} brings the weights of each under {memory:,} bytes;"
         f" the most have {least:,}",
-        hint="what is whole on every rank is listed by reshard plan --tp-size N",
+        hint="what is whole on every rank is listed by reshard plan --tp-size N"
+        if memory >= _LEAST_MEANT
+        else "give the size with its unit, such as 24GB",
     )
 
 

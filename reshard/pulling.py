@@ -48,7 +48,7 @@ def pull(
         DestinationExistsError: in `to` there is another model, or a file in the way.
         NetworkError: the Hub cannot be reached, or does not give it; what has arrived is kept.
     """
-    if Path(place).exists():
+    if os.path.exists(place):
         raise BadInputError(f"{printable(place)}: is a local folder", hint="pull takes a Hub id or a URL")
     found = find_resharded(place, revision=revision)
     records = _wanted(found, None if ranks is None else sorted(set(ranks)))

@@ -104,6 +104,7 @@ def staged_folder(to: Destination) -> Iterator[Stage]:
     to.check()
     with locked(out.with_name(out.name + ".lock")):
         to.check()  # who held the lock before may have made it
+        to.try_out()
         stage = Stage(out)
         try:
             yield stage

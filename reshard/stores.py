@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,31 +21,30 @@ from .errors import (
     IntegrityError,
     NetworkError,
     RemoteMovedError,
-    ReshardError,
     StorageError,
     UsageError,
     printable,
 )
+from .filesystems import check_ranges, doing, identified, listed, name_in
+from .hub.place import is_hub_url
 from .output import pwrite
 from .remote import Entry, GivenUp, never
 from .source import check_plain_name
 
-__all__ = ["Store", "cache_folder", "is_url", "open_store", "snapshot"]
+__all__ = ["PROBE_NAME", "Store", "cache_folder", "is_url", "open_store", "snapshot"]
+
+PROBE_NAME = ".reshard-probe"  # of `Store.try_out`; what is there of that name is nobody's
 
 _RANGE = 8 << 20  # bytes of one request
 _AT_ONCE = 8  # requests
 _ATTEMPTS = 3
 _PART = {"chunksize": 16 << 20, "max_concurrency": 4}  # of S3's multipart uploads: what is held in memory meanwhile
 _MOST_PARTS = 10_000  # S3's own limit
-# In the names of what tells one content of a file from another: digests, versions, times of a change.
-_TELLING = re.compile(
-    r"etag|md5|sha\d*$|crc|digest|checksum|hash|^hex$|generation|version|modif|mtime|updated|created|date.?time|write.?time"
-)
 
 
 def is_url(place: object) -> bool:
-    """Whether a place is a URL, and not a folder or a Hub id."""
-    return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None
+    """Whether a place is a URL, and not a folder or a Hub id, which can have the form of one too."""
+    return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None and not is_hub_url(str(place))
 
 
 def cache_folder() -> Path:
@@ -89,9 +88,16 @@ class Store:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """The bytes from `start` to `end` of a file. Raises NetworkError."""
+        if start == end:
+            return b""
+        path, size = self.path(name), self.files[name][0]
         for _ in range(_ATTEMPTS):
             with doing("read", self.url):
-                found: bytes = self.system.cat_file(self.path(name), start=start, end=end) if end > start else b""
+                if size > _RANGE and "http" in self.system.protocol:
+                    check_ranges(self.system, path, size)
+                found: bytes = self.system.cat_file(path, start=start, end=end)
+            if len(found) == size:  # also from a server that gives no ranges
+                found = found[start:end]
             if len(found) == end - start:
                 return found
         raise NetworkError(f"{self}: {printable(name)}: the connection breaks", hint="try again")
@@ -121,14 +127,15 @@ class Store:
         except OSError as error:
             raise StorageError(f"{printable(target)}: {error.strerror}") from None
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which is not to be said in place of what went wrong
+                part.unlink(missing_ok=True)
         return target
 
     def _now(self, name: str) -> tuple[int, str] | None:
         """Size and identity of a file as it is listed now. None where it has gone."""
         with doing("list", self.url):
-            found = [info for info in _listed(self.system, self.root) if _name(info) == name]
-            return _identified(self.system, found[0]) if found else None
+            found = [info for info in listed(self.system, self.root) if name_in(info) == name]
+            return identified(self.system, found[0]) if found else None
 
     def _fill(self, fd: int, name: str, size: int, given_up: GivenUp) -> None:
         def piece(start: int) -> None:
@@ -174,15 +181,39 @@ class Store:
         with doing("write", self.url):
             self.system.put_file(str(path), self.path(name), callback=Told(), mode="create", **options)
 
+    def try_out(self) -> None:
+        """Put a small file there as any other, and remove it. Where that may not be, or in a crash, it stays.
+
+        Raises:
+            UsageError: a store of this kind takes no files.
+            NetworkError: it refuses.
+            StorageError: a small file cannot be made here, in the cache.
+        """
+        try:
+            with tempfile.NamedTemporaryFile(dir=cache_folder()) as file:
+                file.write(b"\n")  # not every store takes a file of nothing
+                file.flush()
+                self.put(Path(file.name), PROBE_NAME)
+        except FileExistsError:  # an earlier one has stayed
+            pass
+        except OSError as error:
+            raise StorageError(f"{printable(cache_folder())}: {error.strerror}") from None
+        with contextlib.suppress(Exception):
+            self.system.rm_file(self.path(PROBE_NAME))
+
 
 def open_store(url: str, version: str | None = None) -> Store:
     """The folder at a URL: listed, now. Where there is none, it has no files.
 
     Raises:
         RemoteMovedError: it is not at `version` any more.
-        UsageError: the package for this kind of URL is missing, or there is no such kind.
+        UsageError: the package for this kind of URL is missing, there is no such kind, or `version` is none of a store.
         NetworkError: the store cannot be reached, or refuses.
     """
+    if version is not None and not re.fullmatch("[0-9a-f]{32}", version):  # as no `Store.version` is
+        raise UsageError(f"{printable(url)}: a URL has no revision {printable(version)}", hint="leave out --revision")
+    if "::" in url:
+        raise UsageError(f"{printable(url)}: chained URLs are not taken", hint="give that of the folder itself")
     with doing("list", url):
         import fsspec
 
@@ -190,48 +221,15 @@ def open_store(url: str, version: str | None = None) -> Store:
         if "file" in system.protocol:
             raise UsageError(f"{printable(url)}: is on this machine", hint=f"give its path: {printable(root)}")
         root = root.rstrip("/")
-        found = _listed(system, root)
-        folders = sorted(_name(info) for info in found if info["type"] == "directory")
+        found = listed(system, root)
+        folders = sorted(name_in(info) for info in found if info["type"] == "directory")
         infos = [info for info in found if info["type"] != "directory" and info["name"].rstrip("/") != root]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            files = dict(zip(map(_name, infos), pool.map(partial(_identified, system), infos)))
+            files = dict(zip(map(name_in, infos), pool.map(partial(identified, system), infos)))
     store = Store(url.rstrip("/"), system, root, files, tuple(folders))
     if version is not None and store.version != version:
-        raise RemoteMovedError(f"{store}: has changed meanwhile, or is given a revision, which stores do not have")
+        raise RemoteMovedError(f"{store}: has changed meanwhile", hint="run it again")
     return store
-
-
-def _listed(system: Any, root: str) -> list[dict[str, Any]]:
-    system.invalidate_cache()
-    try:
-        found: list[dict[str, Any]] = system.ls(root, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return found
-
-
-def _name(info: Mapping[str, Any]) -> str:
-    return str(info["name"]).rstrip("/").rpartition("/")[2]
-
-
-def _identified(system: Any, info: Mapping[str, Any]) -> tuple[int, str]:
-    """Size and identity of a file that was listed. Where a list does not tell them (of HTTP), the file is asked for.
-
-    Raises UsageError where nothing would tell another content from this one.
-    """
-    if info.get("size") is None or not _telling(info):
-        info = {**info, **system.info(info["name"])}
-    if info.get("size") is None or not _telling(info):
-        raise UsageError(
-            f"{printable(info['name'])}: the store gives neither its size and time nor a digest",
-            hint="a change of it would not be noticed: fetch it with the store's own tools",
-        )
-    return int(info["size"]), digest_of(repr((info["size"], _telling(info))).encode())
-
-
-def _telling(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What changes with a file's content, and not with a look at it: each kind of store has names of its own."""
-    return sorted((key, str(value)) for key, value in info.items() if _TELLING.search(key.lower()) and value)
 
 
 def snapshot(
@@ -255,35 +253,3 @@ def snapshot(
         if matches(name, patterns) and not matches(name, ignored) and not (folder / name).exists():
             store.get(name, folder)
     return folder, store.version
-
-
-@contextlib.contextmanager
-def doing(what: str, url: str) -> Iterator[None]:
-    """What a file system raises inside is raised as an error of ours, but that something exists."""
-    try:
-        yield
-    except (ReshardError, FileExistsError):
-        raise
-    except Exception as error:  # each kind of store has errors of its own
-        raise _explained(error, what, printable(url)) from None
-
-
-def _explained(error: Exception, what: str, place: str) -> ReshardError:
-    words = printable(next(iter(str(error).splitlines()), ""))
-    if isinstance(error, ImportError):
-        hint = "pip install 'reshard[s3]'" if place.startswith(("s3:", "s3a:")) else None
-        return UsageError(f"{place}: a package is missing: {words}", hint=hint)
-    if isinstance(error, FileNotFoundError):
-        return BadInputError(f"{place}: no such place, or a file of it has gone: {words}")
-    if isinstance(error, ValueError) and "rotocol" in words:
-        return UsageError(
-            f"{place}: {words}", hint="give a folder, a Hub id such as org/name, or a URL that fsspec opens"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return StorageError(f"{place}: {error.strerror}")
-    if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-        return NetworkError(
-            f"{place}: may not {what}: {words}",
-            hint="the credentials are those of the environment, or of the store's own tools (for S3: AWS_PROFILE …)",
-        )
-    return NetworkError(f"{place}: could not {what}: {type(error).__name__}: {words}", hint="try again")

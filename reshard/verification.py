@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .digest import FileRecord, digest_file, digest_of
-from .errors import IntegrityError, printable
+from .errors import IntegrityError, UsageError, printable
 from .guard import MappedFile
 from .manifest import Manifest, read_manifest
 from .rank_file import check_digests, read_rank_header, written_file
@@ -40,8 +40,11 @@ def verify(
     Raises:
         IntegrityError: naming the file, and the tensor where it is one.
         BadInputError: not a resharded folder.
+        UsageError: a revision, and nothing that it is of.
         VersionError: made by a newer release.
     """
+    if revision is not None and against is None:
+        raise UsageError("--revision is that of the source to compare with", hint="give --against too")
     folder = Path(out)
     manifest = read_manifest(folder)
     _check_names(folder, manifest)

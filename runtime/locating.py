@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def locate_together(
             raise
         store.set(key, json.dumps({"place": found.place, "commit": found.version}))
         return _fetch(found.place, found.version, rank, world_size)
-    if Path(place).exists():
+    if os.path.exists(place):
         found = find_resharded(place, world_size=world_size)
         return _fetch(found.place, None, rank, world_size)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_tools import Checkpoint, Cli
+from cli_tools import Checkpoint, Cli, assert_one_error
 
 import reshard
 from reshard.cli_common import Bytes
@@ -49,7 +49,16 @@ def test_either_ranks_or_memory(options: dict[str, int], checkpoint: Checkpoint)
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * 10**9), ("1.5gib", 3 << 29), ("80 G", 80 * 10**9), ("512", 512), ("7kB", 7000), ("2TiB", 2 << 40)],
+    [
+        ("24GB", 24 * 10**9),
+        ("1.5gib", 3 << 29),
+        ("80 G", 80 * 10**9),
+        ("512", 512),
+        ("7kB", 7000),
+        ("2TiB", 2 << 40),
+        ("24e9", 24 * 10**9),
+        ("1.5PB", 15 * 10**14),
+    ],
 )
 def test_sizes_as_people_write_them(text: str, size: int) -> None:
     assert Bytes().convert(text, None, None) == size
@@ -58,5 +67,7 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
 def test_the_command(checkpoint: Checkpoint, cli: Cli) -> None:
     result = cli("plan", checkpoint("llama"), "--gpu-memory", "1GB", "--format", "json")
     assert json.loads(result.out)["world_size"] == 1
-    assert cli("plan", checkpoint("llama"), "--gpu-memory", "much").code == 2
-    assert cli("plan", checkpoint("llama")).code == 2
+    for size in ("much", "1e999", "9" * 400, "-1GB"):
+        assert cli("plan", checkpoint("llama"), "--gpu-memory", size).code == 2
+    assert_one_error(cli("plan", checkpoint("llama")), 2, "number of ranks", hint="--tp-size 2, or --gpu-memory 24GB")
+    assert_one_error(cli("plan", checkpoint("llama"), "--gpu-memory", 24), 9, "24 bytes", hint="unit, such as 24GB")

@@ -24,6 +24,7 @@ from reshard.errors import (
     UsageError,
 )
 from reshard.places import locate
+from reshard.stores import PROBE_NAME
 
 MANIFEST = "reshard.json"
 
@@ -175,7 +176,9 @@ def denied(call: Call) -> Any:
         ("s3://bucket/llama", denied, 10, ["may not list", "AccessDenied"], "credentials"),
         ("file:///x", None, 2, ["on this machine"], "/x"),
         ("nosuch://bucket/x", None, 2, ["nosuch"], "Hub id"),
-        ("gcs://bucket/x", None, 2, ["gcsfs"], ""),
+        ("gcs://bucket/x", None, 2, ["gcsfs"], "pip install gcsfs"),
+        ("s3://bucket/a::b", None, 2, ["s3://bucket/a::b: chained URLs"], "folder"),
+        ("simplecache::s3://bucket/x", None, 2, ["chained URLs"], "folder"),
     ],
 )
 def test_refusals(
@@ -193,6 +196,45 @@ def test_refusals(
     for command in (["convert", place, out, "--tp-size", "2"], ["plan", place, "--tp-size", "2"], ["inspect", place]):
         assert_one_error(cli(*command), code, *mentions, hint=hint)
     assert not out.exists()
+
+
+def test_a_store_that_takes_nothing(
+    store: ObjectStore, source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before any work, and nothing of it stays."""
+    store.fault = lambda call: denied(call) if call.method == "PUT" else None
+    monkeypatch.setattr(reshard.conversion, "open_origin", None)
+    assert_one_error(cli("convert", source, "s3://bucket/out", "-tp", 2), 10, "may not write", hint="credentials")
+    assert store.objects("out") == {}
+    assert not kept(tmp_path)
+
+
+def test_a_store_that_removes_nothing(store: ObjectStore, checkpoint: Checkpoint, resharded: Path, out: Path) -> None:
+    """What it was tried out with stays, and is in nobody's way."""
+    store.fault = lambda call: denied(call) if call.method == "DELETE" else None
+    for _ in range(2):
+        with pytest.raises(BadInputError, match="no such folder"):
+            reshard.convert(out, "s3://bucket/out", tp_size=2)
+        assert store.objects("out") == {PROBE_NAME: b"\n"}
+    reshard.convert(checkpoint("llama"), "s3://bucket/out", tp_size=2)
+    assert store.objects("out") == {PROBE_NAME: b"\n", **contents(resharded)}
+    reshard.convert("s3://bucket/out", out, tp_size=2)
+    assert contents(out) == contents(resharded)
+
+
+def test_what_a_killed_run_has_tried_out(store: ObjectStore, checkpoint: Checkpoint, resharded: Path) -> None:
+    store.put("out", {PROBE_NAME: b"\n"})
+    reshard.convert(checkpoint("llama"), "s3://bucket/out", tp_size=2)
+    assert store.objects("out") == contents(resharded)
+
+
+def test_no_room_in_the_cache(
+    store: ObjectStore, stored_source: str, source: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert_one_error(cli("plan", stored_source, "-tp", 2), 5, "Not a directory")
+    assert_one_error(cli("convert", source, "s3://bucket/out", "-tp", 2), 5, "Not a directory")
 
 
 def test_no_answer(cli: Cli, store: ObjectStore, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +292,12 @@ def test_another_run_was_first(store: ObjectStore, stored_source: str, checkpoin
 
 
 @pytest.mark.fault(1)
-@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("at", range(6))
 def test_killed_while_sending(
     store: ObjectStore, checkpoint: Checkpoint, resharded: Path, tmp_path: Path, at: int
 ) -> None:
-    """At the request number `at` that sends something. The next run sends what is missing, and only that."""
+    """At the request number `at` that sends something, the first of which tries it out before any work. The next run
+    sends what is missing, and only that."""
     sending: list[subprocess.Popen[bytes]] = []
 
     def kill(call: Call) -> None:
@@ -277,7 +320,7 @@ def test_killed_while_sending(
     assert sending[0].wait(120) == -signal.SIGKILL
     store.fault = None
     before = store.objects("out")
-    assert kept(tmp_path)
+    assert bool(kept(tmp_path)) == (at > 0)
     if MANIFEST in before:  # it was sent already
         assert before == contents(resharded)
         return
@@ -285,7 +328,7 @@ def test_killed_while_sending(
     reshard.convert(checkpoint("llama"), "s3://bucket/out", tp_size=2)
     assert store.objects("out") == contents(resharded)
     sent = {call.path.rpartition("/")[2] for call in store.log if call.method == "PUT"}
-    assert sent == contents(resharded).keys() - before.keys()
+    assert sent - {PROBE_NAME} == contents(resharded).keys() - before.keys()
     assert not kept(tmp_path)
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,8 @@ from safetensors.torch import save_file
 
 import reshard
 from reshard import stores
-from reshard.errors import TopologyError, UsageError
+from reshard.errors import TopologyError
+from reshard.stores import PROBE_NAME
 
 MANIFEST = "reshard.json"
 
@@ -68,6 +64,7 @@ def test_to_a_store(store: ObjectStore, checkpoint: Checkpoint, resharded: Path,
     reshard.convert(checkpoint("llama"), "s3://bucket/out", tp_size=2)
     assert store.objects("out") == contents(resharded)
     sent = [call.path for call in store.log if call.method in ("PUT", "POST")]
+    assert sent.pop(0) == f"bucket/out/{PROBE_NAME}"
     assert len(sent) == len(contents(resharded))
     assert sent[-1] == f"bucket/out/{MANIFEST}"
     assert not kept(tmp_path)
@@ -169,65 +166,3 @@ def test_whatever_fsspec_opens(checkpoint: Checkpoint, resharded: Path, monkeypa
     reshard.convert("memory://llama", "memory://out", tp_size=2)
     found = {info["name"].rpartition("/")[2]: system.cat_file(info["name"]) for info in system.ls("/out", detail=True)}
     assert found == contents(resharded)
-
-
-@contextmanager
-def web(files: dict[str, bytes], *, tells: bool = True) -> Iterator[str]:
-    """A plain web server with a page of links, as a store. Whether it tells one content of a file from another."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = self.path.removeprefix("/llama").strip("/")
-            page = "".join(f'<a href="/llama/{name}">{name}</a>' for name in files).encode()
-            data = files.get(name, b"") if name else page
-            start, _, end = self.headers.get("Range", "bytes=0-").partition("=")[2].partition("-")
-            part = data[int(start) : int(end) + 1 if end else None]
-            self.send_response(404 if name and name not in files else 206 if "Range" in self.headers else 200)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(part)))
-            self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}")
-            if tells:
-                self.send_header("ETag", hashlib.sha256(data).hexdigest())
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(part)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/llama"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def test_what_was_fetched_of_a_changed_file_is_not_used_again(
-    store: ObjectStore, checkpoint: Checkpoint, resharded: Path, tmp_path: Path
-) -> None:
-    """Of the same name and size; of a web server, whose lists tell no times."""
-    files = contents(checkpoint("llama"))
-    with web(files) as url:
-        reshard.convert(url, tmp_path / "first", tp_size=2, keep_cache=True)
-        assert contents(tmp_path / "first") == contents(resharded)
-        name = next(name for name in files if name.startswith("model-00001"))
-        files[name] = files[name][:-4] + b"\0\0\x80?"
-        reshard.convert(url, tmp_path / "second", tp_size=2, keep_cache=True)
-        changed = tmp_path / "changed"
-        changed.mkdir()
-        for each, data in files.items():
-            (changed / each).write_bytes(data)
-        reshard.verify(tmp_path / "second", against=changed)
-
-
-def test_a_store_that_tells_nothing_of_a_change_is_refused(
-    store: ObjectStore, checkpoint: Checkpoint, out: Path
-) -> None:
-    with web(contents(checkpoint("llama")), tells=False) as url, pytest.raises(UsageError, match="neither"):
-        reshard.convert(url, out, tp_size=2)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import PolicyError, UsageError, printable
+from ..errors import BadInputError, PolicyError, UsageError, printable
 from ..manifest import Manifest
 from .errors import explain
 from .place import Place, client
 
-__all__ = ["Terms", "check_public", "source_terms"]
+__all__ = ["Terms", "agreed", "check_public", "source_terms"]
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 
@@ -50,7 +51,7 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
     except Exception as error:
         why = explain(error, repo_id, writing="ask for its licence").message
         return Terms(stated, f"its source cannot be asked for a licence ({why})", stated is not None, {})
-    metadata = _metadata(info)
+    metadata = _of_source(info)
     licence = metadata.get("license")
     if stated and licence and stated.lower() != licence.lower():
         raise PolicyError(f"its source {name} is under the licence {licence}, not {stated}")
@@ -63,18 +64,80 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
     return Terms(licence or stated, obstacle, stated is not None, metadata)
 
 
-def _metadata(info: Any) -> dict[str, str]:
-    """What the card takes over from the source's: identifiers and links, none of its text."""
+def _of_source(info: Any) -> dict[str, str]:
+    """What the card takes over from the source's."""
     card = info.card_data.to_dict() if info.card_data else {}
+    beside = {"pipeline_tag": info.pipeline_tag}
+    return _metadata({**beside, **card}, f"https://huggingface.co/{info.id}/blob/{info.sha}/")
+
+
+def _metadata(card: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """Of a card's front matter, what the next card can have: identifiers and links, none of its text. Links that are no
+    URLs are to a file in `folder`."""
     found = {}
     for key in ("license", "license_name", "pipeline_tag"):
-        value = card.get(key) or getattr(info, key, None)
+        value = card.get(key)
         if isinstance(value, str) and _IDENTIFIER.fullmatch(value):
             found[key] = value
     link = card.get("license_link")
     if isinstance(link, str) and link.isprintable() and " " not in link:
-        found["license_link"] = link if "://" in link else f"https://huggingface.co/{info.id}/blob/{info.sha}/{link}"
+        found["license_link"] = link if "://" in link else folder + link
     return found
+
+
+def agreed(place: Place, terms: Terms, card: str | None, manifest: Manifest, there: Mapping[str, Manifest]) -> Terms:
+    """The terms for a repo's one card, which is for all that is `there`, by path, and what is to be published besides.
+
+    Of the same source, what the card that is there says stays where nothing newer is known.
+
+    Raises:
+        PolicyError: models of other sources are there, under another licence.
+        BadInputError: the front matter of that card cannot be read.
+    """
+    before = {} if card is None else _metadata(_front_matter(place.repo_id, card), "")
+    licence = before.get("license")
+    if licence and terms.licence in (None, licence) and any(_same_source(manifest, other) for other in there.values()):
+        terms = replace(terms, licence=licence, metadata={**before, **terms.metadata})
+    others = (other for path, other in there.items() if path != place.path)
+    if terms.licence != licence and not all(_same_source(manifest, other) for other in others):
+        raise PolicyError(
+            f"{printable(place.repo_id)}: its card says {_words(licence)} of models of other sources, and of this one"
+            f" {_words(terms.licence)}",
+            hint="a repo has one licence: take another repo"
+            + (f", or if that is the licence of this one too: --license {licence}" if licence else ""),
+        )
+    return terms
+
+
+def _words(licence: str | None) -> str:
+    return f"the licence {licence}" if licence else "no licence"
+
+
+def _front_matter(repo_id: str, card: str) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    try:
+        return dict(ModelCard(card, ignore_metadata_errors=True).data.to_dict())
+    except Exception as error:  # of the YAML parser, or of what is made of it
+        words = printable(next(iter(str(error).splitlines()), ""))
+        raise BadInputError(
+            f"{printable(repo_id)}: README.md: the front matter cannot be read: {words}", hint="mend it there"
+        ) from None
+
+
+def _same_source(one: Manifest, other: Manifest) -> bool:
+    """Of the same repo, or of the same files."""
+    if one.repo_id and other.repo_id and _repo(one) == _repo(other):
+        return True
+    return _digests(one.source_files) == _digests(other.source_files)
+
+
+def _repo(manifest: Manifest) -> list[str]:
+    return str(manifest.repo_id).split("/")[:2]
+
+
+def _digests(files: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {str(file["digest"]) for file in files}
 
 
 def check_public(place: str, terms: Terms) -> None:

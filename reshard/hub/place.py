@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import BadInputError, printable
+from ..errors import BadInputError, UsageError, printable
 from .errors import explain
 
-__all__ = ["Place", "client", "discard", "folders", "snapshot"]
+__all__ = ["Place", "client", "discard", "folders", "is_hub_url", "snapshot"]
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _PLACE = re.compile(rf"({_NAME}(?:/{_NAME})?)((?:/{_NAME})*)")
+_SCHEME = "hf://"
+_NO_MODELS = ("datasets", "spaces", "buckets")  # where the path of a URL begins so
 _PATIENCE = 6  # times the client's own timeout of a download
 
 
@@ -28,9 +30,14 @@ class Place:
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """Raises BadInputError where it is not one."""
-        match = _PLACE.fullmatch(text)
-        if match is None:
+        """Also of the address of its page, or of `hf://org/name`.
+
+        Raises:
+            BadInputError: it is not one.
+            UsageError: the address is that of a revision, or of a file.
+        """
+        match = _PLACE.fullmatch(_address(text) if is_hub_url(text) else text.rstrip("/"))
+        if match is None or (is_hub_url(text) and match[1].split("/")[0] in _NO_MODELS):
             raise BadInputError(f"{printable(text)}: no such folder, and not a Hub id such as org/name")
         return cls(match[1], match[2].lstrip("/"))
 
@@ -40,6 +47,30 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.repo_id}/{self.path}" if self.path else self.repo_id
+
+
+def is_hub_url(text: str) -> bool:
+    """Whether a text is a URL of the Hub, and so says the same as a Hub id."""
+    return text.startswith(_SCHEME) or (text.startswith("http") and text.startswith(_endpoints()))
+
+
+def _endpoints() -> tuple[str, ...]:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT.rstrip('/')}/", "https://huggingface.co/", "https://hf.co/"
+
+
+def _address(url: str) -> str:
+    """The id in a URL of the Hub. Raises UsageError where it says more than a place."""
+    start = next(start for start in (_SCHEME, *_endpoints()) if url.startswith(start))
+    path = re.sub(r"[?#].*", "", url.removeprefix(start), flags=re.DOTALL).strip("/")
+    path = re.sub(rf"^({_NAME}/{_NAME})/tree/main(?=/|$)", r"\1", path)
+    further = re.match(rf"({_NAME}/{_NAME})(?:@|/(?:tree|blob|resolve|commit)/)", path)
+    if further:
+        raise UsageError(
+            f"{printable(url)}: names a revision, or a file", hint=f"give {further[1]}, and a branch with --revision"
+        )
+    return path
 
 
 def client() -> None:

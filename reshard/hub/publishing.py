@@ -13,21 +13,27 @@ from ..errors import (
     IntegrityError,
     PolicyError,
     RemoteMovedError,
+    UsageError,
     listed,
     printable,
 )
 from ..manifest import Manifest, read_manifest
 from ..source import MANIFEST_NAME
+from ..stores import is_url
 from ..verification import verify
 from .card import is_ours, render
 from .errors import doing
-from .licence import Terms, check_public, source_terms
+from .licence import Terms, agreed, check_public, source_terms
 from .place import Place, client, discard
-from .uploading import Change, LocalFile, upload
+from .uploading import Change, LocalFile, holds, upload
 
 __all__ = ["Published", "publish"]
 
 _CARD = "README.md"
+_WEIGHTS = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt"),
+    *(".gguf", ".h5", ".msgpack", ".onnx"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +88,18 @@ def publish(
 
     Raises:
         IntegrityError: a file here, or on the Hub afterwards, is not what it should be.
-        PolicyError: that word is missing, or the repo is public though `private` is asked for.
-        DestinationExistsError: other weights are there.
+        PolicyError: that word is missing, the repo is public though `private` is asked for, or it holds models of other
+            sources under another licence.
+        DestinationExistsError: other weights are there, or other files of the same names.
+        UsageError: `place` is the URL of a store.
         NetworkError: the Hub cannot be reached, or refuses; says which right is missing.
         RemoteMovedError: somebody else has changed the repo meanwhile.
     """
+    if is_url(place):
+        raise UsageError(
+            f"{printable(place)}: not a place on the Hub, such as org/name",
+            hint="in a store it is put by convert, with its URL as OUT",
+        )
     folder, where = Path(out), Place.parse(place)
     if "/" not in where.repo_id:
         raise BadInputError(f"{printable(place)}: not a repo id", hint=f"name its owner too: OWNER/{where.repo_id}")
@@ -99,10 +112,16 @@ def publish(
     remote = _look(where.repo_id, revision, private)
     if private and not remote.private:
         raise PolicyError(f"{where.repo_id}: is public", hint="make it private in its settings, or take another name")
+    page = _page(where, remote)
+    ours = page is None or is_ours(page)
+    there = _degrees(where, remote, every=ours)
     terms = source_terms(manifest, licence)
+    if ours:
+        terms = agreed(where, terms, page, manifest, there)
     if not remote.private:
         check_public(str(where), terms)
-    card = _card(where, remote, manifest, terms, revision)
+    deleted = _obsolete(where, remote, manifest, there.get(where.path), files)
+    card = _card(where, {**there, where.path: manifest}, terms, revision) if ours else None
     texts = {} if card is None else {_CARD: card}
     plan = Published(
         repo_id=where.repo_id,
@@ -112,7 +131,7 @@ def publish(
         licence=terms.licence,
         files=len(files) + len(texts),
         size=sum(file.size for file in files.values()) + sum(len(text.encode()) for text in texts.values()),
-        deleted=_obsolete(where, remote, manifest),
+        deleted=deleted,
         card=card is not None,
     )
     if dry_run:
@@ -176,37 +195,47 @@ def _create(where: Place, remote: _Remote, revision: str | None) -> _Remote:
     return made
 
 
-def _obsolete(where: Place, remote: _Remote, manifest: Manifest) -> tuple[str, ...]:
-    """What an earlier publication has left there that this one has no more.
+def _obsolete(
+    where: Place, remote: _Remote, manifest: Manifest, known: Manifest | None, files: Mapping[str, LocalFile]
+) -> tuple[str, ...]:
+    """What an earlier publication, whose manifest is `known`, has left there that this one has no more.
 
-    Raises DestinationExistsError where there are weights that are not of such a one.
+    Raises DestinationExistsError where what is there is not of such a one: weights, or what `files` would replace.
     """
+    from huggingface_hub import CommitOperationAdd
+
     earlier = set()
-    if where.inside(MANIFEST_NAME) in remote.files:
-        known = _manifest_there(where.repo_id, where.inside(MANIFEST_NAME), remote)
-        earlier = {where.inside(record.name) for record in known.files()}
+    if known is not None:
+        earlier = {where.inside(name) for name in (*(record.name for record in known.files()), MANIFEST_NAME)}
+    hint = f"name a folder of the repo: {where.repo_id}/tp{manifest.world_size}"
+    if where.path == f"tp{manifest.world_size}":
+        hint = "name another folder of the repo, or remove them there first"
     there = [path for path in remote.files if path.rpartition("/")[0] == where.path]
-    weights = (".safetensors", ".safetensors.index.json", ".bin")
-    foreign = [path for path in there if path.endswith(weights) and path not in earlier]
+    foreign = [path for path in there if path.lower().endswith(_WEIGHTS) and path not in earlier]
     if foreign:
-        raise DestinationExistsError(
-            f"{where}: holds other weights: {listed(foreign)}",
-            hint=f"name a folder of the repo: {where.repo_id}/tp{manifest.world_size}",
-        )
-    ours = {where.inside(record.name) for record in manifest.files()}
-    return tuple(path for path in sorted(there) if path in earlier - ours)
+        raise DestinationExistsError(f"{where}: holds other weights: {listed(foreign)}", hint=hint)
+    replaced = [
+        path
+        for path in sorted(files.keys() & set(there) - earlier)
+        if not holds(remote.files[path], CommitOperationAdd(path, str(files[path].path)))
+    ]
+    if replaced:
+        raise DestinationExistsError(f"{where}: holds other files of these names: {listed(replaced)}", hint=hint)
+    return tuple(path for path in sorted(there) if path in earlier - files.keys())
 
 
-def _card(where: Place, remote: _Remote, manifest: Manifest, terms: Terms, revision: str | None) -> str | None:
-    """The page for all degrees in the repo, checked by the Hub; None where somebody has written one, which stays."""
+def _page(where: Place, remote: _Remote) -> str | None:
+    """The text of the repo's page, ours or that of somebody, which stays."""
     from huggingface_hub import hf_hub_download
 
+    if _CARD not in remote.files:
+        return None
     with doing("read its card", where.repo_id):
-        if _CARD in remote.files:
-            there = Path(hf_hub_download(where.repo_id, _CARD, revision=remote.head)).read_text(errors="replace")
-            if not is_ours(there):
-                return None
-    degrees = {where.path: manifest, **_other_degrees(where, remote)}
+        return Path(hf_hub_download(where.repo_id, _CARD, revision=remote.head)).read_text(errors="replace")
+
+
+def _card(where: Place, degrees: Mapping[str, Manifest], terms: Terms, revision: str | None) -> str:
+    """The page for all degrees in the repo, checked by the Hub."""
     ordered = dict(sorted(degrees.items(), key=lambda item: (item[1].world_size, item[0])))
     card = render(where.repo_id, ordered, terms, revision=revision)
     _check_card(where, card)
@@ -227,12 +256,12 @@ def _check_card(where: Place, card: str) -> None:
         hf_raise_for_status(answer)
 
 
-def _other_degrees(where: Place, remote: _Remote) -> dict[str, Manifest]:
-    """The resharded folders that the repo holds besides, by path."""
+def _degrees(where: Place, remote: _Remote, *, every: bool) -> dict[str, Manifest]:
+    """The resharded folders of the repo by path: `every` one, or that of the place alone."""
     found = {}
     for path in remote.files:
         folder, _, name = path.rpartition("/")
-        if name == MANIFEST_NAME and folder != where.path:
+        if name == MANIFEST_NAME and (every or folder == where.path):
             found[folder] = _manifest_there(where.repo_id, path, remote)
     return found
 

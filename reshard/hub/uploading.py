@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import IntegrityError, listed, printable
 from .errors import doing
 
-__all__ = ["Change", "LocalFile", "upload"]
+__all__ = ["Change", "LocalFile", "holds", "upload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +82,23 @@ def upload(change: Change) -> tuple[str, str]:
     return done.oid, done.pr_url or f"{api.endpoint}/{repo_id}/tree/{done.oid}"
 
 
+def holds(entry: Any, addition: Any) -> bool:
+    """Whether a file of a repo, as the Hub lists it (None: there is none), is the one to be added."""
+    if entry is None or entry.size != addition.upload_info.size:
+        return False
+    if entry.lfs is not None:
+        return bool(entry.lfs.sha256 == addition.upload_info.sha256.hex())
+    with addition.as_file() as file:
+        content = file.read()
+    return bool(entry.blob_id == sha1(b"blob %d\0%b" % (len(content), content)).hexdigest())
+
+
 def _compare(api: Any, repo_id: str, commit: str, additions: list[Any], deleted: tuple[str, ...]) -> None:
     """Size and digest of each file, as the Hub tells them for the commit. Raises IntegrityError."""
     there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)}
     wrong = [path for path in deleted if path in there]
     for addition in additions:
-        entry = there.get(addition.path_in_repo)
-        if entry is None or entry.size != addition.upload_info.size:
-            same = False
-        elif entry.lfs is not None:
-            same = entry.lfs.sha256 == addition.upload_info.sha256.hex()
-        else:
-            with addition.as_file() as file:
-                content = file.read()
-            same = entry.blob_id == sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
-        if not same:
+        if not holds(there.get(addition.path_in_repo), addition):
             wrong.append(addition.path_in_repo)
     if wrong:
         raise IntegrityError(
