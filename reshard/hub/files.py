@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import BadInputError, NetworkError, printable
 from ..remote import Entry, GivenUp, never
 from .errors import explain
-from .place import Place, client
+from .place import Place
+from .session import client
 
 __all__ = ["HubFiles"]
 
@@ -39,10 +40,10 @@ class HubFiles:
             return []
         from huggingface_hub import HfApi
 
-        client()
         paths = [self.place.inside(name) for name in names]
         try:
-            infos = HfApi().get_paths_info(self.place.repo_id, paths, revision=self.version)
+            with client():
+                infos = HfApi().get_paths_info(self.place.repo_id, paths, revision=self.version)
         except Exception as error:
             raise explain(error, str(self), revision=self.version) from None
         found = {info.path: info for info in infos}
@@ -62,7 +63,8 @@ class HubFiles:
             return b""
         for _ in range(_ATTEMPTS):
             try:
-                found = self._ask(name, start, end)
+                with client():
+                    found = self._ask(name, start, end)
             except Exception as error:
                 raise explain(error, str(self), revision=self.version) from None
             if len(found) == end - start:
@@ -103,15 +105,15 @@ class HubFiles:
                     raise InterruptedError
                 return super().update(n)
 
-        client()
         try:
-            path = hf_hub_download(
-                self.place.repo_id,
-                self.place.inside(name),
-                revision=self.version,
-                local_dir=folder,
-                tqdm_class=Told,
-            )
+            with client():
+                path = hf_hub_download(
+                    self.place.repo_id,
+                    self.place.inside(name),
+                    revision=self.version,
+                    local_dir=folder,
+                    tqdm_class=Told,
+                )
         except InterruptedError:
             raise
         except Exception as error:  # which may only say that it is not in the cache either

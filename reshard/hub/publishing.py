@@ -22,7 +22,7 @@ from ..verification import verify
 from .card import is_ours, render
 from .errors import doing
 from .licence import Terms, check_public, source_terms
-from .place import Place, client, discard
+from .place import Place, discard
 from .uploading import Change, LocalFile, upload
 
 __all__ = ["Published", "publish"]
@@ -95,7 +95,6 @@ def publish(
     files = {where.inside(name): LocalFile.now(folder / name) for name in names if (folder / name).exists()}
     verify(folder, progress=progress)
 
-    client()
     remote = _look(where.repo_id, revision, private)
     if private and not remote.private:
         raise PolicyError(f"{where.repo_id}: is public", hint="make it private in its settings, or take another name")
