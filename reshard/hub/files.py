@@ -73,14 +73,17 @@ class HubFiles:
 
     def _ask(self, name: str, start: int, end: int) -> bytes:
         """What comes of the bytes from `start` to `end`: fewer where the connection breaks, and no more of the file
-        also from a server that would send all of it. The client tries again where the Hub is too busy."""
+        also from a server that would send all of it. It is asked for again where there is no answer."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         url = hf_hub_url(self.place.repo_id, self.place.inside(name), revision=self.version)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         data = bytearray()
-        with http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
+        busy = (408, 429)  # the others are the session's
+        with http_stream_backoff(
+            "GET", url, headers=headers, follow_redirects=True, retry_on_status_codes=busy
+        ) as response:
             hf_raise_for_status(response)
             skip = start if response.status_code == 200 else 0
             # Not let out of here: the client would take it for a failure to connect, and come back with another answer.

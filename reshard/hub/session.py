@@ -22,7 +22,8 @@ _PAUSES = (1, 2, 4)  # seconds before a question is asked again
 # Seconds of a pause that the Hub asks for. The client makes five of them for a download, which together outlast the
 # five minutes in which the Hub counts requests.
 _LONGEST_PAUSE = 60
-# What changes nothing, and the client asks only once; it tries downloads and uploads again by itself.
+_FAILED = (500, 502, 503, 504)  # of these, those that end a download of the client's, which breaks and pauses do not
+# What changes nothing, and the client asks only once; it tries uploads again by itself.
 _QUESTIONS = (
     "GET /api/models/[^/]+(/[^/]+)?(/revision/[^/]+)?",
     "POST /api/models/.+/paths-info/.+",
@@ -103,7 +104,7 @@ def _session(make: Callable[[], Any]) -> Any:
     if _be_patient not in hooks["request"]:
         hooks["request"].append(_be_patient)
         hooks["response"].append(_shorten_pause)
-        session.send = functools.partial(_ask, session, session.send)
+        session.send = functools.partial(_send, session, session.send)
     return session
 
 
@@ -133,18 +134,20 @@ def _asked_pause(response: Any) -> int:
     return max(limit.reset_in_seconds if limit else 0, int(after) if re.fullmatch(r"[0-9]+", after) else 0)
 
 
-def _ask(session: Any, send: Callable[..., Any], request: Any, **options: Any) -> Any:
-    """Send a request; where it is a question, again after a pause if there is no answer."""
-    if not _is_question(request):
+def _send(session: Any, send: Callable[..., Any], request: Any, **options: Any) -> Any:
+    """Send a request; where it is a question or a download, again after a pause if there is no answer."""
+    question = _is_question(request)
+    download = request.method == "GET" and options.get("stream", False)
+    if not question and not download:
         return send(request, **options)
     for pause in _PAUSES:
         try:
             response = send(request, **options)
         except Exception as error:
-            if not is_unreachable(error):
+            if not question or not is_unreachable(error):
                 raise
         else:
-            if response.status_code not in BUSY:
+            if response.status_code not in (BUSY if question else _FAILED):
                 return response
             response.close()
             pause = max(pause, _asked_pause(response))
