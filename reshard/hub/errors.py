@@ -57,7 +57,9 @@ def explain(
         if writing:
             return NetworkError(f"{name}: offline, as HF_HUB_OFFLINE says")
         here = "not all of it is in the cache" if incomplete else "no such folder here, not in the cache"
-        return NetworkError(f"{name}: {here}, and offline", hint="to fetch it unset HF_HUB_OFFLINE")
+        return NetworkError(
+            f"{name}: {here}, and offline", hint="unset HF_HUB_OFFLINE to fetch it, or give a local folder"
+        )
     status = _status(error)
     if writing and (status in (401, 403) or isinstance(error, LocalTokenNotFoundError)):
         return _no_right(name, status, writing)

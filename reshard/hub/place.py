@@ -105,11 +105,11 @@ def _online(where: Place, revision: str | None, to: Path | None, fetch: Callable
 
 def _commit(repo_id: str, revision: str | None) -> str:
     """The commit that a branch or tag is now."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    commit = HfApi().model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
+    commit = HfApi().model_info(repo_id, revision=revision).sha
     if commit is None:
         raise NetworkError(f"{printable(repo_id)}: the Hub does not say which commit it is")
     return commit

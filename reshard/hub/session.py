@@ -17,7 +17,7 @@ __all__ = ["BUSY", "client", "is_unreachable"]
 
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses of a Hub that may well answer a moment later
 
-_PATIENCE = 6  # times the client's own timeout of a download
+_PATIENCE = 6  # times the client's own timeout of a download, for what is asked once
 _PAUSES = (1, 2, 4)  # seconds before a question is asked again
 # Seconds of a pause that the Hub asks for. The client makes five of them for a download, which together outlast the
 # five minutes in which the Hub counts requests.
@@ -109,11 +109,11 @@ def _session(make: Callable[[], Any]) -> Any:
 
 
 def _be_patient(request: Any) -> None:
-    """Before a request is sent: some calls of the client's ask for no timeout at all."""
+    """Before a request is sent: many calls of the client's ask for no timeout at all."""
     from huggingface_hub import constants
 
     timeout = request.extensions.get("timeout", {})
-    longest = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    longest = (1 if _is_question(request) else _PATIENCE) * constants.HF_HUB_DOWNLOAD_TIMEOUT
     bounded = {of: timeout.get(of) or longest for of in ("connect", "read", "write", "pool")}
     request.extensions = {**request.extensions, "timeout": bounded}
 
