@@ -168,6 +168,15 @@ def test_a_request_that_fails_gives_no_older_commit(
     assert caplog.messages == [f"{NAME}: the Hub does not answer; using commit {second} of the cache"]
 
 
+def test_the_cache_knows_the_commit_by_its_name(repo: FakeHub, home: Path) -> None:
+    """As the client would have it, so that other programs find it too."""
+    folder = reshard.pull(NAME, ranks=[0])
+    assert [path.name for path in (folder.parents[1] / "refs").iterdir()] == ["main"]
+    assert (folder.parents[1] / "refs" / "main").read_text() == folder.name
+    (home / "plain").touch()
+    assert (folder.parents[1] / "refs" / "main").stat().st_mode == (home / "plain").stat().st_mode
+
+
 @pytest.mark.fault(18)
 def test_a_refusal_gives_nothing_of_the_cache(repo: FakeHub) -> None:
     reshard.pull(NAME)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -134,9 +133,9 @@ def _remember(root: Path, name: str, commit: str) -> None:
         if ref.exists() and ref.read_text() == commit:
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=ref.parent, delete=False) as file:
-            file.write(commit)
-        os.replace(file.name, ref)
+        part = ref.with_name(f"{ref.name}.{os.getpid()}")
+        part.write_text(commit)
+        os.replace(part, ref)
 
 
 def folders(where: Place, commit: str | None, name: str) -> list[str]:
