@@ -17,7 +17,7 @@ import hf_extension
 import pytest
 import torch
 import transformers
-from cli_tools import RANK_FILES
+from cli_tools import RANK_FILES, Cli, assert_one_error
 from fake_hub import FakeHub, Handler, Reply, corrupt
 
 import reshard
@@ -244,32 +244,31 @@ def test_unknown_revision(hub: FakeHub, python: Command) -> None:
     assert "\\n" not in done.stderr
 
 
-def test_server_gone(python: Command, tmp_path: Path) -> None:
+def test_server_gone(here: FakeHub, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeHub() as gone:
         pass
-    command = ("-m", "reshard", "convert", "org/model", tmp_path / "out", "--tp-size", 2)
-    assert_network_error(python(*command, HF_ENDPOINT=gone.url), "does not answer")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", gone.url)
+    assert_one_error(cli("convert", "org/model", tmp_path / "out", "--tp-size", 2), 10, "does not answer")
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_server_hangs_up(python: Command) -> None:
+def test_server_hangs_up(here: FakeHub, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the connection and closes it without a word, as an overloaded proxy does."""
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        done = python(
-            "-m", "reshard", "inspect", "org/model", HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}"
-        )
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        done = cli("inspect", "org/model")
         server.shutdown()
         thread.join()
-    assert_network_error(done, "org/model")
+    assert_one_error(done, 10, "org/model")
 
 
 def test_repo_that_is_not_resharded(hub: FakeHub, python: Command) -> None:
     hub.create("org/model", {"config.json": b"{}"})
     done = python("-m", "reshard", "inspect", "org/model")
     assert done.returncode == 3, done.stderr
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    (error,) = done.stderr.splitlines()
     assert "no reshard.json" in error
 
 

@@ -303,7 +303,7 @@ def test_a_request_that_fails_once(fault: Fault, here: FakeHub, resharded: Path)
 
 @pytest.mark.fault(18)
 def test_a_hub_that_says_nothing(here: FakeHub, resharded: Path) -> None:
-    here.fail("GET /api/models", stall(seconds=60))
+    here.fail("GET /api/models", stall(seconds=60), times=10)
     start = time.monotonic()
     with pytest.raises(NetworkError, match="could not look it up: ReadTimeout"):
         reshard.publish(resharded, NAME, private=True)

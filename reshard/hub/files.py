@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import BadInputError, NetworkError, printable
 from ..remote import Entry, GivenUp, never
 from .errors import explain
-from .place import Place, client
+from .place import Place
+from .session import client
 
 __all__ = ["HubFiles"]
 
@@ -39,10 +40,10 @@ class HubFiles:
             return []
         from huggingface_hub import HfApi
 
-        client()
         paths = [self.place.inside(name) for name in names]
         try:
-            infos = HfApi().get_paths_info(self.place.repo_id, paths, revision=self.version)
+            with client():
+                infos = HfApi().get_paths_info(self.place.repo_id, paths, revision=self.version)
         except Exception as error:
             raise explain(error, str(self), revision=self.version) from None
         found = {info.path: info for info in infos}
@@ -62,7 +63,8 @@ class HubFiles:
             return b""
         for _ in range(_ATTEMPTS):
             try:
-                found = self._ask(name, start, end)
+                with client():
+                    found = self._ask(name, start, end)
             except Exception as error:
                 raise explain(error, str(self), revision=self.version) from None
             if len(found) == end - start:
@@ -71,14 +73,17 @@ class HubFiles:
 
     def _ask(self, name: str, start: int, end: int) -> bytes:
         """What comes of the bytes from `start` to `end`: fewer where the connection breaks, and no more of the file
-        also from a server that would send all of it. The client tries again where the Hub is too busy."""
+        also from a server that would send all of it. It is asked for again where there is no answer."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         url = hf_hub_url(self.place.repo_id, self.place.inside(name), revision=self.version)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         data = bytearray()
-        with http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
+        busy = (408, 429)  # the others are the session's
+        with http_stream_backoff(
+            "GET", url, headers=headers, follow_redirects=True, retry_on_status_codes=busy
+        ) as response:
             hf_raise_for_status(response)
             skip = start if response.status_code == 200 else 0
             # Not let out of here: the client would take it for a failure to connect, and come back with another answer.
@@ -103,15 +108,15 @@ class HubFiles:
                     raise InterruptedError
                 return super().update(n)
 
-        client()
         try:
-            path = hf_hub_download(
-                self.place.repo_id,
-                self.place.inside(name),
-                revision=self.version,
-                local_dir=folder,
-                tqdm_class=Told,
-            )
+            with client():
+                path = hf_hub_download(
+                    self.place.repo_id,
+                    self.place.inside(name),
+                    revision=self.version,
+                    local_dir=folder,
+                    tqdm_class=Told,
+                )
         except InterruptedError:
             raise
         except Exception as error:  # which may only say that it is not in the cache either

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import BadInputError, PolicyError, UsageError, printable
 from ..manifest import Manifest
 from .errors import explain
-from .place import Place, client
+from .place import Place
+from .session import client, is_unreachable
 
 __all__ = ["Terms", "agreed", "check_public", "source_terms"]
 
@@ -36,6 +37,7 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
     Raises:
         UsageError: `stated` is not the identifier of a licence.
         PolicyError: the source says another licence.
+        NetworkError: the Hub does not answer.
     """
     if stated is not None and not _IDENTIFIER.fullmatch(stated):
         raise UsageError(f"{printable(stated)}: not the identifier of a licence", hint="such as apache-2.0, or other")
@@ -46,11 +48,13 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
     try:
         from huggingface_hub import HfApi
 
-        client()
-        info = HfApi().model_info(repo_id)
+        with client():
+            info = HfApi().model_info(repo_id)
     except Exception as error:
-        why = explain(error, repo_id, writing="ask for its licence").message
-        return Terms(stated, f"its source cannot be asked for a licence ({why})", stated is not None, {})
+        why = explain(error, repo_id, writing="ask for its licence")
+        if is_unreachable(error):  # which says nothing of the source
+            raise why from None
+        return Terms(stated, f"its source cannot be asked for a licence ({why.message})", stated is not None, {})
     metadata = _of_source(info)
     licence = metadata.get("license")
     if stated and licence and stated.lower() != licence.lower():

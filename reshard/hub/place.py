@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import BadInputError, UsageError, printable
+from ..errors import BadInputError, NetworkError, UsageError, printable
 from .errors import explain
+from .session import client, is_unreachable
 
-__all__ = ["Place", "client", "discard", "folders", "is_hub_url", "snapshot"]
+__all__ = ["Place", "discard", "folders", "is_hub_url", "snapshot"]
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _PLACE = re.compile(rf"({_NAME}(?:/{_NAME})?)((?:/{_NAME})*)")
 _SCHEME = "hf://"
 _NO_MODELS = ("datasets", "spaces", "buckets")  # where the path of a URL begins so
-_PATIENCE = 6  # times the client's own timeout of a download
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,56 +77,113 @@ def _address(url: str) -> str:
     return path
 
 
-def client() -> None:
-    """Have the client never wait for ever, which it does by default, and show bars only on a terminal."""
-    from huggingface_hub.utils import disable_progress_bars, get_session
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    hooks = get_session().event_hooks["request"]
-    if _be_patient not in hooks:
-        hooks.append(_be_patient)
-
-
-def _be_patient(request: Any) -> None:
-    """Before a request is sent: some calls of the client's ask for no timeout at all."""
-    from huggingface_hub import constants
-
-    timeout = request.extensions.get("timeout", {})
-    longest = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
-    bounded = {of: timeout.get(of) or longest for of in ("connect", "read", "write", "pool")}
-    request.extensions = {**request.extensions, "timeout": bounded}
-
-
 def snapshot(
     where: Place, *, revision: str | None, patterns: Sequence[str], ignored: Sequence[str], to: Path | None
 ) -> tuple[Path, str | None]:
     """The files at a place that match `patterns`, at one commit, fetched into `to` or the cache: (folder, commit).
 
+    Offline, or where the Hub does not answer, the commit that the cache knows by that name; a log tells the latter.
+
     Raises:
         NetworkError: the Hub cannot be reached, or does not give it.
+        StorageError: it cannot be kept.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    client()
+    fetch = partial(
+        snapshot_download,
+        where.repo_id,
+        allow_patterns=[where.inside(pattern) for pattern in patterns],
+        ignore_patterns=[where.inside(pattern) for pattern in ignored],
+        local_dir=to,
+    )
     try:
-        root = snapshot_download(
-            where.repo_id,
-            revision=revision,
-            allow_patterns=[where.inside(pattern) for pattern in patterns],
-            ignore_patterns=[where.inside(pattern) for pattern in ignored],
-            local_dir=to,
-        )
+        with client():
+            if constants.is_offline_mode():
+                root = Path(fetch(revision=revision, local_files_only=True))
+            else:
+                root = _online(where, revision, to, fetch)
     except Exception as error:  # the client lets through whatever its transport and its parsers raise
         raise explain(error, str(where), revision=revision) from None
-    return Path(root, where.path), revision if to else Path(root).name
+    return root / where.path, revision if to else root.name
+
+
+def _online(where: Place, revision: str | None, to: Path | None, fetch: Callable[..., str]) -> Path:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        commit = _commit(where.repo_id, revision)
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
+        try:
+            root = Path(fetch(revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError as missing:
+            raise missing from error
+        if not _is_listed(where.repo_id, revision, to):  # there may be less than was asked for
+            raise
+        _log.warning("%s: the Hub does not answer; using commit %s of the cache", where, root.name)
+        return root
+    root = Path(fetch(revision=commit))
+    if not _is_listed(where.repo_id, commit, to):  # the Hub gave no list, or it could not be kept
+        next(iter(HfApi().list_repo_tree(where.repo_id, revision=commit)), None)
+    if to is None and commit != revision:
+        _remember(root, revision or "main", commit)
+    return root
+
+
+def _commit(repo_id: str, revision: str | None) -> str:
+    """The commit that a branch or tag is now."""
+    from huggingface_hub import HfApi
+
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    commit = HfApi().model_info(repo_id, revision=revision).sha
+    if commit is None:
+        raise NetworkError(f"{printable(repo_id)}: the Hub does not say which commit it is")
+    return commit
+
+
+def _is_listed(repo_id: str, revision: str | None, to: Path | None) -> bool:
+    """Whether the client knows all files of a commit. If not, it gives what it finds here of them for all."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        get_cached_repo_tree(repo_id, revision=revision, local_dir=to)
+    except CachedRepoTreeNotFoundError:
+        return False
+    return True
+
+
+def _remember(root: Path, name: str, commit: str) -> None:
+    """Have the cache know by which name a commit was asked for, as the client does: offline it goes by that."""
+    ref = root.parents[1] / "refs" / name
+    with contextlib.suppress(OSError):  # a cache that is only read
+        if ref.exists() and ref.read_text() == commit:
+            return
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        part = ref.with_name(f"{ref.name}.{os.getpid()}")
+        part.write_text(commit)
+        os.replace(part, ref)
 
 
 def folders(where: Place, commit: str | None, name: str) -> list[str]:
-    """The folders below a place that hold a file `name`, by the cache's listing: `snapshot` has left it there."""
-    from huggingface_hub import get_cached_repo_tree
+    """The folders below a place that hold a file `name`, by the listing that `snapshot` has left in the cache, if it
+    could. Raises NetworkError."""
+    from huggingface_hub import HfApi, get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    tree = (PurePosixPath(entry.path) for entry in get_cached_repo_tree(where.repo_id, revision=commit))
+    try:
+        with client():
+            try:
+                files: Iterable[Any] = get_cached_repo_tree(where.repo_id, revision=commit)
+            except CachedRepoTreeNotFoundError:
+                files = list(HfApi().list_repo_tree(where.repo_id, recursive=True, revision=commit))
+    except Exception as error:
+        raise explain(error, str(where), revision=commit) from None
+    tree = (PurePosixPath(entry.path) for entry in files)
     found = (path for path in tree if path.name == name and path.is_relative_to(where.path))
     return [str(path.parent.relative_to(where.path)) for path in found]
 

@@ -24,7 +24,7 @@ from ..verification import verify
 from .card import is_ours, render
 from .errors import doing
 from .licence import Terms, agreed, check_public, source_terms
-from .place import Place, client, discard
+from .place import Place, discard
 from .uploading import Change, LocalFile, holds, upload
 
 __all__ = ["Published", "publish"]
@@ -108,7 +108,6 @@ def publish(
     files = {where.inside(name): LocalFile.now(folder / name) for name in names if (folder / name).exists()}
     verify(folder, progress=progress)
 
-    client()
     remote = _look(where.repo_id, revision, private)
     if private and not remote.private:
         raise PolicyError(f"{where.repo_id}: is public", hint="make it private in its settings, or take another name")
