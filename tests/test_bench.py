@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pico
@@ -17,8 +18,9 @@ from cli_tools import flip
 
 import reshard
 from reshard.errors import UsageError
+from runtime import bench_runs
 from runtime.bench import Measured, Point
-from runtime.bench_runs import Failed, in_turn, report_of, summary
+from runtime.bench_runs import Failed, Job, in_turn, report_of, run_jobs, summary
 from runtime.chart import check_chart, draw
 from runtime.commands.bench import chart
 
@@ -58,8 +60,10 @@ def check_point(point: dict[str, Any], length: int, *, decodes: bool = True) -> 
 @needs_matplotlib
 def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> None:
     plot = tmp_path / "speed-up.svg"
+    again = tmp_path / "again"  # as many ranks
+    reshard.convert(root / "source", again, tp_size=2, sync=False)
     done = bench(
-        *(root / "tp1", root / "tp2", "--batch", "2,1", "--length", 512, "--steps", 2, "--repeat", 1),
+        *(root / "tp1", root / "tp2", again, "--batch", "2,1", "--length", 512, "--steps", 2, "--repeat", 1),
         *("--against", "tensor_parallel", "--source", root / "source"),
         *("--plot", plot, "--format", "json"),
     )
@@ -67,7 +71,7 @@ def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> N
     report = json.loads(done.stdout)
     assert (report["repeat"], report["base"]) == (1, "reshard tp 1")
     series = {one["name"]: one for one in report["series"]}
-    assert list(series)[:2] == ["reshard tp 1", "reshard tp 2"]
+    assert list(series)[:3] == ["reshard tp 1", "reshard tp 2 (tp2)", "reshard tp 2 (again)"]
     for name, one in series.items():
         assert (one["model"], one["dtype"], one["device"], one["threads"]) == ("LlamaForCausalLM", "float32", "cpu", 1)
         assert one["length"] == 62  # of 64 positions
@@ -79,9 +83,11 @@ def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> N
             base = next(p for p in series["reshard tp 1"]["points"] if p["batch"] == point["batch"])
             assert point["speed_up"] == pytest.approx(base["prefill_seconds"] / point["prefill_seconds"])
         assert bool(one["parts"]) == name.startswith("reshard")
-    assert sum(series["reshard tp 2"]["parts"].values()) <= series["reshard tp 2"]["load"]
+    for name in ("reshard tp 2 (tp2)", "reshard tp 2 (again)"):
+        assert sum(series[name]["parts"].values()) <= series[name]["load"]
     if importlib.util.find_spec("tensor_parallel") is None:
-        assert [one["name"] for one in report["failed"]] == ["tensor_parallel tp 1", "tensor_parallel tp 2"]
+        failed = ["tensor_parallel tp 1", "tensor_parallel tp 2 (tp2)", "tensor_parallel tp 2 (again)"]
+        assert [one["name"] for one in report["failed"]] == failed
         assert all("cannot be imported" in one["reason"] for one in report["failed"])
     picture = plot.read_text()
     assert "<svg" in picture
@@ -105,8 +111,9 @@ def test_compiled(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     eager, compiled = json.loads(done.stdout)["series"]
     assert (eager["name"], compiled["name"]) == ("reshard tp 2", "reshard tp 2, compiled")
+    assert eager["points"][0]["decode_tokens_per_second"] != compiled["points"][0]["decode_tokens_per_second"]
     check_point(eager["points"][0], 8)
-    check_point(compiled["points"][0], 8, decodes=False)
+    check_point(compiled["points"][0], 8)
 
 
 def test_an_encoder_decodes_nothing(tmp_path: Path) -> None:
@@ -134,6 +141,7 @@ def test_a_damaged_folder_is_said_once(root: Path, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--against", "transformers"], "--source SOURCE"),
+        (["--against", "transformers", "--source", "./nofolder"], "nofolder"),
         (["--batch", "0,1"], "is not a list of batch sizes"),
         (["--plot", "chart.txt"], "charts are drawn as .png, .svg, .pdf"),
         (["--plot", "nowhere/chart.png"], "no such folder"),
@@ -141,7 +149,7 @@ def test_a_damaged_folder_is_said_once(root: Path, tmp_path: Path) -> None:
 )
 def test_refused_before_anything_is_measured(arguments: list[str], words: str, root: Path) -> None:
     done = bench(root / "tp1", *arguments)
-    assert done.returncode == 2
+    assert done.returncode == (3 if "nofolder" in words else 2)
     assert words in done.stderr
     assert done.stdout == ""
 
@@ -180,6 +188,23 @@ def test_medians_and_speed_ups() -> None:
     assert "reshard tp 2" in text
     assert "2.00" in text
     assert "tensor_parallel tp 2: not measured: no" in text
+
+
+def test_folders_of_one_degree_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"a/tp2": 2, "b/tp2": 2, "c/other": 2, "c/tp4": 4}
+    monkeypatch.setattr(
+        bench_runs, "find_resharded", lambda out: SimpleNamespace(manifest=SimpleNamespace(world_size=sizes[out]))
+    )
+    monkeypatch.setattr(
+        bench_runs, "_run", lambda job, _: measured(sizes[job.out], 1.0) if job.engine == "reshard" else "no"
+    )
+    jobs = [Job("reshard", out) for out in (*sizes, "a/tp2")] + [Job("another", "a/tp2"), Job("another", "c/tp4")]
+    report = run_jobs(jobs, [], 2)
+    names = ["reshard tp 2 (a/tp2)", "reshard tp 2 (b/tp2)", "reshard tp 2 (other)", "reshard tp 4"]
+    assert list(report.lines()) == names
+    assert [one["name"] for one in report.to_json()["series"]] == names
+    assert [one.name for one in report.failed] == ["another tp 2", "another tp 4"]
+    assert all(name in summary(report) for name in names)
 
 
 def test_rounds_run_every_contender_in_turn() -> None:

@@ -93,6 +93,8 @@ def bench(
         return
     if against and source is None:
         raise UsageError("--against runs the checkpoint that OUT was made from", hint="name it: --source SOURCE")
+    if against and source is not None:
+        resolve_source(source)  # now, and not after this runtime was measured
     if plot:
         check_chart(plot)
     jobs = [Job(name, out) for name in ("reshard", *against) for out in outs]
@@ -152,6 +154,7 @@ def chart(report: Report, path: str) -> None:
     batches: Sequence[int] = sorted({point.batch for point in base.points})
     title = f"{base.model}, {base.dtype}, prompts of {base.length} tokens, {base.device}"
     over = "one rank" if base.ranks == 1 else f"{base.ranks} ranks"
+    over += f" of {printable(base.folder)}" if base.folder else ""
     draw(path, title, "batch size", f"speed-up over {over}", report.lines(), ticks=batches)
 
 

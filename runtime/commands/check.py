@@ -36,7 +36,8 @@ def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: 
     another device the limit is looser in fp32.
 
     The logits show only what the fixed tokens reach: not the other rows of an embedding, nor experts that none is
-    routed to. With --per-layer every parameter is compared too, and so does `reshard verify OUT --against SOURCE`.
+    routed to. With --per-layer, where no module differs, every parameter is compared, as `reshard verify OUT --against
+    SOURCE` does without running anything.
 
     \b
     Examples:
@@ -48,7 +49,7 @@ def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: 
         parity = compare(model, reference, per_layer=per_layer)
     say(json.dumps(parity.to_json()) if style == "json" else parity_text(out, parity, per_layer=per_layer))
     if parity.unreached:
-        raise IntegrityError(f"{out}: parameters are not those of {reference}, though the forward does not show it")
+        raise IntegrityError(f"{out}: not every parameter of it is that of {reference}")
     if not parity.ok:
         of = reference if reference else "the model that its reference logits are of"
         raise IntegrityError(f"{out}: the sharded model does not compute what {of} does")
