@@ -60,10 +60,8 @@ def check_point(point: dict[str, Any], length: int, *, decodes: bool = True) -> 
 @needs_matplotlib
 def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> None:
     plot = tmp_path / "speed-up.svg"
-    again = tmp_path / "again"  # as many ranks
-    reshard.convert(root / "source", again, tp_size=2, sync=False)
     done = bench(
-        *(root / "tp1", root / "tp2", again, "--batch", "2,1", "--length", 512, "--steps", 2, "--repeat", 1),
+        *(root / "tp1", root / "tp2", "--batch", "2,1", "--length", 512, "--steps", 2, "--repeat", 1),
         *("--against", "tensor_parallel", "--source", root / "source"),
         *("--plot", plot, "--format", "json"),
     )
@@ -71,7 +69,7 @@ def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> N
     report = json.loads(done.stdout)
     assert (report["repeat"], report["base"]) == (1, "reshard tp 1")
     series = {one["name"]: one for one in report["series"]}
-    assert list(series)[:3] == ["reshard tp 1", "reshard tp 2 (tp2)", "reshard tp 2 (again)"]
+    assert list(series)[:2] == ["reshard tp 1", "reshard tp 2"]
     for name, one in series.items():
         assert (one["model"], one["dtype"], one["device"], one["threads"]) == ("LlamaForCausalLM", "float32", "cpu", 1)
         assert one["length"] == 62  # of 64 positions
@@ -83,11 +81,9 @@ def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> N
             base = next(p for p in series["reshard tp 1"]["points"] if p["batch"] == point["batch"])
             assert point["speed_up"] == pytest.approx(base["prefill_seconds"] / point["prefill_seconds"])
         assert bool(one["parts"]) == name.startswith("reshard")
-    for name in ("reshard tp 2 (tp2)", "reshard tp 2 (again)"):
-        assert sum(series[name]["parts"].values()) <= series[name]["load"]
+    assert sum(series["reshard tp 2"]["parts"].values()) <= series["reshard tp 2"]["load"]
     if importlib.util.find_spec("tensor_parallel") is None:
-        failed = ["tensor_parallel tp 1", "tensor_parallel tp 2 (tp2)", "tensor_parallel tp 2 (again)"]
-        assert [one["name"] for one in report["failed"]] == failed
+        assert [one["name"] for one in report["failed"]] == ["tensor_parallel tp 1", "tensor_parallel tp 2"]
         assert all("cannot be imported" in one["reason"] for one in report["failed"])
     picture = plot.read_text()
     assert "<svg" in picture
@@ -192,12 +188,15 @@ def test_medians_and_speed_ups() -> None:
 
 def test_folders_of_one_degree_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"a/tp2": 2, "b/tp2": 2, "c/other": 2, "c/tp4": 4}
-    monkeypatch.setattr(
-        bench_runs, "find_resharded", lambda out: SimpleNamespace(manifest=SimpleNamespace(world_size=sizes[out]))
-    )
-    monkeypatch.setattr(
-        bench_runs, "_run", lambda job, _: measured(sizes[job.out], 1.0) if job.engine == "reshard" else "no"
-    )
+
+    def found(out: str) -> Any:
+        return SimpleNamespace(manifest=SimpleNamespace(world_size=sizes[out]))
+
+    def run(job: Job, _: object) -> Measured | str:
+        return measured(sizes[job.out], 1.0) if job.engine == "reshard" else "no"
+
+    monkeypatch.setattr(bench_runs, "find_resharded", found)
+    monkeypatch.setattr(bench_runs, "_run", run)
     jobs = [Job("reshard", out) for out in (*sizes, "a/tp2")] + [Job("another", "a/tp2"), Job("another", "c/tp4")]
     report = run_jobs(jobs, [], 2)
     names = ["reshard tp 2 (a/tp2)", "reshard tp 2 (b/tp2)", "reshard tp 2 (other)", "reshard tp 4"]
