@@ -43,7 +43,7 @@ class Batches(click.ParamType):
 @click.option("--batch", "batches", type=Batches(), default="1,2,4", show_default=True, help="Prompts at once.")
 @click.option("--length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a prompt.")
 @click.option("--steps", type=click.IntRange(min=0), default=8, show_default=True, help="Tokens decoded behind it.")
-@click.option("--compile", "compiled", is_flag=True, help="Compiled forwards too.")
+@click.option("--compile", "compiled", is_flag=True, help="Compiled too, prefill and decode.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Jobs of each kind, in turn.")
 @click.option(
     "--against", type=click.Choice(sorted(PEERS)), multiple=True, help="Measure this too, on as many ranks. Repeatable."
