@@ -5,8 +5,10 @@ It can be kept in a resharded folder, so that there it is compared without its s
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from .architecture import model_class, quiet_transformers
 from .digest import FileRecord, digest_file, digest_of
-from .errors import BadInputError, IntegrityError, UsageError, printable
+from .errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
 from .manifest import REFERENCE_NAME, Manifest
 from .places import fetch
 from .rank_file import written_file
@@ -23,12 +25,15 @@ from .source import is_resharded
 from .staging import write_file
 
 __all__ = [
+    "ELSEWHERE",
     "EXACT",
     "HALF",
     "NEW_TOKENS",
+    "STORED_ON",
     "Reference",
     "fetch_whole",
     "fixed_ids",
+    "in_memory",
     "inputs_of",
     "read_reference",
     "reference_of",
@@ -39,6 +44,8 @@ __all__ = [
 ]
 
 EXACT = 1e-5  # largest relative error in fp32: sums are split over the ranks and added in another order
+ELSEWHERE = 1e-4  # the same between kinds of devices, whose kernels add in orders of their own
+STORED_ON = "cpu"  # kind of device that stored logits are made on
 HALF = (torch.float16, torch.bfloat16)
 _ROUNDING = 3  # times the error that one process makes by computing in half precision
 NEW_TOKENS = 16
@@ -73,16 +80,42 @@ def fetch_whole(place: str, *, revision: str | None = None) -> tuple[Path, str |
     return root, commit or revision
 
 
-def single_model(root: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+@contextlib.contextmanager
+def in_memory(place: object) -> Iterator[None]:
+    """For what is done with the single-process model of `place`. Raises TopologyError where it does not fit."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TopologyError(
+            f"{printable(place)}: the model and what it computes do not fit into the memory of one process:"
+            f" {printable(str(error).partition(chr(10))[0] or type(error).__name__)}",
+            hint="reshard verify OUT --against SOURCE compares all bytes without running the model",
+        ) from None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is the reason. torch's allocator for the CPU has a message of its own, but no class."""
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
+def single_model(root: Path, dtype: torch.dtype, device: torch.device | str = STORED_ON) -> Any:
     """The checkpoint in `root` as transformers loads it in one process: the whole model in memory.
 
-    Raises BadInputError where it cannot be loaded.
+    Raises BadInputError where it cannot be loaded. That memory is short is raised as torch says it (see `in_memory`).
     """
     family: Any = model_class(root)[0]
     try:
         with quiet_transformers():
             return family.from_pretrained(root, dtype=dtype, use_safetensors=True).to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise
         raise BadInputError(f"{printable(root)}: transformers cannot load it: {printable(error)}") from None
 
 
@@ -131,11 +164,16 @@ def store_reference(root: Path, folder: Path, dtype: str, *, sync: bool = True) 
 
     Memory is that of the model, in fp32 where `dtype` (a torch name) is half precision. The file has the values of the
     last positions: for a vocabulary of 128,000 tokens 4 MB.
+
+    Raises:
+        BadInputError: transformers cannot load it.
+        TopologyError: it does not fit into memory.
     """
     from safetensors.torch import save
 
-    single = single_model(root, getattr(torch, dtype))
-    reference = reference_of(single, fixed_ids(single))
+    with in_memory(root):
+        single = single_model(root, getattr(torch, dtype))
+        reference = reference_of(single, fixed_ids(single))
     values = reference.values
     if values.ndim == 3:
         values = values[:, -_KEPT:].contiguous()

@@ -148,14 +148,15 @@ def spoken(words: Sequence[Any], prefix: str = "") -> ReshardError:
     return error
 
 
-def from_first(store: dist.Store, info: RankInfo, find: Callable[[], Any]) -> Any:
+def from_first(store: dist.Store, info: RankInfo, find: Callable[[], Any], *, key: str | None = None) -> Any:
     """What `find` gives on rank 0, on every rank; its failure too. The others wait for as long as it takes.
 
-    It is something that JSON can hold. A user at a keyboard is slower than any collective may be.
+    It is something that JSON can hold. A user at a keyboard is slower than any collective may be. `key` is the
+    message's own name in the store; by default it is the next number, which fits where all ranks of the job take part.
 
     Raises TopologyError where rank 0, or whoever holds the store, has gone.
     """
-    key = f"reshard/message/{next(_messages)}"
+    key = f"reshard/message/{next(_messages) if key is None else key}"
     if info.world_size == 1:
         return find()
     if info.rank == 0:

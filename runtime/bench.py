@@ -37,7 +37,7 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Point:
     """Medians at one batch size, in seconds: a forward of the prompts that gives the logits of their last tokens, and a
-    step of one token behind them (None where compiled, or where the model decodes nothing)."""
+    step of one token behind them (None where the model decodes nothing)."""
 
     batch: int
     compiled: bool
@@ -49,7 +49,8 @@ class Point:
 class Measured:
     """What one job of `ranks` processes took. Seconds of the load, part by part where they are known, and from the
     start of the process to its first token; bytes of the rank that has most: on a GPU the peak of what was allocated,
-    on CPU what is the process's own after the runs, without pages of mapped files."""
+    on CPU what is the process's own after the runs, without pages of mapped files. `folder` tells apart those for as
+    many ranks."""
 
     engine: str
     ranks: int
@@ -63,6 +64,7 @@ class Measured:
     first_token: float | None
     memory: int
     points: tuple[Point, ...]
+    folder: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,16 +120,17 @@ def _points(model: Any, settings: Settings, prompts: dict[int, torch.Tensor]) ->
     forwards = {False: model, **({True: torch.compile(model)} if settings.compiled else {})}
     steps = settings.steps if model.can_generate() and not model.config.is_encoder_decoder else 0
     prefill: dict[tuple[int, bool], list[float]] = {(b, c): [] for b in prompts for c in forwards}
-    decode: dict[int, list[float]] = {batch: [] for batch in prompts}
+    decode: dict[tuple[int, bool], list[float]] = {kind: [] for kind in prefill}
     for turn in range(1 + _RUNS):
         for (batch, compiled), took in prefill.items():
-            seconds, output = _timed(model, lambda: _prefill(model, forwards[compiled], prompts[batch]))  # noqa: B023
-            stepped = [] if compiled else _steps(model, output, prompts[batch], steps)
-            if turn:
+            forward = forwards[compiled]
+            seconds, output = _timed(model, lambda: _prefill(model, forward, prompts[batch]))  # noqa: B023
+            stepped = _steps(model, forward, output, prompts[batch], steps)
+            if turn:  # the first compiles: for every shape, since all turns have the same
                 took.append(seconds)
-                decode[batch] += stepped
+                decode[batch, compiled] += stepped
     return tuple(
-        Point(batch, compiled, statistics.median(took), _median(decode[batch]) if not compiled else None)
+        Point(batch, compiled, statistics.median(took), _median(decode[batch, compiled]))
         for (batch, compiled), took in prefill.items()
     )
 
@@ -139,12 +142,12 @@ def _prefill(model: Any, forward: Any, ids: torch.Tensor) -> Any:
     return forward(ids, **inputs, **{name: value for name, value in options.items() if name in accepted})
 
 
-def _steps(model: Any, output: Any, ids: torch.Tensor, steps: int) -> list[float]:
+def _steps(model: Any, forward: Any, output: Any, ids: torch.Tensor, steps: int) -> list[float]:
     """Seconds of steps of one token, with all that came before in the cache."""
     token, found = ids[:, :1], []
     for _ in range(steps):
         cache = output.past_key_values
-        seconds, output = _timed(model, lambda: model(token, past_key_values=cache, use_cache=True))  # noqa: B023
+        seconds, output = _timed(model, lambda: forward(token, past_key_values=cache, use_cache=True))  # noqa: B023
         token = output.logits[:, -1:].argmax(-1)
         found.append(seconds)
     return found

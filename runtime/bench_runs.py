@@ -6,13 +6,14 @@ import json
 import os
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from reshard.errors import ReshardError
+from reshard.errors import ReshardError, printable
 from reshard.launch import launch
 from reshard.places import find_resharded
 
@@ -20,6 +21,7 @@ from .bench import Measured, Point
 
 __all__ = ["Failed", "Job", "Report", "in_turn", "report_of", "run_jobs", "summary"]
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -94,12 +96,30 @@ def _point(report: Report, one: Measured, point: Point) -> dict[str, Any]:
 
 def label(one: Measured, *, compiled: bool = False) -> str:
     """What a series is called."""
-    return f"{one.engine} tp {one.ranks}{', compiled' if compiled else ''}"
+    return f"{_name(one.engine, one.ranks, one.folder)}{', compiled' if compiled else ''}"
 
 
-def in_turn(repeat: int, contenders: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+def _name(engine: str, ranks: int, folder: str | None) -> str:
+    return f"{engine} tp {ranks}" + (f" ({printable(folder)})" if folder else "")
+
+
+def _folders(jobs: Sequence[Job], sizes: Mapping[str, int]) -> dict[Job, str | None]:
+    """What to call the folder of each job by: its name, or its path where another has that too. None where the engine
+    runs on no other of as many ranks."""
+    alike: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for job in dict.fromkeys(jobs):
+        alike[job.engine, sizes[job.out]].append(job.out)
+    found: dict[Job, str | None] = {}
+    for (engine, _), outs in alike.items():
+        last = [PurePath(out).name for out in outs]
+        for out, name in zip(outs, last):
+            found[Job(engine, out)] = None if len(outs) == 1 else name if name and last.count(name) == 1 else out
+    return found
+
+
+def in_turn(repeat: int, contenders: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
     """Each contender's results of `repeat` rounds. A round runs every one once, so that drift meets all alike."""
-    found: dict[str, list[T]] = {name: [] for name in contenders}
+    found: dict[K, list[T]] = {name: [] for name in contenders}
     for _ in range(repeat):
         for name, run in contenders.items():
             found[name].append(run())
@@ -118,20 +138,20 @@ def run_jobs(jobs: Sequence[Job], arguments: Sequence[str], repeat: int) -> Repo
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sizes = {job.out: find_resharded(job.out).manifest.world_size for job in jobs}
-    names = {f"{job.engine} tp {sizes[job.out]}": job for job in jobs}
-    failed: dict[str, Failed] = {}
+    folders = _folders(jobs, sizes)
+    failed: dict[Job, Failed] = {}
 
-    def run(name: str) -> Measured | None:
-        if name in failed:
+    def run(job: Job) -> Measured | None:
+        if job in failed:
             return None
-        found = _run(names[name], arguments)
+        found = _run(job, arguments)
         if isinstance(found, str):
-            failed[name] = Failed(name, found)
+            failed[job] = Failed(_name(job.engine, sizes[job.out], folders[job]), found)
             return None
-        return found
+        return replace(found, folder=folders[job])
 
-    runs = in_turn(repeat, {name: partial(run, name) for name in names})
-    measured = [[one for one in found if one] for name, found in runs.items() if name not in failed]
+    runs = in_turn(repeat, {job: partial(run, job) for job in dict.fromkeys(jobs)})
+    measured = [[one for one in found if one] for job, found in runs.items() if job not in failed]
     return report_of(measured, tuple(failed.values()))
 
 
@@ -196,22 +216,23 @@ def _median(runs: Sequence[Measured]) -> Measured:
 def summary(report: Report) -> str:
     """The report as tables."""
     first = report.measured[0]
+    wide = max(28, *(len(name) for name in report.lines()))
     lines = [
         f"{first.model}, {first.dtype}, {first.device}, {first.threads} thread{'s' * (first.threads > 1)} a rank;"
         f" prompts of {first.length} tokens; medians of {report.repeat} job{'s' * (report.repeat > 1)}",
-        f"  {'':28} {'load':>8} {'first token':>12} {'memory':>10}",
+        f"  {'':{wide}} {'load':>8} {'first token':>12} {'memory':>10}",
     ]
     for one in report.measured:
         token = "" if one.first_token is None else f"{one.first_token:.2f} s"
-        lines.append(f"  {label(one):28} {f'{one.load:.2f} s':>8} {token:>12} {f'{one.memory >> 20:,} MiB':>10}")
+        lines.append(f"  {label(one):{wide}} {f'{one.load:.2f} s':>8} {token:>12} {f'{one.memory >> 20:,} MiB':>10}")
     over = label(report.base)
-    lines += ["", f"  {'':28} {'batch':>5} {'prefill':>10} {'tokens/s':>10} {'decode':>16}   × {over}"]
+    lines += ["", f"  {'':{wide}} {'batch':>5} {'prefill':>10} {'tokens/s':>10} {'decode':>16}   × {over}"]
     for one in report.measured:
         for point in sorted(one.points, key=lambda point: point.compiled):
             decode = f"{point.batch / point.decode:,.1f} tokens/s" if point.decode else ""
             ratio = report.speed_up(point)
             lines.append(
-                f"  {label(one, compiled=point.compiled):28} {point.batch:>5} {f'{point.prefill:.4g} s':>10}"
+                f"  {label(one, compiled=point.compiled):{wide}} {point.batch:>5} {f'{point.prefill:.4g} s':>10}"
                 f" {point.batch * one.length / point.prefill:>10,.0f} {decode:>16}   "
                 + (f"{ratio:.2f}" if ratio is not None else "")
             )

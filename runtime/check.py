@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from reshard.errors import IntegrityError, ReshardError, UsageError, printable
+from reshard.errors import IntegrityError, UsageError, printable
 from reshard.manifest import read_manifest
 from reshard.places import resolve_source
 from reshard.reference import (
+    ELSEWHERE,
     EXACT,
     HALF,
     NEW_TOKENS,
+    STORED_ON,
     Reference,
     fixed_ids,
+    in_memory,
     inputs_of,
     read_reference,
     reference_of,
@@ -25,9 +28,11 @@ from reshard.reference import (
     values_of,
 )
 
-from .agreement import spoken, words_of
-from .differences import Difference, Layers, first_difference
+from .agreement import Deadline, from_first, spoken, words_of
+from .differences import Altered, Difference, Layers, altered_in, first_difference
 from .generate import greedy
+from .mesh import connect
+from .ranks import this_rank
 from .traces import record
 
 __all__ = ["Parity", "check"]
@@ -39,19 +44,24 @@ class Parity:
 
     The values are logits, or the last hidden state of a model without a head. `tolerance` is what rounding explains:
     in half precision, a few times the reference's own distance from fp32. `equal_tokens` is None where the model
-    generates none. `difference` is the first module that computes something else, where that was asked for.
+    generates none; `tied_tokens` is whether rounding explains that they are different. Where layers were asked for,
+    `difference` is the first module that computes something else, and where none does, `unreached` are parameters that
+    are not those of the source all the same.
     """
 
     max_abs: float
     max_rel: float
     tolerance: float
     equal_tokens: bool | None
+    tied_tokens: bool = False
     difference: Difference | None = None
+    unreached: tuple[Altered, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether rounding explains the difference. Tokens must be equal too, where the dtype is exact enough."""
-        return self.max_rel <= self.tolerance and (self.equal_tokens is not False or self.tolerance > EXACT)
+        """Whether rounding explains the difference, of values and of tokens, and no parameter is known to be wrong."""
+        explained = self.max_rel <= self.tolerance and (self.equal_tokens is not False or self.tied_tokens)
+        return explained and not self.unreached
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
@@ -69,27 +79,34 @@ def check(model: Any, reference: str | None = None, *, revision: str | None = No
         ReshardError: what stopped rank 0, on every rank.
     """
     single: _Single | None = None
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
+
+    def prepare() -> dict[str, Any]:
+        nonlocal single
+        with in_memory(reference or model.name_or_path):
             single = _single(model, reference, revision, per_layer=per_layer)
-            told = [single.reference.ids]
-        except ReshardError as error:
-            told = [words_of(error)]
-    dist.broadcast_object_list(told, src=0, device=model.device)
-    if not isinstance(told[0], torch.Tensor):
-        raise spoken(told[0])
-    ids = told[0].to(model.device)
+        of = single.reference
+        tokens = None if of.tokens is None else of.tokens.tolist()
+        return {"ids": of.ids.tolist(), "tokens": tokens, "tolerance": of.tolerance}
+
+    info = this_rank()
+    # Not by a collective, which has a limit: a big model takes one process longer than that.
+    told = from_first(connect(info, Deadline.after(0)), info, prepare)
+    ids = torch.tensor(told["ids"], device=model.device)
     values = values_of(model, ids)
-    tokens = greedy(model, ids, NEW_TOKENS) if model.can_generate() else None
-    difference = None
-    if per_layer:
-        ours = record(model, inputs_of(model, ids))
-        difference = first_difference(model, ours, single.layers if single else None)
+    equal, tied = _tokens(model, ids, told["tokens"], told["tolerance"])
+    layers = single.layers if single else None
+    difference = first_difference(model, record(model, inputs_of(model, ids)), layers) if per_layer else None
+    unreached = altered_in(model, layers) if per_layer and difference is None else ()
     result: list[Any] = [None]
     if single is not None:
-        result = [_compare(single.reference, values.cpu(), tokens, difference)]
+        try:
+            apart = _apart(single.reference, values.cpu())
+            result = [Parity(*apart, single.reference.tolerance, equal, tied, difference, unreached)]
+        except IntegrityError as error:
+            result = [words_of(error)]
     dist.broadcast_object_list(result, src=0, device=model.device)
+    if not isinstance(result[0], Parity):
+        raise spoken(result[0])
     return result[0]
 
 
@@ -110,6 +127,8 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
         folder = Path(model.name_or_path)
         reference = read_reference(folder, read_manifest(folder))
         _check_ids(model, folder, reference.ids)
+        if model.device.type != STORED_ON:
+            reference = replace(reference, tolerance=max(reference.tolerance, ELSEWHERE))
         return _Single(reference, None)
     root = resolve_source(place, revision=revision).root
     single = single_model(root, model.dtype, model.device)
@@ -136,15 +155,44 @@ def _check_ids(model: Any, folder: Path, ids: torch.Tensor) -> None:
         raise IntegrityError(f"{printable(folder)}: its reference logits are of tokens that the model does not have")
 
 
-def _compare(
-    reference: Reference, values: torch.Tensor, tokens: torch.Tensor | None, difference: Difference | None
-) -> Parity:
+def _tokens(
+    model: Any, ids: torch.Tensor, wanted: list[list[int]] | None, tolerance: float
+) -> tuple[bool | None, bool]:
+    """Whether the model continues `ids` greedily as it should, None where there is nothing to compare; and if it does
+    not, whether rounding explains that. A collective.
+
+    Of half precision, it always does. Else of a looser limit than EXACT, where each row's first other token is as good
+    as the expected one but for twice the tolerance, since either logit may be off by that.
+    """
+    found = greedy(model, ids, NEW_TOKENS) if model.can_generate() else None
+    if found is None or wanted is None:
+        return None, False
+    expected = torch.tensor(wanted, device=found.device)
+    if torch.equal(found, expected):
+        return True, False
+    if tolerance <= EXACT or model.dtype in HALF:
+        return False, tolerance > EXACT
+    inputs = inputs_of(model, expected[:, :-1])
+    if model.config.is_encoder_decoder:
+        inputs["input_ids"] = ids
+    with torch.inference_mode():
+        logits = model(**inputs)[0].float()
+    allowed = 2 * tolerance * logits.abs().max()
+    length = min(found.shape[1], expected.shape[1])
+    for row, other in enumerate(found[:, :length] != expected[:, :length]):
+        for at in other.nonzero().flatten().tolist()[:1]:
+            here = logits[row, at - 1]
+            if not (here[found[row, at]] - here[expected[row, at]]).abs() <= allowed:
+                return False, False
+    return False, True
+
+
+def _apart(reference: Reference, values: torch.Tensor) -> tuple[float, float]:
+    """The largest absolute error, and the largest relative one. Raises IntegrityError for outputs of other shapes."""
     expected = reference.values
     if values.ndim == 3:  # of stored ones there are only the last positions
         values = values[:, -expected.shape[1] :]
     if values.shape != expected.shape:
         raise IntegrityError(f"outputs of shape {tuple(values.shape)}, where the reference has {tuple(expected.shape)}")
     error, scale = (values - expected).abs().max().item(), expected.abs().max().item() or 1.0
-    wanted = reference.tokens
-    equal = None if tokens is None or wanted is None else torch.equal(tokens.cpu(), wanted)
-    return Parity(error, error / scale, reference.tolerance, equal, difference)
+    return error, error / scale

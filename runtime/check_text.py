@@ -5,21 +5,25 @@ from __future__ import annotations
 from reshard.errors import printable
 
 from .check import Parity
-from .differences import Difference
+from .differences import Altered, Difference
 
 __all__ = ["parity_text"]
 
 _TOKENS = {True: "equal", False: "different", None: "not generated"}
+_TIED = "different, which rounding explains"
 
 
 def parity_text(out: str, parity: Parity, *, per_layer: bool) -> str:
     """One line; with `per_layer`, and where a module differs, more about that."""
     lines = [
         f"{printable(out)}: max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}),"
-        f" tokens {_TOKENS[parity.equal_tokens]}"
+        f" tokens {_TIED if parity.tied_tokens else _TOKENS[parity.equal_tokens]}"
     ]
     if parity.difference:
         lines += _difference(parity.difference)
+    elif parity.unreached:
+        lines.append("no module differs, but these tokens do not reach all that is in the files:")
+        lines += map(_altered, parity.unreached)
     elif per_layer:
         lines.append("no module differs")
     return "\n".join(lines)
@@ -33,9 +37,7 @@ def _difference(found: Difference) -> list[str]:
         f"  seen in {printable(found.seen)} on {ranks}: max abs {found.max_abs:.3g}, max rel {found.max_rel:.3g}"
         f" (limit {found.tolerance:g}); what comes before agrees",
     ]
-    for altered in found.altered:
-        where = ", ".join(f"{count:,} elements in {printable(name)}" for name, count in altered.files.items())
-        lines.append(f"  {printable(altered.name)} is not that of the source: {where}")
+    lines += map(_altered, found.altered)
     for name, (ours, theirs) in found.configuration.items():
         lines.append(f"  config.json: {printable(name)} is {printable(ours)} here, {printable(theirs)} in the source")
     if not found.altered and not found.configuration:
@@ -43,3 +45,8 @@ def _difference(found: Difference) -> list[str]:
     elif not found.altered:
         lines.append("  its parameters are those of the source")
     return lines
+
+
+def _altered(altered: Altered) -> str:
+    where = ", ".join(f"{count:,} elements in {printable(name)}" for name, count in altered.files.items())
+    return f"  {printable(altered.name)} is not that of the source: {where}"

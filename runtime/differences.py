@@ -24,7 +24,7 @@ from .placing import owners
 from .replicas import replicas_of
 from .traces import Moment, Trace
 
-__all__ = ["Altered", "Difference", "Layers", "first_difference"]
+__all__ = ["Altered", "Difference", "Layers", "altered_in", "first_difference"]
 
 _SEQUENCE = 1  # dim of activations [batch, sequence, …]
 _NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}
@@ -194,9 +194,6 @@ def _explain(
     culprit = moment.module if moment.side == "output" else moment.caller
     seen = "its output" if moment.side == "output" else f"the input of {moment.module}"
     prefix = f"{culprit}." if culprit else ""
-    names = [target.name for target in manifest.parameters if target.name.startswith(prefix)]
-    theirs = dict(layers.single.state_dict()) if layers else None
-    altered = [_altered(model, manifest, name, theirs) for name in names]
     configuration: list[Any] = [layers and _apart(_fields(model), _fields(layers.single))]
     dist.broadcast_object_list(configuration, src=0, device=model.device)
     worst = max(differing, key=lambda rank: errors[rank][1])
@@ -209,9 +206,20 @@ def _explain(
         max_rel=errors[worst][1],
         tolerance=expected.tolerance,
         style=manifest.hooks.get(culprit),
-        altered=tuple(found for found in altered if found),
+        altered=altered_in(model, layers, prefix),
         configuration=configuration[0],
     )
+
+
+def altered_in(model: Any, layers: Layers | None, prefix: str = "") -> tuple[Altered, ...]:
+    """The parameters and buffers under a name's prefix that are not those of the source; a tied one by its owner's
+    name. `layers` is rank 0's. Call it on every rank; the result is the same on all."""
+    manifest: Manifest = model._reshard_manifest
+    # Tied names are in the model's own list only: a file holds their owner.
+    names = dict.fromkeys(t.name for name, t in model._reshard_targets.items() if name.startswith(prefix))
+    theirs = layers.single.state_dict() if layers else None
+    found = [_altered(model, manifest, name, theirs) for name in names]
+    return tuple(one for one in found if one)
 
 
 def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.Tensor] | None) -> Altered | None:
@@ -229,7 +237,8 @@ def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.
     for piece in pieces(target.placement, target.shape, rank=rank, world_size=world_size):
         there = tuple(slice(start, start + extent) for start, extent in zip(piece.start, piece.extent))
         here = tuple(slice(start, start + extent) for start, extent in zip(piece.local_start, piece.extent))
-        wrong += int((whole[there] != local[here].float()).sum())
+        one, other = whole[there], local[here].float()
+        wrong += int(((one != other) & ~(one.isnan() & other.isnan())).sum())
     counts = [int(found) for found, _ in _from_all((wrong, 0), local.device)]
     # Of the first replica: the others hold the same files.
     files = {record.name: count for record, count in zip(manifest.rank_files, counts) if count}

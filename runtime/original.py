@@ -12,7 +12,7 @@ from reshard.dtypes import torch_name
 from reshard.errors import IntegrityError, printable
 from reshard.header import TensorInfo, parse_header
 from reshard.manifest import Manifest
-from reshard.regions import Region
+from reshard.regions import Region, is_run
 from reshard.targets import LocalTensor, Target
 
 __all__ = ["Bundle", "bundles"]
@@ -95,6 +95,13 @@ def _unrepeated(region: Region) -> Region:
 
 
 def _check_covered(info: TensorInfo, parts: Iterable[tuple[str, Region]]) -> None:
-    boxes = {(region.offset, region.strides, region.extent): region.size for _, region in parts}
-    if sum(boxes.values()) < torch.Size(info.shape).numel():
+    regions = {(region.offset, region.strides, region.extent): region for _, region in parts}
+    size = torch.Size(info.shape).numel()
+    covered = len(regions) == 1 and all(is_run(region) and region.size == size for region in regions.values())
+    if not covered:  # rare: mark them, one byte for each element
+        marked = torch.zeros(size, dtype=torch.bool)
+        for offset, strides, extent in regions:
+            marked.as_strided(extent, strides, offset).fill_(True)
+        covered = bool(marked.all())
+    if not covered:
         raise IntegrityError(f"{printable(info.name)}: not every element of it is in the model")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,19 @@ from reshard.output import pwrite
 from reshard.source import INDEX_NAME
 from reshard.targets import LocalTensor
 
-from .agreement import spoken, words_of
+from .agreement import Deadline, from_first, spoken, words_of
+from .mesh import connect
 from .original import Bundle, bundles
 from .placing import owners
+from .ranks import RankInfo, this_rank
 from .replicas import replicas_of
 from .whole import whole_of
 
 __all__ = ["save_pretrained"]
 
 _PART = ".part"  # ending of a file that is not whole
+_HAPPENS = {"safe_serialization": True}  # beside the defaults of transformers' own arguments
+_rounds: Counter[str] = Counter()  # how often ranks have told each other how it went, by who they are
 
 
 def save_pretrained(
@@ -39,22 +45,21 @@ def save_pretrained(
     replica put each parameter together in turn, and its first rank, which alone writes, has one of them in memory, and
     one tensor that is made of it. Weights appear when all are written; a failure is raised on all ranks.
 
+    Arguments of transformers' own are taken where they ask for what happens anyway, as their defaults do.
+
     Raises:
-        UsageError: another argument of transformers' own, which is not for a model on several ranks.
+        UsageError: another one, which is not for a model on several ranks.
         DestinationExistsError: the folder holds weights already.
         StorageError: the disk said no.
     """
-    if others:
-        raise UsageError(
-            f"save_pretrained of a resharded model does not take {printable(', '.join(sorted(others)))}",
-            hint="save it, and open what was saved with from_pretrained in one process",
-        )
     plan = bundles(model._reshard_manifest)
     group = replicas_of(model).group
     writes, first = dist.get_rank(group) == 0, dist.get_global_rank(group, 0)
+    refused = _refused(model, others, writes=writes)
     with _Writer(Path(save_directory)) as writer:
         tensors = [tensor for bundle in plan for tensor in bundle.sources]
-        _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if writes else None)
+        begins = writes and not refused
+        _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if begins else refused)
         failure = None
         if first in model._device_mesh.mesh.tolist():  # this replica's parameters are those that are written
             owner = owners(model)
@@ -68,6 +73,21 @@ def save_pretrained(
         if writes and failure is None:
             failure = _failure(writer.finish, model)
         _raise_together(model, failure)
+
+
+def _refused(model: Any, others: Mapping[str, Any], *, writes: bool) -> UsageError | None:
+    """What is wrong with arguments, where one asks for something else than happens without it."""
+    own = inspect.signature(type(model).save_pretrained).parameters
+    happens = {name: parameter.default for name, parameter in own.items()} | _HAPPENS
+    refused = [name for name, value in others.items() if name not in happens or happens[name] is not value]
+    if not writes:  # each rank may say truly whether it is the one
+        refused = [name for name in refused if name != "is_main_process"]
+    if not refused:
+        return None
+    return UsageError(
+        f"save_pretrained of a resharded model does not take {printable(', '.join(sorted(refused)))}",
+        hint="save it, and open what was saved with from_pretrained in one process",
+    )
 
 
 class _Writer:
@@ -145,12 +165,15 @@ def _failure(step: Callable[..., object], *arguments: Any) -> Exception | None:
 
 
 def _raise_together(model: Any, failure: Exception | None) -> None:
-    """Raise on every rank what the first, which writes, has met."""
+    """Raise on every rank what the first, which writes, has met. The others wait for as long as it writes."""
     group = replicas_of(model).group
-    first, device = dist.get_global_rank(group, 0), model._device_mesh.device_type
-    told: list[Any] = [failure and words_of(failure)]
-    dist.broadcast_object_list(told, src=first, group=group, device=device)
+    ranks = dist.get_process_group_ranks(group)
+    who = "-".join(map(str, ranks))  # not all ranks of the job, where there are several meshes
+    _rounds[who] += 1
+    store = connect(this_rank(), Deadline.after(0))
+    info = RankInfo(dist.get_rank(group), len(ranks), 0)
+    told = from_first(store, info, lambda: failure and words_of(failure), key=f"saving {who} {_rounds[who]}")
     if failure is not None:
         raise failure
-    if told[0] is not None:
-        raise spoken(told[0], f"rank {first}: ")
+    if told is not None:
+        raise spoken(told, f"rank {ranks[0]}: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from reshard.errors import UsageError, listed, printable
 from reshard.placement import Placement, Replicate, local_shape, pieces
 from reshard.targets import Target
 
@@ -20,9 +22,16 @@ __all__ = ["full_tensor", "whole_of"]
 def full_tensor(model: Any, name: str) -> torch.Tensor:
     """The whole of a loaded model's parameter or buffer, assembled on every rank. A collective: call it on all.
 
-    `DTensor.full_tensor()` does the same where the layout has a name in DTensor.
+    `DTensor.full_tensor()` does the same where the layout has a name in DTensor. Raises UsageError where the files
+    have none of that name.
     """
-    target: Target = model._reshard_targets[name]
+    target: Target | None = model._reshard_targets.get(name)
+    if target is None:
+        near = difflib.get_close_matches(name, model._reshard_targets)
+        raise UsageError(
+            f"the files hold no parameter or buffer {printable(name)}",
+            hint=f"near to it: {listed(near)}" if near else "their names are those of model.state_dict()",
+        )
     module, own = owners(model)(name)
     return whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
 

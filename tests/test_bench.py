@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pico
@@ -17,8 +18,9 @@ from cli_tools import flip
 
 import reshard
 from reshard.errors import UsageError
+from runtime import bench_runs
 from runtime.bench import Measured, Point
-from runtime.bench_runs import Failed, in_turn, report_of, summary
+from runtime.bench_runs import Failed, Job, in_turn, report_of, run_jobs, summary
 from runtime.chart import check_chart, draw
 from runtime.commands.bench import chart
 
@@ -105,8 +107,9 @@ def test_compiled(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     eager, compiled = json.loads(done.stdout)["series"]
     assert (eager["name"], compiled["name"]) == ("reshard tp 2", "reshard tp 2, compiled")
+    assert eager["points"][0]["decode_tokens_per_second"] != compiled["points"][0]["decode_tokens_per_second"]
     check_point(eager["points"][0], 8)
-    check_point(compiled["points"][0], 8, decodes=False)
+    check_point(compiled["points"][0], 8)
 
 
 def test_an_encoder_decodes_nothing(tmp_path: Path) -> None:
@@ -134,6 +137,7 @@ def test_a_damaged_folder_is_said_once(root: Path, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--against", "transformers"], "--source SOURCE"),
+        (["--against", "transformers", "--source", "./nofolder"], "nofolder"),
         (["--batch", "0,1"], "is not a list of batch sizes"),
         (["--plot", "chart.txt"], "charts are drawn as .png, .svg, .pdf"),
         (["--plot", "nowhere/chart.png"], "no such folder"),
@@ -141,7 +145,7 @@ def test_a_damaged_folder_is_said_once(root: Path, tmp_path: Path) -> None:
 )
 def test_refused_before_anything_is_measured(arguments: list[str], words: str, root: Path) -> None:
     done = bench(root / "tp1", *arguments)
-    assert done.returncode == 2
+    assert done.returncode == (3 if "nofolder" in words else 2)
     assert words in done.stderr
     assert done.stdout == ""
 
@@ -180,6 +184,26 @@ def test_medians_and_speed_ups() -> None:
     assert "reshard tp 2" in text
     assert "2.00" in text
     assert "tensor_parallel tp 2: not measured: no" in text
+
+
+def test_folders_of_one_degree_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"a/tp2": 2, "b/tp2": 2, "c/other": 2, "c/tp4": 4}
+
+    def found(out: str) -> Any:
+        return SimpleNamespace(manifest=SimpleNamespace(world_size=sizes[out]))
+
+    def run(job: Job, _: object) -> Measured | str:
+        return measured(sizes[job.out], 1.0) if job.engine == "reshard" else "no"
+
+    monkeypatch.setattr(bench_runs, "find_resharded", found)
+    monkeypatch.setattr(bench_runs, "_run", run)
+    jobs = [Job("reshard", out) for out in (*sizes, "a/tp2")] + [Job("another", "a/tp2"), Job("another", "c/tp4")]
+    report = run_jobs(jobs, [], 2)
+    names = ["reshard tp 2 (a/tp2)", "reshard tp 2 (b/tp2)", "reshard tp 2 (other)", "reshard tp 4"]
+    assert list(report.lines()) == names
+    assert [one["name"] for one in report.to_json()["series"]] == names
+    assert [one.name for one in report.failed] == ["another tp 2", "another tp 4"]
+    assert all(name in summary(report) for name in names)
 
 
 def test_rounds_run_every_contender_in_turn() -> None:

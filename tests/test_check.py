@@ -13,11 +13,12 @@ import pico
 import pytest
 import torch
 from cli_tools import Cli, assert_one_error, configure, flip, reseal
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from test_parity import WORKERS, torchrun
 from test_plans import UNPLANNED, unplanned
 
 import reshard
+from reshard.digest import digest_of
 from reshard.header import read_header
 from reshard.manifest import REFERENCE_NAME, read_manifest
 
@@ -65,6 +66,13 @@ def swap_heads(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.unflatten(0, (-1, 4)).flip(0).flatten(0, 1)
 
 
+def row_10(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a token that none of the fixed ones is, whether the embedding is cut or not."""
+    altered = tensor.clone()
+    altered[10] = -tensor[10]
+    return altered
+
+
 def slightly(tensor: torch.Tensor) -> torch.Tensor:
     return tensor * 1.01
 
@@ -97,6 +105,10 @@ CASES: dict[str, tuple[str, Damage, str, str, list[int] | None, dict[str, set[st
     "the head": (
         *("llama", in_file(0, "lm_head.weight", swap_rows)),
         *("lm_head", "its output", [0, 1], {"lm_head.weight": {FILE.format(1)}}),
+    ),
+    "a head that is the embedding": (
+        *("tied", in_file(1, "model.embed_tokens.weight", row_10)),
+        *("lm_head", "its output", [0, 1], {"model.embed_tokens.weight": {FILE.format(2)}}),
     ),
     "a configuration that is not the source's": (
         *("llama", configured(rms_norm_eps=0.5)),
@@ -142,12 +154,53 @@ def make(family: str, root: Path, ranks: int) -> tuple[Path, Path]:
         unplanned(family).save_pretrained(source)
         plan = {"tp_plan": UNPLANNED[family][2]}
     else:
-        pico.save("llama" if family == "bf16" else family, source, dtype=DTYPES.get(family, torch.float32))
+        name, options = VARIANTS.get(family, (family, {}))
+        pico.save(name, source, **options)
     reshard.convert(source, out, tp_size=ranks, sync=False, reference_logits=True, **plan)
     return source, out
 
 
-DTYPES = {"bf16": torch.bfloat16}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("llama", {"dtype": torch.bfloat16}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+}
+
+
+def stored(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Other reference logits, as another machine might have made them."""
+    tensors = load_file(folder / REFERENCE_NAME)
+    change(tensors)
+    data = save(tensors)
+    (folder / REFERENCE_NAME).write_bytes(data)
+
+    def record(content: dict[str, Any]) -> None:
+        (entry,) = (extra for extra in content["extras"] if extra["file"] == REFERENCE_NAME)
+        entry.update(size=len(data), digest=digest_of(data))
+
+    reseal(folder, record)
+
+
+def off_by(share: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Logits that are a share of the largest one apart."""
+    return lambda tensors: tensors["values"].view(-1)[7].add_(share * tensors["values"].abs().max())
+
+
+def last_token(change: Callable[[int], int]) -> Callable[[dict[str, torch.Tensor]], object]:
+    def changed(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["tokens"][0, -1] = change(int(tensors["tokens"][0, -1]))
+
+    return changed
+
+
+# Of a model whose tokens 2k and 2k + 1 have the same logit: whether it is fine on CPU, and on another device than that
+# of the stored logits.
+STORED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], bool, bool]] = {
+    "as it is": (lambda tensors: None, True, True),
+    "logits within the looser limit": (off_by(5e-5), False, True),
+    "logits beyond it": (off_by(3e-4), False, False),
+    "a token with the same logit": (last_token(lambda token: token ^ 1), False, True),
+    "another token": (last_token(lambda token: (token + 2) % 130), False, False),
+}
 
 
 def run(jobs: list[dict[str, Any]], root: Path, ranks: int) -> dict[str, Found]:
@@ -157,9 +210,11 @@ def run(jobs: list[dict[str, Any]], root: Path, ranks: int) -> dict[str, Found]:
     return json.loads((root / "out.json").read_text())
 
 
-def job(name: str, folder: Path, source: Path | None, *, per_layer: bool = True, **load: Any) -> dict[str, Any]:
+def job(
+    name: str, folder: Path, source: Path | None, *, per_layer: bool = True, where: str | None = None, **load: Any
+) -> dict[str, Any]:
     of = source and str(source)
-    return {"name": name, "folder": str(folder), "source": of, "per_layer": per_layer, "load": load}
+    return {"name": name, "folder": str(folder), "source": of, "per_layer": per_layer, "where": where, "load": load}
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +241,24 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
         job("layers without a source", out, None),
         job("another architecture", out, made["qwen3"][0]),
         job("no such source", out, root / "nowhere"),
+        job("slow", out, source, where="one process is slow", per_layer=False),
+        job("no memory to load", out, source, where="no memory to load", per_layer=False),
+        job("no memory to run", out, source, where="no memory to run", per_layer=False),
     ]
+    unseen = Path(shutil.copytree(out, root / "unseen"))
+    in_file(1, "model.embed_tokens.weight", row_10)(unseen)
+    jobs.append(job("unseen", unseen, source))
+    twins = root / "twins"
+    model = pico.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[1::2] = model.lm_head.weight[::2]
+    model.save_pretrained(twins)
+    reshard.convert(twins, root / "of twins", tp_size=2, sync=False, reference_logits=True)
+    for number, (name, (change, *_)) in enumerate(STORED.items()):
+        folder = Path(shutil.copytree(root / "of twins", root / f"twins-{number}"))
+        stored(folder, change)
+        jobs += [job(name, folder, None, per_layer=False)]
+        jobs += [job(f"elsewhere: {name}", folder, None, per_layer=False, where="another device")]
     return run(jobs, root, 2)
 
 
@@ -220,6 +292,31 @@ def test_stored_logits_show_it_too(name: str, found: dict[str, Found]) -> None:
     result = found[f"stored: {name}"]
     assert not result["ok"]
     assert result["max_rel"] > 10 * result["tolerance"] or name == "in half precision"
+
+
+def test_parameters_that_the_tokens_do_not_reach_are_compared(found: dict[str, Found]) -> None:
+    unseen = found["unseen"]
+    assert unseen["max_rel"] <= unseen["tolerance"]
+    assert unseen["difference"] is None
+    assert not unseen["ok"]
+    assert unseen["unreached"] == [{"name": "model.embed_tokens.weight", "files": {FILE.format(2): 32}}]  # a row
+    assert "no module differs, but these tokens do not reach" in unseen["text"]
+    assert "model.embed_tokens.weight is not that of the source: 32 elements" in unseen["text"]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_on_another_device_than_that_of_the_stored_logits(name: str, found: dict[str, Found]) -> None:
+    _, here, elsewhere = STORED[name]
+    assert (found[name]["ok"], found[name]["tolerance"]) == (here, 1e-5)
+    there = found[f"elsewhere: {name}"]
+    assert (there["ok"], there["tolerance"]) == (elsewhere, 1e-4)
+    assert there["equal_tokens"] == found[name]["equal_tokens"] == ("token" not in name)
+    assert there["tied_tokens"] == ("same logit" in name)
+    assert ("tokens different, which rounding explains" in there["text"]) == there["tied_tokens"]
+
+
+def test_ranks_wait_longer_for_one_process_than_in_a_collective(found: dict[str, Found]) -> None:
+    assert found["slow"]["ok"]
 
 
 def test_how_much_of_a_parameter_is_wrong(found: dict[str, Found]) -> None:
@@ -300,6 +397,8 @@ def test_four_ranks_that_share_kv_heads_or_the_sequence_or_are_two_replicas(tmp_
         ("layers without a source", "UsageError", "layers are compared with", "--reference SOURCE"),
         ("another architecture", "IntegrityError", "of another shape or architecture", ""),
         ("no such source", "BadInputError", "no such folder", ""),
+        ("no memory to load", "TopologyError", "do not fit into the memory of one process", "reshard verify"),
+        ("no memory to run", "TopologyError", "do not fit into the memory of one process", "reshard verify"),
     ],
 )
 def test_what_cannot_be_compared_is_said_on_every_rank(

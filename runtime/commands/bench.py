@@ -43,7 +43,7 @@ class Batches(click.ParamType):
 @click.option("--batch", "batches", type=Batches(), default="1,2,4", show_default=True, help="Prompts at once.")
 @click.option("--length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a prompt.")
 @click.option("--steps", type=click.IntRange(min=0), default=8, show_default=True, help="Tokens decoded behind it.")
-@click.option("--compile", "compiled", is_flag=True, help="Compiled forwards too.")
+@click.option("--compile", "compiled", is_flag=True, help="Compiled too, prefill and decode.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Jobs of each kind, in turn.")
 @click.option(
     "--against", type=click.Choice(sorted(PEERS)), multiple=True, help="Measure this too, on as many ranks. Repeatable."
@@ -93,6 +93,8 @@ def bench(
         return
     if against and source is None:
         raise UsageError("--against runs the checkpoint that OUT was made from", hint="name it: --source SOURCE")
+    if against and source is not None:
+        resolve_source(source)  # now, and not after this runtime was measured
     if plot:
         check_chart(plot)
     jobs = [Job(name, out) for name in ("reshard", *against) for out in outs]
@@ -152,6 +154,7 @@ def chart(report: Report, path: str) -> None:
     batches: Sequence[int] = sorted({point.batch for point in base.points})
     title = f"{base.model}, {base.dtype}, prompts of {base.length} tokens, {base.device}"
     over = "one rank" if base.ranks == 1 else f"{base.ranks} ranks"
+    over += f" of {printable(base.folder)}" if base.folder else ""
     draw(path, title, "batch size", f"speed-up over {over}", report.lines(), ticks=batches)
 
 

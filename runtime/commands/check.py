@@ -20,7 +20,11 @@ __all__ = ["check"]
 @click.command()
 @click.argument("out")
 @click.option("--reference", metavar="SOURCE", help="The checkpoint that OUT was made from. [default: stored logits]")
-@click.option("--per-layer", is_flag=True, help="Name the first module that computes something else, and why.")
+@click.option(
+    "--per-layer",
+    is_flag=True,
+    help="Name the first module that computes something else, and why; where none does, parameters that are altered.",
+)
 @sdpa_option
 @replicas_option
 @model_options
@@ -28,7 +32,12 @@ __all__ = ["check"]
 def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: str | None, **options: Any) -> None:
     """Compare logits and greedy tokens with the single-process model; exit 4 where rounding does not explain them.
 
-    Without --reference, with what `reshard convert --reference-logits` has stored of it.
+    Without --reference, with what `reshard convert --reference-logits` has stored of it: made on CPU, so that on
+    another device the limit is looser in fp32.
+
+    The logits show only what the fixed tokens reach: not the other rows of an embedding, nor experts that none is
+    routed to. With --per-layer, where no module differs, every parameter is compared, as `reshard verify OUT --against
+    SOURCE` does without running anything.
 
     \b
     Examples:
@@ -39,6 +48,8 @@ def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: 
     with sdpa(kernel):
         parity = compare(model, reference, per_layer=per_layer)
     say(json.dumps(parity.to_json()) if style == "json" else parity_text(out, parity, per_layer=per_layer))
+    if parity.unreached:
+        raise IntegrityError(f"{out}: not every parameter of it is that of {reference}")
     if not parity.ok:
         of = reference if reference else "the model that its reference logits are of"
         raise IntegrityError(f"{out}: the sharded model does not compute what {of} does")

@@ -2,15 +2,22 @@
 
     checking.py JOBS.json OUT.json
 
-A job is {"name", "folder", "source" or null, "per_layer", "load"}, the last options of `runtime.load`. The
-result is what every rank got: they must agree.
+A job is {"name", "folder", "source" or null, "per_layer", "where" or null, "load"}, the last options of `runtime.load`,
+`where` one of CONDITIONS. The result is what every rank got: they must agree.
 """
 
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import torch
 import torch.distributed as dist
 
 import runtime
@@ -18,13 +25,51 @@ from reshard.errors import ReshardError
 from runtime.check import check
 from runtime.check_text import parity_text
 
+CHECK = sys.modules["runtime.check"]
+LIMIT = 4  # seconds that a collective waits
+
+
+def hungry(*_: Any, **_options: Any) -> Any:
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@contextmanager
+def slow() -> Iterator[None]:
+    real = CHECK.single_model
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(1.5 * LIMIT)
+        return real(*arguments)
+
+    with short_collectives(LIMIT), mock.patch.object(CHECK, "single_model", slowly):
+        yield
+
+
+@contextmanager
+def short_collectives(seconds: float) -> Iterator[None]:
+    for limit in (seconds, 600):
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=limit), group)
+        if limit == seconds:
+            yield
+
+
+CONDITIONS: dict[str | None, Any] = {
+    None: nullcontext,
+    "one process is slow": slow,
+    "no memory to load": lambda: mock.patch("transformers.LlamaForCausalLM.from_pretrained", hungry),
+    "no memory to run": lambda: mock.patch.object(CHECK, "reference_of", hungry),
+    "another device": lambda: mock.patch.object(CHECK, "STORED_ON", "cuda"),
+}
+
 
 def main(jobs_path: str, out_path: str) -> None:
     results = {}
     for job in json.loads(Path(jobs_path).read_text()):
         model = runtime.load(job["folder"], check_digests=False, **job["load"])
         try:
-            parity = check(model, job["source"], per_layer=job["per_layer"])
+            with CONDITIONS[job["where"]]():
+                parity = check(model, job["source"], per_layer=job["per_layer"])
             found = {**parity.to_json(), "text": parity_text("OUT", parity, per_layer=job["per_layer"])}
         except ReshardError as error:
             found = {"error": type(error).__name__, "message": error.message, "hint": error.hint}

@@ -2,7 +2,8 @@
 
     round_trips.py JOBS.json OUT
 
-JOBS is a list of {"name", "folder", "source", "saved"}; the model is saved into "saved". Rank R writes OUT.R: for each
+JOBS is a list of {"name", "folder", "source", "saved", "slow"}; the model is saved into "saved", and if "slow" onto a
+disk that is. Rank R writes OUT.R: for each
 name the kinds of placements that were met, and how calls that must fail did. What is another tensor than that of the
 model in one process, which "source" is, is an assertion.
 """
@@ -10,6 +11,10 @@ model in one process, which "source" is, is an assertion.
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +50,26 @@ def refused(call: Any, *arguments: Any, **options: Any) -> str:
     return "nothing"
 
 
-def trip(job: dict[str, str]) -> dict[str, Any]:
+@contextmanager
+def slow_disk() -> Iterator[None]:
+    """One that takes longer than a collective waits."""
+    real, limit = os.fsync, 4
+
+    def slowly(fd: int) -> None:
+        time.sleep(1.5 * limit)
+        os.fsync = real
+        real(fd)
+
+    for seconds in (limit, 600):
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if seconds == limit:
+            os.fsync = slowly
+            yield
+            os.fsync = real
+
+
+def trip(job: dict[str, Any]) -> dict[str, Any]:
     model = runtime.load(job["folder"])
     expected = AutoModelForCausalLM.from_pretrained(job["source"]).state_dict()
     kinds = set()
@@ -57,9 +81,14 @@ def trip(job: dict[str, str]) -> dict[str, Any]:
             kinds.add(" ".join(type(placement).__name__ for placement in parameter.placements))
         else:
             kinds.add("local")
-    model.save_pretrained(job["saved"], max_shard_size=50_000)
+    first = dist.get_rank() == 0
+    options = {"safe_serialization": True, "push_to_hub": False, "is_main_process": first}
+    with slow_disk() if job["slow"] else nullcontext():
+        model.save_pretrained(job["saved"], max_shard_size=50_000, **options)
     failures = {"again": refused(model.save_pretrained, job["saved"])}
     failures["argument"] = refused(model.save_pretrained, f"{job['saved']}-2", state_dict={})
+    failures["nobody writes"] = refused(model.save_pretrained, f"{job['saved']}-2", is_main_process=False)
+    failures["no such name"] = refused(runtime.full_tensor, model, "lm_haed.weight")
     failures["full disk"] = refused(model.save_pretrained, "/proc/nowhere")
     return {"kinds": sorted(kinds), **failures}
 
