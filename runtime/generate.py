@@ -182,7 +182,7 @@ def _eos(model: Any) -> list[int]:
 
 def _stops_of(model: Any) -> tuple[str, ...]:
     """The stop texts of the folder's generation_config.json."""
-    said = model.generation_config.stop_strings or ()
+    said = getattr(model.generation_config, "stop_strings", None) or ()
     return tuple(filter(None, [said] if isinstance(said, str) else said))
 
 
