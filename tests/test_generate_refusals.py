@@ -46,6 +46,15 @@ class Letters:
         return "".join(chr(0x4E00 + token) for token in ids if token > 2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Several would wait for each other longer than such small models take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Whose padding has no row in a model of 330 tokens."""
