@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from reshard.architecture import quiet_transformers
-from reshard.errors import BadInputError
 
 from . import kernels
 from .argmax import argmax_only
+from .limits import Limits, check_decoding
 from .prompts import Prompt, as_batch
 from .texts import Stops, Stream, before_stop, continuation
 
@@ -23,13 +23,16 @@ __all__ = ["Decoding", "Generated", "Memory", "generate_texts", "greedy"]
 # What a generation_config.json may say that is not taken: one text for each prompt, and nothing beside its cache.
 _ONE_TEXT = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True}
 _ONE_TEXT |= dict.fromkeys(["output_scores", "output_logits", "output_attentions", "output_hidden_states"], False)
+# Nor is what drafts tokens, which makes the same text. A file's stop texts are ours to look for.
+_NOT_TAKEN = ("stop_strings", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How to continue. What is None is as the folder's generation_config.json says, else as transformers does.
 
-    Greedy at temperature 0. A text ends before the first of `stops`. `compiled` is a mode of torch.compile.
+    Greedy at temperature 0. A text ends before the first of `stops`, which stand for the file's, where there are any.
+    `compiled` is a mode of torch.compile.
     """
 
     max_new_tokens: int = 32
@@ -71,9 +74,9 @@ class Memory:
         return cache if len(known) < len(ids) and ids[: len(known)] == known else None
 
     def keep(self, ids: tuple[int, ...], cache: Any) -> None:
-        """`cache` holds all `ids` but the last, which no forward has seen."""
-        layers = getattr(cache, "layers", ())
-        if layers and all(type(layer) in self._KINDS for layer in layers):
+        """`cache` holds all `ids` but the last, which no forward has seen; if it is not of a known kind, nothing is."""
+        known = type(cache) is DynamicCache and all(type(layer) in self._KINDS for layer in cache.layers)
+        if known and cache.get_seq_length() == len(ids) - 1:
             self._ids, self._cache = ids[:-1], cache
 
 
@@ -98,21 +101,50 @@ def generate_texts(
     single prompt is; a static cache starts anew each turn. Where the model's positions end, so does the text.
 
     Raises:
-        BadInputError: a prompt is longer than the model's positions.
+        UsageError: the model makes no text.
+        BadInputError: a prompt is longer than the model's positions, or the folder asks for another kind of decoding.
         ReshardError: the model cannot be compiled here.
     """
+    check_decoding(model)
+    limits = Limits.of(model)
+    limits.check(prompts)
+    found: dict[int, Generated] = {}
+    for rows in _together([limits.room(len(prompt.ids)) for prompt in prompts], how.max_new_tokens):
+        batch = [prompts[row] for row in rows]
+        found |= zip(rows, _go_on(model, tokenizer, batch, how, limits, emit, memory if len(prompts) == 1 else None))
+    return [found[row] for row in range(len(prompts))]
+
+
+def _together(rooms: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of the prompts of each batch. One that has less room than is asked for would end others' texts too."""
+    free = [row for row, room in enumerate(rooms) if room >= most]
+    return [*([free] if free else []), *([row] for row, room in enumerate(rooms) if room < most)]
+
+
+def _go_on(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    how: Decoding,
+    limits: Limits,
+    emit: Callable[[str], object] | None,
+    memory: Memory | None,
+) -> list[Generated]:
+    """Continue a batch whose prompts have room for as many new tokens each."""
     decoder_only = not model.config.is_encoder_decoder
-    pad = next((i for i in (tokenizer.pad_token_id, *_eos(model)) if i is not None), 0)
+    texts = how.stops or _stops_of(model)
+    pad = next((i for i in (tokenizer.pad_token_id, *_eos(model)) if i is not None and limits.knows(i)), 0)
     ids, mask = as_batch(prompts, pad=pad, left=decoder_only, device=model.device)
     start = ids.shape[1] if decoder_only else 1  # of what is new in what `generate` returns
     before = [prompt.ids if decoder_only else () for prompt in prompts]
-    options = {**_options(how, model), "max_new_tokens": min(how.max_new_tokens, _room(model, ids.shape[1]))}
+    new = min(how.max_new_tokens, limits.room(ids.shape[1]))
+    options = {**_options(how, model), "max_new_tokens": new, "pad_token_id": pad}
     if emit is not None:
-        options["streamer"] = Stream(tokenizer, how.stops, emit)
-    stops = Stops(tokenizer, how.stops, before, start) if how.stops else None
+        options["streamer"] = Stream(tokenizer, texts, emit)
+    stops = Stops(tokenizer, texts, before, start) if texts else None
     if stops:
         options["stopping_criteria"] = [stops]
-    if not decoder_only or options.get("cache_implementation") not in (None, "dynamic"):
+    if not decoder_only or options.get("cache_implementation") not in (None, "dynamic") or _rope_moves(model, ids):
         memory = None
     if memory and (past := memory.recall(prompts[0].ids)) is not None:
         options |= {"past_key_values": past, "cache_implementation": None}
@@ -123,15 +155,16 @@ def generate_texts(
     if memory:
         memory.keep(tuple(tokens[0].tolist()), made.get("past_key_values"))
     found = []
-    for row, (prompt, new) in enumerate(zip(prompts, tokens[:, start:].tolist())):
-        count, ended = _end(new, _eos(model), stops.ends[row] if stops else None)
-        text = continuation(tokenizer, before[row], new[:count])
-        found.append(Generated(prompt, before_stop(text, how.stops), count, ended))
+    for row, (prompt, tail) in enumerate(zip(prompts, tokens[:, start:].tolist())):
+        count, ended = _end(tail, _eos(model), stops.ends[row] if stops else None)
+        text = continuation(tokenizer, before[row], tail[:count])
+        found.append(Generated(prompt, before_stop(text, texts), count, ended))
     return found
 
 
 def _options(how: Decoding, model: Any) -> dict[str, Any]:
     options: dict[str, Any] = {**_ONE_TEXT, "do_sample": how.temperature > 0, "disable_compile": not how.compiled}
+    options |= {name: None for name in _NOT_TAKEN if hasattr(model.generation_config, name)}
     if how.temperature > 0:
         given = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
         options |= {name: value for name, value in given.items() if value is not None}
@@ -147,15 +180,18 @@ def _eos(model: Any) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-def _room(model: Any, length: int) -> int:
-    """New tokens that the model has positions for."""
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is None:
-        return 1 << 62
-    taken = 1 if model.config.is_encoder_decoder else length
-    if taken >= positions:
-        raise BadInputError(f"a prompt has {length} tokens, and the model {positions} positions")
-    return positions - taken
+def _stops_of(model: Any) -> tuple[str, ...]:
+    """The stop texts of the folder's generation_config.json."""
+    said = getattr(model.generation_config, "stop_strings", None) or ()
+    return tuple(filter(None, [said] if isinstance(said, str) else said))
+
+
+def _rope_moves(model: Any, ids: torch.Tensor) -> bool:
+    """Whether `ids` are so many that longrope takes other frequencies for all of them than for fewer."""
+    said = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [said, *(part for part in said.values() if isinstance(part, dict))]
+    long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return any(ids.shape[1] > kind["original_max_position_embeddings"] for kind in long)
 
 
 def _end(new: Sequence[int], eos: Sequence[int], stopped: int | None) -> tuple[int, str]:

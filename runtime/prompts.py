@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def read_prompts(file: str, timeout: float) -> list[str]:
             text = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
         except OSError as error:
             raise BadInputError(f"{printable(file)}: {error.strerror}") from None
-        found = [line for line in _decoded(text, file).splitlines() if line.strip()]
+        found = [line for line in re.split(r"\r?\n", _decoded(text, file)) if line.strip()]
         if not found:
             raise BadInputError(f"{printable(file)}: holds no prompts", hint="one prompt a line")
         return found
@@ -127,13 +128,18 @@ def of_first_rank(read: Callable[[], Any], timeout: float) -> Any:
 
 
 def _ask() -> str:
-    if sys.stdin.isatty():
+    typed = sys.stdin.isatty()
+    if typed:
         click.echo("> ", nl=False, err=True)
-    return _decoded(sys.stdin.buffer.readline(), STDIN)
+    line = sys.stdin.buffer.readline()
+    if typed and not line.endswith(b"\n"):  # Ctrl-D leaves the cursor where it is
+        click.echo(err=True)
+    return _decoded(line, STDIN)
 
 
 def _decoded(text: bytes, file: str) -> str:
+    """Without the mark that some editors begin a file with."""
     try:
-        return text.decode()
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadInputError(f"{printable(file)}: is not UTF-8") from None

@@ -15,9 +15,19 @@ _CONTEXT = 6
 
 def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
     """The text that `new` tokens add to a prompt."""
-    context = list(prompt[-_CONTEXT:])
+    context = _context(tokenizer, prompt)
     before = tokenizer.decode(context, skip_special_tokens=True)
     return tokenizer.decode([*context, *new], skip_special_tokens=True)[len(before) :]
+
+
+def _context(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
+    """The end of a prompt, from where a character begins: of half a one, some decoders spoil what follows too."""
+    length = _CONTEXT
+    while tokenizer.decode(found := list(prompt[-length:]), skip_special_tokens=True).startswith("\ufffd"):
+        if length >= len(prompt):
+            break
+        length *= 2
+    return found
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
@@ -31,7 +41,7 @@ class _Growing:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-_CONTEXT:])
+        self._ids = _context(tokenizer, prompt)
         self._begin = 0  # of the window that is decoded
         self._told = len(self._ids)  # up to here it was passed on
 

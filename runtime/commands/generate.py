@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 import torch
 
+from reshard.architecture import quiet_transformers
 from reshard.errors import UsageError
 
 from ..generate import Decoding, Generated, Memory, generate_texts
 from ..kernels import sdpa
+from ..limits import Limits, check_decoding
 from ..prompts import Prompt, chat_turns, in_chat, load_tokenizer, of_first_rank, plain, read_prompts
 from ..replicas import gather, replicas_of, share
-from .options import format_option, is_first, load_model, model_options, replicas_option, say, sdpa_option
+from .options import FiniteRange, format_option, is_first, load_model, model_options, replicas_option, say, sdpa_option
 
 __all__ = ["generate"]
 
@@ -31,8 +34,8 @@ _Continue = Callable[[Sequence[Prompt]], list[Generated]]
 @click.option("--prompts", "file", metavar="FILE", help="File of prompts, one a line; - for stdin.")
 @click.option("--chat", is_flag=True, help="Answer by the chat template: each prompt, else lines of stdin in turn.")
 @click.option("--max-new-tokens", type=_POSITIVE, default=32, show_default=True, help="Tokens of a text at most.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0, help="Sample, where it is over 0.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest of that mass.")
+@click.option("--temperature", type=FiniteRange(min=0), default=0, help="Sample, where it is over 0.")
+@click.option("--top-p", type=FiniteRange(0, 1, min_open=True), help="Sample from the likeliest of that mass.")
 @click.option("--top-k", type=click.IntRange(min=0), help="Sample from so many of the likeliest; 0 for all.")
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help="Sample the same again.")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
@@ -75,39 +78,32 @@ def generate(
         prompts = (*prompts, *read_prompts(file, options["timeout"]))
     if how.temperature > 0 and seed is None:
         seed = of_first_rank(lambda: secrets.randbits(32), options["timeout"])
-    model = load_model(out, kernel=kernel, **options)
-    tokenizer = load_tokenizer(model.name_or_path, chat=chat)
-    if how.compiled == "reduce-overhead" and model.device.type == "cpu":
-        say("Note: reduce-overhead captures CUDA graphs, which a CPU has not; compiled as by default", err=True)
-    replicas = replicas_of(model)
-    if seed is not None:  # the same on every rank of a replica; replicas sample each for itself
-        torch.manual_seed(seed + replicas.index)
-    streams = style == "text" and len(prompts) < 2
-    memory = Memory() if chat and not prompts else None
-
-    def go_on(batch: Sequence[Prompt]) -> list[Generated]:
-        emit = None
-        if streams and is_first():
-            click.echo(_beginning(model, batch[0]), nl=False)
-            emit = _emit
-        own = share(model, batch)
-        mine = generate_texts(model, tokenizer, own, how, emit=emit, memory=memory) if own else []
-        found = gather(model, mine) or []
-        if streams:
-            say("")
-        elif style == "json":
-            for one in found:
-                say(json.dumps(_record(one, seed)))
-        else:
-            for one in found:
-                say(_beginning(model, one.prompt) + one.text + "\n")
-        return mine
-
-    with sdpa(kernel):
-        if chat and not prompts:
-            _converse(tokenizer, options["timeout"], go_on)
-            return
+    with sdpa(kernel), quiet_transformers():
+        model = load_model(out, kernel=kernel, **options)
+        check_decoding(model)
+        tokenizer = load_tokenizer(model.name_or_path, chat=chat)
+        limits = Limits.of(model)
         made = [in_chat(tokenizer, [_message("user", text)]) if chat else plain(tokenizer, text) for text in prompts]
+        limits.check(made)
+        if how.compiled == "reduce-overhead" and model.device.type == "cpu":
+            say("Note: reduce-overhead captures CUDA graphs, which a CPU has not; compiled as by default", err=True)
+        replicas = replicas_of(model)
+        if seed is not None:  # the same on every rank of a replica; replicas sample each for itself
+            torch.manual_seed(seed + replicas.index)
+        streams = style == "text" and len(prompts) < 2
+        memory = Memory() if chat and not prompts else None
+
+        def go_on(batch: Sequence[Prompt]) -> list[Generated]:
+            own = share(model, batch)
+            with _as_it_comes(_beginning(model, batch[0])) if streams else contextlib.nullcontext() as emit:
+                mine = generate_texts(model, tokenizer, own, how, emit=emit, memory=memory) if own else []
+            found = gather(model, mine) or []
+            for one in [] if streams else found:
+                say(json.dumps(_record(one, seed)) if style == "json" else _whole(model, one))
+            return mine
+
+        if chat and not prompts:
+            _converse(tokenizer, limits, how.max_new_tokens, options["timeout"], go_on)
         at_once = batch_size * replicas.count
         for start in range(0, len(made), at_once):
             go_on(made[start : start + at_once])
@@ -126,11 +122,24 @@ def _refuse_contradictions(how: Decoding, anything: Any, seed: int | None) -> No
         raise UsageError("--stop: an empty text is in every text")
 
 
-def _converse(tokenizer: Any, timeout: float, go_on: _Continue) -> None:
+def _converse(tokenizer: Any, limits: Limits, most: int, timeout: float, go_on: _Continue) -> None:
+    """Answer turn by turn, in at most `most` new tokens. What the model has no positions for is forgotten, and said.
+
+    An answer has room for a quarter of the positions, unless it is to be shorter. So that not every turn is then the
+    first that the model sees, as much is forgotten as leaves half of them.
+    """
     messages: list[dict[str, str]] = []
+    positions = limits.room(0)
     for turn in chat_turns(timeout):
         messages.append(_message("user", turn))
-        [answer] = go_on([in_chat(tokenizer, messages)])
+        prompt = in_chat(tokenizer, messages)
+        if len(messages) > 1 and limits.room(len(prompt.ids)) < min(most, positions // 4):
+            while len(messages) > 1 and limits.room(len(prompt.ids)) < positions // 2:
+                del messages[:2]
+                prompt = in_chat(tokenizer, messages)
+            full = f"the conversation has outgrown the model's {limits.prompt} positions"
+            say(f"Note: {full}; its beginning is forgotten", err=True)
+        [answer] = go_on([prompt])
         messages.append(_message("assistant", answer.text))
 
 
@@ -138,13 +147,36 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _emit(text: str) -> None:
-    click.echo(text, nl=False)
+@contextlib.contextmanager
+def _as_it_comes(beginning: str) -> Iterator[Callable[[str], None] | None]:
+    """What shows a text piece by piece on rank 0, the first behind `beginning`. Its line ends even if that fails."""
+    begun = False
+
+    def emit(text: str) -> None:
+        nonlocal begun
+        click.echo(text if begun else beginning + text, nl=False)
+        begun = True
+
+    if not is_first():
+        yield None
+        return
+    try:
+        yield emit
+        if not begun:
+            emit("")
+    finally:
+        if begun:
+            click.echo()
 
 
 def _beginning(model: Any, prompt: Prompt) -> str:
     """What is shown before the new text: what it goes on from, where it goes on from that."""
     return "" if prompt.chat or model.config.is_encoder_decoder else prompt.text
+
+
+def _whole(model: Any, one: Generated) -> str:
+    """A text among others, and an empty line. A prompt that it does not go on from is on a line before it."""
+    return (_beginning(model, one.prompt) or f"> {one.prompt.text}\n") + one.text + "\n"
 
 
 def _record(one: Generated, seed: int | None) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from reshard.errors import UsageError
+from reshard.errors import UsageError, printable
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
 from ..kernels import SDPA_KERNELS, check_sdpa
@@ -17,7 +18,28 @@ from ..mesh import pick_device
 from ..phases import load_report
 from ..ranks import this_rank
 
-__all__ = ["format_option", "is_first", "load_model", "model_options", "replicas_option", "say", "sdpa_option"]
+__all__ = [
+    "FiniteRange",
+    "format_option",
+    "is_first",
+    "load_model",
+    "model_options",
+    "replicas_option",
+    "say",
+    "sdpa_option",
+]
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers: `nan` and `inf` are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a usage error."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return float(number)
+
 
 _OPTIONS = (
     click.option("--revision", help="Branch, tag or commit where OUT is a Hub id."),
@@ -36,7 +58,7 @@ _OPTIONS = (
     ),
     click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         default=1800,
         show_default=True,
         help="Seconds within which every rank must have loaded; the one that has not is named, and all end.",
@@ -89,6 +111,8 @@ def load_model(
 
     Raises UsageError where the kernel cannot run on the device, or the model's attention does not use it.
     """
+    if kernel is not None and attn not in (None, "sdpa"):
+        raise _another_attention(kernel, attn)
     known = load_strategies(strategies) if strategies else ALL_PARALLEL_STYLES
     if kernel is not None:
         check_sdpa(kernel, pick_device(device, this_rank().local_rank))
@@ -97,12 +121,16 @@ def load_model(
     )
     used = model.config.get_text_config()._attn_implementation
     if kernel is not None and used != "sdpa":
-        raise UsageError(
-            f"--sdpa {kernel} goes with attention sdpa, and this model uses {used}", hint="use --attn sdpa"
-        )
+        raise _another_attention(kernel, used)
     if report:
         say(load_report(model), err=True)
     return model
+
+
+def _another_attention(kernel: str, used: str) -> UsageError:
+    return UsageError(
+        f"--sdpa {kernel} goes with attention sdpa, and this model uses {printable(used)}", hint="use --attn sdpa"
+    )
 
 
 def is_first() -> bool:

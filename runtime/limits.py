@@ -1,0 +1,92 @@
+"""What a model can be asked to continue: whether it makes text at all, and what fits its positions and vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reshard.errors import BadInputError, UsageError, printable
+
+from .prompts import Prompt
+
+__all__ = ["Limits", "check_decoding"]
+
+_ENDLESS = 1 << 62
+_NAMED_BY = 20  # characters of a prompt that tell which one it is
+# Fields of a generation_config.json that ask for another search, or for a prompt other than the user's.
+_OTHER_WAYS = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing")
+
+
+def check_decoding(model: Any) -> None:
+    """See that text can be continued, token by token.
+
+    Raises:
+        UsageError: the model makes no text, or not from text.
+        BadInputError: its generation_config.json asks for something else.
+    """
+    name = type(model).__name__
+    if not model.can_generate():
+        raise UsageError(f"{name} does not generate text", hint="`check` and `bench` run its forward")
+    if model.main_input_name != "input_ids":
+        raise UsageError(f"{name} goes on from {printable(model.main_input_name)}, not from text")
+    asked = [field for field in _OTHER_WAYS if getattr(model.generation_config, field, None)]
+    if asked:
+        raise BadInputError(
+            f"generation_config.json: {asked[0]} asks for a way of decoding that is not here",
+            hint=f"without {asked[0]} in it, text is greedy or sampled",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Positions that a model has for a prompt and for its text, in tokens, and how many different tokens it knows.
+
+    The new text of a decoder comes in the positions behind the prompt; behind an encoder it has its own.
+    """
+
+    prompt: int
+    text: int
+    vocabulary: int | None
+    behind: bool
+
+    @classmethod
+    def of(cls, model: Any) -> Limits:
+        """Those that its configuration says."""
+        config = model.config
+        writes = config.get_text_config(decoder=True)
+        text = _positions(writes, "max_decoder_position_embeddings")
+        if not config.is_encoder_decoder:
+            return cls(text, text, getattr(writes, "vocab_size", None), behind=True)
+        encoder = getattr(config, "encoder", None)
+        reads = config.get_text_config(encoder=True) if encoder is None else encoder.get_text_config()
+        prompt = _positions(reads, "max_encoder_position_embeddings")
+        return cls(prompt, text, getattr(reads, "vocab_size", None), behind=False)
+
+    def room(self, length: int) -> int:
+        """New tokens that there are positions for, given a prompt of `length`; none where that is too long."""
+        if self.behind:
+            return max(0, self.text - length)
+        return self.text - 1 if length <= self.prompt else 0  # the decoder begins with a token of its own
+
+    def knows(self, token: int) -> bool:
+        """Whether a prompt may have it."""
+        return token >= 0 and (self.vocabulary is None or token < self.vocabulary)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise BadInputError, naming the prompt, where one is too long or has a token that the model does not know."""
+        for number, prompt in enumerate(prompts, 1):
+            named = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            named += f" ({printable(prompt.text, _NAMED_BY)})"
+            if self.room(len(prompt.ids)) < 1:
+                raise BadInputError(f"{named} has {len(prompt.ids)} tokens, and the model {self.prompt} positions")
+            if not self.knows(max(prompt.ids)):
+                raise BadInputError(
+                    f"{named} has the token {max(prompt.ids)}, and the model knows {self.vocabulary}",
+                    hint="the folder's tokenizer is that of another model",
+                )
+
+
+def _positions(config: Any, name: str) -> int:
+    found = getattr(config, name, None) or getattr(config, "max_position_embeddings", None)
+    return _ENDLESS if found is None else found
