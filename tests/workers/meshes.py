@@ -3,8 +3,9 @@
     meshes.py FOLDERS.json OUT
 
 FOLDERS are paths by name: tp1, tp2, tp4, heads (ranks share a KV head), experts (tp 2 × ep 2), damaged (tp2, one
-byte of its second file another) and configured (tp2, its config.json another). Rank R writes OUT.R: {case: how it went}. That is the logits of IDS, the replica, the
-items it took and what was gathered of all; or the type and words of the error.
+byte of its second file another) and configured (tp2, its config.json another). Rank R writes OUT.R: {case: how it
+went}. That is the logits of IDS, the replica, the items it took and what was gathered of all; or the type and words of
+the error.
 """
 
 import json
