@@ -6,9 +6,11 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reshard.errors import ReshardError, UsageError, listed, printable
@@ -17,10 +19,13 @@ __all__ = [
     "SDPA_KERNELS",
     "check_attention",
     "check_attention_of",
+    "check_compile",
     "check_sdpa",
+    "check_sdpa_of",
     "compile_config",
     "compiler_errors",
     "sdpa",
+    "shares_gpu",
 ]
 
 SDPA_KERNELS = {
@@ -29,6 +34,9 @@ SDPA_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_chosen: ContextVar[str | None] = ContextVar("kernel", default=None)
+# Modes of torch.compile that capture CUDA graphs.
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # What torch says when none of the kernels allowed can compute a call, on CPU and on CUDA.
 _NO_KERNEL = re.compile("No (viable backend|available kernel)")
 # Packages that bring an implementation; `kernels` fetches one instead.
@@ -76,13 +84,16 @@ def check_attention_of(model_class: Any, name: str | None) -> None:
 def sdpa(kernel: str | None) -> Iterator[None]:
     """While it lasts, attention `sdpa` is computed by one of torch's kernels (SDPA_KERNELS), or any where it is None.
 
-    What is compiled meanwhile keeps that kernel.
+    What is compiled meanwhile keeps that kernel. `load` refuses meanwhile what the kernel cannot compute.
 
-    Raises UsageError where the kernel cannot compute a call: torch takes no other in its place.
+    Raises UsageError where there is no such kernel, or it cannot compute a call: torch takes no other in its place.
     """
     if kernel is None:
         yield
         return
+    if kernel not in SDPA_KERNELS:
+        raise UsageError(f"--sdpa {printable(kernel)} is not known; there are {', '.join(SDPA_KERNELS)}")
+    before = _chosen.set(kernel)
     try:
         with sdpa_kernel(SDPA_KERNELS[kernel]):
             yield
@@ -93,13 +104,66 @@ def sdpa(kernel: str | None) -> Iterator[None]:
             f"--sdpa {kernel}: torch has no such kernel for this device, dtype and mask",
             hint="math runs everywhere",
         ) from None
+    finally:
+        _chosen.reset(before)
 
 
-def check_sdpa(kernel: str | None, device: torch.device) -> None:
-    """Raise UsageError where a kernel cannot run on a device at all."""
+def check_sdpa(
+    kernel: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 64,
+    *,
+    masked: bool = False,
+) -> None:
+    """Raise UsageError where a kernel cannot run on a device, for heads of `head_dim` numbers of a dtype.
+
+    `masked` is with a mask, as a static cache and prompts of different lengths have: flash kernels of a GPU take none.
+    """
     with sdpa(kernel):
-        query = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device=device)
-        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        query = torch.zeros(1, 1, 8, head_dim, dtype=dtype, device=device)
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device) if masked else None
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+
+
+def check_goes_with(kernel: str, attention: str) -> None:
+    """Raise UsageError where an attention implementation does not use a kernel of `sdpa`."""
+    if attention != "sdpa":
+        raise UsageError(
+            f"--sdpa {kernel} goes with attention sdpa, and this model uses {printable(attention)}",
+            hint="use --attn sdpa",
+        )
+
+
+def check_sdpa_of(model: Any, device: torch.device) -> None:
+    """Raise UsageError where the kernel that `sdpa` has chosen meanwhile, if any, cannot compute a model's attention.
+
+    The model may be on the meta device; it will be on `device`.
+    """
+    kernel = _chosen.get()
+    if kernel is None:
+        return
+    check_goes_with(kernel, model.config.get_text_config()._attn_implementation)
+    sizes = {getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) for module in model.modules()}
+    for size in sorted(size for size in sizes if isinstance(size, int)):
+        check_sdpa(kernel, device, model.dtype, size)
+
+
+def shares_gpu(mesh: DeviceMesh) -> bool:
+    """Whether ranks on GPUs talk over gloo, whose collectives leave the GPU: no CUDA graph can hold them."""
+    if mesh.device_type != "cuda" or mesh.size() == 1:
+        return False
+    backend: str = mesh.get_group()._get_backend(torch.device("cuda")).name()
+    return backend == "gloo"
+
+
+def check_compile(mode: str | None, model: Any) -> None:
+    """Raise UsageError where a loaded model cannot be compiled in torch.compile's `mode`."""
+    if mode in _GRAPH_MODES and shares_gpu(model._device_mesh):
+        raise UsageError(
+            f"--compile {mode} captures CUDA graphs, which the collectives of ranks that share a GPU cannot be part of",
+            hint="use --compile default",
+        )
 
 
 def compile_config(mode: str) -> Any:

@@ -14,9 +14,9 @@ from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from reshard.architecture import model_class, on_meta
+from reshard.architecture import model_class, on_meta, quiet_transformers
 from reshard.digest import digest_of
-from reshard.errors import BadInputError, IntegrityError, printable
+from reshard.errors import BadInputError, IntegrityError, UsageError, printable
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest
 from reshard.process import patient_collector, worker_count
@@ -26,11 +26,11 @@ from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks, tp_axis
-from .kernels import check_attention, check_attention_of
+from .kernels import check_attention, check_attention_of, check_sdpa_of, shares_gpu
 from .locating import Located, locate_together
 from .mapping import map_rank_file
 from .mesh import backend_of, connect, make_mesh, pick_device
-from .methods import give_method
+from .methods import give_method, keep_tensors
 from .phases import Phases
 from .placing import distribute, fill
 from .ranks import this_rank
@@ -69,27 +69,32 @@ def load(
     `model.reshard_bytes`.
 
     `model.generate` is one decision of all ranks: called alike on each, it gives the same tokens on each, sampled
-    or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels.
+    or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels. What
+    `output_attentions` gives are this rank's heads. `model.to(…)` and its like are refused where they change anything.
 
     With `sequence_parallel`, each rank has only its slice of the sequence between a layer's blocks: activations take
     less memory. Nothing in the files depends on it, since norms are whole on every rank.
 
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
     `device` is `cpu`, `cuda` (each rank a GPU of its own: the default where there are GPUs) or `cuda:0` (all ranks on
-    that one, over gloo).
+    that one, over gloo). With a mesh it is of the mesh's kind, and the collectives are those of the mesh.
     `timeout` is in seconds, from now until the last rank is done; those that are not are named.
 
     Raises:
-        UsageError: the attention implementation is not there for this device, dtype or model.
+        UsageError: the attention implementation, or the kernel that `sdpa` has chosen, is not there for this device,
+            dtype or model; or `dp_size` or `device` does not go with the mesh.
         TopologyError: the folder was made for another number of ranks, or a rank did not answer in time.
         BadInputError: sequence parallelism is not for this model.
-        IntegrityError: a file is missing or its bytes are not those that were written.
+        IntegrityError: a file is missing or its bytes are not those that were written. With `check_digests`, those of
+            `config.json` count too, and of a fetched folder those of all small files.
         VersionError: made by a newer release, or for a model the installed transformers does not know.
     """
     deadline = Deadline.after(timeout)
     info = this_rank()
     if mesh is None:
         replicas = side_by_side(info, dp_size)
+    elif dp_size != 1:
+        raise UsageError("dp_size is for a load without a mesh: the mesh has its own axes")
     else:
         info, replicas = on_mesh(mesh, info)
     phases = Phases()
@@ -102,13 +107,16 @@ def load(
     seal = ""
     pool = ThreadPoolExecutor(worker_count(info.local_world_size), thread_name_prefix="reshard")
     try:
-        where = pick_device(mesh.device_type if mesh else device, info.local_rank)
+        where = _device_of(mesh, device, info.local_rank)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)  # kernels and collectives without a device of their own go by it
         found = locate_together(
             str(place),
             revision=revision,
             first=info.rank == 0,
             rank=replicas.rank,
             world_size=replicas.size,
+            digests=check_digests,
             store=store,
             deadline=deadline,
         )
@@ -122,6 +130,7 @@ def load(
         check_attention_of(family, attn_implementation)
         phases.end("import")
         model = on_meta(family, config, dtype=manifest.dtype, attn_implementation=attn_implementation)
+        check_sdpa_of(model, where)
         points = split_points(model, manifest.hooks, strategies) if sequence_parallel else None
         phases.end("build")
         tensors = arriving()
@@ -149,6 +158,7 @@ def load(
         _finish(model, folder, mesh)
         model._reshard_replicas = replicas
         give_method(model, "save_pretrained", save_pretrained)  # its own would write this rank's tensors
+        keep_tensors(model)
         phases.end("wrap")
     except Exception as error:
         failure = error
@@ -157,6 +167,13 @@ def load(
     model.reshard_seconds = phases.seconds
     model.reshard_bytes = manifest.rank_files[replicas.rank].size
     return model
+
+
+def _device_of(mesh: DeviceMesh | None, wanted: str | None, local_rank: int) -> torch.device:
+    """The device that is wanted; with a mesh, one of the mesh's kind."""
+    if mesh and wanted and wanted.partition(":")[0] != mesh.device_type:
+        raise UsageError(f"the mesh is of {mesh.device_type}, and device is {printable(wanted)}", hint="leave it out")
+    return pick_device(wanted or (mesh.device_type if mesh else None), local_rank)
 
 
 def _check_custom(manifest: Manifest, strategies: ParallelInterface) -> None:
@@ -202,7 +219,14 @@ def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
     if model.can_generate() and (folder / "generation_config.json").exists():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            with quiet_transformers():  # each rank would say the same of flags that do not go together
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            reason = printable(str(error).partition("\n")[0])
+            raise BadInputError(f"{printable(folder / 'generation_config.json')}: not usable: {reason}") from None
+    if model.can_generate() and shares_gpu(mesh):
+        model.generation_config.disable_compile = True  # with a static cache, `generate` would compile to CUDA graphs
     if model.can_generate() and mesh.size() > 1:
         from .alike import generate_alike
 

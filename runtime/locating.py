@@ -42,16 +42,25 @@ class Located:
 
 
 def locate_together(
-    place: str, *, revision: str | None, first: bool, rank: int, world_size: int, store: dist.Store, deadline: Deadline
+    place: str,
+    *,
+    revision: str | None,
+    first: bool,
+    rank: int,
+    world_size: int,
+    digests: bool,
+    store: dist.Store,
+    deadline: Deadline,
 ) -> Located:
     """The resharded folder at `place`, or its folder `tpN` for so many ranks, with this rank's file.
 
     `rank` and `world_size` are those of one replica of the model; `first` is one rank of all.
 
     Of a repo, each rank fetches its own file and the small ones, into a cache that the ranks of a machine share. Only
-    the first asks which commit it is.
+    the first asks which commit it is. With `digests`, the configuration is checked, and small files that are fetched.
 
     Raises:
+        IntegrityError: a small file is missing, or its bytes are not those that were written.
         TopologyError: the folder was made for another number of ranks; says which there are.
         ReshardError: what stopped the first, on every rank.
     """
@@ -63,10 +72,10 @@ def locate_together(
             store.set(key, json.dumps({"error": words_of(error)}))
             raise
         store.set(key, json.dumps({"place": found.place, "commit": found.version}))
-        return _fetch(found.place, found.version, rank, world_size)
+        return _fetch(found.place, found.version, rank, world_size, digests=digests)
     if os.path.exists(place):
         found = find_resharded(place, world_size=world_size)
-        return _fetch(found.place, None, rank, world_size)
+        return _fetch(found.place, None, rank, world_size, digests=digests)
     try:
         store.wait([key], deadline.left())
     except RuntimeError:
@@ -74,10 +83,10 @@ def locate_together(
     told = json.loads(store.get(key))
     if "error" in told:
         raise spoken(told["error"])
-    return _fetch(told["place"], told["commit"], rank, world_size)
+    return _fetch(told["place"], told["commit"], rank, world_size, digests=digests)
 
 
-def _fetch(place: str, commit: str | None, rank: int, world_size: int) -> Located:
+def _fetch(place: str, commit: str | None, rank: int, world_size: int, *, digests: bool) -> Located:
     """Small files first: a rank of the wrong number of them fetches nothing large."""
     folder, repo_id, _ = locate(place, revision=commit, patterns=[MANIFEST_NAME], ignored=())
     manifest = read_manifest(folder)
@@ -90,10 +99,20 @@ def _fetch(place: str, commit: str | None, rank: int, world_size: int) -> Locate
     if located.fetched:
         names = [rank_file_name(rank), *(glob.escape(record.name) for record in manifest.extras)]
         locate(place, revision=commit, patterns=names, ignored=())
-        for record in manifest.extras:
-            try:
-                check_file(folder, record)
-            except IntegrityError:
-                located.damaged([record.name])
-                raise
+    if digests:
+        _check_small(located)
     return located
+
+
+def _check_small(located: Located) -> None:
+    """What the model is made from, and of a fetched folder all small files: some megabytes. The others of a folder that
+    is here are its owner's, who may well have given it another chat template."""
+    for record in located.manifest.extras:
+        if not located.fetched and record.name != "config.json":
+            continue
+        try:
+            check_file(located.folder, record)
+        except IntegrityError as error:
+            located.damaged([record.name])
+            hint = None if located.fetched else "--no-digests (check_digests=False) loads what was altered on purpose"
+            raise IntegrityError(error.message, hint=hint) from None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import os
+import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +23,7 @@ from .replicas import TP
 __all__ = ["backend_of", "connect", "make_mesh", "pick_device", "shut_down"]
 
 _GLOO_LETS_GO = 0.2  # seconds
+_TORCH_SAYS_WHY = 1.0  # seconds after the deadline, which torch often keeps
 _COLLECTIVES = timedelta(minutes=10)  # that a rank waits in one for the others, once the model is loaded
 _store: dist.Store | None = None
 
@@ -28,14 +32,17 @@ def pick_device(wanted: str | None, local_rank: int) -> torch.device:
     """The device that is wanted, `cuda:LOCAL_RANK` for `cuda`; by default that where there are GPUs, else `cpu`.
 
     Raises:
-        UsageError: there is no such kind of device.
+        UsageError: it is no device, or one of another kind.
         TopologyError: it is absent.
     """
+    hint = "use --device cpu, cuda or cuda:0"
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise UsageError(f"{printable(wanted)} is not a device", hint="use --device cpu, cuda or cuda:0") from None
-    if device.type != "cuda":
+        raise UsageError(f"{printable(wanted)} is not a device", hint=hint) from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"models are not loaded on {device.type}", hint=hint)
+    if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
         raise TopologyError("no CUDA device is available", hint="use --device cpu")
@@ -66,11 +73,35 @@ def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
         return dist.HashStore()
     if _store is None:
         try:
-            store, _, _ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=deadline.left()))
+            store = _meet(info, deadline)
         except (ValueError, RuntimeError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
             raise TopologyError(f"rank {info.rank} cannot reach the others: {first_line(error)}") from None
         _store = dist.PrefixStore(f"attempt {info.attempt}", store)  # an earlier one has left its failure there
     return _store
+
+
+def _meet(info: RankInfo, deadline: Deadline) -> dist.Store:
+    """torch's rendezvous. On a thread, which is left behind after the deadline: torch waits for ever for the answer of
+    whoever listens on the port."""
+    found: Future[dist.Store] = Future()
+
+    def meet() -> None:
+        try:
+            store, _, _ = next(dist.rendezvous("env://", info.rank, info.world_size, timeout=deadline.left()))
+            found.set_result(store)
+        except BaseException as error:
+            found.set_exception(error)
+
+    thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(max(0, deadline.seconds()) + _TORCH_SAYS_WHY)
+    if found.done():
+        return found.result()
+    at = printable(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
+    raise TopologyError(
+        f"rank {info.rank} cannot reach the others: none of them answers at {at}",
+        hint="if something else uses the port, give another as MASTER_PORT, or to torchrun as --master-port",
+    )
 
 
 def make_mesh(
@@ -86,10 +117,8 @@ def make_mesh(
     """
     made = not dist.is_initialized()
     options: dict[str, Any] = {}
-    if made and device.type == "cuda":
-        torch.cuda.set_device(device)
-        if backend == "nccl":
-            options["device_id"] = device
+    if made and device.type == "cuda" and backend == "nccl":
+        options["device_id"] = device
     try:
         if made:
             store.set_timeout(deadline.left())

@@ -20,13 +20,17 @@ __all__ = ["distribute", "fill", "owners"]
 
 
 def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Put every local tensor in its place: parameters, then tied ones, then the buffers that no file holds."""
+    """Put every local tensor in its place: parameters, then tied ones, then the buffers that no file holds.
+
+    Raises IntegrityError where the files and config.json are not of one model.
+    """
     owner = owners(model)
     for target in manifest.parameters:
         local = tensors[target.name].to(device)
         if target.compute_dtype:
             local = local.to(getattr(torch, target.compute_dtype))
         module, own = owner(target.name)
+        _check_shape(target.name, target.shape, module, own)
         if own in module._parameters:
             local = module._parameters[own] = nn.Parameter(local, requires_grad=False)
         else:
@@ -36,6 +40,9 @@ def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], de
         module, own = owner(name)
         source, theirs = owner(kept)
         module._parameters[own] = source._parameters[theirs]
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise IntegrityError(f"{printable(name)}: config.json asks for it, and the rank files do not hold it")
     computed = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     unfinished = {""}
     for name in computed:  # from the configuration, such as rope's frequencies; by its module, or one around it
@@ -47,6 +54,16 @@ def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], de
         module._is_hf_initialized = name not in unfinished
     with torch.no_grad():
         model.initialize_weights()
+
+
+def _check_shape(name: str, shape: tuple[int, ...], module: nn.Module, own: str) -> None:
+    expected = module._parameters.get(own, module._buffers.get(own))
+    wanted = None if expected is None else tuple(expected.shape)
+    if wanted != shape:
+        raise IntegrityError(
+            f"{printable(name)}: the rank files hold it as {list(shape)}, and config.json asks for"
+            f" {'none' if wanted is None else list(wanted)}"
+        )
 
 
 def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: ParallelInterface) -> None:
@@ -104,11 +121,16 @@ def _share_heads(model: Any, manifest: Manifest) -> None:
 
 
 def owners(model: nn.Module) -> Callable[[str], tuple[nn.Module, str]]:
-    """Where parameters and buffers are: a name → the module that holds it, and what it is called there."""
+    """Where parameters and buffers are: a name → the module that holds it, and what it is called there.
+
+    What is returned raises IntegrityError where the model has no such module.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))  # get_submodule walks down from the model every time
 
     def owner(name: str) -> tuple[nn.Module, str]:
         path, _, own = name.rpartition(".")
+        if path not in modules:
+            raise IntegrityError(f"{printable(name)}: the rank files hold it, and the model of config.json has none")
         return modules[path], own
 
     return owner

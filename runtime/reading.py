@@ -34,15 +34,19 @@ def offsets(tensors: Iterable[TensorInfo]) -> tuple[dict[str, int], int]:
 
 
 class _Lane:
-    """A thread's two buffers: one is filled while the other's copy is under way, on a stream of the lane's own."""
+    """A thread's two buffers: one is filled while the other's copy into `space` is under way, on a stream of the
+    lane's own."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, space: torch.Tensor) -> None:
+        device = space.device
         self._stream: Any = None
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a new thread is on the first GPU, and would open a context there
             self._stream = torch.cuda.Stream(device)
-            # What is written to may have been in use on the stream it was allocated on.
+            # What is written to may have been in use on the stream it was allocated on; and its memory may be let go
+            # of, after a failure, while a copy is under way: it is used again only behind that.
             self._stream.wait_stream(torch.cuda.current_stream(device))
+            space.record_stream(self._stream)
         pinned = self._stream is not None
         self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._copies: list[Any] = [None, None]
@@ -114,7 +118,7 @@ def read_rank_file(
     file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the last thread that reads it
 
     def bring(info: TensorInfo) -> str:
-        lane = lanes.get(threading.get_ident()) or lanes.setdefault(threading.get_ident(), _Lane(device))
+        lane = lanes.get(threading.get_ident()) or lanes.setdefault(threading.get_ident(), _Lane(space))
         digest = new_digest() if digests else None
         lane.through(file.fileno(), info, _part(space, begins, info), digest)
         return digest.hexdigest() if digest is not None else ""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from reshard.errors import TopologyError
+from reshard.strategies import group_of
 
 from .ranks import RankInfo
 
@@ -79,7 +80,7 @@ def span(replicas: Replicas, mesh: DeviceMesh) -> Replicas:
     elif mesh.ndim == 1:
         group = mesh.get_group()
     else:  # of ranks that are not on the mesh nothing is asked
-        group = dist.new_group(sorted(mesh.mesh.flatten().tolist()), use_local_synchronization=True)
+        group = group_of(mesh.mesh.flatten().tolist())
     return replace(replicas, group=group)
 
 

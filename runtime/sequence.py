@@ -30,6 +30,13 @@ __all__ = ["SplitPoints", "split_points", "split_sequence"]
 _BEFORE_LAYERS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values"}
 
 
+# By model type of the decoder: layers that handle more than the hidden states between their blocks.
+_MORE_BETWEEN = {
+    "neomme": "mix what the first layer was given into what they are given",
+    "qwen4_exp_text": "keep several streams side by side, which blocks split and join",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class SplitPoints:
     """Where a model's sequence is split and joined; names of modules.
@@ -60,6 +67,9 @@ def split_points(model: Any, hooks: Mapping[str, str], strategies: ParallelInter
     stacks = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)]
     if model.config.is_encoder_decoder or len(stacks) != 1:
         _refuse(f"{type(model).__name__} is not a decoder with one stack of layers")
+    kind = getattr(decoder.config, "model_type", "")
+    if kind in _MORE_BETWEEN:
+        _refuse(f"layers of {kind} {_MORE_BETWEEN[kind]}")
     known = {name: strategies.find(style) for name, style in hooks.items()}
     custom = strategies.custom(set(hooks.values()))
     blocks: dict[str, str | None] = {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from cli_tools import Checkpoint, flip
+from cli_tools import Checkpoint, configure, flip
 from torchrun_tools import WORKERS, torchrun
 
 import reshard
@@ -33,7 +34,9 @@ def ranks(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> R
     reshard.convert(checkpoint("qwen3_moe"), root / "experts", tp_size=2, ep_size=2, sync=False)
     damaged = shutil.copytree(root / "tp2", root / "damaged")
     flip(damaged / "shard-00002-model-00001-of-00001.safetensors", -1)
-    folders = {name: str(root / name) for name in ("tp1", "tp2", "tp4", "heads", "experts", "damaged")}
+    configure(Path(shutil.copytree(root / "tp2", root / "configured")), rms_norm_eps=0.5)
+    names = ("tp1", "tp2", "tp4", "heads", "experts", "damaged", "configured")
+    folders = {name: str(root / name) for name in names}
     (root / "folders.json").write_text(json.dumps(folders))
     done = torchrun(4, str(WORKERS / "meshes.py"), str(root / "folders.json"), str(root / "out"))
     assert done.returncode == 0, done.stderr
@@ -68,6 +71,11 @@ def test_every_replica_computes_what_one_process_does(
         assert found[case]["gathered"] == (["A", "B", "C", "D", "E"] if rank == 0 else None)
 
 
+def test_a_mesh_and_its_device(ranks: Ranks) -> None:
+    for found in ranks:
+        assert torch.equal(found["its device"]["logits"], found["dp tp"]["logits"])
+
+
 def test_one_axis_of_a_mesh_is_a_model_by_itself(ranks: Ranks) -> None:
     for rank, found in enumerate(ranks):
         assert found["its tp alone"]["replica"] == (0, 1)
@@ -81,6 +89,9 @@ def test_one_axis_of_a_mesh_is_a_model_by_itself(ranks: Ranks) -> None:
         ("no names", "TopologyError", "the mesh has no axis 'tp': its axes are without names"),
         ("no tp", "TopologyError", "the mesh has no axis 'tp': its axes are dp, model"),
         ("another size", "TopologyError", "was made for 4 ranks, not for 2"),
+        ("with replicas", "UsageError", "dp_size is for a load without a mesh"),
+        ("another device", "UsageError", "the mesh is of cpu, and device is cuda:0"),
+        ("another configuration", "IntegrityError", "config.json: expected"),
         ("uneven replicas", "TopologyError", "4 ranks do not make 3 replicas of equal size"),
         ("damaged on one rank", "IntegrityError", "rank 3: "),
     ],

@@ -189,6 +189,9 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("cuda:1", 0)
     with pytest.raises(UsageError, match="gpu is not a device"):
         pick_device("gpu", 0)
+    for kind in ("meta", "mps"):
+        with pytest.raises(UsageError, match=f"models are not loaded on {kind}"):
+            pick_device(kind, 0)
 
 
 @pytest.mark.parametrize(

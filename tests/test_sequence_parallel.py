@@ -208,6 +208,9 @@ def test_what_stands_in_the_way_is_named(plan: Any, words: str, source: Any, tmp
     [
         ("t5gemma", "is not a decoder with one stack of layers"),
         ("deepseek_v4", "attn_hc is neither a norm nor a block"),  # its layers keep several streams side by side
+        ("qwen4_exp", "layers of qwen4_exp_text keep several streams side by side"),
+        ("qwen4_exp_text", "layers of qwen4_exp_text keep several streams side by side"),
+        ("neomme", "layers of neomme mix what the first layer was given"),
     ],
 )
 def test_other_architectures_are_refused(family: str, words: str) -> None:

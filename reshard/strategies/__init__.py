@@ -21,6 +21,7 @@ from .base import (
     take,
     torch_placement,
 )
+from .collectives import group_of
 from .conv1d import Conv1DColwiseParallel, Conv1DRowwiseParallel
 from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
 from .experts import (
@@ -57,6 +58,7 @@ __all__ = [
     "follow",
     "get_packed_weights",
     "get_tensor_shard",
+    "group_of",
     "load_strategies",
     "rows_of",
     "take",

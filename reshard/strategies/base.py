@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -17,6 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from .. import placement as plan
 from ..placement import PackedShard, Placement, block_sizes, local_shape, pieces
 from ..regions import contiguous_strides
+from .collectives import group_of
 from .tracing import traced_placement
 
 __all__ = [
@@ -119,9 +119,7 @@ def rows_of(mesh: DeviceMesh, row: int) -> DeviceMesh:
         ranks = mesh.mesh.view(-1, row)
         place, column = divmod(mesh.get_local_rank(), row)
         # Other ranks may be on a mesh of their own, with views at other times: each makes only the groups it is in.
-        groups = [
-            dist.new_group(own.tolist(), use_local_synchronization=True) for own in (ranks[:, column], ranks[place])
-        ]
+        groups = [group_of(own.tolist()) for own in (ranks[:, column], ranks[place])]
         views[row] = DeviceMesh.from_group(groups, mesh.device_type, mesh=ranks, mesh_dim_names=("rows", "row"))
     return views[row]
 

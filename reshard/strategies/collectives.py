@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import shard_bounds
 
-__all__ = ["all_gather", "all_reduce", "largest_only", "reduce_scatter", "split"]
+__all__ = ["all_gather", "all_reduce", "group_of", "largest_only", "reduce_scatter", "split"]
 
 # torch 2.13 renamed them, and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -18,6 +20,21 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 # Bytes, over all ranks. A reduction on gloo goes round the ranks twice, and each step wakes a thread; gathering goes
 # round once. For more than this, what gathering sends in addition costs more than that.
 _SMALL = 1 << 20
+
+
+def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group of these ranks, made by them alone.
+
+    Where the default group is bound to a GPU, torch would split the new one off its NCCL communicator, which waits for
+    every rank of that (`_new_process_group_helper`, torch 2.11 to 2.13). Unbound meanwhile, the new one connects itself
+    through the store, with its first collective.
+    """
+    world = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        return dist.new_group(sorted(ranks), use_local_synchronization=True)
+    finally:
+        world.bound_device_id = bound
 
 
 def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

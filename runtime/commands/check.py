@@ -44,8 +44,8 @@ def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: 
       torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama
       torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama --per-layer --no-digests
     """
-    model = load_model(out, kernel=kernel, **options)
     with sdpa(kernel):
+        model = load_model(out, kernel=kernel, **options)
         parity = compare(model, reference, per_layer=per_layer)
     say(json.dumps(parity.to_json()) if style == "json" else parity_text(out, parity, per_layer=per_layer))
     if parity.unreached:

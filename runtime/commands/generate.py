@@ -15,7 +15,7 @@ from reshard.architecture import quiet_transformers
 from reshard.errors import UsageError
 
 from ..generate import Decoding, Generated, Memory, generate_texts
-from ..kernels import sdpa
+from ..kernels import check_compile, check_sdpa, sdpa
 from ..limits import Limits, check_decoding
 from ..prompts import Prompt, chat_turns, in_chat, load_tokenizer, of_first_rank, plain, read_prompts
 from ..replicas import gather, replicas_of, share
@@ -81,6 +81,9 @@ def generate(
     with sdpa(kernel), quiet_transformers():
         model = load_model(out, kernel=kernel, **options)
         check_decoding(model)
+        check_compile(how.compiled, model)
+        if how.cache == "static" or how.compiled:
+            check_sdpa(kernel, model.device, model.dtype, masked=True)
         tokenizer = load_tokenizer(model.name_or_path, chat=chat)
         limits = Limits.of(model)
         made = [in_chat(tokenizer, [_message("user", text)]) if chat else plain(tokenizer, text) for text in prompts]

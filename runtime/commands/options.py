@@ -9,14 +9,11 @@ from typing import Any
 
 import click
 
-from reshard.errors import UsageError, printable
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
-from ..kernels import SDPA_KERNELS, check_sdpa
+from ..kernels import SDPA_KERNELS, check_goes_with
 from ..loading import load
-from ..mesh import pick_device
 from ..phases import load_report
-from ..ranks import this_rank
 
 __all__ = [
     "FiniteRange",
@@ -48,7 +45,7 @@ _OPTIONS = (
         metavar="cpu|cuda|cuda:N",
         help="cuda: a GPU for each rank. cuda:N: that one for all ranks, over gloo. [default: cuda where there is one]",
     ),
-    click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file."),
+    click.option("--no-digests", is_flag=True, help="Do not check the digests of this rank's file, and of small ones."),
     click.option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2, flash_attention_3 …"),
     click.option("--report", is_flag=True, help="Say on stderr what the load took, on rank 0 and on the slowest rank."),
     click.option(
@@ -91,7 +88,7 @@ def replicas_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sdpa_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--sdpa`, as the argument `kernel`: for `load_model`, and for `with sdpa(kernel)` around what is computed."""
+    """`--sdpa`, as the argument `kernel`: for `with sdpa(kernel)` around the load and what is computed."""
     help = "Which of torch's kernels computes attention sdpa; no other in its place.  [default: torch chooses]"
     return click.option("--sdpa", "kernel", type=click.Choice(list(SDPA_KERNELS)), help=help)(command)
 
@@ -107,30 +104,19 @@ def load_model(
     kernel: str | None = None,
     **options: Any,
 ) -> Any:
-    """The model at `out`, loaded as `model_options` and `sdpa_option` say.
+    """The model at `out`, loaded as `model_options` and `sdpa_option` say: call it inside `with sdpa(kernel)`.
 
-    Raises UsageError where the kernel cannot run on the device, or the model's attention does not use it.
+    Raises UsageError where the kernel cannot compute the model's attention on the device, or that does not use it.
     """
-    if kernel is not None and attn not in (None, "sdpa"):
-        raise _another_attention(kernel, attn)
+    if kernel is not None and attn is not None:
+        check_goes_with(kernel, attn)
     known = load_strategies(strategies) if strategies else ALL_PARALLEL_STYLES
-    if kernel is not None:
-        check_sdpa(kernel, pick_device(device, this_rank().local_rank))
     model = load(
         out, device=device, check_digests=not no_digests, attn_implementation=attn, strategies=known, **options
     )
-    used = model.config.get_text_config()._attn_implementation
-    if kernel is not None and used != "sdpa":
-        raise _another_attention(kernel, used)
     if report:
         say(load_report(model), err=True)
     return model
-
-
-def _another_attention(kernel: str, used: str) -> UsageError:
-    return UsageError(
-        f"--sdpa {kernel} goes with attention sdpa, and this model uses {printable(used)}", hint="use --attn sdpa"
-    )
 
 
 def is_first() -> bool:

@@ -2,9 +2,10 @@
 
     meshes.py FOLDERS.json OUT
 
-FOLDERS are paths by name: tp1, tp2, tp4, heads (ranks share a KV head), experts (tp 2 × ep 2) and damaged (tp2, one
-byte of its second file another). Rank R writes OUT.R: {case: how it went}. That is the logits of IDS, the replica, the
-items it took and what was gathered of all; or the type and words of the error.
+FOLDERS are paths by name: tp1, tp2, tp4, heads (ranks share a KV head), experts (tp 2 × ep 2), damaged (tp2, one
+byte of its second file another) and configured (tp2, its config.json another). Rank R writes OUT.R: {case: how it
+went}. That is the logits of IDS, the replica, the items it took and what was gathered of all; or the type and words of
+the error.
 """
 
 import json
@@ -61,6 +62,10 @@ def main(folders: str, out: str) -> None:
         "no names": lambda: attempt(at["tp2"], named((2, 2))),
         "no tp": lambda: attempt(at["tp2"], named((2, 2), "dp", "model")),
         "another size": lambda: attempt(at["tp4"], named((2, 2), "dp", "tp")),
+        "with replicas": lambda: attempt(at["tp2"], named((2, 2), "dp", "tp"), dp_size=2),
+        "another device": lambda: attempt(at["tp2"], named((2, 2), "dp", "tp"), device="cuda:0"),
+        "its device": lambda: attempt(at["tp2"], named((2, 2), "dp", "tp"), device="cpu"),
+        "another configuration": lambda: attempt(at["configured"], named((2, 2), "dp", "tp")),
         "uneven replicas": lambda: attempt(at["tp2"], dp_size=3),
         "damaged on one rank": lambda: attempt(at["damaged" if rank == 3 else "tp2"], named((2, 2), "dp", "tp")),
         "two of four": lambda: attempt(at["tp1"], DeviceMesh("cpu", [[1], [3]], mesh_dim_names=("dp", "tp"))),

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 import runtime
+from reshard.errors import UsageError
 from reshard.manifest import read_manifest
 from runtime.bench import Settings, measure
 from runtime.check import check
@@ -67,6 +68,10 @@ def main(job_path: str, out_path: str) -> None:
     model = runtime.load(job["fp32"], device=job["device"])
     assert dist.get_backend() == job["backend"]
     found: dict[str, Any] = {"device": str(model.device), "memory": memory(model, job["fp32"])}
+    if model.device.type == "cuda":
+        assert torch.cuda.current_device() == model.device.index
+        shared = job["backend"] == "gloo" and dist.get_world_size() > 1
+        assert bool(model.generation_config.disable_compile) == shared  # gloo's collectives are in no CUDA graph
     found["seconds"] = sum(model.reshard_seconds.values())
     ids = IDS.to(model.device)
     single = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32).eval()
@@ -77,6 +82,8 @@ def main(job_path: str, out_path: str) -> None:
     assert found["error"] <= exact, found
     options = {"max_new_tokens": NEW, "do_sample": False}
     assert torch.equal(tokens.cpu(), single.generate(IDS, attention_mask=torch.ones_like(IDS), **options))
+    static = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **options)
+    assert torch.equal(static, tokens)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend=job["compiler"])
         found["compiled"] = relative(compiled(ids, use_cache=False).logits, expected)
@@ -85,6 +92,15 @@ def main(job_path: str, out_path: str) -> None:
     assert parity.ok, parity
     assert parity.difference is None, parity
     assert check(model).max_rel <= exact
+    with runtime.sdpa("math"):  # it computes what the folder holds
+        runtime.load(job["fp32"], device=job["device"], attn_implementation="sdpa")
+    if model.device.type == "cuda":
+        try:
+            with runtime.sdpa("flash"):
+                runtime.load(job["fp32"], device=job["device"], attn_implementation="sdpa")
+            raise AssertionError("flash kernels of a GPU compute no fp32")
+        except UsageError:
+            pass
     half = runtime.load(job["bf16"], device=job["device"], attn_implementation="sdpa")
     found["flash"] = flash(half)
     assert found["flash"] <= 0.05, found
