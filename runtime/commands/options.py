@@ -11,9 +11,11 @@ import click
 
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
-from ..kernels import SDPA_KERNELS, check_goes_with
+from ..kernels import SDPA_KERNELS, check_goes_with, check_sdpa
 from ..loading import load
+from ..mesh import pick_device
 from ..phases import load_report
+from ..ranks import this_rank
 
 __all__ = [
     "FiniteRange",
@@ -111,6 +113,8 @@ def load_model(
     if kernel is not None and attn is not None:
         check_goes_with(kernel, attn)
     known = load_strategies(strategies) if strategies else ALL_PARALLEL_STYLES
+    if kernel is not None:  # at all; whether it can compute this model, the load looks
+        check_sdpa(kernel, pick_device(device, this_rank().local_rank))
     model = load(
         out, device=device, check_digests=not no_digests, attn_implementation=attn, strategies=known, **options
     )
