@@ -29,8 +29,7 @@ def report_failure(error: BaseException, *, verbose: bool) -> int:
         traceback.print_exception(error)
     if isinstance(error, ReshardError):
         with contextlib.suppress(OSError):  # stderr can be a file on the disk that is full
-            click.secho("Error: ", fg="red", nl=False, err=True)
-            click.echo(error.message, err=True)
+            _say_error(error.message)
             if error.hint:
                 click.secho(f"Hint: {error.hint}", dim=True, err=True)
         return error.exit_code
@@ -43,10 +42,14 @@ def report_failure(error: BaseException, *, verbose: bool) -> int:
         if hint:
             click.secho(f"Hint: {hint}", dim=True, err=True)
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-    click.secho("Error: ", fg="red", nl=False, err=True)
-    click.echo(f"unexpected {type(error).__name__}: {printable(error)}", err=True)
+    _say_error(f"unexpected {type(error).__name__}: {printable(error)}")
     click.secho("Hint: -v shows the traceback", dim=True, err=True)
     return 1
+
+
+def _say_error(message: str) -> None:
+    """In one piece: other processes may write to the same stderr."""
+    click.echo(click.style("Error: ", fg="red") + message, err=True)
 
 
 def terminate(*_: object) -> None:

@@ -130,7 +130,8 @@ def assert_named(fault: str, found: Ended) -> None:
     rank, phase, kind = fault.split(maxsplit=2)
     code, line, hint = expected(rank, phase, kind)
     # A rank that was stopped while the group was made finds, for a moment, that the others have gone: gloo logs that.
-    said = [text for text in found.err.splitlines() if "gloo" not in text.lower()]
+    said = re.sub(r"\[\S*gloo.*", "", found.err).splitlines()
+    said = [text for text in said if text and "gloo" not in text.lower()]
     assert [text.split(": ")[0] for text in said] == ["Error", "Hint"][: 1 + bool(hint)], found
     assert said[0].startswith(f"Error: {line}"), found
     assert hint in said[-1], found

@@ -199,11 +199,13 @@ def test_writing(tensor: LocalTensor, workers: int, share: float, tmp_path: Path
     layouts = [file_layout(f"{rank}.safetensors", [tensor]) for rank in range(8)]
     journal = Journal(tmp_path)
     done: list[int] = []
+    told = threading.Lock()
 
     def progress(size: int) -> None:
-        done.append(size)
-        if len(done) == 1:
-            cut(path, share)
+        with told:  # until it is cut, nobody goes on to claim what was read before
+            done.append(size)
+            if len(done) == 1:
+                cut(path, share)
 
     with pytest.raises(IntegrityError, match=r"model\.safetensors: changed while it was being read"):
         write_files(tmp_path, layouts, source, journal=journal, workers=workers, progress=progress)
