@@ -6,17 +6,39 @@ Jobs run in a fork server that has the libraries imported, so that a sweep over 
 from __future__ import annotations
 
 import builtins
+import contextlib
+import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KILLED", "convert_until", "server"]
+import pytest
+
+from reshard.journal import Journal
+
+__all__ = ["KILLED", "convert_until", "interrupted_after", "server"]
 
 KILLED = 77
 _CALLS = ("pwrite", "write", "open", "fsync", "ftruncate", "posix_fallocate", "mkdir", "unlink", "replace", "rename")
+
+
+@contextlib.contextmanager
+def interrupted_after(claims: int) -> Iterator[None]:
+    """Ctrl-C in this process, once the journal has so many claims."""
+    real, count = Journal.add, itertools.count(1)
+
+    def add(self: Journal, *arguments: str) -> None:
+        real(self, *arguments)
+        if next(count) == claims:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def server() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 import shutil
@@ -19,13 +18,13 @@ import pytest
 import torch
 from cli_tools import Checkpoint
 from fake_hub import FakeHub, faults, xet
+from kill_tools import interrupted_after
 from safetensors.torch import load_file, save_file
 
 import reshard
 import reshard.conversion
 from reshard.arrivals import AHEAD
 from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, StorageError, TopologyError
-from reshard.journal import Journal
 from reshard.remote import Remote
 
 WEIGHTS = re.compile(r"GET /org/model/resolve/[^/]+/(model-.*\.safetensors)")
@@ -143,17 +142,8 @@ def test_what_the_cache_has_is_not_fetched(
 def test_an_interrupted_conversion_fetches_only_what_is_missing(
     after: int, published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
 ) -> None:
-    real, count = Journal.add, itertools.count(1)
-
-    def add(self: Journal, *arguments: str) -> None:
-        real(self, *arguments)
-        if next(count) == after:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "add", add)
-        with pytest.raises(KeyboardInterrupt):
-            reshard.convert("org/model", tmp_path / "out", tp_size=2, workers=1)
+    with interrupted_after(after):
+        reshard.convert("org/model", tmp_path / "out", tp_size=2, workers=1)
     sizes = sizes_of(checkpoint("llama"))
     before, _ = fetched(published, sizes)
     whole = {path.name for path in tmp_path.glob("out.part-fetched-*/*.safetensors")}

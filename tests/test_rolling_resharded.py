@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 
 import pytest
 from cli_tools import RANK_FILES, Checkpoint, Cli, assert_one_error
 from fake_hub import FakeHub
+from kill_tools import interrupted_after
 from object_store import ObjectStore, contents
 
 import reshard
 from reshard.errors import IntegrityError, StorageError
-from reshard.journal import Journal
 
 WHOLE = re.compile(r"GET .*/(shard-[^/]*\.safetensors)")
 
@@ -61,17 +60,8 @@ def test_from_a_store(store: ObjectStore, stored: str, wider: Path, out: Path) -
 @pytest.mark.parametrize("after", [1, 9, 40])
 def test_an_interrupted_conversion_fetches_nothing_twice(after: int, repo: FakeHub, wider: Path, out: Path) -> None:
     """And checks no rank file twice that was found whole."""
-    real, count = Journal.add, itertools.count(1)
-
-    def add(self: Journal, *arguments: str) -> None:
-        real(self, *arguments)
-        if next(count) == after:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "add", add)
-        with pytest.raises(KeyboardInterrupt):
-            reshard.convert("org/model/tp2", out, tp_size=4, workers=1)
+    with interrupted_after(after):
+        reshard.convert("org/model/tp2", out, tp_size=4, workers=1)
     reshard.convert("org/model/tp2", out, tp_size=4)
     assert contents(out) == contents(wider)
     assert sorted(fetched(repo)) == RANK_FILES
