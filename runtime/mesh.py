@@ -23,7 +23,7 @@ from .replicas import TP
 __all__ = ["backend_of", "connect", "make_mesh", "pick_device", "shut_down"]
 
 _GLOO_LETS_GO = 0.2  # seconds
-_TORCH_SAYS_WHY = 1.0  # seconds after the deadline, which torch often keeps
+_TORCH_SAYS_WHY = 1.0  # seconds after the deadline: torch often keeps it, and knows the reason
 _COLLECTIVES = timedelta(minutes=10)  # that a rank waits in one for the others, once the model is loaded
 _store: dist.Store | None = None
 
@@ -94,7 +94,8 @@ def _meet(info: RankInfo, deadline: Deadline) -> dist.Store:
 
     thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
     thread.start()
-    thread.join(max(0, deadline.seconds()) + _TORCH_SAYS_WHY)
+    thread.join(max(0, deadline.seconds()))
+    thread.join(_TORCH_SAYS_WHY)  # also where the process was stopped until after the deadline
     if found.done():
         return found.result()
     at = printable(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
