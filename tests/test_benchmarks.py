@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from functools import partial
 
 import bench_convert
 import bench_device
@@ -16,6 +17,8 @@ import pytest
 from big_checkpoints import LLAMA_1B
 from click import Command
 from click.testing import CliRunner
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 SMALL = {
     **LLAMA_1B,
@@ -39,8 +42,8 @@ def run(command: Command, *arguments: str) -> str:
             ["--repeat", "1", "--layers", "2", "--length", "4", "--steps", "2"],
             ["reshard tp 1", "reshard tp 2", "transformers tp 2"],
         ),
-        (bench_overhead, ["--repeat", "1"], ["unsharded", "reshard", "transformers"]),
-        (bench_sequence, ["--repeat", "1", "--length", "32"], ["whole", "split"]),
+        slow(bench_overhead, ["--repeat", "1"], ["unsharded", "reshard", "transformers"]),
+        slow(bench_sequence, ["--repeat", "1", "--length", "32"], ["whole", "split"]),
         (
             bench_device,
             ["--repeat", "1", "--layers", "2", "--device", "cpu"],

@@ -324,7 +324,10 @@ def test_at_most_one_tensor_of_a_writer_is_done_again(
 
 @pytest.mark.fault(1)
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-@pytest.mark.parametrize("call", ["pwrite64:signal=SIGKILL:when=5", "fsync:signal=SIGKILL:when=2"])
+@pytest.mark.parametrize(
+    "call",
+    ["pwrite64:signal=SIGKILL:when=5", pytest.param("fsync:signal=SIGKILL:when=2", marks=pytest.mark.slow)],
+)
 def test_a_real_kill(call: str, origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "reshard", "convert", str(origin), str(out), "--tp-size", "2"]
