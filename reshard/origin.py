@@ -60,8 +60,8 @@ class Origin:
         return [file for file in self.held.files if self.remote and file.name not in self.remote.cached]
 
     def staged_bytes(self) -> int:
-        """What files that are still to come take at once, beside what is made of them: of rank files, all are needed
-        together."""
+        """What files that are still to come take at once, beside what is made of them: of rank files, all can be
+        needed together."""
         sizes = sorted(file.size for file in self.coming())
         return sum(sizes if self.made else sizes[-AHEAD:])
 
