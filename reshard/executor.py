@@ -94,22 +94,16 @@ def write_files(
         return digest.hexdigest()
 
     def digest_source(file: SourceFile) -> None:
+        if records is not None:  # also what comes a second time, from a store that knows no digests
+            found = {info.name: digest_range(file.name, info.start, info.end) for info in file.header.tensors}
+            if not stop.is_set():
+                check_digests(file.path, records[file.name], file.header, found)
+            return
         # Of a file that arrives there is only this one, so that a claim holds.
         known = claimed.get((_SOURCE, file.name)) if arrivals else ahead.get(file.name) if ahead else None
-        if records is None:
-            digest = source_digests[file.name] = known or digest_range(file.name, 0, file.size)
-        else:
-            digest = records[file.name].digest
-            if not known:
-                check_tensors(file)
+        source_digests[file.name] = known or digest_range(file.name, 0, file.size)
         if arrivals and journal and not known and not stop.is_set():
-            journal.add(_SOURCE, file.name, digest)
-
-    def check_tensors(file: SourceFile) -> None:
-        assert records is not None
-        found = {info.name: digest_range(file.name, info.start, info.end) for info in file.header.tensors}
-        if not stop.is_set():
-            check_digests(file.path, records[file.name], file.header, found)
+            journal.add(_SOURCE, file.name, source_digests[file.name])
 
     jobs = [
         Job(*_reads(slot.tensor, source), partial(write, index, slot), (layout.name, slot.tensor.name) in claimed)

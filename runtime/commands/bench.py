@@ -89,7 +89,7 @@ def bench(
         with sdpa(kernel):
             measured = _measure(outs[0], engine, settings, source, result, {**options, "kernel": kernel})
         if measured and result is None:
-            _print(report_of([[measured]]), style)
+            _show(report_of([[measured]]), style)
         return
     if against and source is None:
         raise UsageError("--against runs the checkpoint that OUT was made from", hint="name it: --source SOURCE")
@@ -105,7 +105,7 @@ def bench(
         raise click.exceptions.Exit(failed.exit_code) from None
     if plot:
         chart(report, plot)
-    _print(report, style)
+    _show(report, style)
 
 
 def _measure(
@@ -158,5 +158,5 @@ def chart(report: Report, path: str) -> None:
     draw(path, title, "batch size", f"speed-up over {over}", report.lines(), ticks=batches)
 
 
-def _print(report: Report, style: str) -> None:
+def _show(report: Report, style: str) -> None:
     say(json.dumps(report.to_json(), indent=1) if style == "json" else summary(report))
