@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -24,7 +24,7 @@ def register(script: Path) -> Path:
         "short_name": "reshard",
         "executable_path": str(script),
         "type": "python",
-        "installed_at": datetime.now(timezone.utc).isoformat(),
+        "installed_at": datetime.now(UTC).isoformat(),
         "description": "Reshard a checkpoint offline into one file per tensor-parallel rank",
     }
     path = folder / "manifest.json"
