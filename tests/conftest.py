@@ -23,7 +23,7 @@ os.environ.update(_ENVIRONMENT)
 from cli_tools import Checkpoint, Cli, Refused, Result, assert_one_error, time_limit, tree  # noqa: E402
 from fake_hub import FakeHub  # noqa: E402
 
-import reshard.cli  # noqa: E402
+import reshard.cli.main  # noqa: E402
 
 if TYPE_CHECKING:
     from object_store import ObjectStore
@@ -64,7 +64,7 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
         code: Any = 0
         try:
             with time_limit(seconds):
-                reshard.cli.main([str(argument) for argument in arguments])
+                reshard.cli.main.main([str(argument) for argument in arguments])
         except SystemExit as finished:
             code = finished.code
         finally:

@@ -23,7 +23,7 @@ from cli_tools import (
 )
 from safetensors.torch import load_file
 
-import reshard.cli
+import reshard.cli.main
 import reshard.conversion
 import reshard.executor
 

@@ -23,7 +23,7 @@ from cli_tools import (
     tree,
 )
 
-import reshard.cli
+import reshard.cli.main
 import reshard.conversion
 import reshard.executor
 
@@ -159,7 +159,7 @@ def on_progress(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -
     def progress(*_: object) -> Iterator[Callable[[int], object]]:
         yield update
 
-    monkeypatch.setattr(reshard.cli, "progress_bar", progress)
+    monkeypatch.setattr("reshard.cli.convert.progress_bar", progress)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -10,7 +10,7 @@ import pytest
 from cli_tools import Checkpoint, Cli, assert_one_error
 
 import reshard
-from reshard.cli_common import Bytes
+from reshard.cli.common import Bytes
 from reshard.conversion import plan_layouts
 from reshard.errors import TopologyError, UsageError
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from test_parity import torchrun
 
 import reshard
-from reshard.cli import cli as offline
+from reshard.cli.main import cli as offline
 from reshard.errors import BadInputError, ReshardError, TopologyError, UsageError
 from runtime.agreement import Deadline, from_first
 from runtime.alike import by_name

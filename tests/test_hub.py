@@ -216,9 +216,9 @@ def test_as_a_part_of_the_hubs_command_line(
     python: Command, resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`hf reshard …` runs the script of that name, which pip makes of the entry point."""
-    assert 'hf-reshard = "reshard.cli:entry"' in (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert 'hf-reshard = "reshard.cli.main:entry"' in (Path(__file__).parent.parent / "pyproject.toml").read_text()
     script = tmp_path / "hf-reshard"
-    script.write_text(f"#!{sys.executable}\nfrom reshard.cli import entry\nentry()\n")
+    script.write_text(f"#!{sys.executable}\nfrom reshard.cli.main import entry\nentry()\n")
     script.chmod(0o755)
     monkeypatch.setenv("HOME", str(tmp_path))
     hf_extension.register(script)

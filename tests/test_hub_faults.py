@@ -29,7 +29,7 @@ import shutil, sys, time
 time.sleep = lambda seconds: None
 if "full" in sys.argv[1]:
     shutil.disk_usage = lambda path: type("", (), {"free": 1})
-from reshard.cli import main
+from reshard.cli.main import main
 main(sys.argv[2:])
 """
 

@@ -336,7 +336,7 @@ READS = {"convert": "source", "merge": "out", "verify": "out", "against": "sourc
 def _job(arguments: list[str], folder: Path) -> None:
     """The command line in a process that has its libraries imported. A nap at each write, or digest of what is
     verified, makes it long enough; the first one leaves `begun` behind."""
-    import reshard.cli
+    import reshard.cli.main
     import reshard.executor
     import reshard.verification
 
@@ -354,7 +354,7 @@ def _job(arguments: list[str], folder: Path) -> None:
     os.dup2(fd, 2)
     reshard.executor.pwrite = slow(reshard.executor.pwrite)
     reshard.verification.digest_of = slow(reshard.verification.digest_of)
-    reshard.cli.main(arguments)
+    reshard.cli.main.main(arguments)
 
 
 def started(context: Any, arguments: list[str], root: Path) -> Any:

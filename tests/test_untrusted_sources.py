@@ -175,14 +175,14 @@ def test_leading_elsewhere(case: str, source: Path, out: Path, refused: Refused)
 
 def _convert_all(folder: str) -> None:
     """Every case's conversion, in one process: that of the trace. Prints the exit codes."""
-    import reshard.cli
+    import reshard.cli.main
 
     codes = {}
     for number, case in enumerate(["sound", *ELSEWHERE]):
         source = f"{folder}/{number}/source"
         if os.path.isdir(source):
             try:
-                reshard.cli.main(["convert", source, f"{folder}/{number}/out", "--tp-size", "2"])
+                reshard.cli.main.main(["convert", source, f"{folder}/{number}/out", "--tp-size", "2"])
                 codes[case] = 0
             except SystemExit as ended:
                 codes[case] = ended.code or 0

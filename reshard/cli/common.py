@@ -1,0 +1,129 @@
+"""What the commands share: options, printing of results, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+__all__ = [
+    "Bytes",
+    "format_option",
+    "no_sync_option",
+    "print_report",
+    "progress_bar",
+    "revision_option",
+    "what_to_cut",
+    "workers_option",
+]
+
+_DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format`, as the argument `style`."""
+    kinds = click.Choice(["text", "json"])
+    return click.option("--format", "style", type=kinds, default="text", help="How to print the result.")(command)
+
+
+def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--workers`."""
+    help = "Writing threads. [default: the CPUs, at most 8]"
+    return click.option("--workers", type=click.IntRange(min=1), help=help)(command)
+
+
+def no_sync_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--no-sync`."""
+    help = "Do not wait for the disk. A power loss soon after can undo the work."
+    return click.option("--no-sync", is_flag=True, help=help)(command)
+
+
+def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--revision`."""
+    return click.option("--revision", help="Branch, tag or commit of a Hub id.")(command)
+
+
+_WHAT_TO_CUT = (
+    click.option(
+        "--ep-size",
+        type=click.IntRange(min=1),
+        default=1,
+        help="Spread whole experts over this many ranks. One of --tp-size and --ep-size divides the other.",
+    ),
+    click.option(
+        "--plan",
+        "tp_plan",
+        type=click.Path(exists=True, dir_okay=False),
+        help='Rules (pattern → style, JSON or TOML) instead of the model\'s, or beside them with extends = "auto".',
+    ),
+    click.option(
+        "--strategies",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Python file that registers styles of your own. It is run.",
+    ),
+    revision_option,
+    click.option("--dtype", type=click.Choice(_DTYPES), help="Store floating parameters in this dtype."),
+    click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
+)
+
+
+def what_to_cut(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that `plan` and `convert` share. The command gets them as the library's arguments."""
+
+    @functools.wraps(command)
+    def with_library_arguments(*arguments: Any, tp_plan: str | None, strategies: str | None, **options: Any) -> None:
+        if tp_plan is not None:
+            options["tp_plan"] = tp_plan
+        if strategies is not None:
+            from ..strategies import load_strategies
+
+            options["strategies"] = load_strategies(strategies)
+        command(*arguments, **options)
+
+    for option in reversed(_WHAT_TO_CUT):
+        with_library_arguments = option(with_library_arguments)
+    return with_library_arguments
+
+
+class Bytes(click.ParamType):
+    """A number of bytes with its unit: 24GB (thousands, as GPUs are sold), 24GiB, or bytes, also as 24e9."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of a text such as 24GB."""
+        match = re.fullmatch(
+            r"(\d{1,30}(?:\.\d+)?(?:e\d{1,2})?)\s*(?:([kmgtp])(i?)b?|b)?", str(value).strip(), re.IGNORECASE
+        )
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 24GB", param, ctx)
+        power = 1 + "kmgtp".index(match[2].lower()) if match[2] else 0
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
+    """Print a result on stdout, as JSON or in words."""
+    # JSON has every other character that moves a cursor escaped.
+    click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, what: str = "writing") -> Iterator[Callable[[int], object]]:
+    """A bar on stderr where that is a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, leave=False, file=sys.stderr) as bar:
+
+        def update(size: int) -> None:
+            with lock:
+                bar.update(size)
+
+        yield update

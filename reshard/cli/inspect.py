@@ -1,0 +1,26 @@
+"""`reshard inspect`."""
+
+from __future__ import annotations
+
+import click
+
+from .common import format_option, print_report, revision_option
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("out")
+@revision_option
+@format_option
+def inspect(out: str, revision: str | None, style: str) -> None:
+    """Print what a resharded folder, repo or URL OUT holds, from its manifest.
+
+    \b
+    Example:
+      reshard inspect llama-tp4
+    """
+    from .. import inspect as run
+    from ..report import manifest_report, manifest_text
+
+    print_report(manifest_report(run(out, revision=revision)), style, manifest_text)

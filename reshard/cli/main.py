@@ -1,0 +1,79 @@
+"""The group of all commands, and `main`, where every failure becomes its line and exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from .._version import __version__
+from ..errors import StorageError
+from ..failures import Terminated, report_failure, terminate, wants_traceback
+from ..process import patient_from_now_on
+from .convert import convert
+from .inspect import inspect
+from .merge import merge
+from .plan import plan
+from .publish import publish
+from .pull import pull
+from .run import run
+from .verify import verify
+
+__all__ = ["cli", "entry", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="reshard")
+@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
+def cli(verbose: bool) -> None:
+    """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
+
+    \b
+    reshard convert org/model model-tp2 --tp-size 2
+    reshard run model-tp2 --prompt "Hello"
+    """
+
+
+for _command in (convert, plan, inspect, verify, merge, run, publish, pull):
+    cli.add_command(_command)
+
+
+def main(arguments: list[str] | None = None, *, command: click.Command = cli) -> None:
+    """Entry point: run the command line, and turn every failure into its line and exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        command.main(arguments, standalone_mode=False)
+    except click.exceptions.Exit as finished:
+        sys.exit(finished.exit_code)
+    except Exception as error:
+        sys.exit(report_failure(error, verbose=wants_traceback(arguments)))
+    except (KeyboardInterrupt, Terminated) as error:
+        sys.exit(report_failure(error, verbose=False))
+
+
+def entry() -> None:
+    """The `reshard` command as a process: it starts and ends as fast as Python lets it.
+
+    Taking the modules of torch and transformers apart at the end would take a second.
+    """
+    patient_from_now_on()
+    try:
+        main()
+        code: Any = 0
+    except SystemExit as ended:
+        code = ended.code
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # what was to be printed is not: the reader has gone, or the disk is full
+        gone = isinstance(error, BrokenPipeError)
+        code = (
+            128 + signal.SIGPIPE if gone else report_failure(StorageError(f"output: {error.strerror}"), verbose=False)
+        )
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code or 0)

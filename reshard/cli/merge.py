@@ -1,0 +1,44 @@
+"""`reshard merge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ..errors import printable, without_secrets
+from .common import format_option, no_sync_option, print_report, progress_bar, revision_option, workers_option
+
+_LAYOUT = "The files as they were, or the same with new headers: also of what was cast or dropped."
+
+__all__ = ["merge"]
+
+
+@click.command()
+@click.argument("out")
+@click.argument("dest", type=click.Path())
+@revision_option
+@click.option("--layout", type=click.Choice(["source", "hf"]), default="source", show_default=True, help=_LAYOUT)
+@workers_option
+@no_sync_option
+@format_option
+def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str, **how: Any) -> None:
+    """Write the source files of the resharded folder, repo or URL OUT into the folder DEST, byte for byte as they were.
+
+    Neither the source nor transformers is needed. Each file is checked against the digest of the original.
+
+    \b
+    Examples:
+      reshard merge llama-tp4 llama
+      reshard merge org/llama/tp4 llama
+      reshard merge llama-bf16-tp4 llama-bf16 --layout hf
+    """
+    from .. import merge as run
+
+    files = run(out, dest, workers=workers, sync=not no_sync, progress=progress_bar, **how)
+    which = "source files, as they were" if how["layout"] == "source" else "files with headers anew"
+    print_report(
+        {"dest": without_secrets(dest), "files": list(files)},
+        style,
+        lambda _: f"{printable(dest)}: {len(files)} {which}",
+    )

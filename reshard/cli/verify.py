@@ -1,0 +1,39 @@
+"""`reshard verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import printable
+from .common import format_option, print_report, progress_bar
+
+__all__ = ["verify"]
+
+
+@click.command()
+@click.argument("out", type=click.Path())
+@click.option("--against", metavar="SOURCE", help="Also compare every element with the checkpoint it was made from.")
+@click.option("--revision", help="Branch, tag or commit of SOURCE where that is a Hub id.")
+@format_option
+def verify(out: str, against: str | None, revision: str | None, style: str) -> None:
+    """Check every byte of the resharded folder OUT by digest.
+
+    \b
+    Examples:
+      reshard verify llama-tp4
+      reshard verify llama-tp4 --against meta-llama/Llama-3.1-8B
+    """
+    from .. import verify as run
+    from ..manifest import read_manifest
+
+    total = sum(record.size for record in read_manifest(Path(out)).rank_files)
+    with progress_bar(total, "checking") as report:
+        found = run(out, against=against, revision=revision, progress=report)
+    compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
+    print_report(
+        {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
+        style,
+        lambda r: f"{printable(out)}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
+    )
