@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,7 @@ def convert(
     workers: int | None = None,
     sync: bool = True,
     progress: Progress = silent,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Reshard a checkpoint (folder, Hub id or URL) into `out` (folder or URL), one safetensors file for each rank.
 
@@ -152,6 +153,7 @@ def convert(
     alone loads the model: it needs memory for it (see `store_reference`), and in the cache all files of one elsewhere.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
+    `say` is called with each of the plan's `notes`.
 
     Raises:
         ReshardError: its subclass and exit code say which kind of failure.
@@ -172,6 +174,8 @@ def convert(
                 drop_unused=drop_unused,
                 arrivals=arrivals,
             )
+            for note in planned.notes:
+                say(note)
             folder = stage.begin(_work(planned, layouts, origin))
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)

@@ -63,6 +63,7 @@ class Model:
     tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
     modules, `manual` those of them that the user chose. `experts` divides the number of experts of every layer.
     `unused_rules` of the plan match nothing; `corrected_rules` are those of the model's own that cannot be right.
+    `notes` are remarks for the user, one line each: which class was taken and why, and the like.
     """
 
     architecture: str
@@ -78,6 +79,7 @@ class Model:
     regions: dict[str, tuple[Region, ...]]
     unused: tuple[str, ...]
     missing: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_model(

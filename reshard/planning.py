@@ -29,7 +29,8 @@ class ReshardPlan:
     """Everything `convert` will do. `runtime_only` says why plain transformers cannot open the folder, if it cannot.
 
     `tied` parameters share the tensor of their owner. `duplicates` are source tensors equal to another that is stored.
-    `custom` styles, by name, are of the named classes.
+    `custom` styles, by name, are of the named classes. `notes` are remarks for the user, one line each: `plan` and
+    `convert` show them.
     """
 
     source: Source
@@ -42,6 +43,7 @@ class ReshardPlan:
     dropped: tuple[str, ...]
     runtime_only: tuple[str, ...]
     custom: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -97,6 +99,7 @@ def build_plan(
         dropped=model.unused if drop_unused else (),
         runtime_only=(*_runtime_only(targets, tied, topology.world_size), *apart),
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
+        notes=(*model.notes, *source.notes),
     )
 
 

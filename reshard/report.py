@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # a plan comes with torch; a manifest is told without it
 
 __all__ = ["manifest_report", "manifest_text", "plan_report", "plan_text", "table"]
 
+_NOTE = 1000  # characters shown of a remark
+
 
 def placement_text(placement: Placement) -> str:
     """A placement as torch would write it."""
@@ -125,6 +127,7 @@ def plan_report(
         "corrected_rules": list(plan.model.corrected_rules),
         "custom_strategies": plan.custom,
         "runtime_only": list(plan.runtime_only),
+        "notes": list(plan.notes),
         "ep_sizes": [size for size in range(2, plan.model.experts + 1) if plan.model.experts % size == 0],
         "tp_sizes": {str(size): why for size, why in sizes.items()},
     }
@@ -169,7 +172,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"custom strategy: {printable(name)} ({printable(strategy)})")
     reasons = [printable(reason) for reason in report["runtime_only"]]
     lines.append("opens in plain transformers: " + (f"no, {'; '.join(reasons)}" if reasons else "yes"))
-    return lines
+    return lines + [printable(note, _NOTE) for note in report.get("notes", ())]
 
 
 def manifest_report(manifest: Manifest) -> dict[str, Any]:

@@ -62,7 +62,10 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint: its files, its tensors by name, its configuration, and the small files that go along."""
+    """A checkpoint: its files, its tensors by name, its configuration, and the small files that go along.
+
+    `notes` are remarks for the user, one line each: what is left behind, and the like.
+    """
 
     root: Path
     files: tuple[SourceFile, ...]
@@ -71,6 +74,7 @@ class Source:
     extras: tuple[str, ...]
     repo_id: str | None = None
     commit: str | None = None
+    notes: tuple[str, ...] = ()
 
     def file(self, name: str) -> SourceFile:
         return next(file for file in self.files if file.name == name)

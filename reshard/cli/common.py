@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from ..errors import printable
+
 __all__ = [
     "Bytes",
     "format_option",
@@ -20,10 +22,12 @@ __all__ = [
     "print_report",
     "progress_bar",
     "revision_option",
+    "say",
     "what_to_cut",
     "workers_option",
 ]
 
+_REMARK = 1000  # characters shown of one
 _DTYPES = ["float32", "float16", "bfloat16"]
 
 
@@ -112,6 +116,11 @@ def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, A
     """Print a result on stdout, as JSON or in words."""
     # JSON has every other character that moves a cursor escaped.
     click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
+
+
+def say(text: str) -> None:
+    """A remark on stderr, while a command works."""
+    click.echo(printable(text, _REMARK), err=True)
 
 
 @contextlib.contextmanager

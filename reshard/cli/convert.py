@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import printable, without_secrets
-from .common import format_option, no_sync_option, print_report, progress_bar, what_to_cut, workers_option
+from .common import format_option, no_sync_option, print_report, progress_bar, say, what_to_cut, workers_option
 from .plan import print_plan
 
 __all__ = ["convert"]
@@ -68,6 +68,7 @@ def convert(
         workers=workers,
         sync=not no_sync,
         progress=progress_bar,
+        say=say,
         **cut,
     )
     size = sum(record.size for record in manifest.rank_files)
