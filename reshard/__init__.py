@@ -1,7 +1,9 @@
 """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
 
 `convert`, `plan`, `inspect`, `verify`, `merge`, `publish` and `pull` are what the commands of the same names call. They
-are imported when first used, so that importing this package, and asking for help, costs nothing.
+are imported when first used, so that importing this package, and asking for help, costs nothing. Each raises a
+`ReshardError`; `reshard.errors` says which there are. `plan` returns a `ReshardPlan`, `convert` and `inspect` return a
+`Manifest`.
 """
 
 from __future__ import annotations
@@ -10,19 +12,59 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .errors import ReshardError
+from .errors import (
+    BadInputError,
+    BusyError,
+    DestinationExistsError,
+    IntegrityError,
+    NetworkError,
+    PolicyError,
+    RemoteMovedError,
+    ReshardError,
+    StorageError,
+    TopologyError,
+    UsageError,
+    VersionError,
+)
 
 if TYPE_CHECKING:
     from .conversion import convert, plan
     from .hub.publishing import publish
     from .inspection import inspect
+    from .manifest import Manifest
     from .merging import merge
+    from .planning import ReshardPlan
     from .pulling import pull
     from .verification import verify
 
-__all__ = ["ReshardError", "__version__", "convert", "inspect", "merge", "plan", "publish", "pull", "verify"]
+__all__ = [
+    "BadInputError",
+    "BusyError",
+    "DestinationExistsError",
+    "IntegrityError",
+    "Manifest",
+    "NetworkError",
+    "PolicyError",
+    "RemoteMovedError",
+    "ReshardError",
+    "ReshardPlan",
+    "StorageError",
+    "TopologyError",
+    "UsageError",
+    "VersionError",
+    "__version__",
+    "convert",
+    "inspect",
+    "merge",
+    "plan",
+    "publish",
+    "pull",
+    "verify",
+]
 
 _HOMES = {
+    "Manifest": "manifest",
+    "ReshardPlan": "planning",
     "convert": "conversion",
     "plan": "conversion",
     "inspect": "inspection",
@@ -37,3 +79,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'reshard' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,17 +1,25 @@
-"""Every failure as its line on stderr and its exit code: the same words for the command line and for a rank."""
+"""Every failure as its line on stderr and its exit code: the same words for the command line and for a rank.
+
+With `--format json` the line is an object: `error` and `hint` are the words, `exit_code` a number, and `kind` the name
+of the exception in Python, such as `DestinationExistsError`. It goes to stderr too: what comes on stdout is a result.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import click
 
 from .errors import ReshardError, printable
+from .switches import in_colour
 
-__all__ = ["Terminated", "report_failure", "terminate", "wants_traceback"]
+__all__ = ["Terminated", "json_text", "report_failure", "terminate", "wants_json", "wants_traceback"]
 
 
 class Terminated(BaseException):
@@ -23,33 +31,48 @@ def wants_traceback(arguments: Sequence[str]) -> bool:
     return not {"-v", "--verbose"}.isdisjoint(arguments)
 
 
-def report_failure(error: BaseException, *, verbose: bool) -> int:
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether `--format json` is among the arguments, likewise."""
+    return "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON that is safe to show: every character that moves a cursor is escaped."""
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")  # the one that json lets through
+
+
+def report_failure(error: BaseException, *, verbose: bool, as_json: bool = False) -> int:
     """Say what went wrong in one line, with a hint in another where there is one. Returns the exit code."""
     if verbose and not isinstance(error, click.exceptions.Exit):
         traceback.print_exception(error)
+    message, hint, code, kind = _told(error)
+    with contextlib.suppress(OSError):  # stderr can be a file on the disk that is full
+        if as_json:
+            click.echo(json_text({"error": message, "hint": hint, "exit_code": code, "kind": kind}), err=True)
+        elif isinstance(error, click.ClickException):
+            error.show()  # with the usage
+        else:
+            # In one piece: other processes may write to the same stderr.
+            click.echo(click.style("Error: ", fg="red") + message, err=True, color=in_colour())
+            if hint:
+                click.secho(f"Hint: {hint}", dim=True, err=True, color=in_colour())
+    return code
+
+
+def _told(error: BaseException) -> tuple[str, str | None, int, str]:
+    """The line, the hint, the exit code and the kind of a failure."""
     if isinstance(error, ReshardError):
-        with contextlib.suppress(OSError):  # stderr can be a file on the disk that is full
-            _say_error(error.message)
-            if error.hint:
-                click.secho(f"Hint: {error.hint}", dim=True, err=True)
-        return error.exit_code
+        return error.message, error.hint, error.exit_code, type(error).__name__
     if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context else None
+        return error.format_message(), hint, error.exit_code, "UsageError" if error.exit_code == 2 else "ReshardError"
     if isinstance(error, (KeyboardInterrupt, click.Abort, Terminated)):
-        click.echo("Error: interrupted", err=True)
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         hint = getattr(error, "hint", None) or getattr(error.__context__, "hint", None)  # click wraps Ctrl-C in Abort
-        if hint:
-            click.secho(f"Hint: {hint}", dim=True, err=True)
-        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-    _say_error(f"unexpected {type(error).__name__}: {printable(error)}")
-    click.secho("Hint: -v shows the traceback", dim=True, err=True)
-    return 1
-
-
-def _say_error(message: str) -> None:
-    """In one piece: other processes may write to the same stderr."""
-    click.echo(click.style("Error: ", fg="red") + message, err=True)
+        return "interrupted", hint, 128 + number, "KeyboardInterrupt"
+    kind = type(error).__name__
+    return f"unexpected {kind}: {printable(error)}", "-v shows the traceback", 1, kind
 
 
 def terminate(*_: object) -> None:

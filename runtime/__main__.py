@@ -15,7 +15,8 @@ from typing import Any
 import click
 
 from reshard.errors import ReshardError
-from reshard.failures import report_failure, wants_traceback
+from reshard.failures import report_failure, wants_json, wants_traceback
+from reshard.switches import Commands, in_colour
 
 from .agreement import Deadline
 from .commands.bench import bench
@@ -30,9 +31,8 @@ _TO_END = 0.5  # seconds from when a process closes its sockets until it has end
 _PARENT = os.getppid()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
-def cli(verbose: bool) -> None:
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
     """Run a resharded folder. Start one process for each rank with torchrun."""
 
 
@@ -46,7 +46,7 @@ def _fail(error: BaseException) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once another has ended: nobody is to die in mid-word
     verbose = wants_traceback(sys.argv)
     if _speaks_first():
-        return report_failure(error, verbose=verbose)
+        return report_failure(error, verbose=verbose, as_json=wants_json(sys.argv))
     if verbose:
         traceback.print_exception(error)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -75,7 +75,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is torchrun's to report; in a collective nobody hears it
     code: Any = 0
     try:
-        code = cli.main(prog_name="python -m runtime", standalone_mode=False) or 0  # what a command exits with, if any
+        # What a command exits with, if any.
+        code = cli.main(prog_name="python -m runtime", standalone_mode=False, color=in_colour()) or 0
         shut_down()
     except SystemExit:  # click's, of a reader of stdout who has gone: no reason for words, of any rank
         _speaks_first()

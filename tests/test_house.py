@@ -39,6 +39,7 @@ RUNTIME_MAY_IMPORT = {
         "regions",
         "source",
         "strategies",
+        "switches",
         "targets",
         "topology",
         "verification",

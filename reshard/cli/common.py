@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 import sys
 import threading
@@ -14,6 +13,8 @@ from typing import Any
 import click
 
 from ..errors import printable
+from ..failures import json_text
+from ..switches import is_quiet
 
 __all__ = [
     "Bytes",
@@ -114,13 +115,13 @@ class Bytes(click.ParamType):
 
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
     """Print a result on stdout, as JSON or in words."""
-    # JSON has every other character that moves a cursor escaped.
-    click.echo(json.dumps(report, indent=1).replace("\x7f", "\\u007f") if style == "json" else text(report))
+    click.echo(json_text(report, indent=1) if style == "json" else text(report))
 
 
 def say(text: str) -> None:
     """A remark on stderr, while a command works."""
-    click.echo(printable(text, _REMARK), err=True)
+    if not is_quiet():
+        click.echo(printable(text, _REMARK), err=True)
 
 
 @contextlib.contextmanager
@@ -129,7 +130,9 @@ def progress_bar(total: int, what: str = "writing") -> Iterator[Callable[[int], 
     from tqdm import tqdm
 
     lock = threading.Lock()
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, leave=False, file=sys.stderr) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=what, disable=is_quiet() or None, leave=False, file=sys.stderr
+    ) as bar:
 
         def update(size: int) -> None:
             with lock:

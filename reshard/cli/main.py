@@ -12,8 +12,9 @@ import click
 
 from .._version import __version__
 from ..errors import StorageError
-from ..failures import Terminated, report_failure, terminate, wants_traceback
+from ..failures import Terminated, report_failure, terminate, wants_json, wants_traceback
 from ..process import patient_from_now_on
+from ..switches import Commands, in_colour
 from .convert import convert
 from .inspect import inspect
 from .merge import merge
@@ -26,10 +27,9 @@ from .verify import verify
 __all__ = ["cli", "entry", "main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="reshard")
-@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
-def cli(verbose: bool) -> None:
+def cli() -> None:
     """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
 
     \b
@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None, *, command: click.Command = cli) ->
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, terminate)
     try:
-        command.main(arguments, standalone_mode=False)
+        command.main(arguments, standalone_mode=False, color=in_colour())
     except click.exceptions.Exit as finished:
         sys.exit(finished.exit_code)
     except Exception as error:
-        sys.exit(report_failure(error, verbose=wants_traceback(arguments)))
+        sys.exit(report_failure(error, verbose=wants_traceback(arguments), as_json=wants_json(arguments)))
     except (KeyboardInterrupt, Terminated) as error:
-        sys.exit(report_failure(error, verbose=False))
+        sys.exit(report_failure(error, verbose=False, as_json=wants_json(arguments)))
 
 
 def entry() -> None:
@@ -70,10 +70,9 @@ def entry() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:  # what was to be printed is not: the reader has gone, or the disk is full
+        lost = StorageError(f"output: {error.strerror}")
         gone = isinstance(error, BrokenPipeError)
-        code = (
-            128 + signal.SIGPIPE if gone else report_failure(StorageError(f"output: {error.strerror}"), verbose=False)
-        )
+        code = 128 + signal.SIGPIPE if gone else report_failure(lost, verbose=False, as_json=wants_json(sys.argv))
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code or 0)

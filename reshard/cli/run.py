@@ -6,6 +6,8 @@ import sys
 
 import click
 
+from ..switches import switches_of
+
 __all__ = ["run"]
 
 
@@ -13,8 +15,7 @@ __all__ = ["run"]
 @click.argument("out", type=click.Path())
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dp", type=click.IntRange(min=1), default=1, metavar="K", help="Replicas: K times as many processes.")
-@click.pass_context
-def run(context: click.Context, out: str, options: tuple[str, ...], dp: int) -> None:
+def run(out: str, options: tuple[str, ...], dp: int) -> None:
     """Generate text from the resharded folder OUT, on as many processes as it has ranks.
 
     OPTIONS are those of `python -m runtime generate`, whose help has them all. What to continue: --prompt, --prompts,
@@ -30,5 +31,4 @@ def run(context: click.Context, out: str, options: tuple[str, ...], dp: int) -> 
     """
     from ..launch import launch
 
-    verbose = ["--verbose"] if context.find_root().params["verbose"] else []
-    sys.exit(launch(out, [*verbose, "generate", out, "--dp", str(dp), *options], replicas=dp))
+    sys.exit(launch(out, [*switches_of(), "generate", out, "--dp", str(dp), *options], replicas=dp))

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
+from reshard.switches import is_quiet
 
 from ..kernels import SDPA_KERNELS, check_goes_with, check_sdpa
 from ..loading import load
@@ -129,6 +130,6 @@ def is_first() -> bool:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print on stdout or stderr, on rank 0."""
-    if is_first():
+    """Print on stdout or stderr, on rank 0; with `--quiet`, on stdout alone."""
+    if is_first() and not (err and is_quiet()):
         click.echo(text, err=err)
