@@ -31,10 +31,12 @@ __all__ = [
     "NEW_TOKENS",
     "STORED_ON",
     "Reference",
+    "distance",
     "fetch_whole",
     "fixed_ids",
     "in_memory",
     "inputs_of",
+    "largest",
     "read_reference",
     "reference_of",
     "rounding",
@@ -153,10 +155,31 @@ def reference_of(single: Any, ids: torch.Tensor) -> Reference:
     return Reference(ids, values.cpu(), tokens, tolerance)
 
 
+def distance(values: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """The largest absolute difference of tensors of one shape, and the same relative to the largest number expected.
+
+    NaN is no difference where NaN is expected, nor an infinity where the same one is. Any other NaN makes both NaN.
+    """
+    values, expected = values.float(), expected.float()
+    same = (values == expected) | (values.isnan() & expected.isnan())
+    apart = (values - expected).abs().masked_fill(same, 0).flatten()
+    most = apart.max().item() if apart.numel() else 0.0
+    return most, most / (largest(expected) or 1.0)
+
+
+def largest(values: torch.Tensor) -> float:
+    """The largest absolute value of those that are numbers; 0 of none."""
+    numbers = values[values.isfinite()].abs()
+    return numbers.max().item() if numbers.numel() else 0.0
+
+
 def rounding(values: torch.Tensor, exact: torch.Tensor) -> float:
-    """The relative error that is allowed of another run in half precision, from one such run and one in fp32."""
-    distance = (values - exact).abs().max().item() / (values.abs().max().item() or 1.0)
-    return max(EXACT, _ROUNDING * distance)
+    """The relative error that is allowed of another run in half precision, from one such run and one in fp32.
+
+    What overflows in half precision is no rounding: only numbers that both runs have are compared.
+    """
+    both = values.isfinite() & exact.isfinite()
+    return max(EXACT, _ROUNDING * distance(exact[both], values[both])[1])
 
 
 def store_reference(root: Path, folder: Path, dtype: str, *, sync: bool = True) -> FileRecord:

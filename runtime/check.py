@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from reshard.reference import (
     NEW_TOKENS,
     STORED_ON,
     Reference,
+    distance,
     fixed_ids,
     in_memory,
     inputs_of,
+    largest,
     read_reference,
     reference_of,
     single_model,
@@ -64,7 +67,14 @@ class Parity:
         return explained and not self.unreached
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "ok": self.ok}
+        """For JSON, which has no word for NaN and infinities: an error that is no number is null."""
+        return {**_numbers(asdict(self)), "ok": self.ok}
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check(model: Any, reference: str | None = None, *, revision: str | None = None, per_layer: bool = False) -> Parity:
@@ -177,12 +187,12 @@ def _tokens(
         inputs["input_ids"] = ids
     with torch.inference_mode():
         logits = model(**inputs)[0].float()
-    allowed = 2 * tolerance * logits.abs().max()
+    allowed = 2 * tolerance * largest(logits)
     length = min(found.shape[1], expected.shape[1])
     for row, other in enumerate(found[:, :length] != expected[:, :length]):
         for at in other.nonzero().flatten().tolist()[:1]:
             here = logits[row, at - 1]
-            if not (here[found[row, at]] - here[expected[row, at]]).abs() <= allowed:
+            if not distance(here[found[row, at]], here[expected[row, at]])[0] <= allowed:
                 return False, False
     return False, True
 
@@ -194,5 +204,4 @@ def _apart(reference: Reference, values: torch.Tensor) -> tuple[float, float]:
         values = values[:, -expected.shape[1] :]
     if values.shape != expected.shape:
         raise IntegrityError(f"outputs of shape {tuple(values.shape)}, where the reference has {tuple(expected.shape)}")
-    error, scale = (values - expected).abs().max().item(), expected.abs().max().item() or 1.0
-    return error, error / scale
+    return distance(values, expected)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reshard.manifest import Manifest, read_manifest
 from reshard.placement import pieces, shard_bounds
-from reshard.reference import EXACT, rounding
+from reshard.reference import EXACT, distance, largest, rounding
 from reshard.strategies import ALL_PARALLEL_STYLES, AllReduceParallel
 from reshard.targets import Target
 
@@ -126,11 +126,8 @@ def _error(model: Any, moment: Moment, mine: torch.Tensor, whole: torch.Tensor) 
     part = _part(model, moment, mine.shape, whole)
     if part is None:
         return None
-    if not part.numel():
-        return 0.0, 0.0
-    apart = (mine.float() - part.float()).abs().masked_fill(mine == part, 0)  # equal infinities are no distance apart
-    largest, scale = apart.max().item(), whole.float().abs().max().item()
-    return largest, largest / (scale or 1.0)
+    most, _ = distance(mine, part)
+    return most, most / (largest(whole.float()) or 1.0)
 
 
 def _part(model: Any, moment: Moment, shape: torch.Size, whole: torch.Tensor) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import reshard
 from reshard.digest import digest_of
 from reshard.header import read_header
 from reshard.manifest import REFERENCE_NAME, read_manifest
+from reshard.reference import distance, fixed_ids, rounding
 
 Damage = Callable[[Path], object]
 Found = dict[str, Any]
@@ -71,6 +73,15 @@ def row_10(tensor: torch.Tensor) -> torch.Tensor:
     altered = tensor.clone()
     altered[10] = -tensor[10]
     return altered
+
+
+def last_element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        altered = tensor.clone()
+        altered.view(-1)[-1] = value
+        return altered
+
+    return changed
 
 
 def slightly(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,7 +154,11 @@ CASES: dict[str, tuple[str, Damage, str, str, list[int] | None, dict[str, set[st
         *(DOWN, "its output", [0, 1], {f"{DOWN}.weight": {FILE.format(2)}}),
     ),
 }
-FAMILIES = sorted({case[0] for case in CASES.values()})
+FAMILIES = sorted({"no numbers", *(case[0] for case in CASES.values())})
+
+
+# In a model that has NaN elsewhere: NaN in place of a number.
+LOST = {"NaN in a block": f"{DOWN}.weight", "NaN in a norm": "model.layers.0.post_attention_layernorm.weight"}
 
 
 def make(family: str, root: Path, ranks: int) -> tuple[Path, Path]:
@@ -153,6 +168,8 @@ def make(family: str, root: Path, ranks: int) -> tuple[Path, Path]:
     if family in UNPLANNED:
         unplanned(family).save_pretrained(source)
         plan = {"tp_plan": UNPLANNED[family][2]}
+    elif family == "no numbers":
+        no_numbers().save_pretrained(source)
     else:
         name, options = VARIANTS.get(family, (family, {}))
         pico.save(name, source, **options)
@@ -164,6 +181,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("llama", {"dtype": torch.bfloat16}),
     "tied": ("llama", {"tie_word_embeddings": True}),
 }
+
+
+def no_numbers() -> Any:
+    """A llama with rows that nobody has written: of a token that is fed last, and of the head on either rank."""
+    model = pico.build("llama")
+    nan, inf = torch.nan, torch.inf
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(fixed_ids(model)[0, -1])] = nan
+        model.lm_head.weight[20:24] = nan
+        model.lm_head.weight[100:] = nan
+        model.lm_head.weight[50] = torch.tensor([inf, *[0.0] * 31])
+        model.lm_head.weight[90] = torch.tensor([-inf, *[0.0] * 31])
+    return model
 
 
 def stored(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -245,6 +275,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
         job("no memory to load", out, source, where="no memory to load", per_layer=False),
         job("no memory to run", out, source, where="no memory to run", per_layer=False),
     ]
+    source, out = made["no numbers"]
+    for rank, (name, parameter) in enumerate(LOST.items()):
+        folder = Path(shutil.copytree(out, root / f"lost-{rank}"))
+        in_file(rank, parameter, last_element(torch.nan))(folder)
+        jobs += [job(name, folder, source), job(f"stored: {name}", folder, None, per_layer=False)]
+    source, out = made["llama"]
     unseen = Path(shutil.copytree(out, root / "unseen"))
     in_file(1, "model.embed_tokens.weight", row_10)(unseen)
     jobs.append(job("unseen", unseen, source))
@@ -302,6 +338,50 @@ def test_parameters_that_the_tokens_do_not_reach_are_compared(found: dict[str, F
     assert unseen["unreached"] == [{"name": "model.embed_tokens.weight", "files": {FILE.format(2): 32}}]  # a row
     assert "no module differs, but these tokens do not reach" in unseen["text"]
     assert "model.embed_tokens.weight is not that of the source: 32 elements" in unseen["text"]
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_nan_where_a_number_is_expected_is_a_difference(name: str, found: dict[str, Found]) -> None:
+    result, parameter = found[name], LOST[name]
+    assert not result["ok"]
+    assert (result["max_abs"], result["max_rel"]) == (None, None)  # JSON has no NaN
+    assert "max abs nan" in result["text"]
+    assert result["difference"]["module"] == parameter.removesuffix(".weight")
+    assert [one["name"] for one in result["difference"]["altered"]] == [parameter]
+    assert not found[f"stored: {name}"]["ok"]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "apart"),
+    [
+        ([NAN, 1.0, INF, -INF], [NAN, 1.0, INF, -INF], (0.0, 0.0)),
+        ([NAN, 1.5, INF, -4.0], [NAN, 1.0, INF, -4.0], (0.5, 0.125)),  # the scale is that of numbers
+        ([NAN], [NAN], (0.0, 0.0)),
+        ([], [], (0.0, 0.0)),
+        ([0.5], [0.0], (0.5, 0.5)),
+        ([1.0], [INF], (INF, INF)),
+        ([-INF], [INF], (INF, INF)),
+    ],
+)
+def test_what_is_no_number_in_both_is_no_difference(
+    values: list[float], expected: list[float], apart: tuple[float, float]
+) -> None:
+    assert distance(torch.tensor(values), torch.tensor(expected)) == apart
+
+
+@pytest.mark.parametrize(("value", "expected"), [(NAN, 1.0), (1.0, NAN), (NAN, INF), (INF, NAN)])
+def test_nan_in_one_of_two_is_a_difference(value: float, expected: float) -> None:
+    apart = distance(torch.tensor([2.0, value, 3.0]), torch.tensor([2.0, expected, 3.0]))
+    assert all(map(math.isnan, apart))
+
+
+def test_what_overflows_in_half_precision_is_no_rounding() -> None:
+    values, exact = torch.tensor([INF, NAN, 2.0]), torch.tensor([70000.0, NAN, 2.002])
+    assert rounding(values, exact) == pytest.approx(3e-3, rel=1e-3)
+    assert rounding(torch.tensor([NAN]), torch.tensor([NAN])) == 1e-5
 
 
 @pytest.mark.parametrize("name", STORED)
