@@ -12,7 +12,7 @@ from ..errors import BadInputError, NetworkError, printable
 from ..remote import Entry, GivenUp, never
 from .errors import explain
 from .place import Place
-from .session import client
+from .session import RETRIES, again, client
 
 __all__ = ["HubFiles"]
 
@@ -42,8 +42,7 @@ class HubFiles:
 
         paths = [self.place.inside(name) for name in names]
         try:
-            with client():
-                infos = HfApi().get_paths_info(self.place.repo_id, paths, revision=self.version)
+            infos = again(lambda: HfApi().get_paths_info(self.place.repo_id, paths, revision=self.version))
         except Exception as error:
             raise explain(error, str(self), revision=self.version) from None
         found = {info.path: info for info in infos}
@@ -80,10 +79,7 @@ class HubFiles:
         url = hf_hub_url(self.place.repo_id, self.place.inside(name), revision=self.version)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         data = bytearray()
-        busy = (408, 429)  # the others are the session's
-        with http_stream_backoff(
-            "GET", url, headers=headers, follow_redirects=True, retry_on_status_codes=busy
-        ) as response:
+        with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, max_retries=RETRIES) as response:
             hf_raise_for_status(response)
             skip = start if response.status_code == 200 else 0
             # Not let out of here: the client would take it for a failure to connect, and come back with another answer.
@@ -109,14 +105,15 @@ class HubFiles:
                 return super().update(n)
 
         try:
-            with client():
-                path = hf_hub_download(
+            path = again(
+                lambda: hf_hub_download(
                     self.place.repo_id,
                     self.place.inside(name),
                     revision=self.version,
                     local_dir=folder,
                     tqdm_class=Told,
                 )
+            )
         except InterruptedError:
             raise
         except Exception as error:  # which may only say that it is not in the cache either

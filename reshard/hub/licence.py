@@ -11,7 +11,7 @@ from ..errors import BadInputError, PolicyError, UsageError, printable
 from ..manifest import Manifest
 from .errors import explain
 from .place import Place
-from .session import client, is_unreachable
+from .session import again, is_unreachable
 
 __all__ = ["Terms", "agreed", "check_public", "source_terms"]
 
@@ -48,8 +48,7 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
     try:
         from huggingface_hub import HfApi
 
-        with client():
-            info = HfApi().model_info(repo_id)
+        info = again(lambda: HfApi().model_info(repo_id))
     except Exception as error:
         why = explain(error, repo_id, writing="ask for its licence")
         if is_unreachable(error):  # which says nothing of the source

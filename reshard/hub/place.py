@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import BadInputError, NetworkError, UsageError, printable
 from .errors import explain
-from .session import client, is_unreachable
+from .session import again, client, is_unreachable
 
 __all__ = ["Place", "discard", "folders", "is_hub_url", "snapshot"]
 
@@ -125,9 +125,9 @@ def _online(where: Place, revision: str | None, to: Path | None, fetch: Callable
             raise
         _log.warning("%s: the Hub does not answer; using commit %s of the cache", where, root.name)
         return root
-    root = Path(fetch(revision=commit))
+    root = Path(again(lambda: fetch(revision=commit)))
     if not _is_listed(where.repo_id, commit, to):  # the Hub gave no list, or it could not be kept
-        next(iter(HfApi().list_repo_tree(where.repo_id, revision=commit)), None)
+        again(lambda: next(iter(HfApi().list_repo_tree(where.repo_id, revision=commit)), None))
     if to is None and commit != revision:
         _remember(root, revision or "main", commit)
     return root
@@ -139,7 +139,7 @@ def _commit(repo_id: str, revision: str | None) -> str:
 
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    commit = HfApi().model_info(repo_id, revision=revision).sha
+    commit = again(lambda: HfApi().model_info(repo_id, revision=revision)).sha
     if commit is None:
         raise NetworkError(f"{printable(repo_id)}: the Hub does not say which commit it is")
     return commit
@@ -180,7 +180,7 @@ def folders(where: Place, commit: str | None, name: str) -> list[str]:
             try:
                 files: Iterable[Any] = get_cached_repo_tree(where.repo_id, revision=commit)
             except CachedRepoTreeNotFoundError:
-                files = list(HfApi().list_repo_tree(where.repo_id, recursive=True, revision=commit))
+                files = again(lambda: list(HfApi().list_repo_tree(where.repo_id, recursive=True, revision=commit)))
     except Exception as error:
         raise explain(error, str(where), revision=commit) from None
     tree = (PurePosixPath(entry.path) for entry in files)

@@ -25,6 +25,7 @@ from .card import is_ours, render
 from .errors import doing
 from .licence import Terms, agreed, check_public, source_terms
 from .place import Place, discard
+from .session import RETRIES, again
 from .uploading import Change, LocalFile, holds, upload
 
 __all__ = ["Published", "publish"]
@@ -166,16 +167,16 @@ def _look(repo_id: str, revision: str | None, private: bool) -> _Remote:
     api = HfApi()
     with doing("look it up", repo_id):
         try:
-            info = api.model_info(repo_id)
+            info = again(lambda: api.model_info(repo_id))
         except RepositoryNotFoundError:
             return _Remote(private, None, False, {})
         head, new_branch = info.sha, False
         if revision is not None:
             try:
-                head = api.model_info(repo_id, revision=revision).sha
+                head = again(lambda: api.model_info(repo_id, revision=revision)).sha
             except RevisionNotFoundError:
                 new_branch = True
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=head)
+        tree = again(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=head)))
         files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     return _Remote(bool(info.private), head, new_branch, files)
 
@@ -230,7 +231,8 @@ def _page(where: Place, remote: _Remote) -> str | None:
     if _CARD not in remote.files:
         return None
     with doing("read its card", where.repo_id):
-        return Path(hf_hub_download(where.repo_id, _CARD, revision=remote.head)).read_text(errors="replace")
+        path = again(lambda: hf_hub_download(where.repo_id, _CARD, revision=remote.head))
+        return Path(path).read_text(errors="replace")
 
 
 def _card(where: Place, degrees: Mapping[str, Manifest], terms: Terms, revision: str | None) -> str:
@@ -245,11 +247,11 @@ def _check_card(where: Place, card: str) -> None:
     """Before anything is uploaded. As `ModelCard.validate`, which asks huggingface.co whatever HF_ENDPOINT says until
     huggingface_hub 2. Raises BadInputError."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     url, content = f"{constants.ENDPOINT}/api/validate-yaml", {"repoType": "model", "content": card}
     with doing("have its card checked", where.repo_id):
-        answer = get_session().post(url, json=content, headers=build_hf_headers())
+        answer = http_backoff("POST", url, json=content, headers=build_hf_headers(), max_retries=RETRIES)
         if answer.status_code == 400:
             raise BadInputError(f"{where}: the Hub does not take its card: {printable(answer.text)}")
         hf_raise_for_status(answer)
@@ -270,7 +272,7 @@ def _manifest_there(repo_id: str, path: str, remote: _Remote) -> Manifest:
     from huggingface_hub import hf_hub_download
 
     with doing(f"read {printable(path)}", repo_id):
-        file = Path(hf_hub_download(repo_id, path, revision=remote.head))
+        file = Path(again(lambda: hf_hub_download(repo_id, path, revision=remote.head)))
         try:
             return read_manifest(file.parent)
         except IntegrityError:

@@ -10,26 +10,26 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["BUSY", "client", "is_unreachable"]
+__all__ = ["BUSY", "RETRIES", "again", "answer_of", "client", "is_unreachable"]
 
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses of a Hub that may well answer a moment later
+_PAUSES = (1, 2, 4)  # seconds before the same is asked again
+RETRIES = len(_PAUSES)
 
-_PATIENCE = 6  # times the client's own timeout of a download, for what is asked once
-_PAUSES = (1, 2, 4)  # seconds before a question is asked again
+_PATIENCE = 6  # times the client's own timeout of a download, for what is asked only once
 # Seconds of a pause that the Hub asks for. The client makes five of them for a download, which together outlast the
 # five minutes in which the Hub counts requests.
 _LONGEST_PAUSE = 60
 _FAILED = (500, 502, 503, 504)  # of these, those that end a download of the client's, which breaks and pauses do not
-# What changes nothing, and the client asks only once; it tries uploads again by itself.
-_QUESTIONS = (
-    "GET /api/models/[^/]+(/[^/]+)?(/revision/[^/]+)?",
-    "POST /api/models/.+/paths-info/.+",
-    "POST /api/validate-yaml",
-)
-_TREES = "GET /api/models/.+/tree/.+"  # asked for again since huggingface_hub 2
+# What changes nothing, and the client asks only once.
+_QUESTIONS = "GET /api/models/[^/]+(/[^/]+)?(/revision/[^/]+)?|POST /api/models/.+/paths-info/.+"
+_TREES = "GET /api/models/.+/tree/.+"  # asked for again by the client since huggingface_hub 2
+
+_Found = TypeVar("_Found")
 
 # Said by our own error if it comes to that. At import: filters of a while are not for several threads.
 warnings.filterwarnings("ignore", message="Not enough free disk space to download the file", category=UserWarning)
@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", message="Not enough free disk space to downloa
 
 @contextlib.contextmanager
 def client() -> Iterator[None]:
-    """Around calls of huggingface_hub: it is patient but not for ever, asks again, and keeps its advice to itself.
+    """Around calls of huggingface_hub: it is patient but not for ever, and keeps its advice to itself.
 
     Bars are shown only on a terminal.
     """
@@ -50,6 +50,23 @@ def client() -> Iterator[None]:
         yield
 
 
+def again(call: Callable[[], _Found]) -> _Found:
+    """What `call` returns, under `client`. Its questions and downloads are asked again, each `RETRIES` times, where the
+    Hub gives no answer, or one that may be another in a moment, and the client would ask only once."""
+    failures: Counter[str] = Counter()
+    while True:
+        try:
+            with client():
+                return call()
+        except Exception as error:  # of the client's transport, with httpx before huggingface_hub 2, and httpx2 since
+            failed = _to_ask_again(error)
+            if failed is None or failures[failed] == RETRIES:
+                raise
+            pause = max(_PAUSES[failures[failed]], _asked_pause(answer_of(error)))
+            failures[failed] += 1
+        time.sleep(pause)
+
+
 def is_unreachable(error: BaseException) -> bool:
     """Whether the Hub gave no answer, or one that may be another in a moment."""
     response = getattr(error, "response", None)
@@ -58,6 +75,15 @@ def is_unreachable(error: BaseException) -> bool:
     # By name: the client is made with httpx before huggingface_hub 2, and with httpx2 since.
     kinds = {"TimeoutException", "NetworkError", "RemoteProtocolError"}
     return not kinds.isdisjoint(kind.__name__ for kind in type(error).__mro__)
+
+
+def answer_of(error: BaseException | None) -> Any:
+    """The response that an error, or what it was raised for, is about; None if there was none."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return response
+        error = error.__cause__
+    return None
 
 
 class _Quiet:
@@ -88,24 +114,40 @@ _preparing = threading.Lock()
 
 
 def _prepare() -> None:
-    """Have every session be ours: the client closes its own now and then, and makes another."""
-    from huggingface_hub.utils import _http, get_session
+    """Have the client's session be patient, and the one that it makes where it closes this one."""
+    from huggingface_hub.utils import get_session, set_client_factory
 
     with _preparing:
-        if _be_patient not in get_session().event_hooks["request"]:
-            make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)  # which can be the user's
-            _http.set_client_factory(functools.partial(_session, make))
+        session = get_session()
+        asking = session.event_hooks["request"]
+        if _be_patient in asking:
+            return
+        if len(asking) == 1 and asking[0].__module__.startswith("huggingface_hub."):
+            set_client_factory(functools.partial(_like, session))
+        else:  # of the user's own making, and so will be the next, which is prepared before our next call
+            _make_patient(session)
 
 
-def _session(make: Callable[[], Any]) -> Any:
-    """A session of the client's, made by another factory, that does as this module says."""
-    session = make()
+def _like(session: Any) -> Any:
+    """A patient session that is otherwise as one of the client's own making."""
+    made = type(session)(
+        headers=session.headers,
+        cookies=session.cookies,
+        follow_redirects=session.follow_redirects,
+        timeout=session.timeout,
+        trust_env=session.trust_env,
+        event_hooks=session.event_hooks,
+    )
+    _make_patient(made)
+    return made
+
+
+def _make_patient(session: Any) -> None:
     hooks = session.event_hooks
-    if _be_patient not in hooks["request"]:
-        hooks["request"].append(_be_patient)
-        hooks["response"].append(_shorten_pause)
-        session.send = functools.partial(_send, session, session.send)
-    return session
+    session.event_hooks = {
+        "request": [*hooks["request"], _be_patient],
+        "response": [*hooks["response"], _shorten_pause],
+    }
 
 
 def _be_patient(request: Any) -> None:
@@ -113,7 +155,8 @@ def _be_patient(request: Any) -> None:
     from huggingface_hub import constants
 
     timeout = request.extensions.get("timeout", {})
-    longest = (1 if _is_question(request) else _PATIENCE) * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    short = re.fullmatch(f"{_QUESTIONS}|{_TREES}", _asked(request))
+    longest = (1 if short else _PATIENCE) * constants.HF_HUB_DOWNLOAD_TIMEOUT
     bounded = {of: timeout.get(of) or longest for of in ("connect", "read", "write", "pool")}
     request.extensions = {**request.extensions, "timeout": bounded}
 
@@ -129,39 +172,42 @@ def _asked_pause(response: Any) -> int:
     """Seconds that the Hub wants to be left in peace; 0 if it says nothing, or not in seconds."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
+    if response is None:
+        return 0
     limit = parse_ratelimit_headers(response.headers)
     after = response.headers.get("retry-after", "").strip()
     return max(limit.reset_in_seconds if limit else 0, int(after) if re.fullmatch(r"[0-9]+", after) else 0)
 
 
-def _send(session: Any, send: Callable[..., Any], request: Any, **options: Any) -> Any:
-    """Send a request; where it is a question or a download, again after a pause if there is no answer."""
-    question = _is_question(request)
-    download = request.method == "GET" and options.get("stream", False)
-    if not question and not download:
-        return send(request, **options)
-    for pause in _PAUSES:
-        try:
-            response = send(request, **options)
-        except Exception as error:
-            if not question or not is_unreachable(error):
-                raise
-        else:
-            if response.status_code not in (BUSY if question else _FAILED):
-                return response
-            response.close()
-            pause = max(pause, _asked_pause(response))
-        time.sleep(pause)
-        if session.is_closed:  # by the client, in another thread
-            from huggingface_hub.utils import get_session
+def _to_ask_again(error: BaseException | None) -> str | None:
+    """The request that an error is about, if it may be made again and the client has not done so by itself."""
+    from huggingface_hub import __version__
 
-            return get_session().send(request, **options)
-    return send(request, **options)
+    request = None
+    while error is not None and (request := _request_of(error)) is None:
+        error = error.__cause__
+    if error is None:
+        return None
+    asked = _asked(request)
+    if re.fullmatch(_TREES, asked):
+        once = __version__.startswith("1.") and is_unreachable(error)
+    elif re.fullmatch(_QUESTIONS, asked):
+        once = is_unreachable(error)
+    else:
+        response = getattr(error, "response", None)
+        once = asked.startswith("GET ") and response is not None and response.status_code in _FAILED
+    return asked if once else None
 
 
-def _is_question(request: Any) -> bool:
-    import huggingface_hub
+def _request_of(error: BaseException) -> Any:
+    try:
+        return getattr(error, "request", None)
+    except RuntimeError:  # of an error that httpx could have raised for a request, and did not
+        return None
 
-    path = str(request.url).partition("?")[0].removeprefix(huggingface_hub.constants.ENDPOINT)
-    known = [*_QUESTIONS, _TREES] if huggingface_hub.__version__.startswith("1.") else _QUESTIONS
-    return any(re.fullmatch(question, f"{request.method} {path}") for question in known)
+
+def _asked(request: Any) -> str:
+    """Method and path of a request; of one that is not to the Hub itself, the URL."""
+    from huggingface_hub import constants
+
+    return f"{request.method} {str(request.url).partition('?')[0].removeprefix(constants.ENDPOINT)}"

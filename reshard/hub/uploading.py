@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import IntegrityError, listed, printable
 from .errors import doing
+from .session import again
 
 __all__ = ["Change", "LocalFile", "holds", "upload"]
 
@@ -95,7 +96,8 @@ def holds(entry: Any, addition: Any) -> bool:
 
 def _compare(api: Any, repo_id: str, commit: str, additions: list[Any], deleted: tuple[str, ...]) -> None:
     """Size and digest of each file, as the Hub tells them for the commit. Raises IntegrityError."""
-    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)}
+    tree = again(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
+    there = {entry.path: entry for entry in tree}
     wrong = [path for path in deleted if path in there]
     for addition in additions:
         if not holds(there.get(addition.path_in_repo), addition):
