@@ -19,6 +19,8 @@ from fake_hub import FakeHub, Fault, Reply, hang_up, lose_answer, stall, status
 import reshard
 from reshard.errors import NetworkError, StorageError
 from reshard.hub.errors import explain
+from reshard.hub.place import Place
+from reshard.hub.place import snapshot as hub_snapshot
 from reshard.hub.session import client
 
 NAME = "org/model-tp2"
@@ -104,6 +106,20 @@ def test_a_file_is_asked_for_again(cdn: bool, code: int, repo: FakeHub, resharde
 
 
 @pytest.mark.fault(18)
+def test_each_file_is_asked_for_again(repo: FakeHub, resharded: Path) -> None:
+    """What fails once for one file takes no attempt from another."""
+    for name in contents(resharded):
+        repo.fail(f"GET .*/{name}$", status(503), times=3)
+    assert contents(reshard.pull(NAME)) == contents(resharded)
+    assert repo.faults_left == 0
+    repo.fail("GET .*/new.txt", status(503), times=100)
+    repo.repos[NAME].commit({"new.txt": b"-"})
+    with pytest.raises(NetworkError, match="too busy"):
+        hub_snapshot(Place(NAME), revision=None, patterns=["new.txt"], ignored=(), to=None)
+    assert repo.count("GET .*/new.txt") == 4
+
+
+@pytest.mark.fault(18)
 def test_headers_are_asked_for_again(here: FakeHub, checkpoint: Callable[..., Path], cli: Cli) -> None:
     here.create("org/model", contents(checkpoint("llama")))
     here.fail("GET .*safetensors", status(503), times=3)
@@ -183,6 +199,60 @@ def test_a_refusal_gives_nothing_of_the_cache(repo: FakeHub) -> None:
     repo.fail(INFO, status(403), times=100)
     with pytest.raises(NetworkError):
         reshard.pull(NAME)
+
+
+def refusal(code: int, why: str = "", message: str = "") -> Fault:
+    """As the Hub refuses: with a name for the reason, and words."""
+    headers = {"X-Error-Code": why, "X-Error-Message": message}
+    return lambda handler, answer: Reply({}, code, {name: value for name, value in headers.items() if value})
+
+
+REFUSALS = {
+    "ended": (refusal(401, message="Invalid credentials"), "does not take the token (Invalid cred", "correct HF_TOKEN"),
+    "no right": (
+        refusal(403, message="Enable gated"),
+        "token has not the right to read it (Enable gated)",
+        "read access",
+    ),
+    "gated": (refusal(403, "GatedRepo"), "access is restricted", "with the account of the token"),
+    "disabled": (refusal(403, message="Access to this resource is disabled."), "the Hub has disabled it", ""),
+    "hidden": (refusal(404, "RepoNotFound"), "no such repo", "one that the token may see"),
+    "other": (refusal(410), "could not be fetched", ""),
+    "busy": (status(503), "too busy", "try again later"),
+}
+
+
+@pytest.mark.parametrize(
+    "request_", ["GET /api/models/", "GET .*/tree/", "HEAD .*/reshard.json", "GET .*/reshard.json"]
+)
+@pytest.mark.parametrize(("fault", "words", "hint"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_is_not_taken_for_a_bad_connection(
+    fault: Fault, words: str, hint: str, request_: str, repo: FakeHub, cli: Cli
+) -> None:
+    """Whatever it is that is refused, and with it what helps."""
+    repo.fail(request_, fault, times=1000)
+    done = cli("inspect", NAME)
+    assert_one_error(done, 10, words, hint=hint)
+    assert "connection" not in done.err
+    if not hint:
+        assert "Hint" not in done.err
+
+
+def test_without_a_token(repo: FakeHub, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    repo.fail("GET /api/models/", refusal(401))
+    assert_one_error(cli("inspect", NAME), 10, "the Hub asks for a token", hint="hf auth login")
+    repo.fail("GET .*/reshard.json", refusal(401, "GatedRepo"))
+    assert_one_error(cli("inspect", NAME), 10, "access is restricted", hint="log in with: hf auth login")
+    repo.fail("GET /api/models/", refusal(401, "RepoNotFound"))
+    assert_one_error(cli("inspect", NAME), 10, "or it is private", hint="needs: hf auth login")
+
+
+def test_a_file_that_has_gone(repo: FakeHub, cli: Cli) -> None:
+    repo.fail("HEAD .*/reshard.json", refusal(404, "EntryNotFound"))
+    done = cli("inspect", NAME)
+    assert_one_error(done, 3, "the repo has no such file", "reshard.json")
+    assert "connection" not in done.err
 
 
 @pytest.mark.fault(18)
@@ -296,23 +366,35 @@ def test_patience_outlasts_the_session(here: FakeHub, monkeypatch: pytest.Monkey
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.usefixtures("default_factory")
-def test_a_session_of_the_users_stays(repo: FakeHub) -> None:
-    from huggingface_hub.utils import _http, close_session
+def test_a_session_of_the_users_stays(bare: bool, repo: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the client's own making with another header, and one that the client knows nothing of."""
+    from huggingface_hub.utils import _http, close_session, get_session, set_client_factory
+
+    kind = type(get_session())
 
     def make() -> object:
-        session = _http.default_client_factory()
+        session = kind(timeout=None) if bare else _http.default_client_factory()
         session.headers["x-own"] = "1"
         return session
 
     with client():
         pass
-    _http.set_client_factory(make)
+    set_client_factory(make)
     reshard.pull(NAME, ranks=[0])
     close_session()
     repo.fail(INFO, status(503))
     reshard.pull(NAME)
     assert {request.headers.get("x-own") for request in repo.requests} == {"1"}
+    assert repo.faults_left == 0
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    close_session()
+    repo.fail(INFO, stall(seconds=10), times=4)
+    start = time.monotonic()
+    reshard.pull(NAME)  # from the cache
+    assert time.monotonic() - start < 5
     assert repo.faults_left == 0
 
 

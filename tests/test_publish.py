@@ -234,6 +234,15 @@ def test_no_right_to_write(here: FakeHub, resharded: Path, cli: Cli, monkeypatch
     assert_one_error(cli(*publish), 10, "the token has not the right to upload files", hint="write access")
     monkeypatch.setenv("HF_TOKEN", "")
     assert_one_error(cli(*publish), 10, "to upload files needs a token", hint="hf auth login")
+    monkeypatch.setenv("HF_TOKEN", "hf_ended")
+    here.fail("POST .*/preupload/", status(401))
+    assert_one_error(cli(*publish), 10, "the Hub does not take the token", hint="correct HF_TOKEN")
+    here.fail("GET /api/models/", status(403))
+    assert_one_error(cli(*publish), 10, "the token has not the right to look it up", hint="read access")
+    here.fail("POST .*/preupload/", status(413))
+    done = cli(*publish)
+    assert_one_error(done, 10, "could not upload files", "413")
+    assert "Hint" not in done.err
     assert len(here.repos[NAME].commits) == 1
 
 

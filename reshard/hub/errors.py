@@ -7,13 +7,15 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from ..errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
-from .session import BUSY, client
+from .session import BUSY, answer_of, client, is_unreachable
 
 __all__ = ["doing", "explain"]
 
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+_TOKENS = "https://huggingface.co/settings/tokens"
 _OF_FILES = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
@@ -38,12 +40,12 @@ def explain(
         return StorageError(f"{name}: could not {writing or 'be kept here'}: {local}")
     from huggingface_hub import constants
     from huggingface_hub.errors import (
-        GatedRepoError,
         HFValidationError,
         IncompleteSnapshotError,
         LocalEntryNotFoundError,
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -60,40 +62,45 @@ def explain(
         return NetworkError(
             f"{name}: {here}, and offline", hint="unset HF_HUB_OFFLINE to fetch it, or give a local folder"
         )
-    status = _status(error)
-    if writing and (status in (401, 403) or isinstance(error, LocalTokenNotFoundError)):
-        return _no_right(name, status, writing)
+    answer = answer_of(error)
+    status = None if answer is None else int(answer.status_code)
+    if writing and isinstance(error, LocalTokenNotFoundError):
+        return _without_token(name, writing)
     if writing and status in (409, 412):
         return RemoteMovedError(
             f"{name}: somebody else has changed the repo meanwhile",
             hint="nothing was published; run it again: what has been uploaded is not sent again",
         )
-    if isinstance(error, GatedRepoError):
-        return NetworkError(
-            f"{name}: access is restricted", hint="ask for access on its page, and log in with: hf auth login"
-        )
+    if status in (401, 403) and (refused := _refused(name, answer, writing)):
+        return refused
     if isinstance(error, RepositoryNotFoundError):
         here = "" if writing else "no such folder here, and "
+        private = "must be one that the token may see" if _has_token(answer) else "needs: hf auth login"
         return NetworkError(
             f"{name}: {here}no such repo on the Hub (or it is private)",
-            hint="check the name; for a private repo log in with: hf auth login",
+            hint=f"check the name; a private repo {private}",
         )
     if isinstance(error, RevisionNotFoundError):
         return NetworkError(f"{name}: has no revision {printable(revision)}", hint="give a branch, tag or commit")
-    if writing:
-        return NetworkError(
-            f"{name}: could not {writing}: {_kind(error, status)}",
-            hint="check the connection, and run it again: what has been uploaded is not sent again",
-        )
-    if isinstance(error, LocalEntryNotFoundError):
-        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
+    if isinstance(error, RemoteEntryNotFoundError):
+        return BadInputError(f"{name}: the repo has no such file: {printable(answer.request.url.path)}")
+    if isinstance(error, LocalEntryNotFoundError) and not writing and (status is None or status in BUSY):
         here = "not all of it is in the cache" if incomplete else "no such folder here"
+        if status is not None:
+            return NetworkError(
+                f"{name}: {here}, and {_kind(error, status)}", hint="try again later, or give a local folder"
+            )
+        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
         return NetworkError(
             f"{name}: {here}, and the Hub does not answer{cause}", hint="check the connection, or give a local folder"
         )
+    if isinstance(error, LocalEntryNotFoundError):  # which only says that it is not in the cache either
+        error = error.__cause__ or error
     return NetworkError(
-        f"{name}: could not be fetched: {_kind(error, status)}",
-        hint="check the connection, and try again: what has arrived is kept",
+        f"{name}: could not {writing or 'be fetched'}: {_kind(error, status)}",
+        hint=_what_helps(
+            error, answer, "what has been uploaded is not sent again" if writing else "what has arrived is kept"
+        ),
     )
 
 
@@ -112,24 +119,58 @@ def _said_by_disk(error: BaseException | None) -> str | None:
     return None
 
 
-def _no_right(name: str, status: int | None, writing: str) -> NetworkError:
-    where = "https://huggingface.co/settings/tokens"
-    if status == 403:
-        return NetworkError(
-            f"{name}: the token has not the right to {writing}", hint=f"it needs write access there: {where}"
-        )
+def _refused(name: str, answer: Any, writing: str | None) -> NetworkError | None:
+    """Where the Hub does not let in who asks: why, by what is known of the token."""
+    said, code = answer.headers.get("x-error-message"), answer.headers.get("x-error-code")
+    if not _of_the_hub(answer) or code == "RepoNotFound":
+        return None
+    why = f" ({printable(said)})" if said else ""
+    if code == "GatedRepo":
+        how = "with the account of the token" if _has_token(answer) else "and log in with: hf auth login"
+        return NetworkError(f"{name}: access is restricted", hint=f"ask for access on its page, {how}")
+    if said == "Access to this resource is disabled.":
+        return NetworkError(f"{name}: the Hub has disabled it")
+    if not _has_token(answer):
+        return _without_token(name, writing)
+    if answer.status_code == 401:
+        helps = "correct HF_TOKEN, or unset it" if os.environ.get("HF_TOKEN") else "log in anew with: hf auth login"
+        return NetworkError(f"{name}: the Hub does not take the token{why}", hint=helps)
+    right = "write" if writing and answer.request.method not in ("GET", "HEAD") else "read"
     return NetworkError(
-        f"{name}: to {writing} needs a token", hint=f"make one with write access at {where}, then: hf auth login"
+        f"{name}: the token has not the right to {writing or 'read it'}{why}",
+        hint=f"it needs {right} access there: {_TOKENS}",
     )
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status of an error, or of what it was raised for."""
+def _without_token(name: str, writing: str | None) -> NetworkError:
+    if writing is None:
+        return NetworkError(f"{name}: the Hub asks for a token", hint="log in with: hf auth login")
+    return NetworkError(
+        f"{name}: to {writing} needs a token", hint=f"make one with write access at {_TOKENS}, then: hf auth login"
+    )
+
+
+def _has_token(answer: Any) -> bool:
+    return answer is not None and "authorization" in answer.request.headers
+
+
+def _of_the_hub(answer: Any) -> bool:
+    """Whether it comes from the Hub itself, and not from where it keeps large files."""
+    from huggingface_hub import constants
+
+    return str(answer.request.url).startswith(constants.ENDPOINT.rstrip("/") + "/")
+
+
+def _what_helps(error: BaseException | None, answer: Any, kept: str) -> str | None:
+    if answer is not None and answer.status_code in BUSY:
+        return f"try again later: {kept}"
+    if answer is not None and _of_the_hub(answer):  # it has understood, and will say the same again
+        return None
     while error is not None:
-        if (response := getattr(error, "response", None)) is not None:
-            return int(response.status_code)
+        if is_unreachable(error):
+            return f"check the connection, and try again: {kept}"
         error = error.__cause__
-    return None
+    return f"try again: {kept}"
 
 
 def _kind(error: BaseException, status: int | None) -> str:
