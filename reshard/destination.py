@@ -17,8 +17,9 @@ from .hub.place import is_hub_url
 from .journal import JOURNAL_NAME
 from .output import sync_folder
 from .progress import Progress, silent
-from .source import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
+from .source import MANIFEST_NAME
 from .stores import PROBE_NAME, cache_folder, is_url, open_store
+from .weights import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["Destination", "destination"]
 

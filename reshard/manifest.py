@@ -14,9 +14,10 @@ from .errors import BadInputError, IntegrityError, TopologyError, VersionError, 
 from .fields import count, counts, maybe, one_of, text, texts
 from .placement_json import placement_from_json, placement_to_json
 from .regions import Region, covers, whole
-from .source import MANIFEST_NAME, read_json, vetted_path
+from .source import MANIFEST_NAME
 from .targets import Target
 from .topology import Topology
+from .untrusted import read_json, vetted_path
 
 __all__ = ["FORMAT_VERSION", "REFERENCE_NAME", "Manifest", "read_manifest", "sealed_text"]
 

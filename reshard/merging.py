@@ -20,8 +20,9 @@ from .places import fetch
 from .progress import Progress, silent
 from .rank_file import written_file
 from .resharded import Resharded, open_resharded
-from .source import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
+from .source import MANIFEST_NAME
 from .staging import check_free_space, copy_file, staged_folder, write_file
+from .weights import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["LAYOUTS", "merge"]
 

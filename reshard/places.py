@@ -16,9 +16,10 @@ from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
 from .manifest import Manifest, read_manifest
 from .remote import Away
-from .source import MANIFEST_NAME, NOT_WANTED, SMALL_FILES, Source, is_resharded, open_source, weight_files
+from .source import MANIFEST_NAME, NOT_WANTED, SMALL_FILES, Source, is_resharded, open_source
 from .stores import is_url, open_store
 from .stores import snapshot as store_snapshot
+from .weights import weight_files
 
 __all__ = ["Found", "away", "fetch", "find_resharded", "locate", "of_hub", "resolve_source"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from .digest import FileRecord, tree_digest
 from .errors import BadInputError, IntegrityError, listed, printable
 from .header import Header, TensorInfo, read_header
-from .source import MANIFEST_NAME, vetted_path
+from .source import MANIFEST_NAME
+from .untrusted import vetted_path
 
 __all__ = ["check_digests", "check_rank_header", "largest_first", "read_rank_header", "written_file"]
 

@@ -13,7 +13,9 @@ from typing import Protocol
 from .errors import IntegrityError, printable
 from .header import Header, header_length, parse_header
 from .hub.place import discard
-from .source import Source, SourceFile, check_plain_name, open_source, weight_files
+from .source import Source, SourceFile, open_source
+from .untrusted import check_plain_name
+from .weights import weight_files
 
 __all__ = ["Away", "Entry", "GivenUp", "Remote", "never", "open_remote", "read_headers", "remote_files"]
 

@@ -18,8 +18,10 @@ from .manifest import Manifest, read_manifest
 from .rank_file import check_rank_header, read_rank_header, written_file
 from .regions import Region, covers, whole
 from .remote import Away, read_headers
-from .source import INDEX_NAME, MANIFEST_NAME, Source, SourceFile, check_plain_name, model_config
+from .source import MANIFEST_NAME, Source, SourceFile, model_config
 from .targets import LocalTensor, rank_tensors
+from .untrusted import check_plain_name
+from .weights import INDEX_NAME
 
 __all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]
 

@@ -18,7 +18,7 @@ import torch
 
 from .corrections import corrected, has_expert_plan
 from .errors import BadInputError, listed, printable
-from .source import read_json
+from .untrusted import read_json
 
 __all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
 

@@ -29,7 +29,7 @@ from .filesystems import check_ranges, doing, identified, listed, name_in
 from .hub.place import is_hub_url
 from .output import pwrite
 from .remote import Entry, GivenUp, never
-from .source import check_plain_name
+from .untrusted import check_plain_name
 
 __all__ = ["PROBE_NAME", "Store", "cache_folder", "is_url", "open_store", "snapshot"]
 

@@ -17,8 +17,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
 from reshard.layout import Slot, file_layout
 from reshard.output import pwrite
-from reshard.source import INDEX_NAME
 from reshard.targets import LocalTensor
+from reshard.weights import INDEX_NAME
 
 from .agreement import Deadline, from_first, spoken, words_of
 from .mesh import connect

@@ -22,7 +22,7 @@ TORCH_FREE = [
     *(
         f"reshard.{name}"
         for name in (
-            *("placement", "regions", "layout", "manifest", "source", "header"),
+            *("placement", "regions", "layout", "manifest", "source", "weights", "untrusted", "header"),
             *("targets", "report", "verification", "cli.main", "topology", "fields", "placement_json", "guard"),
             *("hub.place", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination"),
         )
@@ -43,6 +43,7 @@ RUNTIME_MAY_IMPORT = {
         "targets",
         "topology",
         "verification",
+        "weights",
     ),
     "launch",  # the benchmark starts itself on the ranks of each folder
 }

@@ -1,0 +1,84 @@
+"""Names, links and JSON that nobody vouches for: nothing leads out of its folder, nothing takes memory without end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInputError, PolicyError, printable
+
+__all__ = ["check_plain_name", "read_json", "vetted_path"]
+
+_JSON_LIMIT = 256 << 20  # bytes of JSON, which in memory are twenty times as many at worst
+
+
+def check_plain_name(name: str, *, what: str) -> None:
+    """Raises PolicyError where a name could lead out of the folder it is used in, or no file can have it."""
+    plain = name not in ("", ".", "..") and os.path.basename(name) == name and not {*name} & {"\0", "\\"}
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character: JSON can spell it
+        plain = False
+    if not plain:
+        raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
+
+
+def vetted_path(root: Path, name: str, *, what: str) -> Path:
+    """The path of a plain file directly inside `root`.
+
+    A symbolic link is followed only inside `root`, or inside a Hub cache, whose snapshots are links.
+
+    Raises:
+        PolicyError: the name or a link leaves the folder.
+        BadInputError: there is no such file, or it is not a regular one.
+    """
+    check_plain_name(name, what=what)
+    path = root / name
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+        mode = os.stat(real).st_mode
+    except OSError as error:
+        raise BadInputError(f"{what}: {printable(path)} cannot be read: {error.strerror}") from None
+    if not any(real.is_relative_to(folder) for folder in _inside(root)):
+        raise PolicyError(f"{what}: {printable(path)} is a link that leads out of the source folder")
+    if not stat.S_ISREG(mode):
+        raise BadInputError(f"{what}: {printable(path)} is not a regular file")
+    return real
+
+
+def _inside(root: Path) -> tuple[Path, ...]:
+    """The folders that links may lead into: `root`; or where it is in the `models--…/snapshots` of a Hub cache, the
+    repo's part of that, and the blobs that its repos share."""
+    real = Path(os.path.realpath(root))
+    for folder in real.parents:
+        if folder.name == "snapshots" and re.match(r"(models|datasets|spaces)--", folder.parent.name):
+            return folder.parent, folder.parent.parent / "blobs"
+    return (real,)
+
+
+def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:
+    """Parse a JSON file of a checkpoint as data nobody vouches for: of `limit` bytes at most, without duplicate keys.
+
+    Raises:
+        BadInputError: not JSON, a key twice, nested too deeply, or absurdly large.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    name = printable(path)
+    try:
+        if os.stat(path).st_size > limit:
+            raise BadInputError(f"{name}: larger than {limit >> 20} MiB")
+        return json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{name}: not valid JSON: {printable(error)}") from None
+    except OSError as error:
+        raise BadInputError(f"{name}: cannot be read: {error.strerror}") from None
