@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m runtime generate|check|bench OUT …`. One rank speaks; the others are quiet."""
+"""The command line of a rank: `generate`, `check` and `bench`. One rank speaks; the others are quiet."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import click
 
 from reshard.errors import ReshardError
 from reshard.failures import report_failure, wants_json, wants_traceback
+from reshard.launch.current_folder import leave
 from reshard.switches import Commands, in_colour
 
 from .agreement import Deadline
@@ -67,8 +68,9 @@ def _speaks_first() -> bool:
         return info.rank == 0 or os.getppid() == _PARENT  # torchrun, which holds the store, is not what has ended
 
 
-def main() -> None:
-    """Run a command on this rank. A failure is said once, whoever has it and however many."""
+def entry(name: str) -> None:
+    """Run a command on this rank, in a process called `name`. A failure is said once, however many ranks have it."""
+    leave()
     if not (wants_traceback(sys.argv) and is_first()):
         warnings.simplefilter("ignore")  # advice to whoever writes torch code
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -76,7 +78,7 @@ def main() -> None:
     code: Any = 0
     try:
         # What a command exits with, if any.
-        code = cli.main(prog_name="python -m runtime", standalone_mode=False, color=in_colour()) or 0
+        code = cli.main(prog_name=name, standalone_mode=False, color=in_colour()) or 0
         shut_down()
     except SystemExit:  # click's, of a reader of stdout who has gone: no reason for words, of any rank
         _speaks_first()
@@ -90,4 +92,5 @@ def main() -> None:
     os._exit(code)
 
 
-main()
+if __name__ == "__main__":
+    entry("python -m runtime")

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from reshard.errors import ReshardError, printable
-from reshard.launch import launch
+from reshard.launch.agent import launch
 from reshard.places import find_resharded
 
 from .bench import Measured, Point

@@ -39,13 +39,13 @@ def warm(folder: Path) -> None:
 
 def convert(source: Path, out: Path, ranks: int) -> None:
     """`reshard convert`, quietly."""
-    command = [sys.executable, "-m", "reshard", "convert", str(source), str(out), "--tp-size", str(ranks), "--no-sync"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-P", "-m", "reshard", "convert", str(source), str(out), "--tp-size", str(ranks)]
+    subprocess.run([*command, "--no-sync"], check=True, stdout=subprocess.DEVNULL)
 
 
 def torchrun(ranks: int) -> list[str]:
     """The beginning of a torchrun command line."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def rank_zero(script: str, arguments: Sequence[str], ranks: int) -> Any:

@@ -26,7 +26,7 @@ import click
 from bench_common import draw, in_turn, same_memory, torchrun, warm
 from big_checkpoints import LLAMA_1B, QWEN3_MOE, write
 
-RESHARD = [sys.executable, "-m", "reshard", "convert"]
+RESHARD = [sys.executable, "-P", "-m", "reshard", "convert"]
 PLOTTED_LAYERS = (2, 8, 16, 32)
 LOAD_AND_SPLIT = """
 import sys
@@ -92,7 +92,7 @@ def contenders(source: Path, out: Path, case: Case, *, peers: bool) -> dict[str,
         ranks = case.options[1]
         script = out.with_name("peer.py")
         script.write_text(TP_AND_DCP)
-        found["load and split"] = [[sys.executable, "-c", LOAD_AND_SPLIT, str(source), str(out), ranks]]
+        found["load and split"] = [[sys.executable, "-P", "-c", LOAD_AND_SPLIT, str(source), str(out), ranks]]
         found["transformers + DCP"] = [[*torchrun(int(ranks)), str(script), str(source), str(out)]]
     return found
 

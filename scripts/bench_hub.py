@@ -23,7 +23,7 @@ from bench_common import in_turn, same_memory
 from big_checkpoints import LLAMA_1B, write
 
 TESTS = Path(__file__).parent.parent / "tests"  # where the stand-in for the Hub is
-RESHARD = [sys.executable, "-m", "reshard"]
+RESHARD = [sys.executable, "-P", "-m", "reshard"]
 DOWNLOAD = """
 import sys
 from huggingface_hub import snapshot_download
@@ -71,7 +71,7 @@ def main(folder: str | None, rate: int, layers: int, repeat: int) -> None:
             environment = ours.recv()
             cut = [str(out), "--tp-size", "4"]
             commands = {
-                "download alone": [sys.executable, "-c", DOWNLOAD, str(out)],
+                "download alone": [sys.executable, "-P", "-c", DOWNLOAD, str(out)],
                 "convert a local folder": [*RESHARD, "convert", str(source), *cut],
                 "convert from the Hub": [*RESHARD, "convert", "org/model", *cut],
             }

@@ -58,7 +58,7 @@ os._exit(0)
 
 def job(kind: str, folder: Path) -> float:
     """Seconds of a forward, the median inside a process."""
-    done = subprocess.run([sys.executable, "-c", WORKER, kind, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", WORKER, kind, str(folder)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

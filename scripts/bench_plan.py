@@ -52,7 +52,7 @@ def main(repeat: int) -> None:
         }
         click.echo(f"{'case':14} {'tensors':>8}  {'mesh':28} {'imports':>8} {'plan':>8} {'layout':>8} {'memory':>9}")
         for name, sizes in CASES:
-            command = [sys.executable, "-c", MEASURE, str(Path(root, name)), json.dumps(sizes)]
+            command = [sys.executable, "-P", "-c", MEASURE, str(Path(root, name)), json.dumps(sizes)]
             runs = [json.loads(subprocess.check_output(command, text=True)) for _ in range(repeat)]
             imports, plan, layout, memory = map(statistics.median, zip(*runs))
             mesh = ", ".join(f"{key} {size}" for key, size in sizes.items())

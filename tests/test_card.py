@@ -124,8 +124,8 @@ def test_its_commands(
     """`pull` and `merge` as they stand there; the others are the README's too."""
     reshard.publish(resharded, "me/two/tp2", private=True)
     card = here.repos["me/two"].files["README.md"].decode()
-    generate, pull, merge = re.findall(r"^(?:reshard|torchrun) .*$", card, re.M)
-    assert generate == 'torchrun --nproc-per-node 2 -m runtime generate me/two/tp2 --prompt "Hello"'
+    generate, pull, merge = re.findall(r"^reshard .*$", card, re.M)
+    assert generate == 'reshard run me/two/tp2 --prompt "Hello"'
     assert (Path(run(cli, pull)) / "reshard.json").exists()
     run(cli, merge.replace("DEST", str(out)))
     for path in checkpoint("llama").glob("*.safetensors"):

@@ -174,7 +174,7 @@ def test_readme_mentions_every_command() -> None:
     assert len(offline) >= 8
     assert len(online) >= 3
     missing = [f"reshard {name}" for name in offline if f"reshard {name}" not in readme]
-    missing += [f"-m runtime {name}" for name in online if f"-m runtime {name}" not in readme]
+    missing += [f"reshard-rank {name}" for name in online if f"reshard-rank {name}" not in readme]
     assert not missing
 
 

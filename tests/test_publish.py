@@ -109,7 +109,7 @@ def test_several_degrees_in_one_repo(here: FakeHub, degrees: dict[int, Path]) ->
     card = here.repos["org/model"].files["README.md"].decode()
     for size in degrees:
         assert f"- tp{size}\n" in card
-        assert f"torchrun --nproc-per-node {size} -m runtime generate org/model/tp{size} " in card
+        assert f"\nreshard run org/model/tp{size} --prompt " in card
     assert reshard.inspect("org/model/tp4") == reshard.inspect(degrees[4])
     assert (
         reshard.publish(degrees[2], "org/model/tp2", private=True).commit == here.repos["org/model"].revisions["main"]

@@ -13,6 +13,7 @@ import click
 from .._version import __version__
 from ..errors import StorageError
 from ..failures import Terminated, report_failure, terminate, wants_json, wants_traceback
+from ..launch.current_folder import leave
 from ..process import patient_from_now_on
 from ..switches import Commands, in_colour
 from .convert import convert
@@ -61,6 +62,7 @@ def entry() -> None:
 
     Taking the modules of torch and transformers apart at the end would take a second.
     """
+    leave()
     patient_from_now_on()
     try:
         main()

@@ -29,6 +29,6 @@ def run(out: str, options: tuple[str, ...], dp: int) -> None:
       reshard run llama-tp2 --prompts lines.txt --format json
       reshard run llama-tp2 --prompt "Once" --temperature 0.8 --top-p 0.9 --seed 7
     """
-    from ..launch import launch
+    from ..launch.agent import launch
 
     sys.exit(launch(out, [*switches_of(), "generate", out, "--dp", str(dp), *options], replicas=dp))

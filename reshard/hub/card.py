@@ -90,10 +90,7 @@ def render(repo_id: str, degrees: Mapping[str, Manifest], terms: Terms, *, revis
             ("folder", "ranks", "largest file", "all files", "dtype", "opens in plain transformers"),
             [_summary(path, manifest) for path, manifest in degrees.items()],
         ),
-        generate=_shell(
-            f'torchrun --nproc-per-node {m.world_size} -m runtime generate {places[path]}{branch} --prompt "Hello"'
-            for path, m in degrees.items()
-        ),
+        generate=_shell(f'reshard run {place}{branch} --prompt "Hello"' for place in places.values()),
         python=_python(places[first], revision),
         pull=_shell(f"reshard pull {places[path]}{branch} --ranks 0-{m.world_size - 1}" for path, m in degrees.items()),
         custom=_custom(degrees),

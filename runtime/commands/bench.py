@@ -80,7 +80,7 @@ def bench(
     Examples:
       python -m runtime bench llama-tp1 llama-tp2 llama-tp4 --plot speed-up.png
       python -m runtime bench llama-tp2 --against transformers --source ./llama
-      torchrun --nproc-per-node 2 -m runtime bench llama-tp2 --batch 1,8 --compile
+      torchrun --no-python --nproc-per-node 2 reshard-rank bench llama-tp2 --batch 1,8 --compile
     """
     settings = Settings(batches, length, steps, compiled)
     if RankInfo.from_env(os.environ).attempt is not None:

@@ -41,8 +41,8 @@ def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: 
 
     \b
     Examples:
-      torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama
-      torchrun --nproc-per-node 2 -m runtime check llama-tp2 --reference ./llama --per-layer --no-digests
+      torchrun --no-python --nproc-per-node 2 reshard-rank check llama-tp2 --reference ./llama
+      torchrun --no-python --nproc-per-node 2 reshard-rank check llama-tp2 --reference ./llama --per-layer --no-digests
     """
     with sdpa(kernel):
         model = load_model(out, kernel=kernel, **options)

@@ -65,10 +65,10 @@ def generate(
 
     \b
     Examples:
-      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "Once upon a time"
-      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --chat --max-new-tokens 500
-      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompts lines.txt --format json
-      torchrun --nproc-per-node 2 -m runtime generate llama-tp2 --prompt "I" --temperature 0.8 --top-p 0.9 --seed 7
+      torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --prompt "Once upon a time"
+      torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --chat --max-new-tokens 500
+      torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --prompts lines.txt --format json
+      torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --prompt "I" --temperature 0.8
     """
     how = Decoding(**{name: options.pop(name) for name in Decoding.__slots__})
     _refuse_contradictions(how, chat or prompts or file, seed)

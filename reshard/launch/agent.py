@@ -11,8 +11,9 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 
-from .errors import TopologyError
-from .inspection import inspect
+from ..errors import TopologyError
+from ..inspection import inspect
+from .current_folder import check_runtime, keep_children_out
 
 __all__ = ["launch"]
 
@@ -20,13 +21,17 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
-    """Run `python -m runtime ARGUMENTS` on every rank, on this machine. Returns the exit code of the first to fail.
+    """Run `reshard-rank ARGUMENTS` on every rank, on this machine. Returns the exit code of the first to fail.
 
     There are as many processes as the folder has ranks, for each of `replicas`. They share this process's stdin, stdout
     and stderr; only rank 0 reads.
 
-    Raises TopologyError where a rank was killed, so that it could not say what was wrong.
+    Raises:
+        TopologyError: a rank was killed, so that it could not say what was wrong.
+        UsageError: `import runtime` would find somebody else's.
     """
+    check_runtime()
+    keep_children_out()
     world_size = replicas * inspect(out).world_size
     # Each process gets its share of the CPUs, unless the caller decided.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
@@ -47,7 +52,7 @@ def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
     )
     try:
         with _process_as_it_was():
-            elastic_launch(config, sys.executable)("-m", "runtime", *arguments)
+            elastic_launch(config, sys.executable)("-P", "-m", "reshard.launch.rank", *arguments)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if first.exitcode > 0:

@@ -1,0 +1,36 @@
+"""A rank as a process: our own `runtime`, whatever the current folder holds. The launcher starts it, and torchrun can:
+
+torchrun --no-python --nproc-per-node N reshard-rank generate|check|bench OUT …
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+
+from ..errors import UsageError
+from ..failures import report_failure, wants_json
+from .current_folder import check_runtime, leave
+
+__all__ = ["entry"]
+
+_TO_SPEAK = 1.0  # seconds for rank 0 to say what all find, before another one's end has torchrun end it
+
+
+def entry() -> None:
+    """Run the runtime's command line on this rank."""
+    leave()
+    try:
+        check_runtime()
+    except UsageError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_TO_SPEAK)
+            sys.exit(error.exit_code)
+        sys.exit(report_failure(error, verbose=False, as_json=wants_json(sys.argv)))
+    importlib.import_module("runtime.__main__").entry("reshard-rank")
+
+
+if __name__ == "__main__":
+    entry()
