@@ -26,6 +26,7 @@ from .reference import fetch_whole, store_reference
 from .rules import AUTO, read_rules
 from .source import MANIFEST_NAME, Source
 from .staging import check_free_space, copy_file, staged_folder, write_file
+from .stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
 from .targets import rank_tensors, unused_tensors
 from .topology import Topology
@@ -66,7 +67,7 @@ def plan(
             hint="--tp-size 2, or --gpu-memory 24GB",
         )
     planned, _ = _plan(
-        open_origin(str(source), revision=revision),
+        open_origin(as_text(source), revision=revision),
         Topology(tp_size or ep_size, ep_size),
         tp_plan=tp_plan,
         strategies=strategies,
@@ -161,8 +162,8 @@ def convert(
     topology = Topology(tp_size, ep_size)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         if reference_logits:
-            whole, revision = fetch_whole(str(source), revision=revision)
-        origin = open_origin(str(source), revision=revision)
+            whole, revision = fetch_whole(as_text(source), revision=revision)
+        origin = open_origin(as_text(source), revision=revision)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
             planned, layouts = _plan(  # imports transformers: time for a few gigabytes

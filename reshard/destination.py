@@ -18,7 +18,7 @@ from .journal import JOURNAL_NAME
 from .output import sync_folder
 from .progress import Progress, silent
 from .source import MANIFEST_NAME
-from .stores import PROBE_NAME, cache_folder, is_url, open_store
+from .stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
 from .weights import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["Destination", "destination"]
@@ -49,13 +49,12 @@ def destination(
     out: str | Path, *, overwrite: bool = False, sync: bool = True, progress: Progress = silent
 ) -> Destination:
     """That of a path or a URL. `progress` is for what is sent. Raises UsageError for a place on the Hub."""
-    if is_hub_url(str(out)):
+    out = as_text(out)
+    if is_hub_url(out):
         raise UsageError(
             f"{printable(out)}: is on the Hub", hint="choose a folder, and put that there with: reshard publish"
         )
-    return (
-        _InStore(str(out), overwrite, progress) if is_url(out) else _OnDisk(Path(os.path.abspath(out)), overwrite, sync)
-    )
+    return _InStore(out, overwrite, progress) if is_url(out) else _OnDisk(Path(os.path.abspath(out)), overwrite, sync)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ class _InStore:
         if self.overwrite:
             raise UsageError(
                 "--overwrite: a store cannot exchange two folders in one step",
-                hint="choose another name, then remove it",
+                hint="choose another name, and remove what is there afterwards",
             )
         try:
             self.local.parent.mkdir(parents=True, exist_ok=True)
@@ -180,4 +179,6 @@ class _InStore:
         store = open_store(self.url)
         wrong = [name for name, size in sizes if name not in store.files or store.files[name][0] != size]
         if wrong:
-            raise IntegrityError(f"{store}: not as it was sent: {listed(wrong)}", hint="run it again")
+            raise IntegrityError(
+                f"{store}: not as it was sent: {listed(wrong)}", hint="remove what is there of them, and run it again"
+            )

@@ -18,6 +18,7 @@ __all__ = ["check_ranges", "doing", "identified", "listed", "name_in"]
 _TELLING = re.compile(
     r"etag|md5|sha\d*$|crc|digest|checksum|hash|^hex$|generation|version|modif|mtime|updated|created|date.?time|write.?time"
 )
+_NO_ANSWER = re.compile("Connect|Timeout|HTTPClient|Disconnect|Payload")  # names of errors, of each kind of store
 _DONE = {"list": "listed", "read": "read", "write": "written to"}
 
 
@@ -53,7 +54,11 @@ def _explained(error: Exception, what: str, place: str) -> ReshardError:
             f"{place}: may not {what}: {words}",
             hint="the credentials are those of the environment, or of the store's own tools (for S3: AWS_PROFILE …)",
         )
-    return NetworkError(f"{place}: could not {what}: {type(error).__name__}: {words}", hint="try again")
+    no_answer = isinstance(error, OSError) or _NO_ANSWER.search(type(error).__name__)
+    return NetworkError(
+        f"{place}: could not {what}: {type(error).__name__}: {words}",
+        hint="check the connection, and try again" if no_answer else None,
+    )
 
 
 def listed(system: Any, root: str) -> list[dict[str, Any]]:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from .manifest import Manifest
 from .places import find_resharded
+from .stores import as_text
 
 __all__ = ["inspect"]
 
 
 def inspect(place: str | Path, *, revision: str | None = None) -> Manifest:
     """The manifest of a resharded folder, or of a Hub repo (only that file is fetched). Raises a `ReshardError`."""
-    return find_resharded(str(place), revision=revision).manifest
+    return find_resharded(as_text(place), revision=revision).manifest

@@ -22,6 +22,7 @@ from .rank_file import written_file
 from .resharded import Resharded, open_resharded
 from .source import MANIFEST_NAME
 from .staging import check_free_space, copy_file, staged_folder, write_file
+from .stores import as_text
 from .weights import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["LAYOUTS", "merge"]
@@ -56,7 +57,7 @@ def merge(
     """
     if layout not in LAYOUTS:
         raise UsageError(f"layout {printable(layout)}: not one of {', '.join(LAYOUTS)}")
-    folder, _, _ = fetch(str(out), revision=revision)
+    folder, _, _ = fetch(as_text(out), revision=revision)
     made = open_resharded(folder)
     layouts = _standard_files(made) if layout == "hf" else _source_files(made)
     total = sum(file.size for file in layouts)

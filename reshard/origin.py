@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from .arrivals import AHEAD, Arrivals
 from .digest import DigestsAhead
 from .errors import StorageError
 from .manifest import read_manifest
-from .places import away, locate, of_hub
+from .places import away, fetch_files, locate, of_hub
 from .reader import equal_tensors
 from .remote import Remote, open_remote, remote_files
 from .resharded import Resharded, open_resharded
@@ -108,8 +107,7 @@ def open_origin(place: str, *, revision: str | None = None) -> Origin:
         return Origin(made.source, made=made)
     files = away(found, version)
     if is_resharded(root):
-        extras = [glob.escape(extra.name) for extra in read_manifest(root).extras]
-        locate(place, revision=version, patterns=extras, ignored=())  # small files of any name
+        fetch_files(place, [extra.name for extra in read_manifest(root).extras], version=version)
         made = open_resharded(root, files)
         return Origin(made.source, made=made, remote=remote_files(made.held, files))
     repo_id, commit = of_hub(found, version)

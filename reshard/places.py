@@ -11,17 +11,27 @@ from pathlib import Path
 
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, listed, printable
 from .hub.files import HubFiles
-from .hub.place import Place, discard
+from .hub.place import Place, discard, is_hub_url
 from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
 from .manifest import Manifest, read_manifest
 from .remote import Away
 from .source import MANIFEST_NAME, NOT_WANTED, SMALL_FILES, Source, is_resharded, open_source
-from .stores import is_url, open_store
+from .stores import as_text, is_url, open_store
 from .stores import snapshot as store_snapshot
 from .weights import weight_files
 
-__all__ = ["Found", "away", "fetch", "find_resharded", "locate", "of_hub", "resolve_source"]
+__all__ = [
+    "Found",
+    "away",
+    "fetch",
+    "fetch_files",
+    "find_resharded",
+    "local_folder",
+    "locate",
+    "of_hub",
+    "resolve_source",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,8 @@ def find_resharded(place: str, *, revision: str | None = None, world_size: int |
         fitting = f" for {world_size} ranks" if world_size else ""
         raise TopologyError(
             f"{printable(place)}: holds no model{fitting} itself, but in folders: {listed(there, most=20)}",
-            hint=f"name one of them: {printable(place)}/{printable(there[0])}",
+            hint=f"name one of them: {printable(place)}/{printable(there[0])}"
+            + (", and start as many ranks as it is for" if world_size else ""),
         )
     if os.path.exists(place):
         read_manifest(Path(place))  # says what is wrong
@@ -143,12 +154,42 @@ def _folders(place: str, revision: str | None) -> list[str]:
     return sorted(found, key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
 
 
+def fetch_files(place: str, names: Sequence[str], *, version: str | None, to: Path | None = None) -> Path:
+    """Fetch files of a resharded folder that is elsewhere, by names of its manifest, as `locate` does. Returns the
+    folder that they are in.
+
+    Raises:
+        IntegrityError: some are not there.
+        NetworkError: the place cannot be reached.
+    """
+    patterns = [glob.escape(name) for name in names]
+    folder, _, _ = locate(place, revision=version, patterns=patterns, ignored=(), to=to)
+    absent = [name for name in names if not os.path.lexists(folder / name)]
+    if absent:
+        raise IntegrityError(
+            f"{printable(place)}: has no {listed(absent)}, which its {MANIFEST_NAME} names",
+            hint="it has to be published anew, whole; what it was made from can be converted",
+        )
+    return folder
+
+
+def local_folder(place: str | Path) -> Path:
+    """The path of a folder that is to be on this machine. Raises UsageError for a URL."""
+    text = as_text(place)
+    if is_url(text) or is_hub_url(text):
+        raise UsageError(
+            f"{printable(text)}: is not on this machine", hint="take a folder that is; reshard pull fetches one"
+        )
+    return Path(text)
+
+
 def fetch(place: str, *, revision: str | None = None) -> tuple[Path, str | None, str | None]:
     """`locate` a checkpoint, or a resharded one, with its weights: (folder, place, version)."""
     root, found, version = locate(place, revision=revision)
-    if found is not None:
-        weights = [file.name for file in read_manifest(root).files()] if is_resharded(root) else weight_files(root)
-        locate(place, revision=version, patterns=[glob.escape(name) for name in weights])
+    if found is not None and is_resharded(root):
+        fetch_files(place, [file.name for file in read_manifest(root).files()], version=version)
+    elif found is not None:
+        locate(place, revision=version, patterns=[glob.escape(name) for name in weight_files(root)])
     return root, found, version
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -14,13 +13,15 @@ from .errors import (
     DestinationExistsError,
     IntegrityError,
     PolicyError,
+    ReshardError,
     TopologyError,
     UsageError,
     printable,
 )
 from .hub.place import Place, discard
 from .manifest import Manifest
-from .places import Found, find_resharded, locate
+from .places import Found, away, fetch_files, find_resharded, local_folder
+from .remote import sha256_of
 from .source import MANIFEST_NAME
 from .stores import is_url
 from .verification import check_file
@@ -53,23 +54,28 @@ def pull(
     found = find_resharded(place, revision=revision)
     records = _wanted(found, None if ranks is None else sorted(set(ranks)))
     names = [record.name for record in records]
-    target = None if to is None else _vacant(Path(to), found, records)
-    folder, _, _ = locate(
-        place,
-        revision=found.version,
-        patterns=[glob.escape(name) for name in names],
-        ignored=(),
-        to=None if to is None else Path(to),
-    )
+    target = None if to is None else _vacant(local_folder(to), found, records)
+    folder = fetch_files(place, names, version=found.version, to=None if to is None else local_folder(to))
     for record in records:
         try:
             check_file(folder, record, progress)
         except IntegrityError as error:
+            so_there = _so_there(found, record, folder / record.name)
             discard(folder / record.name)
-            raise IntegrityError(error.message, hint="it was removed: run it again to fetch it again") from None
+            again = "it is so there: it has to be published anew" if so_there else "run it again to fetch it again"
+            raise IntegrityError(error.message, hint=f"it was removed: {again}") from None
     if target is not None:
         shutil.copyfile(found.folder / MANIFEST_NAME, target)  # last, as everywhere
     return folder
+
+
+def _so_there(found: Found, record: FileRecord, path: Path) -> bool:
+    """Whether a file is the one that is at the place, which then holds another than its manifest says."""
+    try:
+        entry = away(found.place, str(found.version)).entries([record.name])[0]
+    except ReshardError:  # it is not known
+        return False
+    return entry.size != record.size or (entry.sha256 is not None and entry.sha256 == sha256_of(path))
 
 
 def _wanted(found: Found, ranks: list[int] | None) -> list[FileRecord]:

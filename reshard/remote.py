@@ -10,14 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from .errors import IntegrityError, printable
+from .errors import BadInputError, IntegrityError, printable
 from .header import Header, header_length, parse_header
 from .hub.place import discard
 from .source import Source, SourceFile, open_source
 from .untrusted import check_plain_name
-from .weights import weight_files
+from .weights import SINGLE_NAME, weight_files
 
-__all__ = ["Away", "Entry", "GivenUp", "Remote", "never", "open_remote", "read_headers", "remote_files"]
+__all__ = [
+    "Away",
+    "Entry",
+    "GivenUp",
+    "Remote",
+    "lacking",
+    "never",
+    "open_remote",
+    "read_headers",
+    "remote_files",
+    "sha256_of",
+]
 
 _AT_ONCE = 8  # requests
 _FIRST_BYTES = 16 << 10  # most headers are shorter
@@ -39,6 +50,12 @@ class Entry:
     name: str
     size: int
     sha256: str | None
+
+
+def lacking(place: object, name: str) -> BadInputError:
+    """The error to raise where a place has no file of that name."""
+    hint = "only safetensors files are read" if name == SINGLE_NAME else None
+    return BadInputError(f"{place}: has no {printable(name)}", hint=hint)
 
 
 class Away(Protocol):
@@ -81,7 +98,7 @@ class Remote:
             return file.path
         path = self.away.get(name, folder, given_up)
         expected = self.digests.get(name)
-        if path.stat().st_size != file.size or (expected and _sha256(path) != expected):
+        if path.stat().st_size != file.size or (expected and sha256_of(path) != expected):
             discard(path)
             damaged = IntegrityError(
                 f"{self.away}: {printable(name)} did not arrive intact", hint="try again: it is fetched anew"
@@ -141,7 +158,8 @@ def _read_header(away: Away, entry: Entry) -> Header:
     return parse_header(first[8:end], file=entry.name, file_size=entry.size)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):

@@ -160,7 +160,10 @@ def _headers_away(folder: Path, away: Away, records: Sequence[FileRecord]) -> di
     absent = {record.name: record for record in records if not os.path.lexists(folder / record.name)}
     for name in absent:
         check_plain_name(name, what=MANIFEST_NAME)
-    entries = away.entries(list(absent))
+    try:
+        entries = away.entries(list(absent))
+    except BadInputError as error:  # there is none of a name that the manifest has
+        raise IntegrityError(error.message) from None
     for entry in entries:
         if entry.size != absent[entry.name].size:
             raise IntegrityError(

@@ -28,10 +28,10 @@ from .errors import (
 from .filesystems import check_ranges, doing, identified, listed, name_in
 from .hub.place import is_hub_url
 from .output import pwrite
-from .remote import Entry, GivenUp, never
+from .remote import Entry, GivenUp, lacking, never
 from .untrusted import check_plain_name
 
-__all__ = ["PROBE_NAME", "Store", "cache_folder", "is_url", "open_store", "snapshot"]
+__all__ = ["PROBE_NAME", "Store", "as_text", "cache_folder", "is_url", "open_store", "snapshot"]
 
 PROBE_NAME = ".reshard-probe"  # of `Store.try_out`; what is there of that name is nobody's
 
@@ -45,6 +45,13 @@ _MOST_PARTS = 10_000  # S3's own limit
 def is_url(place: object) -> bool:
     """Whether a place is a URL, and not a folder or a Hub id, which can have the form of one too."""
     return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None and not is_hub_url(str(place))
+
+
+def as_text(place: str | Path) -> str:
+    """A place in words: the URL that a Path was made of, which has lost one of two slashes by that."""
+    text = str(place)
+    scheme = re.match(r"([A-Za-z][\w+.-]+):/(?!/)", text) if isinstance(place, Path) else None
+    return text if scheme is None or os.path.lexists(f"{scheme[1]}:") else text.replace(":/", "://", 1)
 
 
 def cache_folder() -> Path:
@@ -83,7 +90,7 @@ class Store:
         """Size of each file. Raises BadInputError where there is none of that name."""
         for name in names:
             if name not in self.files:
-                raise BadInputError(f"{self}: has no {printable(name)}")
+                raise lacking(self, name)
         return [Entry(name, self.files[name][0], None) for name in names]
 
     def read(self, name: str, start: int, end: int) -> bytes:

@@ -11,8 +11,10 @@ from .digest import FileRecord, digest_file, digest_of
 from .errors import IntegrityError, UsageError, printable
 from .guard import MappedFile
 from .manifest import Manifest, read_manifest
+from .places import local_folder
 from .rank_file import check_digests, read_rank_header, written_file
 from .source import MANIFEST_NAME
+from .stores import as_text
 
 __all__ = ["Report", "check_file", "verify"]
 
@@ -40,12 +42,12 @@ def verify(
     Raises:
         IntegrityError: naming the file, and the tensor where it is one.
         BadInputError: not a resharded folder.
-        UsageError: a revision, and nothing that it is of.
+        UsageError: a revision, and nothing that it is of; or `out` is a URL.
         VersionError: made by a newer release.
     """
     if revision is not None and against is None:
         raise UsageError("--revision is that of the source to compare with", hint="give --against too")
-    folder = Path(out)
+    folder = local_folder(out)
     manifest = read_manifest(folder)
     _check_names(folder, manifest)
     for record in manifest.files():
@@ -54,7 +56,7 @@ def verify(
     if against is not None:
         from .compare import compare_with_source
 
-        elements = compare_with_source(folder, manifest, str(against), revision=revision)
+        elements = compare_with_source(folder, manifest, as_text(against), revision=revision)
     records = manifest.files()
     return Report(len(records), sum(len(r.tensors) for r in records), sum(record.size for record in records), elements)
 

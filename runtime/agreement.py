@@ -80,7 +80,7 @@ def agree(
     except RuntimeError as error:  # of the store
         raise failure or TopologyError(
             f"{what}: rank {info.rank} has lost the others, since their store is gone: {first_line(error)}",
-            hint="torchrun, or the rank that held the store, has ended",
+            hint="it has ended, or the rank that held it: what that said comes first",
         ) from None
     if info.attempt is not None and None in answers:
         _continue_siblings()
@@ -129,7 +129,11 @@ def _complaint(answers: list[Any], what: str) -> tuple[int | None, list[str | No
             return rank, answer["failure"]
         if answer["value"] != answers[0]["value"]:
             message = f"{what}: rank {rank} has another version than rank 0"
-            return None, words_of(RemoteMovedError(message, hint="pin one with --revision COMMIT"))
+            return None, words_of(
+                RemoteMovedError(
+                    message, hint="give all ranks the same folder, or pin a commit of a repo with --revision"
+                )
+            )
     return None
 
 

@@ -49,7 +49,9 @@ def _tensor_parallel(root: Path, ranks: int, dtype: torch.dtype) -> Any:
     try:
         import tensor_parallel
     except ImportError as error:
-        raise BadInputError(f"it cannot be imported: {error}", hint="pip install tensor_parallel") from None
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "tensor_parallel"
+        hint = "pip install tensor_parallel" if absent else None  # else it is there, and does not go with what it needs
+        raise BadInputError(f"it cannot be imported: {error}", hint=hint) from None
     family: Any = model_class(root)[0]
     devices = [f"cuda:{rank}" for rank in range(ranks)] if torch.cuda.is_available() else ["cpu"] * ranks
     with quiet_transformers():

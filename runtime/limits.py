@@ -82,8 +82,9 @@ class Limits:
                 raise BadInputError(f"{named} has {len(prompt.ids)} tokens, and the model {self.prompt} positions")
             if not self.knows(max(prompt.ids)):
                 raise BadInputError(
-                    f"{named} has the token {max(prompt.ids)}, and the model knows {self.vocabulary}",
-                    hint="the folder's tokenizer is that of another model",
+                    f"{named} has the token {max(prompt.ids)}, and the model knows {self.vocabulary}: the tokenizer in"
+                    " the folder is that of another model",
+                    hint="convert it from a checkpoint with its own tokenizer",
                 )
 
 

@@ -22,6 +22,7 @@ from reshard.manifest import Manifest
 from reshard.process import patient_collector, worker_count
 from reshard.rank_file import written_file
 from reshard.source import MANIFEST_NAME
+from reshard.stores import as_text
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
 
 from .agreement import Deadline, agree
@@ -111,7 +112,7 @@ def load(
         if where.type == "cuda":
             torch.cuda.set_device(where)  # kernels and collectives without a device of their own go by it
         found = locate_together(
-            str(place),
+            as_text(place),
             revision=revision,
             first=info.rank == 0,
             rank=replicas.rank,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import os
@@ -14,9 +13,8 @@ import torch.distributed as dist
 
 from reshard.errors import IntegrityError, TopologyError, printable
 from reshard.hub.place import discard
-from reshard.layout import rank_file_name
 from reshard.manifest import Manifest, read_manifest
-from reshard.places import find_resharded, locate
+from reshard.places import fetch_files, find_resharded, locate
 from reshard.source import MANIFEST_NAME
 from reshard.verification import check_file
 
@@ -97,8 +95,8 @@ def _fetch(place: str, commit: str | None, rank: int, world_size: int, *, digest
         )
     located = Located(folder, manifest, repo_id is not None)
     if located.fetched:
-        names = [rank_file_name(rank), *(glob.escape(record.name) for record in manifest.extras)]
-        locate(place, revision=commit, patterns=names, ignored=())
+        names = [manifest.rank_files[rank].name, *(record.name for record in manifest.extras)]
+        fetch_files(place, names, version=commit)
     if digests:
         _check_small(located)
     return located

@@ -17,6 +17,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
 from reshard.layout import Slot, file_layout
 from reshard.output import pwrite
+from reshard.places import local_folder
 from reshard.targets import LocalTensor
 from reshard.weights import INDEX_NAME
 
@@ -48,7 +49,7 @@ def save_pretrained(
     Arguments of transformers' own are taken where they ask for what happens anyway, as their defaults do.
 
     Raises:
-        UsageError: another one, which is not for a model on several ranks.
+        UsageError: another one, which is not for a model on several ranks; or the folder is a URL.
         DestinationExistsError: the folder holds weights already.
         StorageError: the disk said no.
     """
@@ -56,7 +57,7 @@ def save_pretrained(
     group = replicas_of(model).group
     writes, first = dist.get_rank(group) == 0, dist.get_global_rank(group, 0)
     refused = _refused(model, others, writes=writes)
-    with _Writer(Path(save_directory)) as writer:
+    with _Writer(local_folder(save_directory)) as writer:
         tensors = [tensor for bundle in plan for tensor in bundle.sources]
         begins = writes and not refused
         _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if begins else refused)

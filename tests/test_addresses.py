@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_tools import Cli, Refused, assert_one_error, convert
@@ -10,9 +12,9 @@ from fake_hub import FakeHub
 from object_store import ObjectStore, contents
 
 import reshard
-from reshard.errors import BadInputError, UsageError
+from reshard.errors import BadInputError, StorageError, UsageError
 from reshard.hub.place import Place
-from reshard.places import locate
+from reshard.places import find_resharded, local_folder, locate
 
 PLACES = ["org/model", "org/model/", "hf://org/model", "{hub}/org/model", "{hub}/org/model/tree/main?tab=x#y"]
 
@@ -72,6 +74,47 @@ def test_a_name_that_none_can_have(name: str, out: Path, refused: Refused) -> No
 
 def test_publish_names_what_a_store_takes(resharded: Path, refused: Refused) -> None:
     refused(2, ["publish", resharded, "s3://bucket/x"], "not a place on the Hub", hint="convert")
+
+
+# --- URLs that have been paths ---
+
+
+def test_a_path_of_a_url_is_that_url(stored_source: str, stored: str, store: ObjectStore, out: Path) -> None:
+    """A Path takes one of two slashes from it."""
+    assert str(Path(stored)) == stored.replace("//", "/")
+    reshard.convert(Path(stored_source), out, tp_size=2)
+    assert reshard.inspect(Path(stored)).world_size == 2
+    reshard.merge(Path(stored), Path("s3://bucket/merged"))
+    assert "config.json" in store.objects("merged")
+    assert reshard.verify(out, against=Path(stored_source)).elements
+    with pytest.raises(StorageError, match=r"there/s3:: no such folder"):
+        reshard.convert(stored_source, out.parent / "there" / "s3:" / "bucket", tp_size=2)
+
+
+@pytest.mark.parametrize("make", [str, Path])
+def test_a_url_where_only_a_folder_will_do(
+    make: Callable[[str], object], resharded: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named as it was given, and nothing is made of it on this machine."""
+    monkeypatch.chdir(out.parent)
+    url: Any = make("s3://bucket/x")
+    found = find_resharded(str(resharded))
+    monkeypatch.setattr("reshard.pulling.find_resharded", lambda *_, **__: found)
+    for call in (
+        lambda: reshard.verify(url),
+        lambda: reshard.publish(url, "org/model"),
+        lambda: reshard.pull("org/model", to=url),
+        lambda: local_folder(url),
+    ):
+        with pytest.raises(UsageError, match=r"^s3://bucket/x: is not on this machine") as refused:
+            call()
+        assert "reshard pull" in str(refused.value.hint)
+    assert not any(path.name.startswith("s3") for path in Path().iterdir())
+
+
+def test_verify_and_publish_name_a_url_as_it_was_given(refused: Refused) -> None:
+    for command in (["verify", "s3://bucket/x"], ["publish", "s3://bucket/x", "org/model"]):
+        refused(2, command, "s3://bucket/x: is not on this machine", hint="reshard pull")
 
 
 # --- revisions ---

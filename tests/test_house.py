@@ -38,6 +38,7 @@ RUNTIME_MAY_IMPORT = {
         "reference",
         "regions",
         "source",
+        "stores",
         "strategies",
         "switches",
         "targets",

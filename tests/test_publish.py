@@ -136,6 +136,32 @@ def test_other_weights_stay(here: FakeHub, degrees: dict[int, Path]) -> None:
     assert repo.files["model.safetensors"] == b"weights"
 
 
+@pytest.mark.parametrize("stated", ["mit", None])
+def test_a_page_by_hand_that_says_another_licence(
+    stated: str | None, here: FakeHub, checkpoint: Callable[..., Path], tmp_path: Path, cli: Cli
+) -> None:
+    """It stays, so what is said here would be shown nowhere."""
+    folder = tmp_path / "out"
+    here.create("org/source", {**contents(checkpoint("llama")), **card_of("license: mit\n")})
+    reshard.convert("org/source" if stated is None else checkpoint("llama"), folder, tp_size=2)
+    page = b"---\nlicense: apache-2.0\n---\n# By hand\n"
+    repo = here.create(NAME, {"README.md": page})
+    publish = ["publish", folder, NAME, *(["--license", stated] if stated else [])]
+    words = f"{'--license' if stated else 'the source'} mit"
+    assert_one_error(cli(*publish), 11, "its README.md says the licence apache-2.0", words, hint="correct it there")
+    assert len(repo.commits) == 1
+    repo.commit({"README.md": page.replace(b"apache-2.0", b"mit")})
+    assert cli(*publish).code == 0
+    assert b"# By hand" in repo.files["README.md"]
+
+
+def test_the_licence_of_a_page_by_hand_is_named(here: FakeHub, resharded: Path, cli: Cli) -> None:
+    here.create(NAME, {"README.md": b"---\nlicense: apache-2.0\n---\n# By hand\n"})
+    assert_one_error(cli("publish", resharded, NAME), 11, "from a local folder", hint="--license apache-2.0")
+    done = cli("publish", resharded, NAME, "--license", "Apache-2.0")
+    assert "licence apache-2.0" in done.out.lower()
+
+
 def test_a_branch_and_a_pull_request(here: FakeHub, degrees: dict[int, Path]) -> None:
     here.create(NAME)
     repo = here.repos[NAME]

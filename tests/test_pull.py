@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cli_tools import RANK_FILES, Cli, assert_one_error
 from fake_hub import FakeHub, Fault, Handler, Reply, corrupt, drop, hang_up, ignore_range, stall, status
+from torch.distributed import HashStore
 
 import reshard
 from reshard.errors import (
@@ -22,6 +23,8 @@ from reshard.errors import (
     UsageError,
 )
 from reshard.places import find_resharded
+from runtime.agreement import Deadline
+from runtime.locating import locate_together
 
 NAME = "org/model-tp2"
 SECOND = RANK_FILES[1]
@@ -182,6 +185,37 @@ def test_what_is_no_resharded_repo(here: FakeHub, tmp_path: Path) -> None:
         reshard.pull("org/model")
     with pytest.raises(BadInputError, match="is a local folder"):
         reshard.pull(str(tmp_path))
+
+
+def test_a_repo_that_lacks_a_rank_file(here: FakeHub, resharded: Path, tmp_path: Path, cli: Cli) -> None:
+    """To fetch it again would not help. What is there of it can be had."""
+    here.create(NAME, {name: data for name, data in contents(resharded).items() if name != SECOND})
+    assert cli("pull", NAME, "--rank", 0).code == 0
+    for command in (
+        ["pull", NAME],
+        ["pull", NAME, "--to", tmp_path / "to"],
+        ["merge", NAME, tmp_path / "merged"],
+        ["convert", NAME, tmp_path / "out", "--tp-size", 4],
+    ):
+        done = cli(*command)
+        assert_one_error(done, 4, f"{NAME}: has no {SECOND}")
+        assert "fetch" not in done.err
+    assert_one_error(cli("pull", NAME), 4, hint="published anew")
+    together = {"first": True, "world_size": 2, "digests": True, "store": HashStore(), "deadline": Deadline.after(60)}
+    assert locate_together(NAME, revision=None, rank=0, **together).manifest.world_size == 2
+    with pytest.raises(IntegrityError, match=f"has no {SECOND}"):
+        locate_together(NAME, revision=None, rank=1, **together)
+
+
+def test_a_repo_that_holds_another_file_than_its_manifest_says(here: FakeHub, resharded: Path, cli: Cli) -> None:
+    """As it is there, so it would come again."""
+    data = bytearray(contents(resharded)[SECOND])
+    data[-1] ^= 1
+    here.create(NAME, {**contents(resharded), SECOND: bytes(data)})
+    for _ in range(2):
+        assert_one_error(cli("pull", NAME, "--rank", 1), 4, "altered", hint="it is so there")
+    here.repos[NAME].commit({SECOND: b"short"})
+    assert_one_error(cli("pull", NAME, "--rank", 1), 4, "expected", hint="it is so there")
 
 
 def test_no_access(here: FakeHub, resharded: Path) -> None:

@@ -280,7 +280,7 @@ def test_an_index_that_leads_elsewhere(here: FakeHub, checkpoint: Checkpoint) ->
         reshard.plan("org/model", tp_size=2)
     index["weight_map"]["lm_head.weight"] = "gone.safetensors"
     here.create("org/model", {**files, "model.safetensors.index.json": json.dumps(index).encode()})
-    with pytest.raises(BadInputError, match=r"org/model: the repo has no gone\.safetensors"):
+    with pytest.raises(BadInputError, match=r"org/model: has no gone\.safetensors"):
         reshard.plan("org/model", tp_size=2)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -36,8 +35,9 @@ def publish(out: str, repo: str, style: str, **options: Any) -> None:
     """
     from .. import publish as run
     from ..manifest import read_manifest
+    from ..places import local_folder
 
-    total = sum(record.size for record in read_manifest(Path(out)).rank_files)
+    total = sum(record.size for record in read_manifest(local_folder(out)).rank_files)
     with progress_bar(total, "checking") as report:
         done = run(out, repo, progress=report, **options)
     print_report({**asdict(done), "deleted": list(done.deleted)}, style, _published_text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ..errors import printable
@@ -27,8 +25,9 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
     """
     from .. import verify as run
     from ..manifest import read_manifest
+    from ..places import local_folder
 
-    total = sum(record.size for record in read_manifest(Path(out)).rank_files)
+    total = sum(record.size for record in read_manifest(local_folder(out)).rank_files)
     with progress_bar(total, "checking") as report:
         found = run(out, against=against, revision=revision, progress=report)
     compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError, NetworkError, printable
-from ..remote import Entry, GivenUp, never
+from ..errors import NetworkError, printable
+from ..remote import Entry, GivenUp, lacking, never
 from .errors import explain
 from .place import Place
 from .session import RETRIES, again, client
@@ -50,9 +50,7 @@ class HubFiles:
         for name, path in zip(names, paths):
             info = found.get(path)
             if info is None or not hasattr(info, "size"):  # a folder can have such a name too
-                raise BadInputError(
-                    f"{self}: the repo has no {printable(name)}", hint="only safetensors files are read"
-                )
+                raise lacking(self, name)
             entries.append(Entry(name, info.size, info.lfs.sha256 if info.lfs else None))
         return entries
 

@@ -13,7 +13,7 @@ from .errors import explain
 from .place import Place
 from .session import again, is_unreachable
 
-__all__ = ["Terms", "agreed", "check_public", "source_terms"]
+__all__ = ["Terms", "agreed", "agreed_by_hand", "check_public", "source_terms"]
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 
@@ -57,7 +57,10 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
     metadata = _of_source(info)
     licence = metadata.get("license")
     if stated and licence and stated.lower() != licence.lower():
-        raise PolicyError(f"its source {name} is under the licence {licence}, not {stated}")
+        raise PolicyError(
+            f"its source {name} is under the licence {licence}, not {stated}",
+            hint=f"leave out --license, or say the same: --license {licence}",
+        )
     if info.gated:
         obstacle: str | None = f"its source {name} is gated"
     elif info.private:
@@ -110,6 +113,24 @@ def agreed(place: Place, terms: Terms, card: str | None, manifest: Manifest, the
             + (f", or if that is the licence of this one too: --license {licence}" if licence else ""),
         )
     return terms
+
+
+def agreed_by_hand(place: Place, terms: Terms, card: str) -> Terms:
+    """The terms for a repo whose card somebody has written, which stays: what it says of the licence is what is shown.
+
+    Raises:
+        PolicyError: it says another licence.
+        BadInputError: its front matter cannot be read.
+    """
+    licence = _metadata(_front_matter(place.repo_id, card), "").get("license")
+    if licence and terms.licence and licence.lower() != terms.licence.lower():
+        whose = "--license" if terms.stated else "the source"
+        raise PolicyError(
+            f"{printable(place.repo_id)}: its README.md says the licence {licence}, and {whose} {terms.licence}",
+            hint="that page stays as it is: correct it there"
+            + (f", or give --license {licence}" if terms.stated else ""),
+        )
+    return replace(terms, licence=terms.licence or licence)
 
 
 def _words(licence: str | None) -> str:

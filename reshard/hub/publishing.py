@@ -18,12 +18,13 @@ from ..errors import (
     printable,
 )
 from ..manifest import Manifest, read_manifest
+from ..places import local_folder
 from ..source import MANIFEST_NAME
 from ..stores import is_url
 from ..verification import verify
 from .card import is_ours, render
 from .errors import doing
-from .licence import Terms, agreed, check_public, source_terms
+from .licence import Terms, agreed, agreed_by_hand, check_public, source_terms
 from .place import Place, discard
 from .session import RETRIES, again
 from .uploading import Change, LocalFile, holds, upload
@@ -89,10 +90,10 @@ def publish(
 
     Raises:
         IntegrityError: a file here, or on the Hub afterwards, is not what it should be.
-        PolicyError: that word is missing, the repo is public though `private` is asked for, or it holds models of other
-            sources under another licence.
+        PolicyError: that word is missing, the repo is public though `private` is asked for, it holds models of other
+            sources under another licence, or its own page, written by hand, says another.
         DestinationExistsError: other weights are there, or other files of the same names.
-        UsageError: `place` is the URL of a store.
+        UsageError: `place` is the URL of a store, or `out` is a URL.
         NetworkError: the Hub cannot be reached, or refuses; says which right is missing.
         RemoteMovedError: somebody else has changed the repo meanwhile.
     """
@@ -101,7 +102,7 @@ def publish(
             f"{printable(place)}: not a place on the Hub, such as org/name",
             hint="in a store it is put by convert, with its URL as OUT",
         )
-    folder, where = Path(out), Place.parse(place)
+    folder, where = local_folder(out), Place.parse(place)
     if "/" not in where.repo_id:
         raise BadInputError(f"{printable(place)}: not a repo id", hint=f"name its owner too: OWNER/{where.repo_id}")
     manifest = read_manifest(folder)
@@ -116,7 +117,9 @@ def publish(
     ours = page is None or is_ours(page)
     there = _degrees(where, remote, every=ours)
     terms = source_terms(manifest, licence)
-    if ours:
+    if page is not None and not ours:
+        terms = agreed_by_hand(where, terms, page)
+    else:
         terms = agreed(where, terms, page, manifest, there)
     if not remote.private:
         check_public(str(where), terms)
