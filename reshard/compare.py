@@ -12,6 +12,7 @@ from .guard import MappedFile
 from .header import Header, read_header
 from .manifest import Manifest
 from .places import resolve_source
+from .progress import Advance, Progress, silent
 from .reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
 from .resharded import source_headers, source_tensors
 from .source import Source
@@ -20,7 +21,9 @@ from .targets import LocalTensor, rank_tensors, unused_tensors
 __all__ = ["compare_with_source"]
 
 
-def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revision: str | None = None) -> int:
+def compare_with_source(
+    folder: Path, manifest: Manifest, place: str, *, revision: str | None = None, progress: Progress = silent
+) -> int:
     """Gather every tensor of every file again from the source and compare the bytes. Returns the elements compared.
 
     Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose.
@@ -31,20 +34,15 @@ def compare_with_source(folder: Path, manifest: Manifest, place: str, *, revisio
     _check_is_source(headers, source)
     source_tensors(manifest, headers)  # every element has its place
     _check_duplicates(manifest, source)
-    with SourceReader(source) as reader:
-        compared = sum(
-            _compare(
-                folder,
-                record,
-                rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size),
-                reader,
-            )
-            for rank, record in enumerate(manifest.rank_files)
-        )
-        if manifest.unused_file:
-            unused = unused_tensors(source, manifest.unused_file.tensors)
-            compared += _compare(folder, manifest.unused_file, unused, reader)
-    return compared
+    held: list[tuple[FileRecord, Iterable[LocalTensor]]] = [
+        (record, rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size))
+        for rank, record in enumerate(manifest.rank_files)
+    ]
+    if manifest.unused_file:
+        held.append((manifest.unused_file, unused_tensors(source, manifest.unused_file.tensors)))
+    total = sum(record.size for record, _ in held)
+    with SourceReader(source) as reader, progress(total, "comparing") as report:
+        return sum(_compare(folder, record, tensors, reader, report) for record, tensors in held)
 
 
 def _check_is_source(headers: Mapping[str, Header], source: Source) -> None:
@@ -65,7 +63,9 @@ def _check_duplicates(manifest: Manifest, source: Source) -> None:
             raise IntegrityError(f"{printable(name)}: differs from {printable(owner)}, which is stored in its place")
 
 
-def _compare(folder: Path, record: FileRecord, tensors: Iterable[LocalTensor], reader: SourceReader) -> int:
+def _compare(
+    folder: Path, record: FileRecord, tensors: Iterable[LocalTensor], reader: SourceReader, report: Advance
+) -> int:
     path, buffer, compared = folder / record.name, memoryview(bytearray(BLOCK_BYTES)), 0
     with MappedFile(path, size=record.size) as mapped:
         stored = {info.name: info for info in read_header(path, file=record.name).tensors}
@@ -79,5 +79,6 @@ def _compare(folder: Path, record: FileRecord, tensors: Iterable[LocalTensor], r
             for offset, block in tensor_blocks(tensor, reader, buffer):
                 if view[offset : offset + len(block)] != block:
                     raise IntegrityError(f"{printable(path)}: tensor {printable(tensor.name)} differs from the source")
+                report(len(block))
             compared += math.prod(tensor.shape)
     return compared

@@ -6,20 +6,20 @@ import contextlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .arguments import checked
 from .arrivals import Arrivals
 from .destination import destination
 from .digest import ALGORITHM, FileRecord, digest_of, new_digest
-from .errors import UsageError
+from .errors import UsageError, printable
 from .executor import write_files
 from .journal import Journal
-from .layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
+from .layout import FileLayout, plan_layouts
 from .manifest import REFERENCE_NAME, Manifest
 from .model import read_model
 from .origin import Origin, open_origin
-from .placement import is_box
 from .planning import ReshardPlan, build_plan, smallest_fit
 from .progress import Progress, silent
 from .reference import fetch_whole, store_reference
@@ -27,15 +27,18 @@ from .rules import AUTO, read_rules
 from .source import MANIFEST_NAME, Source
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .stores import as_text
-from .strategies import ALL_PARALLEL_STYLES, ParallelInterface
-from .targets import rank_tensors, unused_tensors
+from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .topology import Topology
 
-__all__ = ["convert", "plan", "plan_layouts"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["convert", "plan"]
 
 _MANIFEST_SHARE = 1 << 20  # bytes kept free for the manifest and the folder itself
 
 
+@checked
 def plan(
     source: str | Path,
     *,
@@ -43,10 +46,11 @@ def plan(
     gpu_memory: int | None = None,
     ep_size: int = 1,
     tp_plan: Mapping[str, str] | str | Path = AUTO,
-    strategies: ParallelInterface = ALL_PARALLEL_STYLES,
+    strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
     revision: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     drop_unused: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> ReshardPlan:
     """Plan a checkpoint (folder, Hub id or URL) for `tp_size` ranks, from its headers alone.
 
@@ -56,16 +60,19 @@ def plan(
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
     "auto" for the model's own, or rules (pattern → style) or the file that holds them; with `"extends": "auto"` among
-    them they are added to the model's own. `strategies` says what the styles mean. `dtype` (a torch name such as
-    `bfloat16`) stores every floating parameter in that dtype, except those the model keeps in fp32.
+    them they are added to the model's own. `strategies` says what the styles mean: a Python file of yours that
+    registers them, which is run, or what `load_strategies` returned. `dtype` (`torch.bfloat16`, "bfloat16" or "bf16",
+    and so on for float16 and float32) stores every floating parameter in that dtype, except those the model keeps in
+    fp32. `say` is called with a line of words when the work begins; the remarks are the `notes` of the plan.
 
-    Raises a `ReshardError`.
+    Raises a `ReshardError`: UsageError for an argument that makes no sense.
     """
     if (tp_size is None) == (gpu_memory is None):
         raise UsageError(
             "give either the number of ranks (--tp-size) or what each can hold (--gpu-memory)",
             hint="--tp-size 2, or --gpu-memory 24GB",
         )
+    say(_announced(source, Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
     planned, _ = _plan(
         open_origin(as_text(source), revision=revision),
         Topology(tp_size or ep_size, ep_size),
@@ -78,18 +85,23 @@ def plan(
     return planned
 
 
+def _announced(source: str | Path, ranks: object) -> str:
+    return f"planning {printable(as_text(source))} for {ranks}"
+
+
 def _plan(
     origin: Origin,
     topology: Topology,
     *,
     tp_plan: Mapping[str, str] | str | Path,
-    strategies: ParallelInterface,
+    strategies: ParallelInterface | str | Path,
     dtype: str | None,
     drop_unused: bool,
     gpu_memory: int | None = None,
     arrivals: Arrivals | None = None,
 ) -> tuple[ReshardPlan, list[FileLayout]]:
     """The plan, and the files to fill from what is read."""
+    strategies = as_strategies(strategies)
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
     model = read_model(origin.source, dtype=dtype, tp_plan=rules, experts=topology.ep > 1)
     if gpu_memory is not None:
@@ -107,22 +119,7 @@ def _plan(
     return planned, [made.relocated(layout) for layout in layouts] if made else layouts
 
 
-def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
-    """Every file the plan writes: one for each rank, and the unused tensors' if there are any."""
-    rectangles = frozenset(target.name for target in plan.targets if plan.world_size == 1 or is_box(target.placement))
-    layouts = [
-        file_layout(
-            rank_file_name(rank),
-            rank_tensors(plan.targets, rank=rank, world_size=plan.world_size),
-            boxes=rectangles,
-        )
-        for rank in range(plan.world_size)
-    ]
-    if plan.unused:
-        layouts.append(file_layout(UNUSED_NAME, unused_tensors(plan.source, plan.unused)))
-    return layouts
-
-
+@checked
 def convert(
     source: str | Path,
     out: str | Path,
@@ -130,9 +127,9 @@ def convert(
     tp_size: int,
     ep_size: int = 1,
     tp_plan: Mapping[str, str] | str | Path = AUTO,
-    strategies: ParallelInterface = ALL_PARALLEL_STYLES,
+    strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
     revision: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     drop_unused: bool = False,
     overwrite: bool = False,
     keep_cache: bool = False,
@@ -153,14 +150,15 @@ def convert(
     `reference_logits` stores what the single-process model computes on a few fixed tokens, for `runtime check`. That
     alone loads the model: it needs memory for it (see `store_reference`), and in the cache all files of one elsewhere.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
-    `progress`, given the bytes to write, returns a context manager whose value is called with the bytes just written.
-    `say` is called with each of the plan's `notes`.
+    `progress` is told of bytes written, and sent (see `reshard.progress`). `say` is called with lines of words: when
+    planning begins, then with each of the plan's `notes`.
 
     Raises:
         ReshardError: its subclass and exit code say which kind of failure.
     """
     topology = Topology(tp_size, ep_size)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
+        say(_announced(source, topology))
         if reference_logits:
             whole, revision = fetch_whole(as_text(source), revision=revision)
         origin = open_origin(as_text(source), revision=revision)
@@ -182,7 +180,7 @@ def convert(
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             staged = 0 if keep_cache else origin.staged_bytes()
             check_free_space(folder, total + staged + extras_size + _MANIFEST_SHARE, origin.staged(stage))
-            with progress(total) as report, contextlib.closing(Journal(folder)) as journal:
+            with progress(total, "writing") as report, contextlib.closing(Journal(folder)) as journal:
                 written, source_digests = write_files(
                     folder,
                     layouts,

@@ -152,7 +152,7 @@ class _InStore:
         strange = sorted(open_store(self.url).files.keys() - {*names, last, PROBE_NAME})
         if strange:
             raise DestinationExistsError(f"{printable(self.url)}: holds files of something else: {listed(strange)}")
-        with self.progress(sum(sizes.values())) as report, ThreadPoolExecutor(_AT_ONCE) as pool:
+        with self.progress(sum(sizes.values()), "sending") as report, ThreadPoolExecutor(_AT_ONCE) as pool:
             small = [name for name in names if sizes[name] <= _SMALL]
             list(pool.map(lambda name: self._send(folder / name, report), small))
             for name in names:

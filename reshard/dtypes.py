@@ -5,7 +5,7 @@ from __future__ import annotations
 from .errors import BadInputError, printable
 from .header import DTYPE_BITS
 
-__all__ = ["CODES", "FLOATING", "NAMES", "itemsize", "torch_name"]
+__all__ = ["CODES", "FLOATING", "NAMES", "STORABLE", "floating_dtype", "itemsize", "torch_name"]
 
 # safetensors code → torch name
 NAMES = {
@@ -30,6 +30,8 @@ NAMES = {
     "C64": "complex64",
 }
 CODES = {name: code for code, name in NAMES.items()}
+STORABLE = ("float32", "float16", "bfloat16")  # what floating parameters can be stored in
+_ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})  # what --dtype may change
 
 
@@ -38,6 +40,18 @@ def torch_name(code: str, *, tensor: str) -> str:
     if code not in NAMES:
         raise BadInputError(f"{printable(tensor)}: dtype {printable(code)} cannot be resharded")
     return NAMES[code]
+
+
+def floating_dtype(given: object) -> str:
+    """torch's name of a dtype to store parameters in, given as torch.bfloat16, "torch.bfloat16", "bfloat16" or "bf16".
+
+    Raises ValueError, which says what there is.
+    """
+    name = str(given).removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    if name not in STORABLE:
+        raise ValueError(f"one of {', '.join(STORABLE)}")
+    return name
 
 
 def itemsize(name: str) -> int:

@@ -54,6 +54,9 @@ class ReshardError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        return f"{self.message}\nHint: {self.hint}" if self.hint else self.message
+
 
 class UsageError(ReshardError):
     exit_code = 2
@@ -108,12 +111,12 @@ def without_secrets(text: str) -> str:
 
 def printable(text: object, limit: int = 200) -> str:
     """`text` made safe to show: control, bidi and unprintable characters escaped, at most `limit` characters, and URLs
-    `without_secrets`.
+    `without_secrets`. Of a `ReshardError`, without its hint.
 
     Names of files and tensors come from files that nobody vouches for.
     """
     # Cut first: a crafted name can have 99 MB.
-    bare = without_secrets(str(text)[: limit + 1])
+    bare = without_secrets((text.message if isinstance(text, ReshardError) else str(text))[: limit + 1])
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in bare)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 

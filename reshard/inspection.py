@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .arguments import checked
 from .manifest import Manifest
 from .places import find_resharded
 from .stores import as_text
@@ -11,6 +12,7 @@ from .stores import as_text
 __all__ = ["inspect"]
 
 
+@checked
 def inspect(place: str | Path, *, revision: str | None = None) -> Manifest:
     """The manifest of a resharded folder, or of a Hub repo (only that file is fetched). Raises a `ReshardError`."""
     return find_resharded(as_text(place), revision=revision).manifest

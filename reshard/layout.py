@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .dtypes import CODES, itemsize
-from .targets import LocalTensor
+from .placement import is_box
+from .targets import LocalTensor, rank_tensors, unused_tensors
 
-__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "rank_file_name"]
+if TYPE_CHECKING:  # a plan comes with torch
+    from .planning import ReshardPlan
+
+__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "plan_layouts", "rank_file_name"]
 
 ALIGNMENT = 4096  # bytes: tensor data starts on a page, so a file can be mapped or read directly
 UNUSED_NAME = "unused.safetensors"
@@ -68,3 +73,19 @@ def file_layout(name: str, tensors: Iterable[LocalTensor], *, boxes: frozenset[s
         slots.append(Slot(tensor, offset))
         offset += tensor.nbytes
     return FileLayout(name, head, tuple(slots), offset)
+
+
+def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
+    """Every file the plan writes: one for each rank, and the unused tensors' if there are any."""
+    rectangles = frozenset(target.name for target in plan.targets if plan.world_size == 1 or is_box(target.placement))
+    layouts = [
+        file_layout(
+            rank_file_name(rank),
+            rank_tensors(plan.targets, rank=rank, world_size=plan.world_size),
+            boxes=rectangles,
+        )
+        for rank in range(plan.world_size)
+    ]
+    if plan.unused:
+        layouts.append(file_layout(UNUSED_NAME, unused_tensors(plan.source, plan.unused)))
+    return layouts

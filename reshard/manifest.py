@@ -25,7 +25,7 @@ FORMAT_VERSION = "2.0"
 REFERENCE_NAME = "reference.logits"  # among the extras; a safetensors file that no reader is to take for weights
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Manifest:
     """The whole of `reshard.json`. `source_files` keep each source file's size, digest and header text.
 
@@ -59,6 +59,17 @@ class Manifest:
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the folder but the manifest itself."""
         return (*self.rank_files, *((self.unused_file,) if self.unused_file else ()), *self.extras)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `reshard inspect --format json` prints: names, numbers, lists and dicts of them."""
+        from .report import manifest_report
+
+        return manifest_report(self)
+
+    def __repr__(self) -> str:
+        size = sum(record.size for record in self.rank_files)
+        of = f"{self.architecture} ({self.dtype})"
+        return f"<Manifest of {printable(of)} for {self.topology}: {len(self.parameters)} parameters, {size:,} bytes>"
 
     def to_bytes(self) -> bytes:
         """The file's text: the same for the same content, and sealed with its own digest."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .arguments import checked
 from .destination import destination
 from .digest import ALGORITHM, digest_file, digest_of
 from .dtypes import torch_name
@@ -17,7 +18,7 @@ from .journal import Journal
 from .layout import FileLayout, Slot, file_layout
 from .manifest import REFERENCE_NAME
 from .places import fetch
-from .progress import Progress, silent
+from .progress import Advance, Progress, silent
 from .rank_file import written_file
 from .resharded import Resharded, open_resharded
 from .source import MANIFEST_NAME
@@ -30,6 +31,7 @@ __all__ = ["LAYOUTS", "merge"]
 LAYOUTS = ("source", "hf")
 
 
+@checked
 def merge(
     out: str | Path,
     dest: str | Path,
@@ -47,7 +49,7 @@ def merge(
     Every file is digested in the end, and must be the one that was recorded. With `layout` "hf" they are files of the
     same names with headers of their own: a checkpoint that any tool opens, also of what was cast or dropped in part.
     The small files are copied; an index is written anew. `dest` appears in one step, and an interrupted merge goes on,
-    as with `convert`. Returns the names of the files.
+    as with `convert`. `progress` is told of bytes written (see `reshard.progress`). Returns the names of the files.
 
     Raises:
         BadInputError: what was done cannot be undone: tensors were cast, or dropped.
@@ -57,14 +59,14 @@ def merge(
     """
     if layout not in LAYOUTS:
         raise UsageError(f"layout {printable(layout)}: not one of {', '.join(LAYOUTS)}")
-    folder, _, _ = fetch(as_text(out), revision=revision)
-    made = open_resharded(folder)
-    layouts = _standard_files(made) if layout == "hf" else _source_files(made)
-    total = sum(file.size for file in layouts)
-    with staged_folder(destination(dest, sync=sync)) as stage:
+    with staged_folder(destination(dest, sync=sync, progress=progress)) as stage:
+        folder, _, _ = fetch(as_text(out), revision=revision)
+        made = open_resharded(folder)
+        layouts = _standard_files(made) if layout == "hf" else _source_files(made)
+        total = sum(file.size for file in layouts)
         part = stage.begin(digest_of(f"{layout} {digest_file(folder / MANIFEST_NAME)}".encode()))
         check_free_space(part, total)
-        with progress(total) as report, contextlib.closing(Journal(part)) as journal:
+        with progress(total, "writing") as report, contextlib.closing(Journal(part)) as journal:
             write_files(
                 part,
                 layouts,
@@ -76,7 +78,8 @@ def merge(
                 progress=report,
             )
         if layout == "source":
-            _check_digests(made, part)
+            with progress(total, "checking") as report:
+                _check_digests(made, part, report)
         for extra in made.manifest.extras:
             if extra.name == REFERENCE_NAME:  # made with the folder; the source has none
                 continue
@@ -124,13 +127,14 @@ def _standard_files(made: Resharded) -> list[FileLayout]:
     return layouts
 
 
-def _check_digests(made: Resharded, part: Path) -> None:
+def _check_digests(made: Resharded, part: Path, report: Advance) -> None:
     for file in made.manifest.source_files:
         if f"{ALGORITHM}:{digest_file(part / file['file'])}" != file["digest"]:
             raise IntegrityError(
                 f"{printable(made.held.root)}: {printable(file['file'])} does not come out as it went in",
                 hint="reshard verify says which file was altered",
             )
+        report(file["size"])
 
 
 def _index(layouts: Sequence[FileLayout]) -> bytes:

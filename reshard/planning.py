@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ _LEAST_MEANT = 1 << 20  # bytes of a GPU: fewer are a number without its unit
 _LARGEST = 64  # ranks looked at when listing the legal sizes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ReshardPlan:
     """Everything `convert` will do. `runtime_only` says why plain transformers cannot open the folder, if it cannot.
 
@@ -48,6 +49,16 @@ class ReshardPlan:
     @property
     def world_size(self) -> int:
         return self.topology.world_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
+        from .report import plan_report
+
+        return plan_report(self)
+
+    def __repr__(self) -> str:
+        of = f"{self.model.architecture} ({self.model.dtype})"
+        return f"<ReshardPlan of {printable(of)} for {self.topology}: {len(self.targets)} parameters>"
 
 
 def build_plan(

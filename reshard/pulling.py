@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
+from .arguments import checked
 from .digest import FileRecord
 from .errors import (
     BadInputError,
@@ -21,6 +22,7 @@ from .errors import (
 from .hub.place import Place, discard
 from .manifest import Manifest
 from .places import Found, away, fetch_files, find_resharded, local_folder
+from .progress import Progress, silent
 from .remote import sha256_of
 from .source import MANIFEST_NAME
 from .stores import is_url
@@ -29,13 +31,14 @@ from .verification import check_file
 __all__ = ["pull"]
 
 
+@checked
 def pull(
     place: str,
     *,
     ranks: Iterable[int] | None = None,
     revision: str | None = None,
     to: str | Path | None = None,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = silent,
 ) -> Path:
     """Fetch a resharded repo (`org/name`, or a folder of it, `org/name/tp4`), or only the files of some ranks.
 
@@ -56,14 +59,15 @@ def pull(
     names = [record.name for record in records]
     target = None if to is None else _vacant(local_folder(to), found, records)
     folder = fetch_files(place, names, version=found.version, to=None if to is None else local_folder(to))
-    for record in records:
-        try:
-            check_file(folder, record, progress)
-        except IntegrityError as error:
-            so_there = _so_there(found, record, folder / record.name)
-            discard(folder / record.name)
-            again = "it is so there: it has to be published anew" if so_there else "run it again to fetch it again"
-            raise IntegrityError(error.message, hint=f"it was removed: {again}") from None
+    with progress(sum(record.size for record in records), "checking") as report:
+        for record in records:
+            try:
+                check_file(folder, record, report)
+            except IntegrityError as error:
+                so_there = _so_there(found, record, folder / record.name)
+                discard(folder / record.name)
+                again = "it is so there: it has to be published anew" if so_there else "run it again to fetch it again"
+                raise IntegrityError(error.message, hint=f"it was removed: {again}") from None
     if target is not None:
         shutil.copyfile(found.folder / MANIFEST_NAME, target)  # last, as everywhere
     return folder

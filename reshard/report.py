@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import printable
+from .layout import plan_layouts
 from .manifest import Manifest
 from .placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
+from .process import worker_count
 from .topology import Topology
 
 if TYPE_CHECKING:  # a plan comes with torch; a manifest is told without it
-    from .layout import FileLayout
     from .planning import ReshardPlan
 
 __all__ = ["manifest_report", "manifest_text", "plan_report", "plan_text", "table"]
@@ -106,10 +107,12 @@ def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
     return lines + [f"  not {size}: {sizes[size]}" for size in usual[:3]]
 
 
-def plan_report(
-    plan: ReshardPlan, layouts: Sequence[FileLayout], sizes: Mapping[int, str | None], memory: int
-) -> dict[str, Any]:
-    """What `plan` and `--dry-run` tell; `memory` is the executor's bound in bytes."""
+def plan_report(plan: ReshardPlan) -> dict[str, Any]:
+    """What `plan` and `--dry-run` tell."""
+    from .planning import legal_sizes
+    from .reader import BLOCK_BYTES
+
+    layouts, sizes = plan_layouts(plan), legal_sizes(plan.model)
     return {
         "architecture": plan.model.architecture,
         "dtype": plan.model.dtype,
@@ -119,7 +122,7 @@ def plan_report(
         "rank_bytes": [layout.size for layout in layouts[: plan.world_size]],
         "replicated_bytes": replicated_bytes(plan.targets),
         "disk_bytes": sum(layout.size for layout in layouts),
-        "memory_bytes": memory,
+        "memory_bytes": worker_count() * BLOCK_BYTES,
         "tied": plan.tied,
         "unused": list(plan.unused),
         "dropped": list(plan.dropped),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arguments import checked
 from .digest import FileRecord, digest_file, digest_of
 from .errors import IntegrityError, UsageError, printable
 from .guard import MappedFile
 from .manifest import Manifest, read_manifest
 from .places import local_folder
+from .progress import Advance, Progress, silent
 from .rank_file import check_digests, read_rank_header, written_file
 from .source import MANIFEST_NAME
 from .stores import as_text
@@ -29,15 +30,17 @@ class Report:
     elements: int | None = None
 
 
+@checked
 def verify(
     out: str | Path,
     *,
     against: str | Path | None = None,
     revision: str | None = None,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = silent,
 ) -> Report:
     """Check a resharded folder: no file missing, extra or altered. With `against`, compare every element with the
-    source checkpoint (folder, Hub id or URL) it was made from.
+    source checkpoint (folder, Hub id or URL) it was made from. `progress` is told of bytes checked, and compared (see
+    `reshard.progress`).
 
     Raises:
         IntegrityError: naming the file, and the tensor where it is one.
@@ -50,14 +53,15 @@ def verify(
     folder = local_folder(out)
     manifest = read_manifest(folder)
     _check_names(folder, manifest)
-    for record in manifest.files():
-        check_file(folder, record, progress)
+    records = manifest.files()
+    with progress(sum(record.size for record in records), "checking") as report:
+        for record in records:
+            check_file(folder, record, report)
     elements = None
     if against is not None:
         from .compare import compare_with_source
 
-        elements = compare_with_source(folder, manifest, as_text(against), revision=revision)
-    records = manifest.files()
+        elements = compare_with_source(folder, manifest, as_text(against), revision=revision, progress=progress)
     return Report(len(records), sum(len(r.tensors) for r in records), sum(record.size for record in records), elements)
 
 
@@ -71,17 +75,20 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             raise IntegrityError(f"{printable(folder / name)}: does not belong to this folder")
 
 
-def check_file(folder: Path, record: FileRecord, progress: Callable[[int], object] = lambda _: None) -> None:
-    """Check one file of a resharded folder, every byte. Raises IntegrityError, naming the tensor where it is one."""
+def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: None) -> None:
+    """Check one file of a resharded folder, every byte; `report` is told of them. Raises IntegrityError, naming the
+    tensor where it is one."""
     path = written_file(folder, record)
     if not record.tensors and not record.name.endswith(".safetensors"):
         if digest_file(path) != record.digest:
             raise IntegrityError(f"{printable(path)}: its content was altered")
+        report(record.size)
         return
     with MappedFile(path, size=record.size) as mapped:
         header = read_rank_header(path, record)
         found, view = {}, memoryview(mapped.data)
         for info in header.tensors:
             found[info.name] = digest_of(view[info.start : info.end])
-            progress(info.nbytes)
+            report(info.nbytes)
         check_digests(path, record, header, found)
+        report(record.size - sum(info.nbytes for info in header.tensors))

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from reshard.architecture import model_class, on_meta, quiet_transformers
+from reshard.arguments import checked
 from reshard.digest import digest_of
 from reshard.errors import BadInputError, IntegrityError, UsageError, printable
 from reshard.layout import rank_file_name
@@ -23,7 +24,7 @@ from reshard.process import patient_collector, worker_count
 from reshard.rank_file import written_file
 from reshard.source import MANIFEST_NAME
 from reshard.stores import as_text
-from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface
+from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks, tp_axis
@@ -43,16 +44,17 @@ from .sequence import split_points, split_sequence
 __all__ = ["load"]
 
 
+@checked
 @patient_collector()
 def load(
     place: str | Path,
     mesh: DeviceMesh | None = None,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     revision: str | None = None,
     check_digests: bool = True,
     attn_implementation: str | None = None,
-    strategies: ParallelInterface = ALL_PARALLEL_STYLES,
+    strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
     dp_size: int = 1,
     sequence_parallel: bool = False,
     timeout: float = 1800,
@@ -79,7 +81,8 @@ def load(
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
     `device` is `cpu`, `cuda` (each rank a GPU of its own: the default where there are GPUs) or `cuda:0` (all ranks on
     that one, over gloo). With a mesh it is of the mesh's kind, and the collectives are those of the mesh.
-    `timeout` is in seconds, from now until the last rank is done; those that are not are named.
+    `timeout` is in seconds, from now until the last rank is done; those that are not are named. `strategies` are those
+    of your own that the folder was made with: the Python file that registers them, or what `load_strategies` returned.
 
     Raises:
         UsageError: the attention implementation, or the kernel that `sdpa` has chosen, is not there for this device,
@@ -108,6 +111,7 @@ def load(
     seal = ""
     pool = ThreadPoolExecutor(worker_count(info.local_world_size), thread_name_prefix="reshard")
     try:
+        known = as_strategies(strategies)
         where = _device_of(mesh, device, info.local_rank)
         if where.type == "cuda":
             torch.cuda.set_device(where)  # kernels and collectives without a device of their own go by it
@@ -122,7 +126,7 @@ def load(
             deadline=deadline,
         )
         folder, manifest = found.folder, found.manifest
-        _check_custom(manifest, strategies)
+        _check_custom(manifest, known)
         check_attention(attn_implementation, where, manifest.dtype)
         seal = digest_of((folder / MANIFEST_NAME).read_bytes())
         arriving = _begin(folder, manifest, replicas.rank, where, pool, digests=check_digests)
@@ -132,7 +136,7 @@ def load(
         phases.end("import")
         model = on_meta(family, config, dtype=manifest.dtype, attn_implementation=attn_implementation)
         check_sdpa_of(model, where)
-        points = split_points(model, manifest.hooks, strategies) if sequence_parallel else None
+        points = split_points(model, manifest.hooks, known) if sequence_parallel else None
         phases.end("build")
         tensors = arriving()
         phases.end("read")
@@ -151,9 +155,9 @@ def load(
         mesh = mesh if mesh.ndim == 1 else mesh[TP]
         phases.end("mesh")
         fill(model, manifest, tensors, where)
-        distribute(model, manifest, mesh, strategies)
+        distribute(model, manifest, mesh, known)
         if manifest.world_size > 1:
-            install_hooks(model, manifest.hooks, mesh, manifest.topology, strategies)
+            install_hooks(model, manifest.hooks, mesh, manifest.topology, known)
         if points is not None:
             split_sequence(model, points, tp_axis(mesh, manifest.topology))
         _finish(model, folder, mesh)

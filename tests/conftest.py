@@ -56,15 +56,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run the command line in this process, for 20 seconds at most."""
+    """Run the command line in this process, for 20 seconds at most. Without its remarks, unless `aloud`."""
 
-    def run(*arguments: object, seconds: float = 20) -> Result:
+    def run(*arguments: object, seconds: float = 20, aloud: bool = False) -> Result:
         capfd.readouterr()
         before = signal.getsignal(signal.SIGTERM)
         code: Any = 0
         try:
             with time_limit(seconds):
-                reshard.cli.main.main([str(argument) for argument in arguments])
+                reshard.cli.main.main([*([] if aloud else ["--quiet"]), *map(str, arguments)])
         except SystemExit as finished:
             code = finished.code
         finally:

@@ -140,6 +140,7 @@ def test_convert_inspect_verify(source: Path, out: Path, tmp_path: Path, cli: Cl
     sizes = [(out / name).stat().st_size for name in RANK_FILES]
     assert planned["rank_bytes"] == sizes
     assert [(rank["file"], rank["size"]) for rank in inspected["ranks"]] == list(zip(RANK_FILES, sizes))
+    assert converted.pop("seconds") > 0
     assert converted == {"out": str(out), **inspected}
     assert inspected["parameters"] == planned["parameters"]
     assert inspected["extras"] == ["config.json", "generation_config.json"]

@@ -30,7 +30,19 @@ TORCH_FREE = [
 ]
 RUNTIME_MAY_IMPORT = {
     *("layout", "output"),
-    *("architecture", "digest", "dtypes", "errors", "failures", "header", "hub", "manifest", "placement", "places"),
+    *(
+        "arguments",
+        "architecture",
+        "digest",
+        "dtypes",
+        "errors",
+        "failures",
+        "header",
+        "hub",
+        "manifest",
+        "placement",
+        "places",
+    ),
     *(
         "output",
         "process",

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from cli_tools import ESCAPED, EVIL, Cli, convert
+from cli_tools import ESCAPED, EVIL, Checkpoint, Cli, assert_one_error, convert
 
 import reshard
 import reshard.conversion
+from reshard.cli import speaking
+from reshard.cli.speaking import progress_bar
 from reshard.model import read_model
+
+if TYPE_CHECKING:
+    from fake_hub import FakeHub
+
 
 NOTE = "left behind: model.py"
 
@@ -34,9 +52,9 @@ def test_notes_of_a_plan(source: Path, out: Path, cli: Cli) -> None:
         NOTE,
         f"a tensor {EVIL}",
     ]
-    done = cli(*convert(source, out))
+    done = cli(*convert(source, out), aloud=True)
     assert done.code == 0
-    assert done.err.splitlines()[-2:] == [NOTE, f"a tensor {ESCAPED}"]
+    assert done.err.splitlines()[1:3] == [NOTE, f"a tensor {ESCAPED}"]
 
 
 @pytest.mark.usefixtures("noted")
@@ -46,3 +64,192 @@ def test_notes_in_python(source: Path, out: Path, capfd: pytest.CaptureFixture[s
     reshard.convert(source, out, tp_size=2, say=said.append)
     assert NOTE in said
     assert capfd.readouterr() == ("", "")
+
+
+class Progress:
+    """A `progress` that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, int]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, total: int, what: str) -> Iterator[Callable[[int], object]]:
+        sizes: list[int] = []
+        yield sizes.append
+        self.told.append((what, total, sum(sizes)))
+
+
+def test_progress_is_one_thing(source: Path, out: Path, tmp_path: Path) -> None:
+    """The same protocol everywhere, and what is done adds up to what was to come."""
+    progress = Progress()
+    reshard.convert(source, out, tp_size=2, progress=progress)
+    reshard.verify(out, against=source, progress=progress)
+    reshard.merge(out, tmp_path / "merged", progress=progress)
+    assert [what for what, _, _ in progress.told] == ["writing", "checking", "comparing", "writing", "checking"]
+    size = sum(path.stat().st_size for path in out.iterdir() if path.name != "reshard.json")
+    assert progress.told[1] == ("checking", size, size)
+    for what, total, done in progress.told:
+        assert total * 0.9 < done <= total, what  # headers are not told of
+        assert done > 90_000
+
+
+def test_progress_of_the_hub(here: FakeHub, resharded: Path) -> None:
+    progress = Progress()
+    reshard.publish(resharded, "org/model", licence="mit", progress=progress)
+    reshard.pull("org/model", ranks=[0], progress=progress)
+    checked = [found for found in progress.told if found[0] == "checking"]
+    assert len(checked) == 2
+    assert all(total == done > 0 for _, total, done in checked)
+
+
+@pytest.mark.usefixtures("store")
+def test_progress_of_a_store(source: Path) -> None:
+    progress = Progress()
+    reshard.convert(source, "s3://bucket/out", tp_size=2, progress=progress)
+    assert [what for what, _, _ in progress.told] == ["writing", "sending"]
+    assert all(total * 0.9 < done <= total for _, total, done in progress.told)
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speaking, "_EVERY", 0.05)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_line_now_and_then_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(4_000_000, "writing") as report:
+        report(1_000_000)
+        time.sleep(0.08)
+        report(2_000_000)
+        time.sleep(0.2)
+    lines = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"writing: 1\.0 MB of 4\.0 MB \(25%\), [\d.]+ MB/s, [\d.]+ s left", lines[0])
+    assert lines[-1] == "writing: 3.0 MB of 4.0 MB (75%), 0 B/s"  # it stands still, and that is told
+    assert not [thread for thread in threading.enumerate() if thread.name == "reshard-progress"]
+
+
+@pytest.mark.usefixtures("often")
+def test_a_total_that_is_not_known(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(0, "fetching") as report:
+        report(5000)
+        time.sleep(0.08)
+    assert re.fullmatch(r"fetching: 5\.0 kB, [\d.]+ kB/s", capfd.readouterr().err.splitlines()[0])
+
+
+def test_short_work_has_no_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(10, "writing") as report:
+        report(10)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("often")
+def test_quiet(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowly(monkeypatch)
+    for line in ([*convert(source, out), "--quiet"], ["verify", out, "-q"]):
+        assert cli(*line, aloud=True).err == ""
+
+
+@pytest.mark.usefixtures("often")
+def test_lines_of_a_command(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowly(monkeypatch)
+    first, *lines, last = cli(*convert(source, out), aloud=True).err.splitlines()
+    assert first == f"planning {source} for 2 ranks"
+    assert lines
+    assert all(line.startswith("writing: ") for line in lines)
+    assert last == f"next: reshard check {out} --reference {source}"  # the model has no tokenizer
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every file that is written be waited for."""
+    write = reshard.conversion.write_files
+
+    def waiting(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(reshard.conversion, "write_files", waiting)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (61, "61 s"), (300, "5 min"), (7100, "118 min"), (7500, "2 h 5 min")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert speaking.duration(seconds) == words
+
+
+def terminal(*arguments: object, width: int = 80, **variables: str) -> str:
+    """What a command shows on a terminal."""
+    read, write = pty.openpty()
+    fcntl.ioctl(write, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", **variables}
+    environment.pop("COLUMNS", None)
+    command = [sys.executable, "-m", "reshard", *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=write, stdout=write, stderr=write, env=environment)
+    os.close(write)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: nobody holds the other end any more
+        while piece := os.read(read, 65536):
+            shown += piece
+    os.close(read)
+    assert process.wait(60) == 0, shown
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_a_bar_on_a_terminal(source: Path, out: Path) -> None:
+    shown = terminal(*convert(source, out))
+    assert re.search(r"\rwriting: +\d+%", shown)
+    assert "\rchecking: " in terminal("verify", out)
+    assert "\r" not in terminal("verify", out, TERM="dumb")
+    assert "checking" not in terminal("verify", out, "--quiet")
+
+
+def test_the_end_of_a_conversion(checkpoint: Checkpoint, source: Path, out: Path, tmp_path: Path, cli: Cli) -> None:
+    done = cli(*convert(source, out), aloud=True)
+    assert re.fullmatch(rf"{out}: 2 rank files, [\d,]+ bytes, in [\d.]+ s\n", done.out)
+    again = cli("convert", out, tmp_path / "again", "-tp", 1, aloud=True)
+    assert again.err.splitlines()[-1] == f"next: reshard verify {tmp_path / 'again'}"
+    (source / "tokenizer.json").write_text("{}")
+    spaced = tmp_path / "a folder"
+    assert cli(*convert(source, spaced), aloud=True).err.splitlines()[-1] == (
+        f"next: reshard run '{spaced}' --prompt 'Once upon a time'"
+    )
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_a_plan_announces_itself(style: str, source: Path, cli: Cli) -> None:
+    assert cli("plan", source, "--tp-size", 2, "--format", style, aloud=True).err == f"planning {source} for 2 ranks\n"
+    found = cli("plan", source, "--gpu-memory", "24GB", "--format", style, aloud=True)
+    assert found.err == f"planning {source} for the fewest ranks\n"
+
+
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nothing be planned, nor fetched."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("it was looked at")
+
+    for name in ("reshard.conversion.open_origin", "reshard.conversion.fetch_whole", "reshard.merging.fetch"):
+        monkeypatch.setattr(name, fail)
+
+
+COMMANDS = [
+    ["convert", "org/model", "OUT", "--tp-size", 2],
+    ["convert", "org/model", "OUT", "--tp-size", 2, "--reference-logits", "--strategies", "STYLES"],
+    ["merge", "org/model/tp2", "OUT"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_in_the_way_is_seen_first(
+    command: list[Any], out: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread(monkeypatch)
+    styles = tmp_path / "styles.py"
+    styles.write_text("raise SystemExit('it was run')")
+    line = [{"OUT": out, "STYLES": styles}.get(word, word) for word in command]
+    with open(f"{out}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_one_error(cli(*line), 6, "out.lock")
+    out.mkdir()
+    assert_one_error(cli(*line), 7, "out: already exists")

@@ -1,35 +1,26 @@
-"""What the commands share: options, printing of results, progress."""
+"""What the commands share: options, and the printing of results."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..errors import printable
+from ..dtypes import STORABLE, floating_dtype
 from ..failures import json_text
-from ..switches import is_quiet
 
 __all__ = [
     "Bytes",
     "format_option",
     "no_sync_option",
     "print_report",
-    "progress_bar",
     "revision_option",
-    "say",
     "what_to_cut",
     "workers_option",
 ]
-
-_REMARK = 1000  # characters shown of one
-_DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +46,19 @@ def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--revision", help="Branch, tag or commit of a Hub id.")(command)
 
 
+class Dtype(click.ParamType):
+    """A dtype by torch's name, or in short: bf16."""
+
+    name = "|".join(STORABLE)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """torch's name of it."""
+        try:
+            return floating_dtype(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is not {error}", param, ctx)
+
+
 _WHAT_TO_CUT = (
     click.option(
         "--ep-size",
@@ -74,7 +78,7 @@ _WHAT_TO_CUT = (
         help="Python file that registers styles of your own. It is run.",
     ),
     revision_option,
-    click.option("--dtype", type=click.Choice(_DTYPES), help="Store floating parameters in this dtype."),
+    click.option("--dtype", type=Dtype(), help="Store floating parameters in this dtype."),
     click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
 )
 
@@ -87,9 +91,7 @@ def what_to_cut(command: Callable[..., None]) -> Callable[..., None]:
         if tp_plan is not None:
             options["tp_plan"] = tp_plan
         if strategies is not None:
-            from ..strategies import load_strategies
-
-            options["strategies"] = load_strategies(strategies)
+            options["strategies"] = strategies
         command(*arguments, **options)
 
     for option in reversed(_WHAT_TO_CUT):
@@ -116,26 +118,3 @@ class Bytes(click.ParamType):
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
     """Print a result on stdout, as JSON or in words."""
     click.echo(json_text(report, indent=1) if style == "json" else text(report))
-
-
-def say(text: str) -> None:
-    """A remark on stderr, while a command works."""
-    if not is_quiet():
-        click.echo(printable(text, _REMARK), err=True)
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, what: str = "writing") -> Iterator[Callable[[int], object]]:
-    """A bar on stderr where that is a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    lock = threading.Lock()
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=what, disable=is_quiet() or None, leave=False, file=sys.stderr
-    ) as bar:
-
-        def update(size: int) -> None:
-            with lock:
-                bar.update(size)
-
-        yield update

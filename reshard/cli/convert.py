@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import printable, without_secrets
-from .common import format_option, no_sync_option, print_report, progress_bar, say, what_to_cut, workers_option
+from .common import format_option, no_sync_option, print_report, what_to_cut, workers_option
 from .plan import print_plan
+from .speaking import duration, progress_bar, say
+
+if TYPE_CHECKING:
+    from ..manifest import Manifest
 
 __all__ = ["convert"]
 
@@ -56,8 +63,8 @@ def convert(
     if dry_run:
         print_plan(source, style, **cut)
         return
+    began = time.monotonic()
     from .. import convert as run
-    from ..report import manifest_report
 
     manifest = run(
         source,
@@ -71,9 +78,33 @@ def convert(
         say=say,
         **cut,
     )
-    size = sum(record.size for record in manifest.rank_files)
+    size, seconds = sum(record.size for record in manifest.rank_files), time.monotonic() - began
     print_report(
-        {"out": without_secrets(out), **manifest_report(manifest)},
+        {"out": without_secrets(out), "seconds": round(seconds, 3), **manifest.to_dict()},
         style,
-        lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes",
+        lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes, in {duration(seconds)}",
     )
+    say(f"next: {next_command(manifest, source=source, out=out, strategies=cut.get('strategies'))}")
+
+
+def next_command(manifest: Manifest, *, source: str, out: str, strategies: str | None = None) -> str:
+    """What to do with `out` now: generate where the model and its tokenizer can, else check it."""
+    import transformers
+
+    from ..manifest import REFERENCE_NAME
+    from ..source import is_resharded
+
+    def line(*words: str) -> str:
+        styles = () if strategies is None else ("--strategies", strategies)
+        return shlex.join(("reshard", *words, *styles))
+
+    where = without_secrets(out)
+    extras = {extra.name for extra in manifest.extras}
+    family = getattr(transformers, manifest.architecture, None)
+    if family is not None and family.can_generate() and any(name.startswith("tokenizer") for name in extras):
+        return line("run", where, "--prompt", "Once upon a time")
+    if REFERENCE_NAME in extras:
+        return line("check", where)
+    if is_resharded(Path(source)):  # what it was made from may be gone
+        return shlex.join(("reshard", "verify", where))
+    return line("check", where, "--reference", without_secrets(source))

@@ -21,6 +21,6 @@ def inspect(out: str, revision: str | None, style: str) -> None:
       reshard inspect llama-tp4
     """
     from .. import inspect as run
-    from ..report import manifest_report, manifest_text
+    from ..report import manifest_text
 
-    print_report(manifest_report(run(out, revision=revision)), style, manifest_text)
+    print_report(run(out, revision=revision).to_dict(), style, manifest_text)

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from ..errors import printable, without_secrets
-from .common import format_option, no_sync_option, print_report, progress_bar, revision_option, workers_option
+from .common import format_option, no_sync_option, print_report, revision_option, workers_option
+from .speaking import progress_bar
 
 _LAYOUT = "The files as they were, or the same with new headers: also of what was cast or dropped."
 

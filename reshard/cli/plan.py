@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ..process import worker_count
 from .common import Bytes, format_option, print_report, what_to_cut
+from .speaking import say
 
 __all__ = ["plan", "print_plan"]
 
@@ -37,11 +37,6 @@ def plan(source: str, style: str, **cut: Any) -> None:
 def print_plan(source: str, style: str, **cut: Any) -> None:
     """Print the plan of SOURCE on stdout."""
     from .. import plan as run
-    from ..conversion import plan_layouts
-    from ..planning import legal_sizes
-    from ..reader import BLOCK_BYTES
-    from ..report import plan_report, plan_text
+    from ..report import plan_text
 
-    planned = run(source, **cut)
-    sizes = legal_sizes(planned.model)
-    print_report(plan_report(planned, plan_layouts(planned), sizes, worker_count() * BLOCK_BYTES), style, plan_text)
+    print_report(run(source, say=say, **cut).to_dict(), style, plan_text)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .common import format_option, print_report, progress_bar
+from .common import format_option, print_report
+from .speaking import progress_bar
 
 __all__ = ["publish"]
 
@@ -34,12 +35,8 @@ def publish(out: str, repo: str, style: str, **options: Any) -> None:
       reshard publish llama-tp8 org/llama/tp8 --private
     """
     from .. import publish as run
-    from ..manifest import read_manifest
-    from ..places import local_folder
 
-    total = sum(record.size for record in read_manifest(local_folder(out)).rank_files)
-    with progress_bar(total, "checking") as report:
-        done = run(out, repo, progress=report, **options)
+    done = run(out, repo, progress=progress_bar, **options)
     print_report({**asdict(done), "deleted": list(done.deleted)}, style, _published_text)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .common import format_option, print_report, progress_bar, revision_option
+from .common import format_option, print_report, revision_option
+from .speaking import progress_bar
 
 __all__ = ["pull"]
 
@@ -45,6 +46,5 @@ def pull(repo: str, ranks: list[int] | None, to: str | None, revision: str | Non
     """
     from .. import pull as run
 
-    with progress_bar(0, "checking") as report:
-        folder = run(repo, ranks=ranks, revision=revision, to=to, progress=report)
+    folder = run(repo, ranks=ranks, revision=revision, to=to, progress=progress_bar)
     print_report({"folder": str(folder)}, style, lambda found: found["folder"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ..errors import printable
-from .common import format_option, print_report, progress_bar
+from .common import format_option, print_report
+from .speaking import progress_bar
 
 __all__ = ["verify"]
 
@@ -24,12 +25,8 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
       reshard verify llama-tp4 --against meta-llama/Llama-3.1-8B
     """
     from .. import verify as run
-    from ..manifest import read_manifest
-    from ..places import local_folder
 
-    total = sum(record.size for record in read_manifest(local_folder(out)).rank_files)
-    with progress_bar(total, "checking") as report:
-        found = run(out, against=against, revision=revision, progress=report)
+    found = run(out, against=against, revision=revision, progress=progress_bar)
     compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
     print_report(
         {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},

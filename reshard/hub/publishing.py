@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..arguments import checked
 from ..errors import (
     BadInputError,
     DestinationExistsError,
@@ -19,6 +20,7 @@ from ..errors import (
 )
 from ..manifest import Manifest, read_manifest
 from ..places import local_folder
+from ..progress import Progress, silent
 from ..source import MANIFEST_NAME
 from ..stores import is_url
 from ..verification import verify
@@ -68,6 +70,7 @@ class _Remote:
     files: Mapping[str, Any]
 
 
+@checked
 def publish(
     out: str | Path,
     place: str,
@@ -77,7 +80,7 @@ def publish(
     licence: str | None = None,
     create_pr: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Progress = silent,
 ) -> Published:
     """Publish a resharded folder as `place`: a Hub repo, `org/name`, or a folder of one, `org/name/tp4`.
 

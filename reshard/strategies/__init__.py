@@ -157,6 +157,11 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
 ALL_PARALLEL_STYLES = ParallelInterface()
 
 
+def as_strategies(given: ParallelInterface | str | Path) -> ParallelInterface:
+    """What is given, or what `load_strategies` makes of a path."""
+    return given if isinstance(given, ParallelInterface) else load_strategies(given)
+
+
 def load_strategies(path: str | Path) -> ParallelInterface:
     """Run a Python file of yours and return the styles it defines beside the built-in ones.
 
