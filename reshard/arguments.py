@@ -59,8 +59,13 @@ def _path(value: Any) -> str | Path:
     words = "a folder, a Hub id or a URL"
     _known(isinstance(value, (str, os.PathLike)), words)
     path = os.fspath(value)
-    _known(isinstance(path, str) and path != "" and "\0" not in path, words)
+    _known(isinstance(path, str) and path != "", words)
     return path if isinstance(value, str) else Path(path)
+
+
+def _folder(value: Any) -> str | Path:
+    _known("\0" not in str(value), "a name that a folder can have")
+    return _path(value)
 
 
 def _text(value: Any) -> str:
@@ -156,7 +161,8 @@ def _mesh(value: Any) -> Any:
 _RANKS = _count("a number of ranks")
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("source", "out", "dest", "place", "to", "against"), _path),
+    **dict.fromkeys(("source", "place", "against"), _path),
+    **dict.fromkeys(("out", "dest", "to"), _folder),
     **dict.fromkeys(("revision", "layout", "licence", "attn_implementation"), _text),
     **dict.fromkeys(("tp_size", "ep_size"), _RANKS),
     **dict.fromkeys(("drop_unused", "overwrite", "keep_cache", "reference_logits", "sync"), _flag),

@@ -41,8 +41,10 @@ GIVEN: dict[str, dict[str, Any]] = {
     "load": {"place": "/nowhere/at/all"},
 }
 WRONG: dict[str, list[Any]] = {
-    **{name: [None, "", 3, b"folder", "a\0b", ["a"], math] for name in ("source", "out", "dest", "place")},
-    **{name: ["", 3, b"folder", "a\0b"] for name in ("to", "against")},
+    **{name: [None, "", 3, b"folder", ["a"], math] for name in ("source", "place")},
+    **{name: [None, "", 3, b"folder", ["a"], "a\0b"] for name in ("out", "dest")},
+    "to": ["", 3, b"folder", "a\0b"],
+    "against": ["", 3, b"folder"],
     **{name: ["", 3, True, ["main"]] for name in ("revision", "layout", "licence", "attn_implementation")},
     **{name: [0, -1, 2.0, "2", True, [2]] for name in ("tp_size", "ep_size", "dp_size", "workers")},
     **{name: [None, 1, "yes"] for name in ("drop_unused", "overwrite", "keep_cache", "reference_logits", "sync")},
