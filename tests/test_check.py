@@ -15,8 +15,8 @@ import pytest
 import torch
 from cli_tools import Cli, assert_one_error, configure, flip, reseal
 from safetensors.torch import load_file, save
-from test_parity import WORKERS, torchrun
 from test_plans import UNPLANNED, unplanned
+from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.digest import digest_of
@@ -235,7 +235,7 @@ STORED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], bool, bool]
 
 def run(jobs: list[dict[str, Any]], root: Path, ranks: int) -> dict[str, Found]:
     (root / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(ranks, str(WORKERS / "checking.py"), str(root / "jobs.json"), str(root / "out.json"))
+    done = on_ranks(ranks, str(WORKERS / "checking.py"), str(root / "jobs.json"), str(root / "out.json"))
     assert done.returncode == 0, done.stderr
     return json.loads((root / "out.json").read_text())
 
@@ -426,7 +426,7 @@ def test_the_command(tmp_path: Path) -> None:
     source, out = make("llama", tmp_path, 2)
     in_file(1, f"{DOWN}.weight", swap_rows)(out)
     options = ["--reference", str(source), "--per-layer", "--no-digests", "--format", "json"]
-    done = torchrun(2, "-m", "runtime", "check", str(out), *options)
+    done = on_ranks(2, "-m", "runtime", "check", str(out), *options)
     assert re.findall(r"exitcode\s*: (\d+)", done.stderr)[-1] == "4"
     assert json.loads(done.stdout)["difference"]["module"] == DOWN
     assert len(re.findall(r"^Error: ", done.stderr, re.M)) == 1

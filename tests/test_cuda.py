@@ -8,7 +8,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from test_parity import WORKERS, torchrun
+from torchrun_tools import WORKERS, torchrun
 
 import reshard
 

@@ -26,7 +26,7 @@ from cli_tools import edit_json
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import torchrun
+from torchrun_tools import on_ranks
 
 import reshard
 from reshard.cli.main import cli as offline
@@ -75,7 +75,7 @@ def test_every_rank_generates_what_one_process_does(ranks: int, models: list[Any
         reshard.convert(tmp_path / "jamba.source", tmp_path / "jamba", tp_size=2, sync=False)
         jobs.append({"source": str(tmp_path / "jamba.source"), "folder": str(tmp_path / "jamba"), "cases": ["forgets"]})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(ranks, str(WORKER), str(tmp_path / "jobs.json"))
+    done = on_ranks(ranks, str(WORKER), str(tmp_path / "jobs.json"))
     assert done.returncode == 0, done.stderr
     assert "all cases hold" in done.stdout
 

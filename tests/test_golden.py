@@ -14,7 +14,7 @@ import pico
 import pytest
 import torch
 from cli_tools import INDEX, Cli, rewrite, weight_map
-from test_parity import torchrun
+from torchrun_tools import on_ranks
 
 import reshard
 from reshard.manifest import FORMAT_VERSION
@@ -57,7 +57,7 @@ def compute(folder: Path, scratch: Path) -> dict:
     """Logits and greedy tokens of the folder, on two processes."""
     jobs, out = scratch / "jobs.json", scratch / "out.json"
     jobs.write_text(json.dumps([{"name": "golden", "folder": str(folder), "ids": IDS, "new_tokens": NEW_TOKENS}]))
-    done = torchrun(2, str(PARITY), str(jobs), str(out))
+    done = on_ranks(2, str(PARITY), str(jobs), str(out))
     assert done.returncode == 0, done.stderr
     return {**torch.load(f"{out}.golden.pt"), "tokens": json.loads(out.read_text())["golden"]["tokens"]}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from cli_tools import Checkpoint, configure, flip
-from torchrun_tools import WORKERS, torchrun
+from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.errors import TopologyError
@@ -38,7 +38,7 @@ def ranks(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> R
     names = ("tp1", "tp2", "tp4", "heads", "experts", "damaged", "configured")
     folders = {name: str(root / name) for name in names}
     (root / "folders.json").write_text(json.dumps(folders))
-    done = torchrun(4, str(WORKERS / "meshes.py"), str(root / "folders.json"), str(root / "out"))
+    done = on_ranks(4, str(WORKERS / "meshes.py"), str(root / "folders.json"), str(root / "out"))
     assert done.returncode == 0, done.stderr
     return [torch.load(root / f"out.{rank}") for rank in range(4)]
 

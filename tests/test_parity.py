@@ -12,7 +12,7 @@ import pico
 import pytest
 import torch
 import transformers
-from torchrun_tools import WORKERS, torchrun
+from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 
@@ -74,7 +74,7 @@ def sharded(
         reshard.convert(source, folders[name], tp_size=world_size)
     jobs = [{"name": n, "folder": str(f), "ids": IDS, "new_tokens": NEW_TOKENS} for n, f in folders.items()]
     (root / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(world_size, str(WORKERS / "parity.py"), str(root / "jobs.json"), str(root / "out.json"))
+    done = on_ranks(world_size, str(WORKERS / "parity.py"), str(root / "jobs.json"), str(root / "out.json"))
     assert done.returncode == 0, done.stderr
     results = json.loads((root / "out.json").read_text())
     for name, result in results.items():

@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 from family_inputs import inputs, main_output
-from test_parity import NEW_TOKENS, WORKERS, torchrun
+from test_parity import NEW_TOKENS
+from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.planning import legal_sizes
@@ -159,7 +160,7 @@ def run(ranks: int, singles: Results, root: Path) -> Results:
         arguments = f"{single['source']}.inputs"
         jobs.append({"name": name, "folder": str(root / name), "inputs": arguments, "new_tokens": new_tokens})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(ranks, str(WORKERS / "parity.py"), str(root / "jobs.json"), str(root / "out.json"))
+    done = on_ranks(ranks, str(WORKERS / "parity.py"), str(root / "jobs.json"), str(root / "out.json"))
     assert done.returncode == 0, done.stderr
     results = json.loads((root / "out.json").read_text())
     return {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import RANK_FILES, flip, reseal
-from test_parity import torchrun
+from torchrun_tools import on_ranks
 
 WORKER = Path(__file__).parent / "workers" / "refusals.py"
 FIRST, SECOND = RANK_FILES
@@ -86,7 +86,7 @@ def refusals(resharded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         shutil.copytree(resharded, root / name)
         DAMAGED.get(name, (lambda _: None,))[0](root / name)
     (root / "folders.json").write_text(json.dumps([str(root / name) for name in (*DAMAGED, "none")]))
-    done = torchrun(2, str(WORKER), str(root / "folders.json"), str(root / "out"))
+    done = on_ranks(2, str(WORKER), str(root / "folders.json"), str(root / "out"))
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((root / f"out.{rank}").read_text()) for rank in range(2)]
     return {name: [found[str(root / name)] for found in ranks] for name in (*DAMAGED, "none")}

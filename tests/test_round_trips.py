@@ -14,7 +14,7 @@ import torch
 import transformers
 from cli_tools import Checkpoint
 from safetensors.torch import load_file
-from torchrun_tools import WORKERS, torchrun
+from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.errors import IntegrityError
@@ -64,7 +64,7 @@ def ranks(request: pytest.FixtureRequest, source: Any, tmp_path_factory: pytest.
         slow = name == "llama-tied"
         jobs.append({"name": name, "slow": slow, **{key: str(path) for key, path in paths.items()}})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(request.param, str(WORKERS / "round_trips.py"), str(root / "jobs.json"), str(root / "out"))
+    done = on_ranks(request.param, str(WORKERS / "round_trips.py"), str(root / "jobs.json"), str(root / "out"))
     assert done.returncode == 0, done.stderr
     return root / "saved", [torch.load(root / f"out.{rank}") for rank in range(request.param)]
 

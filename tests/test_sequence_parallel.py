@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from cli_tools import Checkpoint
-from torchrun_tools import WORKERS, torchrun
+from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.architecture import meta_model
@@ -97,7 +97,7 @@ def run(root: Path, world_size: int, names: Iterable[str], source: Callable[[str
         counted = name in DENSE | EXPERTS
         jobs.append({"name": name, "folder": str(root / name), "inputs": str(root / "inputs"), "counted": counted})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(world_size, str(WORKERS / "sequence.py"), str(root / "jobs.json"), str(root / "out"))
+    done = on_ranks(world_size, str(WORKERS / "sequence.py"), str(root / "jobs.json"), str(root / "out"))
     assert done.returncode == 0, done.stderr
     return [torch.load(root / f"out.{rank}") for rank in range(world_size)]
 

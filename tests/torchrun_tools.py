@@ -7,10 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm_ranks
+
 WORKERS = Path(__file__).parent / "workers"
 
 
+def on_ranks(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` on every rank, as torchrun does it but within milliseconds (see `warm_ranks`)."""
+    return warm_ranks.run(world_size, *arguments, timeout=timeout)
+
+
 def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`torchrun ARGUMENTS`: for what is about the launcher, or needs processes that nothing was done in before."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
