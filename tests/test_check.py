@@ -16,7 +16,7 @@ import torch
 from cli_tools import Cli, assert_one_error, configure, flip, reseal
 from safetensors.torch import load_file, save
 from test_plans import UNPLANNED, unplanned
-from torchrun_tools import WORKERS, on_ranks
+from torchrun_tools import WORKERS, on_ranks, torchrun
 
 import reshard
 from reshard.digest import digest_of
@@ -426,7 +426,7 @@ def test_the_command(tmp_path: Path) -> None:
     source, out = make("llama", tmp_path, 2)
     in_file(1, f"{DOWN}.weight", swap_rows)(out)
     options = ["--reference", str(source), "--per-layer", "--no-digests", "--format", "json"]
-    done = on_ranks(2, "-m", "runtime", "check", str(out), *options)
+    done = torchrun(2, "-m", "runtime", "check", str(out), *options)
     assert re.findall(r"exitcode\s*: (\d+)", done.stderr)[-1] == "4"
     assert json.loads(done.stdout)["difference"]["module"] == DOWN
     assert len(re.findall(r"^Error: ", done.stderr, re.M)) == 1

@@ -3,8 +3,8 @@
     warm_ranks.py SOCKET
 
 The warm process imports what a rank needs and runs no operation, so no thread of torch is there to be lost in a fork.
-For each job it forks an agent, which forks the ranks, as torchrun's agent starts them: the first failure ends the rest.
-What differs from torchrun: ranks share one seed of `hash`, and no store outlives rank 0.
+For each job it forks an agent, which forks a process for the ranks' store and the ranks: the first failure ends the
+rest. What differs from torchrun: ranks share one seed of `hash`, and the job has no run id.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+_MEETING = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+_DIGITS = 5  # of a port
 _GRACE = 3.0  # seconds that ranks have to end by themselves when another has failed
 
 
@@ -110,7 +112,7 @@ def _agent(line: socket.socket) -> None:
     while not text.endswith(b"\n"):
         text += line.recv(1 << 20)
     job = json.loads(text)
-    port = _free_port()
+    port, store = _store()
     ranks = {}
     for rank in range(job["world_size"]):
         pid = os.fork()
@@ -122,7 +124,7 @@ def _agent(line: socket.socket) -> None:
     while ranks:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            del ranks[pid]
+            ranks.pop(pid, None)
             ended = os.waitstatus_to_exitcode(status)
             if ended and not code:
                 code, until = ended, time.monotonic() + _GRACE
@@ -131,6 +133,7 @@ def _agent(line: socket.socket) -> None:
             _signal(ranks, signal.SIGKILL)
         else:
             time.sleep(0.01)
+    os.kill(store, signal.SIGKILL)
     with contextlib.suppress(OSError):
         line.sendall(f"{1 if code else 0}\n".encode())  # torchrun's, whatever the ranks'
     os._exit(0)
@@ -149,17 +152,29 @@ def _hung_up(line: socket.socket) -> bool:
     return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _store() -> tuple[int, int]:
+    """Start the process that holds the store of the ranks and outlives them. Returns its port and process id."""
+    agent = os.getpid()
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writable, f"{store.port:{_DIGITS}}".encode())
+        while os.getppid() == agent:
+            time.sleep(0.2)
+        os._exit(0)
+    os.close(writable)
+    with open(readable) as said:
+        return int(said.read(_DIGITS)), pid
 
 
 def _rank(job: dict[str, Any], rank: int, port: int, files: list[int]) -> None:
     size = str(job["world_size"])
     places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.clear()
-    os.environ.update(job["environment"], **places, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(job["environment"], **places, **_MEETING, MASTER_PORT=str(port))
     os.chdir(job["folder"])
     os.dup2(files[0], 1)
     os.dup2(files[1], 2)
