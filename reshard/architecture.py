@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import BadInputError, VersionError, printable
 from .source import model_config
+from .system import by_errno
 
 __all__ = ["KV_GROUPS", "expected_dtypes", "meta_model", "model_class", "on_meta", "quiet_transformers"]
 
@@ -59,12 +60,11 @@ def model_class(root: Path) -> tuple[type, Any]:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
     except (ValueError, KeyError) as error:
-        raise VersionError(
-            f"{printable(root)}: transformers {transformers.__version__} does not know model type {model_type}",
-            hint=printable(str(error).splitlines()[0]),
-        ) from None
+        words = f"{printable(root)}: transformers {transformers.__version__} does not know model type {model_type}"
+        raise by_errno(error, words, VersionError, hint=printable(str(error).splitlines()[0])) from None
     except Exception as error:
-        raise BadInputError(f"{printable(root / 'config.json')}: not usable: {printable(error)}") from None
+        words = f"{printable(root / 'config.json')}: not usable: {printable(error)}"
+        raise by_errno(error, words, BadInputError) from None
     return _model_class(transformers, config), config
 
 
@@ -77,10 +77,8 @@ def on_meta(model_class: Any, config: Any, *, dtype: str, attn_implementation: s
             warnings.simplefilter("ignore")
             return model_class._from_config(config, dtype=getattr(torch, dtype))
     except Exception as error:
-        raise BadInputError(
-            f"{printable(config.name_or_path)}: {model_class.__name__} cannot be built from its config.json:"
-            f" {printable(error)}"
-        ) from None
+        words = f"{model_class.__name__} cannot be built from its config.json: {printable(error)}"
+        raise by_errno(error, f"{printable(config.name_or_path)}: {words}", BadInputError) from None
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -75,7 +75,7 @@ def _compare(
                 raise IntegrityError(
                     f"{printable(path)}: tensor {printable(tensor.name)} is missing or of another shape"
                 )
-            view = memoryview(mapped.data)[info.start : info.end]
+            view = mapped.data[info.start : info.end]
             for offset, block in tensor_blocks(tensor, reader, buffer):
                 if view[offset : offset + len(block)] != block:
                     raise IntegrityError(f"{printable(path)}: tensor {printable(tensor.name)} differs from the source")

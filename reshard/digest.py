@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from .errors import IntegrityError, printable
+from .system import by_errno
 
 __all__ = ["ALGORITHM", "DigestsAhead", "FileRecord", "digest_file", "digest_of", "new_digest", "tree_digest"]
 
@@ -50,14 +51,15 @@ def tree_digest(head: bytes, tensor_digests: Iterable[str]) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """Digest of a file's bytes, read in blocks."""
+    """Digest of a file's bytes, read in blocks. Raises IntegrityError where it is gone, StorageError where the system
+    does not let it be read."""
     digest, buffer = new_digest(), memoryview(bytearray(_BLOCK))
     try:
         with open(path, "rb", buffering=0) as file:
             while size := file.readinto(buffer):
                 digest.update(buffer[:size])
     except OSError as error:
-        raise IntegrityError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        raise by_errno(error, f"{printable(path)}: cannot be read: {error.strerror}", IntegrityError) from None
     return digest.hexdigest()
 
 
@@ -82,5 +84,5 @@ class DigestsAhead:
         self._begun = {name: digest for name, digest in self._begun.items() if not digest.cancel()}
 
     def get(self, name: str) -> str | None:
-        """The digest of a file that was begun, waited for; else None. Raises IntegrityError as `digest_file` does."""
+        """The digest of a file that was begun, waited for; else None. Raises what `digest_file` does."""
         return self._begun[name].result() if name in self._begun else None

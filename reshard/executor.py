@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +13,8 @@ from .digest import DigestsAhead, FileRecord, new_digest, tree_digest
 from .jobs import Job, run_jobs
 from .journal import Journal
 from .layout import FileLayout, Slot
-from .output import begin_writeback, create, digest_in, pwrite, write_error
+from .output import begin_writeback, digest_in, pwrite, write_error
+from .outputs import OutputFiles
 from .process import worker_count
 from .rank_file import check_digests
 from .reader import BLOCK_BYTES, SourceReader, tensor_blocks
@@ -54,7 +53,6 @@ def write_files(
         StorageError: the disk refused.
         IntegrityError: a source file changed meanwhile, or is not as it was recorded.
     """
-    files: list[int] = []
     digests: list[dict[str, str]] = [{} for _ in layouts]
     source_digests: dict[str, str] = {}
     if ahead:
@@ -67,19 +65,20 @@ def write_files(
     def write(index: int, slot: Slot) -> None:
         name, tensor = layouts[index].name, slot.tensor.name
         claim = claimed.get((name, tensor))
-        if claim is not None and digest_in(files[index], slot, scratch()) == claim:
-            digests[index][tensor] = claim
-            progress(slot.tensor.nbytes)
-            return
-        digest = new_digest()
-        for offset, block in tensor_blocks(slot.tensor, reader, scratch()):
-            if stop.is_set():
+        with files.opened(index) as fd:
+            if claim is not None and digest_in(fd, slot, scratch()) == claim:
+                digests[index][tensor] = claim
+                progress(slot.tensor.nbytes)
                 return
-            digest.update(block)
-            pwrite(files[index], block, slot.offset + offset)
-            if sync:
-                begin_writeback(files[index], slot.offset + offset, len(block))
-            progress(len(block))
+            digest = new_digest()
+            for offset, block in tensor_blocks(slot.tensor, reader, scratch()):
+                if stop.is_set():
+                    return
+                digest.update(block)
+                pwrite(fd, block, slot.offset + offset)
+                if sync:
+                    begin_writeback(fd, slot.offset + offset, len(block))
+                progress(len(block))
         reader.check(slot.tensor)  # before the journal has it
         digests[index][tensor] = digest.hexdigest()
         if journal:
@@ -119,15 +118,12 @@ def write_files(
     if arrivals:
         arrivals.expect(in_order(job.files for job in jobs if job.files and not job.done))
     try:
-        with contextlib.ExitStack() as opened:
-            for layout in layouts:
-                files.append(create(folder / layout.name, layout, anew=journal is None))
-                opened.callback(os.close, files[-1])
+        with OutputFiles(folder, layouts, anew=journal is None) as files:
             with SourceReader(source, arrivals, stop.is_set) as reader:
-                run_jobs(jobs, workers or worker_count(), stop, release=reader.release)
+                run_jobs(jobs, min(workers or worker_count(), files.most), stop, release=reader.release)
             written = True
-            for fd in files if sync else ():
-                os.fsync(fd)
+            if sync:
+                files.sync()
     except OSError as error:
         raise write_error(folder, error, synced=written) from None
     return [_evidence(layout, found) for layout, found in zip(layouts, digests)], source_digests

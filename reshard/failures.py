@@ -18,6 +18,7 @@ import click
 
 from .errors import ReshardError, printable
 from .switches import in_colour
+from .system import explained
 
 __all__ = ["Terminated", "json_text", "report_failure", "terminate", "wants_json", "wants_traceback"]
 
@@ -45,7 +46,7 @@ def report_failure(error: BaseException, *, verbose: bool, as_json: bool = False
     """Say what went wrong in one line, with a hint in another where there is one. Returns the exit code."""
     if verbose and not isinstance(error, click.exceptions.Exit):
         traceback.print_exception(error)
-    message, hint, code, kind = _told(error)
+    message, hint, code, kind = _told(explained(error))
     with contextlib.suppress(OSError):  # stderr can be a file on the disk that is full
         if as_json:
             click.echo(json_text({"error": message, "hint": hint, "exit_code": code, "kind": kind}), err=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from .digest import digest_of
 from .errors import BadInputError, NetworkError, ReshardError, StorageError, UsageError, printable
+from .system import LOCAL, by_errno
 
 __all__ = ["check_ranges", "doing", "identified", "listed", "name_in"]
 
@@ -47,8 +48,8 @@ def _explained(error: Exception, what: str, place: str) -> ReshardError:
         return UsageError(
             f"{place}: {words}", hint="give a folder, a Hub id such as org/name, or a URL that fsspec opens"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return StorageError(f"{place}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in LOCAL - {errno.EIO}:  # which s3fs says of what S3 refuses
+        return by_errno(error, f"{place}: {error.strerror}", StorageError)
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return NetworkError(
             f"{place}: may not {what}: {words}",

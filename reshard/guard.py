@@ -16,6 +16,9 @@ Why a handler in Python is sound here, which it is not in general:
 
 A fault elsewhere, and a signal that somebody sent, end as they would have. A system call that reads such a mapping gets
 no signal but EFAULT; `check` is the answer to that too. Systems other than Linux have no guard.
+
+A mapping of Python's own keeps a descriptor open, and a checkpoint can have more files than a process may open. These
+are the system's, and keep none.
 """
 
 from __future__ import annotations
@@ -31,43 +34,98 @@ from pathlib import Path
 from typing import Any
 
 from .errors import IntegrityError, printable
+from .system import by_errno
 
-__all__ = ["MappedFile", "check_unchanged"]
+__all__ = ["MappedFile", "check_unchanged", "mapped"]
 
 
 def check_unchanged(path: Path, *, size: int, mtime_ns: int) -> None:
-    """Raises IntegrityError where a file is not what it was when it was opened."""
+    """Raises IntegrityError where a file is not what it was when it was opened; StorageError where the system does not
+    say."""
     try:
         status = os.stat(path)
     except OSError as error:
-        raise IntegrityError(f"{printable(path)}: {error.strerror}, while it was being read") from None
+        words = f"{printable(path)}: {error.strerror}, while it was being read"
+        raise by_errno(error, words, IntegrityError) from None
     if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
         raise IntegrityError(f"{printable(path)}: changed while it was being read")
 
 
+class _Mapping:
+    """Where in memory a file is. `missing` is the first byte found that the file did not have any more."""
+
+    __slots__ = ("missing", "size", "start")
+
+    def __init__(self, start: int, size: int) -> None:
+        self.start, self.size = start, size
+        self.missing: int | None = None
+
+    def put_zeros(self, address: int) -> bool:
+        """Where `address` is in this mapping, have zeros in place of its pages from there on."""
+        end = self.start + self.size
+        if not self.start <= address < end:
+            return False
+        self.missing = address - self.start
+        page = address - address % mmap.PAGESIZE
+        return bool(_libc.mmap(page, end - page, mmap.PROT_READ, _ZEROS, -1, 0) == page)
+
+
+_guarded: set[_Mapping] = set()
+
+
+def mapped(fd: int, size: int) -> tuple[memoryview, _Mapping]:
+    """The first `size` bytes of an open file, which need not stay open. They are mapped, and guarded, until the last
+    view of them is gone. Raises OSError."""
+    start = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if start in (None, _FAILED):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    mapping = _Mapping(start, size)
+    _guarded.add(mapping)
+    _install()
+    data = (ctypes.c_char * size).from_address(start)
+    weakref.finalize(data, _unmap, mapping).atexit = False  # the process ends, and its mappings with it
+    return memoryview(data).toreadonly().cast("B"), mapping
+
+
+def _unmap(mapping: _Mapping) -> None:
+    _guarded.discard(mapping)  # first, since the addresses may be another mapping's afterwards
+    _libc.munmap(mapping.start, mapping.size)
+
+
 class MappedFile:
-    """A file of a known size, mapped for reading. Its bytes are `data`.
+    """A file of a known size, mapped for reading. Its bytes are `data`, also after the file was removed.
 
     From where the file is cut short they read as zeros, and `shrunk` is set. As a context it checks at the end, also
     after an error: nothing that was concluded from such bytes holds.
     """
 
     def __init__(self, path: Path, *, size: int, mtime_ns: int | None = None) -> None:
-        """The file must be the one last changed at `mtime_ns`, or as it is now. Raises IntegrityError."""
-        self._path, self._size, self.shrunk = path, size, False
+        """The file must be the one last changed at `mtime_ns`, or as it is now.
+
+        Raises:
+            IntegrityError: it is not, or is shorter.
+            StorageError: the system does not let it be read.
+        """
+        self._path, self._size = path, size
         try:
-            with open(
-                path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-            ) as file:  # not a FIFO
-                self._mtime_ns = os.fstat(file.fileno()).st_mtime_ns if mtime_ns is None else mtime_ns
-                self.data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except ValueError:  # it is shorter
-            raise IntegrityError(f"{printable(path)}: changed while it was being read") from None
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not a FIFO
+            try:
+                status = os.fstat(fd)
+                if status.st_size < size or not size:
+                    raise IntegrityError(f"{printable(path)}: changed while it was being read")
+                self._mtime_ns = status.st_mtime_ns if mtime_ns is None else mtime_ns
+                self.data, self._mapping = mapped(fd, size)
+            finally:
+                os.close(fd)
         except OSError as error:
-            raise IntegrityError(f"{printable(path)}: cannot be read: {error.strerror}") from None
-        self._start = _address(self.data)
-        _guarded.add(self)
-        _install()
+            words = f"{printable(path)}: cannot be read: {error.strerror}"
+            raise by_errno(error, words, IntegrityError) from None
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether bytes were missing when they were read."""
+        return self._mapping.missing is not None
 
     def __enter__(self) -> MappedFile:
         return self
@@ -77,29 +135,24 @@ class MappedFile:
             self.check()
 
     def check(self) -> None:
-        """Raises IntegrityError where the bytes are not, or may not have been, those of the file as it was opened."""
+        """Raises IntegrityError where the bytes are not, or may not have been, those of the file as it was opened;
+        StorageError where its disk failed."""
         check_unchanged(self._path, size=self._size, mtime_ns=self._mtime_ns)
-        if self.shrunk:  # and is as it was again; or its disk failed, which is the same signal
-            raise IntegrityError(f"{printable(self._path)}: could not be read to its end")
+        if (missing := self._mapping.missing) is not None:
+            self._read_at(missing)
+            raise IntegrityError(f"{printable(self._path)}: was cut short while it was being read, and put right again")
 
-    def put_zeros(self, address: int) -> bool:
-        """Where `address` is in this mapping, have zeros in place of its pages from there on."""
-        end = self._start + self._size
-        if not self._start <= address < end:
-            return False
-        self.shrunk = True
-        page = address - address % mmap.PAGESIZE
-        return bool(_libc.mmap(page, end - page, mmap.PROT_READ, _ZEROS, -1, 0) == page)
-
-
-_guarded: weakref.WeakSet[MappedFile] = weakref.WeakSet()
-
-
-def _address(data: mmap.mmap) -> int:
-    view = (ctypes.c_void_p * 16)()  # a Py_buffer: its first member is the address
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), view, 0)
-    ctypes.pythonapi.PyBuffer_Release(view)
-    return view[0] or 0
+    def _read_at(self, at: int) -> None:
+        """A disk that failed is the same signal as a file that was cut short: a system call says which it was."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.pread(fd, 1, at)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            words = f"{printable(self._path)}: could not be read to its end: {error.strerror}"
+            raise by_errno(error, words, IntegrityError) from None
 
 
 class _Action(ctypes.Structure):
@@ -119,16 +172,19 @@ _CODE, _ADDRESS = 8, 16  # of si_code and si_addr in siginfo_t
 _ABSENT = 2  # BUS_ADRERR: the file has no such page
 _ZEROS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED: in place of what is mapped there
 
-_libc: Any = ctypes.CDLL(None)
+_FAILED = ctypes.c_void_p(-1).value  # MAP_FAILED
+
+_libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def _on_bus_error(_number: int, info: int, _context: int) -> None:
     code = ctypes.c_int.from_address(info + _CODE).value
     try:
         address = ctypes.c_void_p.from_address(info + _ADDRESS).value or 0
-        if code == _ABSENT and any(file.put_zeros(address) for file in list(_guarded)):
+        if code == _ABSENT and any(mapping.put_zeros(address) for mapping in list(_guarded)):
             return
     except Exception:  # out of memory: then it ends here
         pass

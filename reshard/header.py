@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .errors import BadInputError, printable
 from .guard import MappedFile
+from .system import by_errno
 
 __all__ = [
     "DTYPE_BITS",
@@ -233,8 +234,9 @@ def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
     """The header of the safetensors file at `path`, without its data; `file` is its name inside the source folder.
 
     Raises:
-        BadInputError: not a regular file (and a FIFO does not block), not readable, or not as the format has it.
+        BadInputError: not a regular file (and a FIFO does not block), or not as the format has it.
         IntegrityError: it changed meanwhile.
+        StorageError: the system does not let it be read.
     """
     try:
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as source:
@@ -243,6 +245,6 @@ def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
             size = os.fstat(source.fileno()).st_size
             length = header_length(source.read(8), file=file, file_size=size)
     except OSError as error:
-        raise BadInputError(f"{printable(file)}: cannot be read: {error.strerror}") from None
+        raise by_errno(error, f"{printable(file)}: cannot be read: {error.strerror}", BadInputError) from None
     with MappedFile(Path(path), size=size) as mapped:
-        return parse_header(memoryview(mapped.data)[8 : 8 + length], file=file, file_size=size)
+        return parse_header(mapped.data[8 : 8 + length], file=file, file_size=size)

@@ -9,14 +9,16 @@ import stat
 from pathlib import Path
 
 from .digest import new_digest
-from .errors import StorageError, printable
+from .errors import ReshardError, StorageError, printable
 from .layout import FileLayout, Slot
+from .system import by_errno
 
 __all__ = ["begin_writeback", "create", "digest_in", "pwrite", "write_error"]
 
 # For a larger write Linux takes page cache in pieces so large that finding them can cost more than the write: in a
 # virtual machine, 2.3 s for 3 GB in writes of 4 MiB, and 0.8 s in these.
 _WRITE_BYTES = 256 << 10
+_NOTHING_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def pwrite(fd: int, data: memoryview, offset: int) -> None:
@@ -79,14 +81,15 @@ def create(path: Path, layout: FileLayout, *, anew: bool) -> int:
     return fd
 
 
-def write_error(path: Path, error: OSError, *, synced: bool = False) -> StorageError:
+def write_error(path: Path, error: OSError, *, synced: bool = False) -> ReshardError:
     """What to raise when the disk refuses a write, or with `synced` to have kept what was written.
 
     Of a disk that failed, the cache goes on showing what was written, not what was kept, and the next fsync says that
-    all is well. A disk that was full when it was written to has lost nothing.
+    all is well. A disk that was full when it was written to has lost nothing, and of what the system has too little of
+    only this process knows.
     """
-    failure = StorageError(f"{printable(path)}: {error.strerror}")
-    failure.lost = synced or error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    failure = by_errno(error, f"{printable(path)}: {error.strerror}", StorageError)
+    failure.lost = synced or error.errno not in _NOTHING_LOST
     return failure
 
 

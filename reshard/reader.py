@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +56,7 @@ class SourceReader:
             for file in self._source.files if self._arrivals is None else ():
                 check_unchanged(file.path, size=file.size, mtime_ns=file.mtime_ns)
 
-    def _map(self, name: str) -> mmap.mmap:
+    def _map(self, name: str) -> memoryview:
         mapped = self._maps.get(name)
         if mapped is None:
             file = self._source.file(name)
@@ -72,12 +71,12 @@ class SourceReader:
         return mapped.data
 
     def release(self, name: str) -> None:
-        """Nobody reads this file any more: one that came for this can go."""
+        """Nobody reads this file any more: its mapping can go, and so can a file that came for this."""
+        with self._lock:
+            mapped = self._maps.pop(name, None)
+        if mapped is not None:
+            mapped.check()
         if self._arrivals:
-            with self._lock:
-                mapped = self._maps.pop(name, None)
-            if mapped is not None:
-                mapped.check()
             self._arrivals.done(name)
 
     def view(self, region: Region, *, bits: bool) -> torch.Tensor:
@@ -97,17 +96,18 @@ class SourceReader:
         info = self._source.tensors[region.source]
         width = itemsize(torch_name(info.dtype, tensor=info.name))
         start = info.start + region.offset * width
-        return memoryview(self._map(info.file))[start : start + region.size * width]
+        return self._map(info.file)[start : start + region.size * width]
 
     def pieces_of_file(self, name: str, start: int, end: int) -> Iterator[memoryview]:
         """The bytes of a source file from `start` to `end`, in order."""
         for at in range(start, end, _FILE_PIECE):
-            yield memoryview(self._map(name))[at : min(at + _FILE_PIECE, end)]
+            yield self._map(name)[at : min(at + _FILE_PIECE, end)]
 
     def check(self, tensor: LocalTensor) -> None:
         """Raises IntegrityError where a file that `tensor` is made of is not what it was when it was opened."""
-        for name in {self._source.tensors[region.source].file for region in tensor.regions} & self._maps.keys():
-            self._maps[name].check()
+        for name in {self._source.tensors[region.source].file for region in tensor.regions}:
+            if (mapped := self._maps.get(name)) is not None:
+                mapped.check()
 
     def dtype(self, region: Region) -> str:
         info = self._source.tensors[region.source]

@@ -23,6 +23,7 @@ from .places import fetch
 from .rank_file import written_file
 from .source import is_resharded
 from .staging import write_file
+from .system import by_errno
 
 __all__ = [
     "ELSEWHERE",
@@ -118,7 +119,8 @@ def single_model(root: Path, dtype: torch.dtype, device: torch.device | str = ST
     except (OSError, ValueError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise
-        raise BadInputError(f"{printable(root)}: transformers cannot load it: {printable(error)}") from None
+        words = f"{printable(root)}: transformers cannot load it: {printable(error)}"
+        raise by_errno(error, words, BadInputError) from None
 
 
 def fixed_ids(model: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from .corrections import corrected, has_expert_plan
 from .errors import BadInputError, listed, printable
+from .system import by_errno
 from .untrusted import read_json
 
 __all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
@@ -65,7 +66,7 @@ def _read_toml(path: Path) -> Any:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInputError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        raise by_errno(error, f"{printable(path)}: cannot be read: {error.strerror}", BadInputError) from None
     except ValueError as error:
         raise BadInputError(f"{printable(path)}: not valid TOML: {printable(error)}") from None
 

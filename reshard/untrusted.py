@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInputError, PolicyError, printable
+from .system import by_errno
 
 __all__ = ["check_plain_name", "read_json", "vetted_path"]
 
@@ -35,6 +36,7 @@ def vetted_path(root: Path, name: str, *, what: str) -> Path:
     Raises:
         PolicyError: the name or a link leaves the folder.
         BadInputError: there is no such file, or it is not a regular one.
+        StorageError: the system does not let it be read.
     """
     check_plain_name(name, what=what)
     path = root / name
@@ -42,7 +44,8 @@ def vetted_path(root: Path, name: str, *, what: str) -> Path:
         real = Path(os.path.realpath(path, strict=True))
         mode = os.stat(real).st_mode
     except OSError as error:
-        raise BadInputError(f"{what}: {printable(path)} cannot be read: {error.strerror}") from None
+        words = f"{what}: {printable(path)} cannot be read: {error.strerror}"
+        raise by_errno(error, words, BadInputError) from None
     if not any(real.is_relative_to(folder) for folder in _inside(root)):
         raise PolicyError(f"{what}: {printable(path)} is a link that leads out of the source folder")
     if not stat.S_ISREG(mode):
@@ -81,4 +84,4 @@ def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{name}: not valid JSON: {printable(error)}") from None
     except OSError as error:
-        raise BadInputError(f"{name}: cannot be read: {error.strerror}") from None
+        raise by_errno(error, f"{name}: cannot be read: {error.strerror}", BadInputError) from None

@@ -86,9 +86,9 @@ def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: Non
         return
     with MappedFile(path, size=record.size) as mapped:
         header = read_rank_header(path, record)
-        found, view = {}, memoryview(mapped.data)
+        found = {}
         for info in header.tensors:
-            found[info.name] = digest_of(view[info.start : info.end])
+            found[info.name] = digest_of(mapped.data[info.start : info.end])
             report(info.nbytes)
         check_digests(path, record, header, found)
         report(record.size - sum(info.nbytes for info in header.tensors))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from reshard import errors
 from reshard.errors import RemoteMovedError, ReshardError, TopologyError, printable
+from reshard.system import explained
 
 from .ranks import RankInfo
 
@@ -137,8 +138,9 @@ def _complaint(answers: list[Any], what: str) -> tuple[int | None, list[str | No
     return None
 
 
-def words_of(failure: Exception) -> list[str | None]:
+def words_of(failure: BaseException) -> list[str | None]:
     """A failure as another rank can be told of it."""
+    failure = explained(failure)
     if isinstance(failure, ReshardError):
         name = next(kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__))
         return [name, failure.message, failure.hint]

@@ -25,6 +25,7 @@ from reshard.rank_file import written_file
 from reshard.source import MANIFEST_NAME
 from reshard.stores import as_text
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
+from reshard.system import by_errno
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks, tp_axis
@@ -229,7 +230,8 @@ def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             reason = printable(str(error).partition("\n")[0])
-            raise BadInputError(f"{printable(folder / 'generation_config.json')}: not usable: {reason}") from None
+            words = f"{printable(folder / 'generation_config.json')}: not usable: {reason}"
+            raise by_errno(error, words, BadInputError) from None
     if model.can_generate() and shares_gpu(mesh):
         model.generation_config.disable_compile = True  # with a static cache, `generate` would compile to CUDA graphs
     if model.can_generate() and mesh.size() > 1:

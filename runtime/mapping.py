@@ -11,8 +11,10 @@ import torch
 
 from reshard.digest import FileRecord, digest_of
 from reshard.dtypes import torch_name
+from reshard.errors import IntegrityError, printable
 from reshard.header import TensorInfo
 from reshard.rank_file import check_digests, largest_first, read_rank_header
+from reshard.system import by_errno
 
 __all__ = ["map_rank_file"]
 
@@ -27,10 +29,14 @@ def map_rank_file(
 
     Raises:
         IntegrityError: at once or at the call, naming the file and the tensor whose bytes are not those written.
+        StorageError: at once, where the system does not let it be read.
     """
     header = read_rank_header(path, record)
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise by_errno(error, f"{printable(path)}: cannot be read: {error.strerror}", IntegrityError) from None
     view = memoryview(mapped)
     running = {
         info.name: pool.submit(digest_of, view[info.start : info.end])

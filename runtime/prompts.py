@@ -14,6 +14,7 @@ import torch
 
 from reshard.architecture import quiet_transformers
 from reshard.errors import BadInputError, printable
+from reshard.system import by_errno
 
 from .agreement import Deadline, from_first
 from .mesh import connect
@@ -41,9 +42,8 @@ def load_tokenizer(folder: str | Path, *, chat: bool = False) -> Any:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInputError(
-            f"{printable(folder)}: holds no usable tokenizer", hint=printable(str(error).splitlines()[0])
-        ) from None
+        words = f"{printable(folder)}: holds no usable tokenizer"
+        raise by_errno(error, words, BadInputError, hint=printable(str(error).splitlines()[0])) from None
     if chat and not tokenizer.chat_template:
         raise BadInputError(
             f"{printable(folder)}: the tokenizer has no chat template", hint="without --chat, text is continued"
@@ -99,7 +99,7 @@ def read_prompts(file: str, timeout: float) -> list[str]:
         try:
             text = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
         except OSError as error:
-            raise BadInputError(f"{printable(file)}: {error.strerror}") from None
+            raise by_errno(error, f"{printable(file)}: {error.strerror}", BadInputError) from None
         found = [line for line in re.split(r"\r?\n", _decoded(text, file)) if line.strip()]
         if not found:
             raise BadInputError(f"{printable(file)}: holds no prompts", hint="one prompt a line")

@@ -17,6 +17,7 @@ from reshard.dtypes import torch_name
 from reshard.errors import IntegrityError, TopologyError, printable
 from reshard.header import Header, TensorInfo
 from reshard.rank_file import check_digests, largest_first, read_rank_header
+from reshard.system import by_errno
 
 __all__ = ["ALIGNMENT", "BUFFER_BYTES", "offsets", "read_rank_file"]
 
@@ -132,7 +133,8 @@ def read_rank_file(
                 lane.finish()
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or "was cut short"
-            raise IntegrityError(f"{printable(path)}: {reason}, while it was being read") from None
+            words = f"{printable(path)}: {reason}, while it was being read"
+            raise by_errno(error, words, IntegrityError) from None
         if digests:
             check_digests(path, record, header, found)
         return _tensors(space, begins, header)

@@ -17,7 +17,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
 from reshard.layout import Slot, file_layout
 from reshard.output import pwrite
+from reshard.outputs import OutputFiles
 from reshard.places import local_folder
+from reshard.system import by_errno
 from reshard.targets import LocalTensor
 from reshard.weights import INDEX_NAME
 
@@ -96,7 +98,8 @@ class _Writer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, int] = {}  # their descriptors, by the names they are to have
+        self._files: OutputFiles | None = None
+        self._names: list[str] = []  # those that the files are to have
         self._slots: dict[str, Slot] = {}
         self._file_of: dict[str, str] = {}  # by the name of a tensor
 
@@ -104,15 +107,16 @@ class _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, fd in self._files.items():
-            os.close(fd)
+        if self._files is not None:
+            self._files.close()
+        for name in self._names:
             self._part(name).unlink(missing_ok=True)
 
     def _part(self, name: str) -> Path:
         return self._folder / f"{name}{_PART}"
 
     def begin(self, tensors: list[LocalTensor], max_shard_size: int | str) -> None:
-        """Open the files, and write their headers."""
+        """Make the files, with their headers in place."""
         self._folder.mkdir(parents=True, exist_ok=True)
         there = sorted([*self._folder.glob("*.safetensors"), *self._folder.glob(INDEX_NAME)])
         if there:
@@ -125,18 +129,22 @@ class _Writer:
             max_shard_size=max_shard_size,
         )
         self._file_of = split.tensor_to_filename
-        for name, names in split.filename_to_tensors.items():
-            layout = file_layout(name, [by_name[one] for one in names])
-            self._files[name] = os.open(self._part(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            pwrite(self._files[name], memoryview(layout.head), 0)
-            self._slots |= {slot.tensor.name: slot for slot in layout.slots}
+        self._names = list(split.filename_to_tensors)
+        layouts = [
+            file_layout(self._part(name).name, [by_name[one] for one in names])
+            for name, names in split.filename_to_tensors.items()
+        ]
+        self._slots = {slot.tensor.name: slot for layout in layouts for slot in layout.slots}
+        self._files = OutputFiles(self._folder, layouts, anew=False)
 
     def write(self, bundle: Bundle, wholes: Mapping[str, torch.Tensor]) -> None:
         """The source tensors that went into these parameters."""
         here = {name: whole.cpu() for name, whole in wholes.items()}
+        assert self._files is not None
         for made in bundle.sources:
             data = bundle.source(made, here).view(-1).view(torch.uint8).numpy()
-            pwrite(self._files[self._file_of[made.name]], memoryview(data), self._slots[made.name].offset)
+            with self._files.opened(self._names.index(self._file_of[made.name])) as fd:
+                pwrite(fd, memoryview(data), self._slots[made.name].offset)
 
     def finish(self, model: Any) -> None:
         """The configuration, the files in their places, and last the index."""
@@ -145,10 +153,11 @@ class _Writer:
         model.config.save_pretrained(self._folder)
         if model.can_generate():
             model.generation_config.save_pretrained(self._folder)
-        for name, fd in self._files.items():
-            os.fsync(fd)
+        assert self._files is not None
+        self._files.sync()
+        for name in self._names:
             os.replace(self._part(name), self._folder / name)
-        if len(self._files) > 1:
+        if len(self._names) > 1:
             total = sum(slot.tensor.nbytes for slot in self._slots.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
             (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -159,7 +168,7 @@ def _failure(step: Callable[..., object], *arguments: Any) -> Exception | None:
     try:
         step(*arguments)
     except OSError as error:
-        return StorageError(f"{printable(error.filename or 'save_pretrained')}: {error.strerror}")
+        return by_errno(error, f"{printable(error.filename or 'save_pretrained')}: {error.strerror}", StorageError)
     except Exception as error:
         return error
     return None

@@ -48,6 +48,7 @@ FAULTS = {
     27: ("token leak", "in no output, traceback or file"),
     28: ("control characters in names", "escaped wherever they are shown"),
     29: ("other threads, another machine, a resume", "the same bytes"),
+    30: ("more files than descriptors; another refusal of the system", "works; else 5, and never integrity"),
 }
 
 

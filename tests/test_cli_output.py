@@ -129,7 +129,7 @@ def test_disk_full_leaves_no_file_open(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(reshard.executor.os, "posix_fallocate", fail)
+    monkeypatch.setattr(os, "posix_fallocate", fail)
     before = os.listdir("/proc/self/fd")
     refused(5, convert(source, out), RANK_FILES[0], "No space left")
     assert os.listdir("/proc/self/fd") == before
@@ -140,7 +140,7 @@ def test_write_error(source: Path, out: Path, refused: Refused, monkeypatch: pyt
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(reshard.executor.os, "pwrite", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     refused(5, convert(source, out), "Input/output error")
 
 

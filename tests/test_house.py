@@ -23,13 +23,23 @@ TORCH_FREE = [
         f"reshard.{name}"
         for name in (
             *("placement", "regions", "layout", "manifest", "source", "weights", "untrusted", "header"),
-            *("targets", "report", "verification", "cli.main", "topology", "fields", "placement_json", "guard"),
-            *("hub.place", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination"),
+            *(
+                "targets",
+                "report",
+                "verification",
+                "cli.main",
+                "topology",
+                "fields",
+                "placement_json",
+                "guard",
+                "system",
+            ),
+            *("hub.place", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination", "system"),
         )
     ),
 ]
 RUNTIME_MAY_IMPORT = {
-    *("layout", "output"),
+    *("layout", "output", "outputs", "system"),
     *(
         "arguments",
         "architecture",

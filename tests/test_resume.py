@@ -216,7 +216,7 @@ def test_a_full_disk_goes_on_when_there_is_room(
         return real(fd, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor.os, "pwrite", pwrite)
+        patch.setattr(os, "pwrite", pwrite)
         with pytest.raises(StorageError, match="No space left") as refused:
             reshard.convert(origin, tmp_path / "out", tp_size=2, workers=1)
     assert "goes on" in str(refused.value.hint)
@@ -233,7 +233,7 @@ def test_nothing_is_kept_of_a_disk_that_failed(origin: Path, tmp_path: Path, mon
     def fsync(_: int) -> None:
         raise OSError(5, os.strerror(5))
 
-    monkeypatch.setattr(executor.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(StorageError, match="Input/output error"):
         reshard.convert(origin, tmp_path / "out", tp_size=2)
     assert os.listdir(tmp_path) == []

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
+from ..system import LOCAL
 from .session import BUSY, answer_of, client, is_unreachable
 
 __all__ = ["doing", "explain"]
 
-_OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 _TOKENS = "https://huggingface.co/settings/tokens"
 _OF_FILES = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
@@ -109,11 +109,11 @@ def _said_by_disk(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             return f"{printable(error.filename)}: {error.strerror}"
-        if isinstance(error, OSError) and error.errno in _OF_A_DISK:
+        if isinstance(error, OSError) and error.errno in LOCAL:
             return error.strerror
         # hf_xet has only words; those of an answer are the Hub's.
         found = None if hasattr(error, "response") else re.search(r"\(os error ([0-9]{1,3})\)", str(error))
-        if found and int(found[1]) in _OF_A_DISK | _OF_FILES:
+        if found and int(found[1]) in LOCAL | _OF_FILES:
             return os.strerror(int(found[1]))
         error = error.__cause__
     return None

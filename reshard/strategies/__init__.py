@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.distributed.tensor import Replicate, Shard
 
 from ..errors import BadInputError, printable
+from ..system import by_errno
 from .base import (
     LocalLayer,
     TensorParallelLayer,
@@ -174,7 +175,7 @@ def load_strategies(path: str | Path) -> ParallelInterface:
     try:
         runpy.run_path(str(path), run_name="strategies")
     except OSError as error:
-        raise BadInputError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        raise by_errno(error, f"{printable(path)}: cannot be read: {error.strerror}", BadInputError) from None
     except Exception as error:
         raise BadInputError(f"{printable(path)}: {type(error).__name__}: {printable(error)}") from error
     if dict(ALL_PARALLEL_STYLES) == before:

@@ -1,0 +1,92 @@
+"""The output files of a plan. However many they are, only so many are open at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .guard import mapped
+from .layout import FileLayout
+from .output import create
+from .system import descriptors
+
+__all__ = ["OutputFiles"]
+
+
+class OutputFiles:
+    """Files made at their full size, with their headers in place. They are new, unless `anew` is false.
+
+    At most half of the descriptors that the process may have are open at a time: the one that was used longest ago is
+    closed for another. `most` is their number, and that of the threads that may write at once. The methods raise
+    OSError; making a file raises StorageError.
+    """
+
+    def __init__(self, folder: Path, layouts: Sequence[FileLayout], *, anew: bool) -> None:
+        self._paths = [folder / layout.name for layout in layouts]
+        self.most = max(1, descriptors() // 2)
+        self._open: dict[int, int] = {}  # descriptors, the one used longest ago first
+        self._users = [0] * len(layouts)
+        self._kept: dict[int, memoryview] = {}
+        self._lock = threading.Lock()
+        try:
+            for index, layout in enumerate(layouts):
+                self._make_room()
+                self._open[index] = create(self._paths[index], layout, anew=anew)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> OutputFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close those that are open."""
+        with contextlib.ExitStack() as closing:
+            for fd in self._open.values():
+                closing.callback(os.close, fd)
+            self._open.clear()
+
+    @contextlib.contextmanager
+    def opened(self, index: int) -> Iterator[int]:
+        """The descriptor of a file, which stays open meanwhile."""
+        with self._lock:
+            fd = self._descriptor(index)
+            self._users[index] += 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[index] -= 1
+
+    def sync(self) -> None:
+        """Have the disk keep every file."""
+        for index in range(len(self._paths)):
+            with self.opened(index) as fd:
+                os.fsync(fd)
+
+    def _descriptor(self, index: int) -> int:
+        fd = self._open.pop(index, None)
+        if fd is None:
+            self._make_room()
+            fd = os.open(self._paths[index], os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._open[index] = fd  # last
+        return fd
+
+    def _make_room(self) -> None:
+        if len(self._open) < self.most:
+            return
+        index = next(index for index in self._open if not self._users[index])
+        fd = self._open.pop(index)
+        try:
+            # While something of a file is mapped the system does not forget it, nor that writing it back has failed:
+            # fsync says so also to a descriptor that is opened later.
+            if index not in self._kept and os.fstat(fd).st_size:
+                self._kept[index], _ = mapped(fd, 1)
+        finally:
+            os.close(fd)
