@@ -63,9 +63,11 @@ def main(repeat: int, layers: int, name: str) -> None:
     device = torch.device(name, 0) if name == "cuda" else torch.device(name)
     with tempfile.TemporaryDirectory() as root:
         source, out = Path(root, "source"), Path(root, "out")
+        start = time.perf_counter()
         write(source, {**LLAMA_1B, "num_hidden_layers": layers}, filled=True)
         convert(source, out, 1)
         record = read_manifest(out).rank_files[0]
+        click.echo(f"{record.size / 1e9:.2f} GB onto {device}: written and cut in {time.perf_counter() - start:.0f} s")
         warm(out)
         pinned = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=name == "cuda")
         target = torch.empty(PINNED_BYTES, dtype=torch.uint8, device=device)
@@ -79,7 +81,7 @@ def main(repeat: int, layers: int, name: str) -> None:
             timed(device, work)
         runs = in_turn(repeat, {kind: partial(timed, device, work) for kind, work in contenders.items()})
     median = {kind: statistics.median(found) for kind, found in runs.items()}
-    click.echo(f"{record.size / 1e9:.2f} GB onto {device}, {worker_count()} threads, medians of {repeat}")
+    click.echo(f"{worker_count()} threads, medians of {repeat}")
     for kind, seconds in median.items():
         share = median["pinned copy"] / seconds
         click.echo(f"  {kind:20} {seconds:6.3f} s  {record.size / seconds / 1e9:6.2f} GB/s  {share:4.2f} × pinned copy")

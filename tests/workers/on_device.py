@@ -3,7 +3,7 @@
     on_device.py JOB.json OUT.json
 
 The job is {"device", "source", "fp32", "bf16", "backend", "compiler"}: a folder of each dtype, and how to compile. Any
-difference is an assertion, hence a non-zero exit; rank 0 leaves the figures.
+difference is an assertion, hence a non-zero exit; rank 0 prints each figure when it has it, and leaves them all.
 """
 
 import json
@@ -37,6 +37,15 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+class Figures(dict[str, Any]):
+    """What was found, which rank 0 prints at once: a job that is stopped has said so much."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        if dist.get_rank() == 0:
+            print(f"  {name}: {value}", flush=True)
+
+
 def memory(model: Any, folder: str) -> dict[str, int]:
     """What the rank's file brings, and what is allocated for it. On a GPU, at no time more than that and a little."""
     held = read_manifest(Path(folder)).rank_files[dist.get_rank()].size
@@ -67,12 +76,14 @@ def main(job_path: str, out_path: str) -> None:
     exact = 1e-5 if job["device"] == "cpu" else 1e-4  # kernels of a GPU add in an order of their own
     model = runtime.load(job["fp32"], device=job["device"])
     assert dist.get_backend() == job["backend"]
-    found: dict[str, Any] = {"device": str(model.device), "memory": memory(model, job["fp32"])}
+    found = Figures()
+    found["device"] = str(model.device)
+    found["memory"] = memory(model, job["fp32"])
     if model.device.type == "cuda":
         assert torch.cuda.current_device() == model.device.index
         shared = job["backend"] == "gloo" and dist.get_world_size() > 1
         assert bool(model.generation_config.disable_compile) == shared  # gloo's collectives are in no CUDA graph
-    found["seconds"] = sum(model.reshard_seconds.values())
+    found["seconds"] = round(sum(model.reshard_seconds.values()), 3)
     ids = IDS.to(model.device)
     single = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -82,8 +93,10 @@ def main(job_path: str, out_path: str) -> None:
     assert found["error"] <= exact, found
     options = {"max_new_tokens": NEW, "do_sample": False}
     assert torch.equal(tokens.cpu(), single.generate(IDS, attention_mask=torch.ones_like(IDS), **options))
+    found["greedy"] = "tokens equal"
     static = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **options)
     assert torch.equal(static, tokens)
+    found["static cache"] = "tokens equal"
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend=job["compiler"])
         found["compiled"] = relative(compiled(ids, use_cache=False).logits, expected)
@@ -91,6 +104,7 @@ def main(job_path: str, out_path: str) -> None:
     parity = check(model, job["source"], per_layer=True)
     assert parity.ok, parity
     assert parity.difference is None, parity
+    found["modules"] = "no module differs"
     assert check(model).max_rel <= exact
     with runtime.sdpa("math"):  # it computes what the folder holds
         runtime.load(job["fp32"], device=job["device"], attn_implementation="sdpa")

@@ -1,0 +1,222 @@
+"""The parts of scripts/gpu_check, which says how to call it. From the source tree, with what the environment has: no
+pytest, nothing installed, nothing fetched.
+
+Exit codes: 0 every part that this machine has GPUs for ran and passed, or did not fit in the time; 1 one failed;
+2 the environment lacks something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_BUDGET = 450  # seconds
+_LEAST = 15  # seconds: with less left, nothing is begun
+_GRACE = 10  # seconds for the ranks of a part that did not end in time
+
+
+@dataclass(frozen=True)
+class Case:
+    """What ranks on a device have to show: on `device`, as `runtime.load` takes it, over `backend`."""
+
+    name: str
+    device: str
+    ranks: int
+    backend: str
+    gpus: int = 0
+
+    def prepare(self, folder: Path) -> list[str]:
+        """Make a checkpoint and what is resharded of it. Returns what torchrun is to start, and writes figures into
+        `folder`/found.json."""
+        import pico
+
+        import reshard
+
+        source = pico.save("qwen3", folder / "source")  # heads of 8 numbers, which flash kernels take
+        reshard.convert(source, folder / "fp32", tp_size=self.ranks, sync=False, reference_logits=True)
+        reshard.convert(source, folder / "bf16", tp_size=self.ranks, sync=False, dtype="bfloat16")
+        job = {"device": self.device, "backend": self.backend}
+        job["compiler"] = "inductor" if self.gpus else "aot_eager"
+        job |= {name: str(folder / name) for name in ("source", "fp32", "bf16")}
+        (folder / "job.json").write_text(json.dumps(job))
+        worker = ROOT / "tests" / "workers" / "on_device.py"
+        return [str(worker), str(folder / "job.json"), str(folder / "found.json")]
+
+
+CASES = (
+    Case("cpu", "cpu", 2, "gloo"),
+    Case("one GPU, one rank", "cuda", 1, "nccl", 1),
+    Case("two GPUs", "cuda", 2, "nccl", 2),
+    Case("one GPU, two ranks", "cuda:0", 2, "gloo", 1),
+    Case("four GPUs", "cuda", 4, "nccl", 4),
+    Case("one GPU, four ranks", "cuda:0", 4, "gloo", 1),
+)
+
+
+class OutOfTime(Exception):
+    """The time for a part is over."""
+
+
+class Failed(Exception):
+    """A part has failed; what it said is out already."""
+
+
+def say(line: str) -> None:
+    """A line that is seen at once."""
+    print(line, flush=True)
+
+
+def lacking() -> list[str]:
+    """What pyproject.toml asks for and the environment has not, or too old."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return ["packaging"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = []
+    for wanted in map(Requirement, project["dependencies"]):
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(str(wanted))
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            found.append(f"{wanted} (there is {version})")
+    return found
+
+
+def run(*command: str) -> None:
+    """Run a command whose output goes out as it comes. It ends with this part, and all that it has started."""
+    with tempfile.TemporaryFile() as words:
+        child = subprocess.Popen(command, cwd=ROOT, stderr=words)
+        try:
+            child.wait()
+        finally:
+            if child.poll() is None:
+                end(child)
+        if child.returncode:
+            words.seek(0)
+            last = words.read().decode(errors="replace").splitlines()[-25:]
+            say("\n".join(f"    {line}" for line in last))
+            raise Failed
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """torchrun ends its ranks when it is asked to, and not when it is killed."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    ranks = descendants(child.pid)
+    child.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(_GRACE)
+    child.kill()
+    child.wait()
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that one has started, and those that they have, where the system lists them."""
+    try:
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [found for child in map(int, listed) for found in (child, *descendants(child))]
+
+
+def on_ranks(case: Case) -> None:
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        command = case.prepare(Path(folder))
+        agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
+        run(sys.executable, *agent, *command)
+
+
+def rate(device: str) -> None:
+    layers = "16" if device == "cuda" else "1"
+    run(sys.executable, "scripts/bench_device.py", "--device", device, "--layers", layers, "--repeat", "3")
+
+
+def parts(device: str) -> Iterator[tuple[str, int, Callable[[], None]]]:
+    """Name, GPUs that it takes, and work of each part, in order of worth."""
+    cases = [case for case in CASES if (case.gpus > 0) == (device == "cuda")]
+    most_telling = 2 if device == "cuda" else 1
+    for case in cases[:most_telling]:
+        yield f"{case.name}, {case.backend}", case.gpus, lambda case=case: on_ranks(case)
+    yield "rate of a load", int(device == "cuda"), lambda: rate(device)
+    for case in cases[most_telling:]:
+        yield f"{case.name}, {case.backend}", case.gpus, lambda case=case: on_ranks(case)
+
+
+def out_of_time(*_: object) -> None:
+    raise OutOfTime
+
+
+def main() -> int:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(prog="scripts/gpu_check", description="What needs a GPU, in parts.")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--budget", type=float, default=_BUDGET, metavar="SECONDS", help="[default: %(default)s]")
+    asked = parser.parse_args()
+    if missing := lacking():
+        say(f"{sys.executable} lacks: {', '.join(missing)}. Unpacked elsewhere, it is found by PYTHONPATH.")
+        return 2
+    # Those whom this starts find reshard and runtime here, ask no network, and leave nothing behind.
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    sys.path[:0] = paths[:2]
+    quiet = dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "PYTHONDONTWRITEBYTECODE"), "1")
+    os.environ.update({**quiet, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"})
+    import torch
+
+    others = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "huggingface_hub"))
+    say(", ".join([f"Python {sys.version.split()[0]}", f"torch {torch.__version__}", *others]))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked.device == "cuda":
+        if not gpus:
+            say("no CUDA device is available")
+            return 2
+        say(f"{gpus} × {torch.cuda.get_device_name(0)}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    signal.signal(signal.SIGALRM, out_of_time)
+    left_out, failed = [], []
+    for name, needs, work in parts(asked.device):
+        left = asked.budget - (time.monotonic() - started)
+        if needs > max(gpus, int(asked.device == "cpu")):
+            say(f"{name}: skipped, it needs {needs} GPUs")
+            continue
+        if left < _LEAST:
+            left_out.append(name)
+            continue
+        say(f"{name}:")
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, left)
+        try:
+            work()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            say(f"  passed in {time.monotonic() - began:.0f} s")
+        except OutOfTime:
+            left_out.append(f"{name} (begun)")
+        except Exception as error:
+            say(f"  FAILED after {time.monotonic() - began:.0f} s{'' if isinstance(error, Failed) else f': {error!r}'}")
+            failed.append(name)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    if left_out:
+        say(f"did not fit into {asked.budget:.0f} s: {'; '.join(left_out)}")
+    say(f"failed: {'; '.join(failed)}" if failed else "nothing failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
