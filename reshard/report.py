@@ -72,31 +72,55 @@ def rows(parameters: Iterable[Any], world_size: int) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def table(lines: Sequence[Sequence[Any]], *, indent: str = "  ") -> str:
-    """Left-aligned columns; a column where every cell is empty is left out."""
+def table(lines: Sequence[Sequence[Any]], *, width: int | None = None, shorten: Sequence[tuple[int, int]] = ()) -> str:
+    """Left-aligned columns; a column where every cell is empty is left out.
+
+    Where the table is wider than `width` characters, cells lose their middle: first those of the columns that `shorten`
+    names, in that order, each down to so many characters, and then the widest.
+    """
     cells = [[("" if cell is None else printable(cell)) for cell in line] for line in lines]
     kept = [i for i in range(len(cells[0])) if any(line[i] for line in cells[1:])]
     widths = {i: max(len(line[i]) for line in cells) for i in kept}
-    return "\n".join(indent + "  ".join(line[i].ljust(widths[i]) for i in kept).rstrip() for line in cells)
+    gap = "  "
+    if width is not None:
+        over = sum(widths.values()) + len(gap) * len(kept) - width
+        for column, least in shorten:
+            if column in widths:
+                taken = max(0, min(over, widths[column] - least))
+                widths[column] -= taken
+                over -= taken
+        while over > 0 and max(widths.values()) > 1:
+            widths[max(widths, key=widths.__getitem__)] -= 1
+            over -= 1
+    return "\n".join(
+        (gap + gap.join(_middle_out(line[i], widths[i]).ljust(widths[i]) for i in kept)).rstrip() for line in cells
+    )
 
 
-def _parameter_table(found: Sequence[Mapping[str, Any]]) -> str:
-    head = ("parameter", "×", "shape", "dtype", "style", "placement", "on rank 0", "whole because")
-    lines = [head]
+def _middle_out(text: str, width: int) -> str:
+    """`text` in so many characters. Its end says more than its beginning: q_proj.weight."""
+    if len(text) <= width:
+        return text
+    end = 2 * (width - 1) // 3
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :] if end else ''}"
+
+
+def _parameter_table(found: Sequence[Mapping[str, Any]], dtype: str, width: int | None) -> str:
+    """Every row's dtype is `dtype` but where it says another."""
+    lines: list[Sequence[Any]] = [("parameter", "×", "shape", "dtype", "style, or why whole", "placement", "on rank 0")]
     for row in found:
         lines.append(
             (
                 row["parameter"],
                 str(row["count"]),
                 "×".join(map(str, row["shape"])) or "scalar",
-                row["dtype"],
-                row["style"],
+                "" if row["dtype"] == dtype else row["dtype"],
+                row["reason"] or row["style"],
                 row["placement"],
                 "×".join(map(str, row["rank_0_shape"])) or "scalar",
-                row["reason"],
             )
         )
-    return table(lines)
+    return table(lines, width=width, shorten=((4, 12), (5, 12), (0, 21)))
 
 
 def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
@@ -136,12 +160,12 @@ def plan_report(plan: ReshardPlan) -> dict[str, Any]:
     }
 
 
-def plan_text(report: Mapping[str, Any]) -> str:
-    """The plan's report in words."""
+def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:
+    """The plan's report in words; its table in at most `width` characters."""
     lines = [
         f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}",
         "",
-        _parameter_table(report["parameters"]),
+        _parameter_table(report["parameters"], report["dtype"], width),
         "",
     ]
     ranks = report["rank_bytes"]
@@ -204,8 +228,8 @@ def replicated_bytes(parameters: Iterable[Any]) -> int:
     return sum(parameter.nbytes for parameter in parameters if isinstance(parameter.placement, Replicate))
 
 
-def manifest_text(report: Mapping[str, Any]) -> str:
-    """The manifest's report in words."""
+def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
+    """The manifest's report in words; its tables in at most `width` characters."""
     origin = report["source"]["repo_id"]
     source = f" from {origin}@{report['source']['commit']}" if origin else ""
     tool = ", ".join(f"{name} {version}" for name, version in report["tool"].items())
@@ -213,11 +237,13 @@ def manifest_text(report: Mapping[str, Any]) -> str:
         printable(f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}{source}"),
         printable(f"made by {tool}"),
         "",
-        _parameter_table(report["parameters"]),
+        _parameter_table(report["parameters"], report["dtype"], width),
         "",
         table(
             [("rank file", "size", "digest")]
-            + [(r["file"], gigabytes(r["size"]), r["digest"]) for r in report["ranks"]]
+            + [(r["file"], gigabytes(r["size"]), r["digest"]) for r in report["ranks"]],
+            width=width,
+            shorten=((2, 16), (0, 16)),
         ),
         "",
         f"replicated in every file: {gigabytes(report['replicated_bytes'])}",

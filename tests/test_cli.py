@@ -27,7 +27,7 @@ import reshard.cli.main
 import reshard.conversion
 import reshard.executor
 
-COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run", "publish", "pull"]
+COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run", "publish", "pull", "env"]
 
 
 @pytest.mark.parametrize(

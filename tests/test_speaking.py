@@ -27,6 +27,7 @@ import reshard.conversion
 from reshard.cli import speaking
 from reshard.cli.speaking import progress_bar
 from reshard.model import read_model
+from reshard.report import table
 
 if TYPE_CHECKING:
     from fake_hub import FakeHub
@@ -253,3 +254,45 @@ def test_what_is_in_the_way_is_seen_first(
         assert_one_error(cli(*line), 6, "out.lock")
     out.mkdir()
     assert_one_error(cli(*line), 7, "out: already exists")
+
+
+def tables(text: str) -> list[list[str]]:
+    """The lines of each table of a report."""
+    return [block.splitlines() for block in text.split("\n\n") if "  " in block.strip().splitlines()[0]]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_fit_the_terminal(width: int, source: Path, folder: Path) -> None:
+    for line in (["plan", source, "--tp-size", "2"], ["inspect", folder]):
+        shown = tables(terminal(*line, width=width, NO_COLOR="1"))
+        assert len(shown) == 1 + (line[0] == "inspect")
+        for rows in shown:
+            assert max(map(len, rows)) <= width
+        assert [row for row in shown[0] if "…" in row]
+        names = [row.split()[0] for row in shown[0][1:]]
+        assert all(name[0] in "ml" for name in names)  # never wrapped: model…, lm_head…
+        if width >= 80:
+            assert any("q_proj.weight" in name for name in names)
+
+
+def test_a_table_is_whole_where_there_is_no_terminal(source: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = cli("plan", source, "--tp-size", 2).out
+    assert "model.layers.*.self_attn.q_proj.weight" in whole
+    assert "no rule in the tp_plan" in whole
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, tables(cli("plan", source, "--tp-size", 2).out)[0])) <= 80
+
+
+@pytest.mark.parametrize("width", range(24, 140, 9))
+def test_any_table_in_any_width(width: int) -> None:
+    lines = [("parameter", "×", "style"), ("model.layers.*.self_attn.q_proj.weight" * 2, "80", "colwise" * 9)]
+    shown = table(lines, width=width, shorten=((2, 12), (0, 21))).splitlines()
+    assert max(map(len, shown)) <= width
+    assert shown[1].split()[0].endswith("weight"[-2:])
+    assert table([("name",), ("a.b",)], width=2).splitlines()[1].strip() == "…"  # as narrow as can be
+
+
+def test_no_colour_in_a_table(source: Path) -> None:
+    assert "\x1b" not in terminal("plan", source, "--tp-size", "2", NO_COLOR="1")
+    assert "\x1b" not in terminal("plan", source, "--tp-size", "2", TERM="dumb")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +21,7 @@ __all__ = [
     "no_sync_option",
     "print_report",
     "revision_option",
+    "terminal_width",
     "what_to_cut",
     "workers_option",
 ]
@@ -113,6 +117,13 @@ class Bytes(click.ParamType):
             self.fail(f"{value!r} is not a size such as 24GB", param, ctx)
         power = 1 + "kmgtp".index(match[2].lower()) if match[2] else 0
         return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that results go to (COLUMNS counts first); None where there is none."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:

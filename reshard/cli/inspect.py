@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import format_option, print_report, revision_option
+from .common import format_option, print_report, revision_option, terminal_width
 
 __all__ = ["inspect"]
 
@@ -23,4 +23,5 @@ def inspect(out: str, revision: str | None, style: str) -> None:
     from .. import inspect as run
     from ..report import manifest_text
 
-    print_report(run(out, revision=revision).to_dict(), style, manifest_text)
+    found = run(out, revision=revision).to_dict()
+    print_report(found, style, lambda report: manifest_text(report, terminal_width()))

@@ -17,6 +17,7 @@ from ..launch.current_folder import leave
 from ..process import patient_from_now_on
 from ..switches import Commands, in_colour
 from .convert import convert
+from .env import env
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for _command in (convert, plan, inspect, verify, merge, run, publish, pull):
+for _command in (convert, plan, inspect, verify, merge, run, publish, pull, env):
     cli.add_command(_command)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .common import Bytes, format_option, print_report, what_to_cut
+from .common import Bytes, format_option, print_report, terminal_width, what_to_cut
 from .speaking import say
 
 __all__ = ["plan", "print_plan"]
@@ -39,4 +39,4 @@ def print_plan(source: str, style: str, **cut: Any) -> None:
     from .. import plan as run
     from ..report import plan_text
 
-    print_report(run(source, say=say, **cut).to_dict(), style, plan_text)
+    print_report(run(source, say=say, **cut).to_dict(), style, lambda r: plan_text(r, terminal_width()))
