@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .errors import BadInputError, VersionError, printable
+from .errors import BadInputError, VersionError, listed, printable
 from .source import model_config
 from .system import by_errno
 
-__all__ = ["KV_GROUPS", "expected_dtypes", "meta_model", "model_class", "on_meta", "quiet_transformers"]
+__all__ = ["KV_GROUPS", "class_note", "expected_dtypes", "meta_model", "model_class", "on_meta", "quiet_transformers"]
 
 KV_GROUPS = "num_key_value_groups"  # an attention module's number of query heads for each KV head
+_TASKS = ("CausalLM", "Seq2SeqLM", "ImageTextToText")  # `AutoModelFor…`, asked in turn where none is named
 
 
 @contextlib.contextmanager
@@ -65,7 +66,7 @@ def model_class(root: Path) -> tuple[type, Any]:
     except Exception as error:
         words = f"{printable(root / 'config.json')}: not usable: {printable(error)}"
         raise by_errno(error, words, BadInputError) from None
-    return _model_class(transformers, config), config
+    return _model_class(transformers, config)
 
 
 def on_meta(model_class: Any, config: Any, *, dtype: str, attn_implementation: str | None = None) -> Any:
@@ -91,21 +92,62 @@ class _NothingDrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _model_class(transformers: Any, config: Any) -> Any:
+def _model_class(transformers: Any, config: Any) -> tuple[type, Any]:
+    """The class that `architectures` names, where it is one for this configuration; else what `AutoModelFor…` takes."""
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadInputError("config.json: architectures is not a list of names")
-    for name in names:
-        # Optional backends leave a placeholder class behind, which is not a model; nor is a base class.
-        found = getattr(transformers, name, None) if name.isidentifier() else None
-        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if is_model and getattr(found, "config_class", None):
-            return found
+    for found in (getattr(transformers, name, None) for name in names if name.isidentifier()):
+        if found is not None and _is_model(transformers, found):
+            own = _own_config(found, config)
+            if own is not None:
+                return found, own
+    tasks = [name.rpartition("For")[2] for name in names if "For" in name and name.isidentifier()]
+    for task in dict.fromkeys((*tasks, *_TASKS)):
+        for found in _of_type(getattr(transformers, f"AutoModelFor{task}", None), config):
+            if _is_model(transformers, found):
+                return found, _own_config(found, config) or config
     if names:
-        raise VersionError(f"transformers {transformers.__version__} has no architecture {printable(', '.join(names))}")
-    with contextlib.suppress(KeyError):
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        raise VersionError(
+            f"transformers {transformers.__version__} has no architecture {listed(names)} for model type"
+            f" {printable(config.model_type)}",
+            hint="name the class in the architectures of config.json, as transformers calls it",
+        )
     raise BadInputError(f"config.json names no architecture, and {type(config).__name__} has no causal model")
+
+
+def _is_model(transformers: Any, found: Any) -> bool:
+    """Optional backends leave a placeholder class behind, which is not a model; nor is a base class."""
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return is_model and bool(getattr(found, "config_class", None))
+
+
+def _of_type(auto: Any, config: Any) -> tuple[Any, ...]:
+    """What one of transformers' `AutoModelFor…` knows for a configuration, the usual one first."""
+    try:
+        found = auto._model_mapping[type(config)]
+    except (AttributeError, KeyError):  # no such task, or it is not one of this model type
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+
+def _own_config(found: Any, config: Any) -> Any:
+    """The configuration that a class is made of: the whole, or the part that is of its kind, as of the text model in
+    one with images. None where neither is."""
+    if isinstance(config, found.config_class):
+        return config
+    return next((getattr(config, key) for key, kind in config.sub_configs.items() if kind is found.config_class), None)
+
+
+def class_note(taken: type, config: Mapping[str, Any]) -> str | None:
+    """Why a class is taken that the `architectures` of a config.json do not name; None where they do, or name none."""
+    names = config.get("architectures") or []
+    if not names or taken.__name__ in names:
+        return None
+    return (
+        f"config.json names the architecture {listed(names)}, which transformers does not have for model type"
+        f" {printable(config.get('model_type'))}: {taken.__name__} is taken, as by its auto classes"
+    )
 
 
 def expected_dtypes(model: Any, dtype: str) -> dict[str, torch.dtype]:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .architecture import KV_GROUPS, expected_dtypes, meta_model
+from .architecture import KV_GROUPS, class_note, expected_dtypes, meta_model
 from .dtypes import FLOATING, torch_name
-from .errors import BadInputError, TopologyError, printable
+from .errors import BadInputError, TopologyError, listed, printable
+from .naming import Naming
 from .regions import Region, covers
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 from .source import Source
@@ -99,7 +100,8 @@ def read_model(
     with _few_parameters(source):
         model = meta_model(source.root, dtype=dtype)
     wanted = model.state_dict()
-    regions, unused = _map_sources(model, source, wanted)
+    naming = Naming(model, source.tensors)
+    regions, unused = _map_sources(naming, model, source, wanted)
     rules = model_rules(model, tp_plan)
     expert = expert_rules(model)
     if experts and not expert:
@@ -107,7 +109,7 @@ def read_model(
     styles = expand(model, rules.styles, expert if experts else {})
     counts = {wanted[name].shape[0] for name in expand(model, {}, expert).experts}
     dtypes = expected_dtypes(model, dtype)
-    tied = {name: owner for name, owner in model.all_tied_weights_keys.items() if name in wanted and owner in wanted}
+    tied = _tied(model, wanted)
     buffers = {name for name, _ in model.named_buffers()}
     optional = _pattern(model._keys_to_ignore_on_load_missing)
     parameters = tuple(
@@ -141,7 +143,27 @@ def read_model(
         regions,
         unused,
         missing,
+        tuple(
+            filter(
+                None,
+                (class_note(type(model), source.config), *(naming.notes(unused) if naming.prefix or missing else ())),
+            )
+        ),
     )
+
+
+def _tied(model: Any, wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Each tied parameter and the one it shares its tensor with, which is tied to no other itself."""
+    pairs: dict[str, str] = model.all_tied_weights_keys
+    tied = {}
+    for name in pairs:
+        owner, seen = name, {name}
+        while pairs.get(owner, name) not in seen:
+            owner = pairs[owner]
+            seen.add(owner)
+        if owner != name and name in wanted and owner in wanted:
+            tied[name] = owner
+    return tied
 
 
 def _refuse_quantized(source: Source) -> None:
@@ -230,43 +252,43 @@ def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> 
 
 
 def _map_sources(
-    model: Any, source: Source, wanted: Mapping[str, torch.Tensor]
+    naming: Naming, model: Any, source: Source, wanted: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, tuple[Region, ...]], tuple[str, ...]]:
     """Run transformers' own renamings and conversions on symbolic tensors.
 
     The grouping follows `convert_and_load_state_dict_in_model`; the conversion sees whole tensors, so it comes before
     any cut. Returns the regions of each parameter, and the source tensors that no parameter takes.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.base_model_prefix
+    from transformers.core_model_loading import dot_natural_key
 
     found: dict[str, RegionTensor] = {}
     groups: dict[str, Any] = {}
     taken: dict[str, list[str]] = {}
-    unused = []
+    unused, empty = [], []
     for key in sorted(source.tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
-        if target not in wanted and key in wanted:
-            target, pattern = rename_source_key(key, [], [], prefix, wanted)
-        if target not in wanted:
+        target, pattern = naming.target(key)
+        if target is None:
             unused.append(key)
             continue
         info = source.tensors[key]
+        if 0 in info.shape and wanted[target].numel():
+            empty.append(key)
         tensor = RegionTensor.of_source(key, info.shape, getattr(torch, torch_name(info.dtype, tensor=key)))
         if pattern is None:
             if target in found:
                 raise BadInputError(f"{printable(key)}: a second source tensor for parameter {printable(target)}")
             found[target] = tensor
         else:
-            group = groups.setdefault(target, deepcopy(by_pattern[pattern]))
-            group.add_tensor(target, key, pattern, tensor)
+            group = groups.setdefault(target, deepcopy(naming.converters[pattern]))
+            group.add_tensor(target, key.removeprefix(naming.prefix), pattern, tensor)
             taken.setdefault(target, []).append(key)
+    if empty:
+        raise BadInputError(
+            f"{len(empty)} tensors of the checkpoint are empty, as DeepSpeed ZeRO-3 leaves them where the parameters"
+            f" are not gathered before saving: {listed(empty)}",
+            hint="write them with DeepSpeed's zero_to_fp32.py, or save again with"
+            " stage3_gather_16bit_weights_on_model_save",
+        )
     for first, group in groups.items():
         found.update(_convert(first, group, model, wanted, taken[first]))
 

@@ -9,19 +9,21 @@ import contextlib
 import errno
 import inspect
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .architecture import model_class, quiet_transformers
+from .architecture import model_class, on_meta, quiet_transformers
 from .digest import FileRecord, digest_file, digest_of
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
 from .manifest import REFERENCE_NAME, Manifest
+from .naming import Naming, prefix_mapping
 from .places import fetch
 from .rank_file import written_file
-from .source import is_resharded
+from .source import is_resharded, open_source
 from .staging import write_file
 from .system import by_errno
 
@@ -112,10 +114,13 @@ def single_model(root: Path, dtype: torch.dtype, device: torch.device | str = ST
 
     Raises BadInputError where it cannot be loaded. That memory is short is raised as torch says it (see `in_memory`).
     """
-    family: Any = model_class(root)[0]
+    family, config = model_class(root)
+    prefix = Naming(on_meta(family, deepcopy(config), dtype="float32"), open_source(root).tensors).prefix
+    options = {"config": config, "dtype": dtype, "use_safetensors": True, "key_mapping": prefix_mapping(prefix)}
+    loader: Any = family
     try:
         with quiet_transformers():
-            return family.from_pretrained(root, dtype=dtype, use_safetensors=True).to(device).eval()
+            return loader.from_pretrained(root, **options).to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise

@@ -114,7 +114,11 @@ SPOILT: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "config is garbage": (lambda s: (s / "config.json").write_bytes(b"\xff\x00{"), 3, ("config.json",)),
     "config is empty": (lambda s: (s / "config.json").write_bytes(b""), 3, ("config.json",)),
     "unknown model type": (lambda s: configure(s, model_type="nope"), 8, ("nope", "transformers")),
-    "unknown architecture": (lambda s: configure(s, architectures=["NopeForCausalLM"]), 8, ("NopeForCausalLM",)),
+    "unknown architecture": (
+        lambda s: configure(s, model_type="vit", architectures=["NopeForCausalLM"]),
+        8,
+        ("NopeForCausalLM", "vit"),
+    ),
     "absurd layers": (lambda s: configure(s, num_hidden_layers=10**12), 3, ("config.json", "num_hidden_layers")),
     "absurd vocabulary": (lambda s: configure(s, vocab_size=10**18), 3, ("config.json",)),
     "wrong type in config": (lambda s: configure(s, hidden_size="big"), 3, ("config.json", "hidden_size")),
@@ -129,7 +133,11 @@ SPOILT: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "more layers than tensors for": (lambda s: configure(s, num_hidden_layers=3), 3, ("model.layers.2.",)),
     "wrong shape": (_reshape, 3, ("lm_head.weight", "[130, 32]", "[130, 16]")),
     "architecture is a number": (lambda s: configure(s, architectures=[5]), 3, ("config.json",)),
-    "architecture is abstract": (lambda s: configure(s, architectures=["PreTrainedModel"]), 8, ("PreTrainedModel",)),
+    "architecture is abstract": (
+        lambda s: configure(s, model_type="vit", architectures=["PreTrainedModel"]),
+        8,
+        ("PreTrainedModel",),
+    ),
 }
 
 

@@ -119,8 +119,8 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "index is no JSON": lambda s: (s / INDEX).write_text('{"weight_map": {' + HOSTILE),
     "model type": lambda s: configure(s, model_type=HOSTILE),
     "model type of half a character": lambda s: configure(s, model_type="\ud800"),
-    "architecture": lambda s: configure(s, architectures=[HOSTILE]),
-    "architecture of half a character": lambda s: configure(s, architectures=["\ud800"]),
+    "architecture": lambda s: configure(s, model_type="vit", architectures=[HOSTILE]),
+    "architecture of half a character": lambda s: configure(s, model_type="vit", architectures=["\ud800"]),
     "activation": lambda s: configure(s, hidden_act=HOSTILE),
     "size": lambda s: configure(s, hidden_size=HOSTILE),
     "rope": lambda s: configure(s, rope_scaling={"rope_type": HOSTILE, "factor": HOSTILE}),
@@ -148,6 +148,18 @@ def test_every_error(fault: str, verbose: list[str], hostile: Path, out: Path, c
     assert result.error
     if not verbose:
         assert len(result.err.splitlines()) <= 2, result
+
+
+@pytest.mark.fault(28)
+def test_what_is_told_of_a_class_and_of_a_prefix(hostile: Path, tmp_path: Path, cli: Cli) -> None:
+    configure(hostile, architectures=[HOSTILE])
+    for path in hostile.glob("*.safetensors"):
+        rewrite(path, lambda tensors: [tensors.update({f"{HOSTILE}.{n}": tensors.pop(n)}) for n in list(tensors)])
+    weight_map(hostile, lambda found: [found.update({f"{HOSTILE}.{n}": found.pop(n)}) for n in list(found)])
+    for command in (["plan", hostile], ["convert", hostile, tmp_path / "out"]):
+        result = clean(cli(*command, "--tp-size", 2))
+        assert (result.code, (result.out + result.err).count(f"begin with {SHOWN}.")) == (0, 1), result
+        assert f"names the architecture {SHOWN}" in result.out + result.err
 
 
 def strings(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

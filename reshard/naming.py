@@ -1,0 +1,82 @@
+"""Which parameter each tensor of a checkpoint is for: transformers' own renamings, and what training left before the
+names."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from .errors import printable
+
+__all__ = ["Naming", "prefix_mapping", "shared_prefix"]
+
+_MOST_WORDS = 8  # of a prefix
+
+
+class Naming:
+    """transformers' renamings and conversions for a model on the meta device.
+
+    `prefix` is what all of `names` begin with and no name of the model does; it is taken off before anything else.
+    """
+
+    def __init__(self, model: Any, names: Collection[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(model)
+        self._wanted = model.state_dict()
+        self._base = model.base_model_prefix
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.converters = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        self.prefix = shared_prefix(names, self._is_known)
+
+    def target(self, name: str) -> tuple[str | None, str | None]:
+        """The parameter that a source tensor goes into, None where the model has none for it; and the pattern of the
+        conversion that it takes part in."""
+        return self._target(name.removeprefix(self.prefix))
+
+    def _target(self, name: str) -> tuple[str | None, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._base, self._wanted)
+        if target not in self._wanted and name in self._wanted:
+            target, pattern = rename_source_key(name, [], [], self._base, self._wanted)
+        return (target, pattern) if target in self._wanted else (None, None)
+
+    def _is_known(self, name: str) -> bool:
+        return self._target(name)[0] is not None
+
+    def notes(self, unused: Collection[str]) -> list[str]:
+        """What is to be said of a prefix: that it was taken off, or that it is before those names that no parameter
+        takes, and not before the others."""
+        if self.prefix:
+            prefix = printable(self.prefix)
+            return [f"all names of the checkpoint begin with {prefix}: taken off to find the model's parameters"]
+        prefix = shared_prefix(unused, self._is_known)
+        if not prefix:
+            return []
+        return [f"{len(unused)} names begin with {printable(prefix)}, which is taken off only where all do"]
+
+
+def shared_prefix(names: Collection[str], is_known: Callable[[str], bool]) -> str:
+    """What training left before all of `names`: `module.` (DataParallel), `_orig_mod.` (torch.compile),
+    `base_model.model.` (PEFT), or several such; "" where a name is known as it is, or none is without a prefix.
+
+    Of the words that all names begin with, as many are taken as make the most names known.
+    """
+    if any(map(is_known, names)):
+        return ""
+    at_each_place = zip(*(name.split(".")[:-1][:_MOST_WORDS] for name in names))
+    words = [found[0] for found in itertools.takewhile(lambda found: len(set(found)) == 1, at_each_place)]
+    prefixes = ["".join(f"{word}." for word in words[:count]) for count in range(1, len(words) + 1)]
+    known = {prefix: sum(is_known(name.removeprefix(prefix)) for name in names) for prefix in prefixes}
+    best = max(known, key=lambda prefix: known[prefix], default="")
+    return best if best and known[best] else ""
+
+
+def prefix_mapping(prefix: str) -> dict[str, str] | None:
+    """The `key_mapping` with which `from_pretrained` takes a prefix off."""
+    return {f"^{re.escape(prefix)}": ""} if prefix else None
