@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .errors import BadInputError, printable
 from .header import DTYPE_BITS
 
-__all__ = ["CODES", "FLOATING", "NAMES", "STORABLE", "floating_dtype", "itemsize", "torch_name"]
+__all__ = ["CODES", "FLOATING", "NAMES", "STORABLE", "floating_dtype", "holds", "itemsize", "torch_name", "widest"]
 
 # safetensors code → torch name
 NAMES = {
@@ -32,7 +34,9 @@ NAMES = {
 CODES = {name: code for code, name in NAMES.items()}
 STORABLE = ("float32", "float16", "bfloat16")  # what floating parameters can be stored in
 _ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})  # what --dtype may change
+# What --dtype may change, narrow ones first: bits of the exponent and of the fraction.
+_BITS = {"float16": (5, 10), "bfloat16": (8, 7), "float32": (8, 23), "float64": (11, 52)}
+FLOATING = frozenset(_BITS)
 
 
 def torch_name(code: str, *, tensor: str) -> str:
@@ -52,6 +56,19 @@ def floating_dtype(given: object) -> str:
     if name not in STORABLE:
         raise ValueError(f"one of {', '.join(STORABLE)}")
     return name
+
+
+def holds(wide: str, narrow: str) -> bool:
+    """Whether every value of a dtype is one of `wide` too (torch names), so that a cast there and back changes none."""
+    if wide == narrow or not {wide, narrow} <= FLOATING:
+        return wide == narrow
+    return all(most >= least for most, least in zip(_BITS[wide], _BITS[narrow]))
+
+
+def widest(names: Iterable[str]) -> str | None:
+    """The narrowest dtype that holds the values of all (torch names); None where there is none."""
+    found = set(names)
+    return next((one for one in (*found, *_BITS) if all(holds(one, other) for other in found)), None)
 
 
 def itemsize(name: str) -> int:

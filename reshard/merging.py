@@ -132,7 +132,8 @@ def _check_digests(made: Resharded, part: Path, report: Advance) -> None:
         if f"{ALGORITHM}:{digest_file(part / file['file'])}" != file["digest"]:
             raise IntegrityError(
                 f"{printable(made.held.root)}: {printable(file['file'])} does not come out as it went in",
-                hint="reshard verify says which file was altered",
+                hint="reshard verify says which file was altered; if none was, it has NaNs that a wider dtype does not"
+                " keep bit for bit: use --layout hf",
             )
         report(file["size"])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .dtypes import FLOATING, itemsize, torch_name
+from .dtypes import FLOATING, itemsize, torch_name, widest
 from .errors import BadInputError, TopologyError, listed, printable
 from .model import Model, Parameter
 from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
@@ -82,7 +82,8 @@ def build_plan(
     """
     if model.missing:
         raise BadInputError(
-            f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {listed(model.missing)}"
+            f"the checkpoint lacks {len(model.missing)} parameters of {model.architecture}: {listed(model.missing)}",
+            hint="; ".join(model.notes) or None,
         )
     _check_styles(model, strategies)
     reason = _refusal(model, strategies, topology)
@@ -110,7 +111,7 @@ def build_plan(
         dropped=model.unused if drop_unused else (),
         runtime_only=(*_runtime_only(targets, tied, topology.world_size), *apart),
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
-        notes=(*model.notes, *source.notes),
+        notes=(*model.notes, *_mixed(targets, source), *source.notes),
     )
 
 
@@ -185,18 +186,34 @@ def _target(
     topology: Topology,
     cast: bool,
 ) -> Target:
-    codes = {source.tensors[region.source].dtype for region in regions}
-    if len(codes) > 1:
+    dtypes = _dtypes(regions, source)
+    stored = widest(dtypes) if dtypes else parameter.dtype
+    if stored is None:
         raise BadInputError(
-            f"{printable(parameter.name)}: made of tensors of different dtypes ({', '.join(sorted(codes))})"
+            f"{printable(parameter.name)}: made of tensors of different dtypes ({', '.join(sorted(dtypes))})"
         )
-    stored = torch_name(codes.pop(), tensor=parameter.name) if codes else parameter.dtype
     compute_dtype = None
     if stored in FLOATING and stored != parameter.dtype:
         stored, compute_dtype = (parameter.dtype, None) if cast else (stored, parameter.dtype)
     style = parameter.expert_style or parameter.style
     reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None
     return Target(parameter.name, parameter.shape, stored, placement, regions, style, compute_dtype, reason)
+
+
+def _dtypes(regions: Iterable[Region], source: Source) -> set[str]:
+    return {torch_name(source.tensors[region.source].dtype, tensor=region.source) for region in regions}
+
+
+def _mixed(targets: Iterable[Target], source: Source) -> list[str]:
+    """A remark on parameters that are made of tensors of several dtypes: what they are stored in."""
+    mixed = [(target, _dtypes(target.regions, source)) for target in targets if len(target.regions) > 1]
+    mixed = [(target, dtypes) for target, dtypes in mixed if len(dtypes) > 1]
+    if not mixed:
+        return []
+    names = listed(target.name for target, _ in mixed)
+    into = ", ".join(sorted({target.dtype for target, _ in mixed}))
+    of = ", ".join(sorted(set().union(*(dtypes for _, dtypes in mixed))))
+    return [f"{len(mixed)} parameters are made of tensors of several dtypes ({of}), stored in {into}: {names}"]
 
 
 def _why_whole(parameter: Parameter, topology: Topology) -> str:
@@ -210,17 +227,14 @@ def _tie(
 ) -> tuple[dict[str, tuple[Region, ...]], dict[str, str], dict[str, str], tuple[str, ...]]:
     """Store a tied tensor once, under its owner. It stays apart where the checkpoint or the ranks hold it differently.
 
-    transformers ties whichever way the checkpoint allows: when only the tied name is present, the owner takes its data.
+    transformers ties whichever way the checkpoint allows: if the owner is not there, the first of those tied to it that
+    is gives all of them its data.
     """
     regions, tied, duplicates, apart = dict(model.regions), {}, {}, []
     for name, owner in model.tied.items():
         if owner not in regions:
-            if name not in regions:
-                raise BadInputError(
-                    f"the checkpoint lacks {printable(owner)}, and {printable(name)} which is tied to it"
-                )
-            regions[owner] = regions[name]
-        elif name in regions:
+            regions[owner] = next(regions[one] for one in model.tied if one in regions and model.tied[one] == owner)
+        if name in regions and regions[name] != regions[owner]:
             one, other = regions[name], regions[owner]
             if len(one) != 1 or len(other) != 1 or (equal and not equal(one[0].source, other[0].source)):
                 apart.append(f"{name} is tied to {owner}, but the checkpoint holds different values")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .digest import FileRecord, digest_file
-from .dtypes import torch_name
+from .dtypes import holds, torch_name
 from .errors import BadInputError, IntegrityError, listed, printable
 from .header import Header, TensorInfo, parse_header
 from .inverse import invert, once, refined_shape, through
@@ -33,8 +33,8 @@ class Resharded:
     """A resharded folder. `source` is what it was made from: headers, and files that are no more.
 
     `held` are the rank files, and the unused one; a tensor is named after its file too, since every rank has each.
-    `tensors` are those of the source, in the dtype in which they are held now: regions of `held` fill each. Dropped
-    ones are left out.
+    `tensors` are those of the source, in their dtype, or the one that they were cast to if that has lost bits: regions
+    of `held` fill each. Dropped ones are left out.
     """
 
     manifest: Manifest
@@ -234,10 +234,12 @@ def _filled(
     found: Mapping[str, Mapping[str, list[Region]]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> LocalTensor:
-    """A source tensor from what is found of its owner, itself or one that is equal: rather as it was than cast."""
+    """A source tensor from what is found of its owner, itself or one that is equal: rather as it was than cast. What
+    was cast to a dtype that holds its values is given back in its own, as no bit was lost."""
     shape, stored = shapes[owner], torch_name(wanted[name].dtype, tensor=name)
     for dtype in dict.fromkeys((stored, *found[owner])):
         regions = once(found[owner].get(dtype, ()), shape)
         if covers(regions, shape):
-            return LocalTensor(name, shape, dtype, (0,) * len(shape), regions)
+            given = stored if holds(dtype, stored) else dtype
+            return LocalTensor(name, shape, given, (0,) * len(shape), regions)
     raise IntegrityError(f"{printable(name)}: not every element of it is in the folder")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .dtypes import widest
 from .placement import Piece
 from .regions import Region, cut, whole
 from .reshape import reshape
@@ -168,15 +169,19 @@ def _cat(tensors: Sequence[RegionTensor], dim: int = 0) -> RegionTensor:
     dim %= first.ndim
     regions, at = [], 0
     for tensor in tensors:
-        if not isinstance(tensor, RegionTensor) or tensor.dtype != first.dtype:
-            raise NotACopyError("concatenation of different dtypes, or with new values")
+        if not isinstance(tensor, RegionTensor):
+            raise NotACopyError("concatenation with new values")
         if (*tensor.shape[:dim], *tensor.shape[dim + 1 :]) != (*first.shape[:dim], *first.shape[dim + 1 :]):
             raise ValueError(f"cannot concatenate {tuple(first.shape)} and {tuple(tensor.shape)} along dim {dim}")
         for r in tensor.regions:
             start = (*r.target_start[:dim], r.target_start[dim] + at, *r.target_start[dim + 1 :])
             regions.append(Region(r.source, r.offset, r.strides, r.extent, start))
         at += tensor.shape[dim]
-    return _with(first, (*first.shape[:dim], at, *first.shape[dim + 1 :]), regions)
+    names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    dtype = widest(names)  # elements are cast to it as they are copied
+    if dtype is None:
+        raise NotACopyError(f"concatenation of {' and '.join(sorted(names))}")
+    return RegionTensor((*first.shape[:dim], at, *first.shape[dim + 1 :]), getattr(torch, dtype), regions)
 
 
 _MOVES: dict[Any, Callable] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from reshard.dtypes import torch_name
+from reshard.dtypes import torch_name, widest
 from reshard.errors import IntegrityError, printable
 from reshard.header import TensorInfo, parse_header
 from reshard.manifest import Manifest
@@ -50,9 +50,13 @@ def bundles(manifest: Manifest) -> list[Bundle]:
     parts: dict[str, list[tuple[str, Region]]] = defaultdict(list)
     dtypes: dict[str, set[str]] = defaultdict(set)
     for target in manifest.parameters:
+        own = {
+            region.source: torch_name(sources[region.source].dtype, tensor=region.source) for region in target.regions
+        }
+        kept = target.dtype == widest(own.values())  # of several dtypes, the one that holds all: none was cast
         for region in target.regions:
             parts[region.source].append((target.name, _unrepeated(region)))
-            dtypes[region.source].add(target.dtype)
+            dtypes[region.source].add(own[region.source] if kept else target.dtype)
     equal: dict[str, list[str]] = defaultdict(list)
     for name in sources:
         equal[manifest.duplicates.get(name, name)].append(name)
@@ -61,8 +65,8 @@ def bundles(manifest: Manifest) -> list[Bundle]:
         made: dict[str, LocalTensor] = {}
         for name in dict.fromkeys(region.source for target in targets for region in target.regions):
             _check_covered(sources[name], parts[name])
-            own = torch_name(sources[name].dtype, tensor=name)
-            dtype = own if own in dtypes[name] else min(dtypes[name])
+            stored = torch_name(sources[name].dtype, tensor=name)
+            dtype = stored if stored in dtypes[name] else min(dtypes[name])
             made |= {one: LocalTensor(one, sources[one].shape, dtype, (), ()) for one in equal[name]}
         owned = {one: tuple(parts[manifest.duplicates.get(one, one)]) for one in made}
         found.append(Bundle(targets, tuple(made.values()), owned))
