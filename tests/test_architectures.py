@@ -85,7 +85,7 @@ def test_it_is_told_and_computes_what_the_auto_class_does(
     notes = json.loads(cli("plan", source, "--tp-size", 2, "--format", "json").out)["notes"]
     assert len(notes) == 1
     assert all(word in notes[0] for word in told)
-    converted = cli("convert", source, out, "--tp-size", 1, "--no-sync")
+    converted = cli("convert", source, out, "--tp-size", 1, "--no-sync", aloud=True)
     assert converted.code == 0
     assert all(word in converted.err for word in told), converted
     expected = logits(transformers.AutoModelForCausalLM.from_pretrained(source))

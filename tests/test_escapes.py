@@ -157,7 +157,7 @@ def test_what_is_told_of_a_class_and_of_a_prefix(hostile: Path, tmp_path: Path, 
         rewrite(path, lambda tensors: [tensors.update({f"{HOSTILE}.{n}": tensors.pop(n)}) for n in list(tensors)])
     weight_map(hostile, lambda found: [found.update({f"{HOSTILE}.{n}": found.pop(n)}) for n in list(found)])
     for command in (["plan", hostile], ["convert", hostile, tmp_path / "out"]):
-        result = clean(cli(*command, "--tp-size", 2))
+        result = clean(cli(*command, "--tp-size", 2, aloud=True))
         assert (result.code, (result.out + result.err).count(f"begin with {SHOWN}.")) == (0, 1), result
         assert f"names the architecture {SHOWN}" in result.out + result.err
 

@@ -145,7 +145,7 @@ def test_it_is_told(tmp_path: Path, cli: Cli) -> None:
     assert all(word in planned for word in words)
     notes = json.loads(cli("plan", source, "--tp-size", 2, "--dtype", "bfloat16", "--format", "json").out)["notes"]
     assert "stored in bfloat16" in notes[0]
-    converted = cli("convert", source, tmp_path / "out", "--tp-size", 2, "--no-sync").err
+    converted = cli("convert", source, tmp_path / "out", "--tp-size", 2, "--no-sync", aloud=True).err
     assert all(word in converted for word in words)
 
 
