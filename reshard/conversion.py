@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from ._version import __version__
 from .arguments import checked
 from .arrivals import Arrivals
 from .destination import destination
-from .digest import ALGORITHM, FileRecord, digest_of, new_digest
+from .digest import ALGORITHM, FileRecord, new_digest
 from .errors import UsageError, printable
 from .executor import write_files
 from .journal import Journal
@@ -29,6 +29,7 @@ from .staging import check_free_space, copy_file, staged_folder, write_file
 from .stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .topology import Topology
+from .untrusted import vetted_path
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ def plan(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     drop_unused: bool = False,
+    include: Sequence[str] = (),
     say: Callable[[str], object] = lambda _: None,
 ) -> ReshardPlan:
     """Plan a checkpoint (folder, Hub id or URL) for `tp_size` ranks, from its headers alone.
@@ -63,7 +65,9 @@ def plan(
     them they are added to the model's own. `strategies` says what the styles mean: a Python file of yours that
     registers them, which is run, or what `load_strategies` returned. `dtype` (`torch.bfloat16`, "bfloat16" or "bf16",
     and so on for float16 and float32) stores every floating parameter in that dtype, except those the model keeps in
-    fp32. `say` is called with a line of words when the work begins; the remarks are the `notes` of the plan.
+    fp32. `include` are shell patterns of files beside the weights that are to go along though their kind is not known,
+    such as `assets/*`. `say` is called with a line of words when the work begins; the remarks are the `notes` of the
+    plan.
 
     Raises a `ReshardError`: UsageError for an argument that makes no sense.
     """
@@ -74,7 +78,7 @@ def plan(
         )
     say(_announced(source, Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
     planned, _ = _plan(
-        open_origin(as_text(source), revision=revision),
+        open_origin(as_text(source), revision=revision, include=include),
         Topology(tp_size or ep_size, ep_size),
         tp_plan=tp_plan,
         strategies=strategies,
@@ -131,6 +135,7 @@ def convert(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     drop_unused: bool = False,
+    include: Sequence[str] = (),
     overwrite: bool = False,
     keep_cache: bool = False,
     reference_logits: bool = False,
@@ -161,7 +166,7 @@ def convert(
         say(_announced(source, topology))
         if reference_logits:
             whole, revision = fetch_whole(as_text(source), revision=revision)
-        origin = open_origin(as_text(source), revision=revision)
+        origin = open_origin(as_text(source), revision=revision, include=include)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
             planned, layouts = _plan(  # imports transformers: time for a few gigabytes
@@ -195,7 +200,8 @@ def convert(
                 )
         same = made is None or made.manifest.dtype == planned.model.dtype
         kept = [name for name in checkpoint.extras if name != REFERENCE_NAME or same]
-        extras = [_copy(checkpoint, name, folder, sync) for name in kept]
+        root = checkpoint.root
+        extras = [copy_file(vetted_path(root, name, what="source"), folder, name, sync=sync) for name in kept]
         if reference_logits:
             extras.append(store_reference(whole, folder, planned.model.dtype, sync=sync))
         recorded = made.manifest.source_files if made else _source_files(checkpoint, source_digests)
@@ -215,11 +221,6 @@ def _work(plan: ReshardPlan, layouts: list[FileLayout], origin: Origin) -> str:
     for layout in layouts:
         digest.update(f"{layout.name} ".encode() + layout.head)
     return digest.hexdigest()
-
-
-def _copy(source: Source, name: str, folder: Path, sync: bool) -> FileRecord:
-    data = copy_file(source.root / name, folder / name, sync=sync)
-    return FileRecord(name, len(data), digest_of(data), {})
 
 
 def _source_files(source: Source, digests: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
@@ -257,4 +258,5 @@ def _manifest(
         rank_files=tuple(written[: plan.world_size]),
         unused_file=written[plan.world_size] if plan.unused else None,
         extras=tuple(extras),
+        left=source.left,
     )

@@ -15,6 +15,7 @@ from .errors import DestinationExistsError, IntegrityError, StorageError, UsageE
 from .exclusive import EXCHANGE, NOREPLACE, move
 from .hub.place import is_hub_url
 from .journal import JOURNAL_NAME
+from .kinds import is_weights
 from .output import sync_folder
 from .progress import Progress, silent
 from .source import MANIFEST_NAME
@@ -92,7 +93,8 @@ class _OnDisk:
             # Without its journal it is no longer gone on with, only put there.
             (folder / JOURNAL_NAME).unlink(missing_ok=True)
             if self.sync:
-                sync_folder(folder)
+                for inside, _, _ in os.walk(folder, topdown=False):
+                    sync_folder(Path(inside))
             self.check()
             flag = EXCHANGE if self.overwrite and os.path.lexists(out) else NOREPLACE
             move(folder, out, flag)
@@ -145,7 +147,9 @@ class _InStore:
         open_store(self.url).try_out()
 
     def commit(self, folder: Path) -> None:
-        names = sorted({path.name for path in folder.iterdir()} - {JOURNAL_NAME})
+        found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        # Weights first: a checkpoint that is around it takes a folder of small files for its own.
+        names = sorted({*found} - {JOURNAL_NAME}, key=lambda name: (not is_weights(name), name))
         last = next(name for name in _LAST if name in names)
         names.remove(last)
         sizes = {name: (folder / name).stat().st_size for name in names}
@@ -153,31 +157,31 @@ class _InStore:
         if strange:
             raise DestinationExistsError(f"{printable(self.url)}: holds files of something else: {listed(strange)}")
         with self.progress(sum(sizes.values()), "sending") as report, ThreadPoolExecutor(_AT_ONCE) as pool:
-            small = [name for name in names if sizes[name] <= _SMALL]
-            list(pool.map(lambda name: self._send(folder / name, report), small))
             for name in names:
                 if sizes[name] > _SMALL:
-                    self._send(folder / name, report)
+                    self._send(folder, name, report)
+            small = [name for name in names if sizes[name] <= _SMALL]
+            list(pool.map(lambda name: self._send(folder, name, report), small))
         self._check_sent(sizes.items())
-        self._send(folder / last)
+        self._send(folder, last)
 
-    def _send(self, path: Path, report: Callable[[int], object] = lambda _: None) -> None:
-        store = open_store(self.url)
-        if path.name not in store.files:
+    def _send(self, folder: Path, name: str, report: Callable[[int], object] = lambda _: None) -> None:
+        store, path = open_store(self.url), folder / name
+        if store.find(name) is None:
             try:
-                store.put(path, path.name, report)
+                store.put(path, name, report)
                 return
             except FileExistsError:  # it was sent twice: the answer to the first time was lost, or it is another's
                 store = open_store(self.url)
-        if not store.holds(path):
+        if not store.holds(path, name):
             raise DestinationExistsError(
-                f"{store}: holds another {printable(path.name)}", hint="remove it, or choose another name"
+                f"{store}: holds another {printable(name)}", hint="remove it, or choose another name"
             )
         report(path.stat().st_size)
 
     def _check_sent(self, sizes: Iterable[tuple[str, int]]) -> None:
         store = open_store(self.url)
-        wrong = [name for name, size in sizes if name not in store.files or store.files[name][0] != size]
+        wrong = [name for name, size in sizes if (store.find(name) or (None,))[0] != size]
         if wrong:
             raise IntegrityError(
                 f"{store}: not as it was sent: {listed(wrong)}", hint="remove what is there of them, and run it again"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .companions import Left
 from .digest import ALGORITHM, FileRecord, digest_of
 from .dtypes import CODES, FLOATING
 from .errors import BadInputError, IntegrityError, TopologyError, VersionError, printable
@@ -30,7 +31,8 @@ class Manifest:
     """The whole of `reshard.json`. `source_files` keep each source file's size, digest and header text.
 
     `hooks` are styles by module. `custom` names the classes of the styles that are not built in. `runtime_only` says
-    why plain transformers cannot open the folder; empty where it can.
+    why plain transformers cannot open the folder; empty where it can. `extras` are named by path. `left`, files of the
+    source that were left behind, is known when the folder is made, and not written.
     """
 
     tool: dict[str, str]
@@ -51,6 +53,7 @@ class Manifest:
     rank_files: tuple[FileRecord, ...]
     unused_file: FileRecord | None
     extras: tuple[FileRecord, ...]
+    left: tuple[Left, ...] = field(default=(), compare=False)
 
     @property
     def world_size(self) -> int:

@@ -83,7 +83,7 @@ def merge(
         for extra in made.manifest.extras:
             if extra.name == REFERENCE_NAME:  # made with the folder; the source has none
                 continue
-            copy_file(written_file(folder, extra), part / extra.name, sync=sync)
+            copy_file(written_file(folder, extra), part, extra.name, sync=sync)
         if [file.name for file in layouts] != [SINGLE_NAME]:
             write_file(part / INDEX_NAME, _index(layouts), sync=sync)
     return tuple(file.name for file in layouts)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from .arrivals import AHEAD, Arrivals
+from .companions import included
 from .digest import DigestsAhead
 from .errors import StorageError
 from .manifest import read_manifest
-from .places import away, fetch_files, locate, of_hub
+from .places import away, look_at, of_hub
 from .reader import equal_tensors
 from .remote import Remote, open_remote, remote_files
 from .resharded import Resharded, open_resharded
@@ -97,19 +98,23 @@ class Origin:
                 stage.clear(_FETCHED)
 
 
-def open_origin(place: str, *, revision: str | None = None) -> Origin:
-    """A checkpoint folder, a resharded one, or a Hub id or URL of either. Raises a `ReshardError`."""
-    root, found, version = locate(place, revision=revision)
+def open_origin(place: str, *, revision: str | None = None, include: Sequence[str] = ()) -> Origin:
+    """A checkpoint folder, a resharded one, or a Hub id or URL of either. Raises a `ReshardError`.
+
+    `include` are patterns of files that are to go along too; of a resharded one, all do.
+    """
+    root, found, version, items = look_at(place, revision=revision, include=include)
+    if is_resharded(root):
+        included(include, [extra.name for extra in read_manifest(root).extras])
     if found is None or version is None:
         if not is_resharded(root):
-            return Origin(open_source(root))
+            return Origin(open_source(root, include=include))
         made = open_resharded(root)
         return Origin(made.source, made=made)
     files = away(found, version)
     if is_resharded(root):
-        fetch_files(place, [extra.name for extra in read_manifest(root).extras], version=version)
         made = open_resharded(root, files)
         return Origin(made.source, made=made, remote=remote_files(made.held, files))
     repo_id, commit = of_hub(found, version)
-    remote = open_remote(root, files, repo_id=repo_id, commit=commit)
+    remote = open_remote(root, files, repo_id=repo_id, commit=commit, items=items, include=include)
     return Origin(remote.source, remote=remote)

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInputError, IntegrityError, TopologyError, UsageError, listed, printable
+from .companions import Item
+from .errors import BadInputError, IntegrityError, NetworkError, TopologyError, UsageError, listed, printable
 from .hub.files import HubFiles
 from .hub.place import Place, discard, is_hub_url
 from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
+from .left_behind import files_here
 from .manifest import Manifest, read_manifest
 from .remote import Away
-from .source import MANIFEST_NAME, NOT_WANTED, SMALL_FILES, Source, is_resharded, open_source
+from .source import MANIFEST_NAME, Source, companions_there, is_resharded, open_source
 from .stores import as_text, is_url, open_store
 from .stores import snapshot as store_snapshot
 from .weights import weight_files
@@ -29,9 +31,14 @@ __all__ = [
     "find_resharded",
     "local_folder",
     "locate",
+    "look_at",
     "of_hub",
     "resolve_source",
 ]
+
+# What says which other files there are (shell patterns).
+FIRST_FILES = ("config.json", "*.index.json", "*.index.*.json", MANIFEST_NAME)
+_NO_FOLDERS = ("*/*",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +55,8 @@ def locate(
     place: str,
     *,
     revision: str | None = None,
-    patterns: Sequence[str] = SMALL_FILES,
-    ignored: Sequence[str] = NOT_WANTED,
+    patterns: Sequence[str] = FIRST_FILES,
+    ignored: Sequence[str] = _NO_FOLDERS,
     to: Path | None = None,
 ) -> tuple[Path, str | None, str | None]:
     """A local folder, or what is fetched of another place: (folder, place, version). The last two are None for one that
@@ -183,13 +190,40 @@ def local_folder(place: str | Path) -> Path:
     return Path(text)
 
 
-def fetch(place: str, *, revision: str | None = None) -> tuple[Path, str | None, str | None]:
-    """`locate` a checkpoint, or a resharded one, with its weights: (folder, place, version)."""
+def look_at(
+    place: str, *, revision: str | None = None, include: Sequence[str] = ()
+) -> tuple[Path, str | None, str | None, tuple[Item, ...] | None]:
+    """`locate` a checkpoint, or a resharded one, with all its files but the weights: (folder, place, version, items).
+
+    The last are all its files, as they are elsewhere; None for one that is here, or is resharded.
+    """
     root, found, version = locate(place, revision=revision)
+    if found is None or version is None:
+        return root, found, version, None
+    if is_resharded(root):
+        fetch_files(place, [extra.name for extra in read_manifest(root).extras], version=version)
+        return root, found, version, None
+    items = _items(away(found, version), root)
+    patterns = [glob.escape(name) for name in companions_there(root, items, include=include)]
+    locate(place, revision=version, patterns=patterns, ignored=())
+    return root, found, version, items
+
+
+def _items(there: Away, root: Path) -> tuple[Item, ...]:
+    """The files of a place; if that cannot be asked, those that are in the cache."""
+    try:
+        return tuple(there.items())
+    except NetworkError:
+        return tuple(files_here(root))
+
+
+def fetch(place: str, *, revision: str | None = None) -> tuple[Path, str | None, str | None]:
+    """`look_at` a checkpoint, or a resharded one, and fetch its weights too: (folder, place, version)."""
+    root, found, version, _ = look_at(place, revision=revision)
     if found is not None and is_resharded(root):
         fetch_files(place, [file.name for file in read_manifest(root).files()], version=version)
     elif found is not None:
-        locate(place, revision=version, patterns=[glob.escape(name) for name in weight_files(root)])
+        locate(place, revision=version, patterns=[glob.escape(name) for name in weight_files(root)], ignored=())
     return root, found, version
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from .companions import Item
 from .errors import BadInputError, IntegrityError, printable
 from .header import Header, header_length, parse_header
 from .hub.place import discard
@@ -65,6 +66,9 @@ class Away(Protocol):
     def version(self) -> str:
         """What tells it from any other state of the folder."""
 
+    def items(self) -> Iterable[Item]:
+        """All its files, those of the folders in it too where something of them can belong to it."""
+
     def entries(self, names: Sequence[str]) -> list[Entry]:
         """Each of some files, which all must be there."""
 
@@ -108,8 +112,17 @@ class Remote:
         return path
 
 
-def open_remote(root: Path, away: Away, *, repo_id: str | None, commit: str | None) -> Remote:
-    """The checkpoint `away` whose small files are in `root` already: of others, only headers are read.
+def open_remote(
+    root: Path,
+    away: Away,
+    *,
+    repo_id: str | None,
+    commit: str | None,
+    items: Iterable[Item] | None = None,
+    include: Sequence[str] = (),
+) -> Remote:
+    """The checkpoint `away` whose small files are in `root` already: of others, only headers are read. `items` and
+    `include` are those of `open_source`.
 
     Raises:
         NetworkError: there is no answer.
@@ -124,7 +137,7 @@ def open_remote(root: Path, away: Away, *, repo_id: str | None, commit: str | No
         entry.name: SourceFile(entry.name, root / entry.name, entry.size, 0, header)
         for entry, header in zip(absent, read_headers(away, absent))
     }
-    source = open_source(root, repo_id=repo_id, commit=commit, absent=files)
+    source = open_source(root, repo_id=repo_id, commit=commit, absent=files, items=items, include=include)
     return Remote(source, away, _digests(absent), cached)
 
 

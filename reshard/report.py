@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .companions import Left
 from .errors import printable
 from .layout import plan_layouts
 from .manifest import Manifest
@@ -16,7 +17,7 @@ from .topology import Topology
 if TYPE_CHECKING:  # a plan comes with torch; a manifest is told without it
     from .planning import ReshardPlan
 
-__all__ = ["manifest_report", "manifest_text", "plan_report", "plan_text", "table"]
+__all__ = ["left_report", "manifest_report", "manifest_text", "plan_report", "plan_text", "table"]
 
 _NOTE = 1000  # characters shown of a remark
 
@@ -155,9 +156,15 @@ def plan_report(plan: ReshardPlan) -> dict[str, Any]:
         "custom_strategies": plan.custom,
         "runtime_only": list(plan.runtime_only),
         "notes": list(plan.notes),
+        "left_behind": left_report(plan.source.left),
         "ep_sizes": [size for size in range(2, plan.model.experts + 1) if plan.model.experts % size == 0],
         "tp_sizes": {str(size): why for size, why in sizes.items()},
     }
+
+
+def left_report(left: Iterable[Left]) -> list[dict[str, Any]]:
+    """The files of a source that are left behind, and why."""
+    return [{"path": entry.path, "why": entry.why, "named_by": list(entry.named_by)} for entry in left]
 
 
 def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:

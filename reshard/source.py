@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .companions import Item, Left, choose
 from .errors import BadInputError, listed, printable
 from .header import Header, TensorInfo, read_header
-from .untrusted import read_json, vetted_path
+from .left_behind import companions, files_here, left_text
+from .untrusted import check_plain_name, read_json, vetted_path
 from .weights import INDEX_NAME, SINGLE_NAME, no_weights, read_index, weight_files
 
 __all__ = [
     "MANIFEST_NAME",
-    "NOT_WANTED",
-    "SMALL_FILES",
     "Source",
     "SourceFile",
+    "companions_there",
     "is_resharded",
     "model_config",
     "open_source",
@@ -29,12 +29,6 @@ __all__ = [
 MANIFEST_NAME = "reshard.json"
 
 _CONFIG_LIMIT = 4 << 20  # bytes: of one that names 100,000 labels
-# The small files beside the weights (shell patterns); never pickles, never code.
-SMALL_FILES = (
-    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
-    *("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "[Nn]otice*", "USE_POLICY*"),
-)
-NOT_WANTED = ("*/*", "adapter_*", "consolidated*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +44,9 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint: its files, its tensors by name, its configuration, and the small files that go along.
+    """A checkpoint: its files, its tensors by name, its configuration, and by path the small files that go along.
 
-    `notes` are remarks for the user, one line each: what is left behind, and the like.
+    `notes` are remarks for the user, one line each: what is left behind, and the like. `left` are the files behind.
     """
 
     root: Path
@@ -63,6 +57,7 @@ class Source:
     repo_id: str | None = None
     commit: str | None = None
     notes: tuple[str, ...] = ()
+    left: tuple[Left, ...] = ()
 
     def file(self, name: str) -> SourceFile:
         return next(file for file in self.files if file.name == name)
@@ -82,13 +77,17 @@ def open_source(
     repo_id: str | None = None,
     commit: str | None = None,
     absent: Mapping[str, SourceFile] = MappingProxyType({}),
+    items: Iterable[Item] | None = None,
+    include: Sequence[str] = (),
 ) -> Source:
     """Read a checkpoint folder: `model.safetensors`, or several files and their index. Headers only. Files that are
-    `absent` are part of it, though they are not here yet.
+    `absent` are part of it, though they are not here yet. `items` are all its files where it is elsewhere.
+    `include` are patterns of what is to go along too, as for `choose`.
 
     Raises:
         BadInputError: a file is missing, truncated or malformed, a tensor occurs twice, or files and index disagree.
         PolicyError: a path leads out of the folder.
+        UsageError: a pattern of `include` matches nothing.
     """
     if not root.is_dir():
         raise BadInputError(
@@ -107,17 +106,15 @@ def open_source(
     tensors = _merge_headers(files)
     if INDEX_NAME in names:
         _check_index(root, read_index(root), tensors)
-    extras = tuple(name for name in names if _is_copied(name) and not (root / name).is_dir())
-    for name in extras:
-        vetted_path(root, name, what="source")
-    return Source(root, files, tensors, config, extras, repo_id, commit)
+    items = files_here(root) if items is None else items
+    extras, left = companions(root, items, include=include, read=[*wanted, INDEX_NAME])
+    notes = (left_text(extras, left),) if left else ()
+    return Source(root, files, tensors, config, extras, repo_id, commit, notes, left)
 
 
-def _is_copied(name: str) -> bool:
-    def matches(patterns: Iterable[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    return matches(SMALL_FILES) and not matches((*NOT_WANTED, "*.index.json"))
+def companions_there(root: Path, items: Iterable[Item], *, include: Sequence[str] = ()) -> list[str]:
+    """Which of the files of a checkpoint that is elsewhere go along, if its index is in `root` already."""
+    return list(choose(items, include=include, read=[*weight_files(root), INDEX_NAME])[0])
 
 
 def is_resharded(root: Path) -> bool:
@@ -126,6 +123,7 @@ def is_resharded(root: Path) -> bool:
 
 
 def _open_file(root: Path, name: str) -> SourceFile:
+    check_plain_name(name, what="source file")
     path = vetted_path(root, name, what="source file")
     status = os.stat(path)
     return SourceFile(name, path, status.st_size, status.st_mtime_ns, read_header(path, file=name))

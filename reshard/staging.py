@@ -10,10 +10,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .destination import Destination
+from .digest import FileRecord, new_digest
 from .errors import BusyError, StorageError, printable
 from .exclusive import locked, renamed
 from .journal import JOURNAL_NAME
@@ -23,6 +24,7 @@ __all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "write_fil
 
 _WORK, _OWNER = 16, 8  # hex digits: of the digest of the work, and of a number drawn by each run
 _REFUSE = "0" * _WORK  # the work of what is only there to be removed
+_BLOCK = 4 << 20  # bytes
 _ATTEMPTS = 9  # to remove a folder while its former owner makes a last file in it
 
 
@@ -168,29 +170,49 @@ def _discard(folder: Path, out: Path) -> None:
 
 def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write a small file, whole or not at all, over one that an earlier run left; with `sync`, through to the disk."""
-    part = path.with_name(f".{path.name}.part")
+    _write(path, [memoryview(data)], sync)
+
+
+def copy_file(source: Path, folder: Path, name: str, *, sync: bool = True) -> FileRecord:
+    """Copy a small file into `folder` as `write_file` writes it; with "/" in its name, into a folder of it."""
+    digest, size = new_digest(), 0
+
+    def blocks() -> Iterator[memoryview]:
+        nonlocal size
+        buffer = memoryview(bytearray(_BLOCK))
+        with open(source, "rb", buffering=0) as file:
+            while found := file.readinto(buffer):
+                digest.update(buffer[:found])
+                size += found
+                yield buffer[:found]
+
+    target = folder / name
+    try:
+        # One by one: `folder` itself is not made again where another process has taken it.
+        for inside in reversed(target.relative_to(folder).parents[:-1]):
+            (folder / inside).mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{printable(target.parent)}: {error.strerror}") from None
+    _write(target, blocks(), sync)
+    return FileRecord(name, size, digest.hexdigest(), {})
+
+
+def _write(path: Path, blocks: Iterable[memoryview], sync: bool) -> None:
+    part, at = path.with_name(f".{path.name}.part"), 0
     try:
         part.unlink(missing_ok=True)
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            pwrite(fd, memoryview(data), 0)
+            for block in blocks:
+                pwrite(fd, block, at)
+                at += len(block)
             if sync:
                 os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(part, path)
     except OSError as error:
-        raise StorageError(f"{printable(path)}: {error.strerror}") from None
-
-
-def copy_file(source: Path, target: Path, *, sync: bool = True) -> bytes:
-    """Copy a small file as `write_file` writes it. Returns its bytes."""
-    try:
-        data = source.read_bytes()
-    except OSError as error:
-        raise StorageError(f"{printable(source)}: {error.strerror}") from None
-    write_file(target, data, sync=sync)
-    return data
+        raise StorageError(f"{printable(error.filename or path)}: {error.strerror}") from None
 
 
 def check_free_space(folder: Path, needed: int, *others: Path) -> None:

@@ -7,14 +7,15 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from .companions import Item, walk
 from .digest import digest_of
 from .errors import (
     BadInputError,
@@ -29,7 +30,8 @@ from .filesystems import check_ranges, doing, identified, listed, name_in
 from .hub.place import is_hub_url
 from .output import pwrite
 from .remote import Entry, GivenUp, lacking, never
-from .untrusted import check_plain_name
+from .source import MANIFEST_NAME
+from .untrusted import check_plain_path
 
 __all__ = ["PROBE_NAME", "Store", "as_text", "cache_folder", "is_url", "open_store", "snapshot"]
 
@@ -59,21 +61,54 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reshard"
 
 
-@dataclass(frozen=True, slots=True)
+Listing = tuple[Mapping[str, tuple[int, str]], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Store:
     """A folder of a store, as it was listed: the size in bytes and the identity of each of its files, and the names of
-    the folders in it. An identity is another one when the content is."""
+    the folders in it. An identity is another one when the content is. Folders in it are listed when they are asked for.
+    """
 
     url: str
     system: Any
     root: str
     files: Mapping[str, tuple[int, str]]
     folders: tuple[str, ...]
+    _below: dict[str, Listing] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def version(self) -> str:
-        """What tells this state of the folder from any other."""
-        return digest_of(repr(sorted(self.files.items())).encode())
+        """What tells this state of the folder from any other. A resharded one has digests of what is in its folders."""
+        known = dict(self.files)
+        if MANIFEST_NAME not in self.files:
+            paths = (item.path for item in self.items() if "/" in item.path[:-1] and not item.odd)
+            known |= {path: found for path in paths if (found := self.find(path))}
+        return digest_of(repr(sorted(known.items())).encode())
+
+    def find(self, name: str) -> tuple[int, str] | None:
+        """Size and identity of a file, also of one in a folder. None where there is none."""
+        folder, _, last = name.rpartition("/")
+        return self._look(folder)[0].get(last)
+
+    def _look(self, folder: str) -> Listing:
+        if not folder:
+            return self.files, self.folders
+        if folder not in self._below:
+            self._below[folder] = _listed(self.system, self.path(folder), self.url)
+        return self._below[folder]
+
+    def items(self) -> list[Item]:
+        """All its files, those of the folders in it too where something of them can go along with a checkpoint."""
+
+        def look(folder: str) -> tuple[list[Item], Iterable[str]]:
+            try:
+                files, folders = self._look(folder.rstrip("/"))
+            except UsageError as error:  # a change of them would not be noticed
+                return [Item(folder, odd=error.message)], ()
+            return [Item(folder + name, size) for name, (size, _) in files.items()], folders
+
+        return list(walk(look))
 
     def __str__(self) -> str:
         return printable(self.url)
@@ -88,16 +123,19 @@ class Store:
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
         """Size of each file. Raises BadInputError where there is none of that name."""
-        for name in names:
-            if name not in self.files:
-                raise lacking(self, name)
-        return [Entry(name, self.files[name][0], None) for name in names]
+        return [Entry(name, self._known(name)[0], None) for name in names]
+
+    def _known(self, name: str) -> tuple[int, str]:
+        found = self.find(name)
+        if found is None:
+            raise lacking(self, name)
+        return found
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """The bytes from `start` to `end` of a file. Raises NetworkError."""
         if start == end:
             return b""
-        path, size = self.path(name), self.files[name][0]
+        path, size = self.path(name), self._known(name)[0]
         for _ in range(_ATTEMPTS):
             with doing("read", self.url):
                 if size > _RANGE and "http" in self.system.protocol:
@@ -116,9 +154,9 @@ class Store:
             IntegrityError: it was changed meanwhile.
             InterruptedError: it was given up meanwhile.
         """
-        check_plain_name(name, what=str(self))
+        check_plain_path(name, what=str(self))
         size, target = self.entries([name])[0].size, (folder or self.cached()) / name
-        part = target.with_name(f".{name}.part-{secrets.token_hex(4)}")
+        part = target.with_name(f".{target.name}.part-{secrets.token_hex(4)}")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -126,7 +164,7 @@ class Store:
                 self._fill(fd, name, size, given_up)
             finally:
                 os.close(fd)
-            if self._now(name) != self.files[name]:
+            if self._now(name) != self.find(name):
                 raise IntegrityError(f"{self}: {printable(name)} was changed while it was fetched", hint="try again")
             os.replace(part, target)
         except InterruptedError:
@@ -140,8 +178,9 @@ class Store:
 
     def _now(self, name: str) -> tuple[int, str] | None:
         """Size and identity of a file as it is listed now. None where it has gone."""
+        folder, _, last = self.path(name).rpartition("/")
         with doing("list", self.url):
-            found = [info for info in listed(self.system, self.root) if name_in(info) == name]
+            found = [info for info in listed(self.system, folder) if name_in(info) == last]
             return identified(self.system, found[0]) if found else None
 
     def _fill(self, fd: int, name: str, size: int, given_up: GivenUp) -> None:
@@ -157,16 +196,16 @@ class Store:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def holds(self, path: Path) -> bool:
+    def holds(self, path: Path, name: str) -> bool:
         """Whether the file of that name holds the same bytes as the one here, which are read back."""
         size = path.stat().st_size
-        if self.files[path.name][0] != size:
+        if self._known(name)[0] != size:
             return False
         with open(path, "rb") as here, ThreadPoolExecutor(_AT_ONCE) as pool:
 
             def same(start: int) -> bool:
                 end = min(start + _RANGE, size)
-                return os.pread(here.fileno(), end - start, start) == self.read(path.name, start, end)
+                return os.pread(here.fileno(), end - start, start) == self.read(name, start, end)
 
             return all(pool.map(same, range(0, size, _RANGE)))
 
@@ -228,15 +267,21 @@ def open_store(url: str, version: str | None = None) -> Store:
         if "file" in system.protocol:
             raise UsageError(f"{printable(url)}: is on this machine", hint=f"give its path: {printable(root)}")
         root = root.rstrip("/")
+    store = Store(url.rstrip("/"), system, root, *_listed(system, root, url))
+    if version is not None and store.version != version:
+        raise RemoteMovedError(f"{store}: has changed meanwhile", hint="run it again")
+    return store
+
+
+def _listed(system: Any, root: str, url: str) -> Listing:
+    """The files in a folder, and the names of the folders in it, as they are now."""
+    with doing("list", url):
         found = listed(system, root)
         folders = sorted(name_in(info) for info in found if info["type"] == "directory")
         infos = [info for info in found if info["type"] != "directory" and info["name"].rstrip("/") != root]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             files = dict(zip(map(name_in, infos), pool.map(partial(identified, system), infos)))
-    store = Store(url.rstrip("/"), system, root, files, tuple(folders))
-    if version is not None and store.version != version:
-        raise RemoteMovedError(f"{store}: has changed meanwhile", hint="run it again")
-    return store
+    return files, tuple(folders)
 
 
 def snapshot(
@@ -256,7 +301,8 @@ def snapshot(
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    for name in store.files:
+    nested = any("/" in pattern for pattern in patterns)
+    for name in [item.path for item in store.items() if not item.odd] if nested else store.files:
         if matches(name, patterns) and not matches(name, ignored) and not (folder / name).exists():
             store.get(name, folder)
     return folder, store.version

@@ -12,24 +12,35 @@ from typing import Any
 from .errors import BadInputError, PolicyError, printable
 from .system import by_errno
 
-__all__ = ["check_plain_name", "read_json", "vetted_path"]
+__all__ = ["check_plain_name", "check_plain_path", "read_json", "vetted_path"]
 
 _JSON_LIMIT = 256 << 20  # bytes of JSON, which in memory are twenty times as many at worst
 
 
 def check_plain_name(name: str, *, what: str) -> None:
     """Raises PolicyError where a name could lead out of the folder it is used in, or no file can have it."""
-    plain = name not in ("", ".", "..") and os.path.basename(name) == name and not {*name} & {"\0", "\\"}
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:  # half a character: JSON can spell it
-        plain = False
-    if not plain:
+    if not _is_plain(name):
         raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
 
 
+def check_plain_path(path: str, *, what: str) -> None:
+    """Raises PolicyError where a path, with "/" between its names, could lead out of the folder it is used in, or into
+    a hidden one: git, for one, runs what is in its own."""
+    names = path.split("/")
+    if not all(map(_is_plain, names)) or any(name.startswith(".") for name in names[:-1]):
+        raise PolicyError(f"{what}: {printable(path)} is not a plain file name")
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character: JSON can spell it
+        return False
+    return name not in ("", ".", "..") and os.path.basename(name) == name and not {*name} & {"\0", "\\"}
+
+
 def vetted_path(root: Path, name: str, *, what: str) -> Path:
-    """The path of a plain file directly inside `root`.
+    """The path of a plain file inside `root`, or with "/" in its name inside a folder of it.
 
     A symbolic link is followed only inside `root`, or inside a Hub cache, whose snapshots are links.
 
@@ -38,7 +49,7 @@ def vetted_path(root: Path, name: str, *, what: str) -> Path:
         BadInputError: there is no such file, or it is not a regular one.
         StorageError: the system does not let it be read.
     """
-    check_plain_name(name, what=what)
+    check_plain_path(name, what=what)
     path = root / name
     try:
         real = Path(os.path.realpath(path, strict=True))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .arguments import checked
 from .digest import FileRecord, digest_file, digest_of
@@ -67,12 +68,23 @@ def verify(
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
     known = {record.name for record in manifest.files()} | {MANIFEST_NAME}
-    present = set(os.listdir(folder))
+    present, foreign = _present(folder, {str(parent) for name in known for parent in PurePosixPath(name).parents})
     for name in sorted(known - present):
         raise IntegrityError(f"{printable(folder / name)}: is missing")
-    for name in sorted(present - known):
-        if name.endswith(".safetensors") or not name.startswith("."):
+    for name in sorted((present - known) | foreign):
+        if name.endswith(".safetensors") or not PurePosixPath(name).name.startswith("."):
             raise IntegrityError(f"{printable(folder / name)}: does not belong to this folder")
+
+
+def _present(folder: Path, folders: Set[str]) -> tuple[set[str], set[str]]:
+    """The files of a folder and of the `folders` in it, by path; and the folders there that are none of those."""
+    files, foreign = set(), set()
+    for inside, below, names in os.walk(folder):
+        at = Path(inside).relative_to(folder)
+        files |= {str(at / name) for name in names}
+        foreign |= {str(at / name) for name in below if str(at / name) not in folders}
+        below[:] = [name for name in below if str(at / name) in folders]
+    return files, foreign
 
 
 def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: None) -> None:

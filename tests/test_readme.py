@@ -44,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where SOURCE is a pico model with a tokenizer, MOE one with experts, and the README's own files are there."""
     root = tmp_path_factory.mktemp("readme")
     run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
+    (root / "SOURCE" / "recipe.yaml").write_text("steps: 1\n")
     pico.save("qwen3_moe", root / "MOE")
     for name, text in FILES.items():
         (root / name).write_text(text)

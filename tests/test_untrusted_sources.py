@@ -133,6 +133,13 @@ def _extra(source: Path, make: Callable[[Path], object]) -> None:
     make(source / "LICENSE")
 
 
+def _extra_through_folder(source: Path) -> None:
+    outside = source.parent / f"{PLANTED}-folder"
+    outside.mkdir()
+    (outside / "LICENSE").write_text("")
+    (source / "LICENSE").symlink_to(outside)
+
+
 ELSEWHERE: dict[str, tuple[Callable[[Path], object], int]] = {
     "index with ..": (lambda s: _index_to(s, f"../{PLANTED}.safetensors"), 11),
     "index with an absolute path": (lambda s: _index_to(s, str(s.parent / f"{PLANTED}.safetensors")), 11),
@@ -153,9 +160,11 @@ ELSEWHERE: dict[str, tuple[Callable[[Path], object], int]] = {
     "link to a device": (lambda s: (first_file(s).unlink(), first_file(s).symlink_to("/dev/zero")), 11),
     "config links out": (lambda s: link(s / "config.json", s.parent / f"{PLANTED}.json"), 11),
     "index links out": (lambda s: link(s / INDEX, s.parent / f"{PLANTED}.json"), 11),
-    "extra links out": (lambda s: _extra(s, lambda path: link(path, s.parent / PLANTED)), 11),
-    "extra links to a device": (lambda s: _extra(s, lambda path: (path.unlink(), path.symlink_to("/dev/zero"))), 11),
-    "extra is a fifo": (lambda s: _extra(s, fifo), 3),
+    "extra links out": (lambda s: _extra(s, lambda path: link(path, s.parent / PLANTED)), 0),
+    "extra links to a device": (lambda s: _extra(s, lambda path: (path.unlink(), path.symlink_to("/dev/zero"))), 0),
+    "extra links to nothing": (lambda s: _extra(s, lambda path: (path.unlink(), path.symlink_to("gone"))), 0),
+    "extra is a fifo": (lambda s: _extra(s, fifo), 0),
+    "extra in a folder that links out": (_extra_through_folder, 0),
     "fifo": (lambda s: fifo(first_file(s)), 3),
     "fifo as index": (lambda s: fifo(s / INDEX), 3),
     "fifo as config": (lambda s: fifo(s / "config.json"), 3),
@@ -166,11 +175,21 @@ ELSEWHERE: dict[str, tuple[Callable[[Path], object], int]] = {
 
 
 @pytest.mark.fault(12)
-@pytest.mark.parametrize("case", ELSEWHERE)
+@pytest.mark.parametrize("case", [case for case, (_, code) in ELSEWHERE.items() if code])
 def test_leading_elsewhere(case: str, source: Path, out: Path, refused: Refused) -> None:
     spoil, code = ELSEWHERE[case]
     spoil(source)
     refused(code, convert(source, out), "")
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("case", [case for case, (_, code) in ELSEWHERE.items() if not code])
+def test_what_nobody_needs_and_leads_elsewhere_is_left_behind(case: str, source: Path, out: Path, cli: Cli) -> None:
+    ELSEWHERE[case][0](source)
+    result = cli(*convert(source, out))
+    assert result.code == 0
+    assert "left behind: LICENSE (" in result.err
+    assert not os.path.lexists(out / "LICENSE")
 
 
 def _convert_all(folder: str) -> None:

@@ -84,6 +84,12 @@ _WHAT_TO_CUT = (
     revision_option,
     click.option("--dtype", type=Dtype(), help="Store floating parameters in this dtype."),
     click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="PATTERN",
+        help="Take files of unknown kinds along too, such as 'assets/*'. Never code, pickles or keys.",
+    ),
 )
 
 

@@ -65,6 +65,7 @@ def convert(
         return
     began = time.monotonic()
     from .. import convert as run
+    from ..report import left_report
 
     manifest = run(
         source,
@@ -80,7 +81,12 @@ def convert(
     )
     size, seconds = sum(record.size for record in manifest.rank_files), time.monotonic() - began
     print_report(
-        {"out": without_secrets(out), "seconds": round(seconds, 3), **manifest.to_dict()},
+        {
+            "out": without_secrets(out),
+            "seconds": round(seconds, 3),
+            **manifest.to_dict(),
+            "left_behind": left_report(manifest.left),
+        },
         style,
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes, in {duration(seconds)}",
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..dtypes import torch_name
 from ..errors import printable
+from ..kinds import is_licence
 from ..manifest import Manifest
 from ..report import gigabytes
 from ..resharded import source_headers
@@ -182,7 +183,7 @@ def _files(path: str, manifest: Manifest) -> str:
 def _licence(terms: Terms, degrees: Mapping[str, Manifest]) -> str:
     name = f"`{terms.licence}`" if terms.licence else "not known"
     names = {extra.name for manifest in degrees.values() for extra in manifest.extras}
-    legal = sorted(n for n in names if n.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")))
+    legal = sorted(filter(is_licence, names))
     along = f" The source's {', '.join(map(_tick, legal))} came along unchanged." if legal else ""
     return f"Licence: {name}.{along}"
 

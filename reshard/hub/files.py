@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..companions import Item
 from ..errors import NetworkError, printable
 from ..remote import Entry, GivenUp, lacking, never
 from .errors import explain
-from .place import Place
+from .place import Place, files
 from .session import RETRIES, again, client
 
 __all__ = ["HubFiles"]
@@ -28,6 +29,10 @@ class HubFiles:
 
     def __str__(self) -> str:
         return str(self.place)
+
+    def items(self) -> list[Item]:
+        """The files at the place and in its folders. Raises NetworkError."""
+        return [Item(path, size) for path, size in files(self.place, self.version).items()]
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
         """Size and, where the Hub gives one, SHA-256 of each file.

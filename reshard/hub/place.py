@@ -16,7 +16,7 @@ from ..errors import BadInputError, NetworkError, UsageError, printable
 from .errors import explain
 from .session import again, client, is_unreachable
 
-__all__ = ["Place", "discard", "folders", "is_hub_url", "snapshot"]
+__all__ = ["Place", "discard", "files", "folders", "is_hub_url", "snapshot"]
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _PLACE = re.compile(rf"({_NAME}(?:/{_NAME})?)((?:/{_NAME})*)")
@@ -170,7 +170,13 @@ def _remember(root: Path, name: str, commit: str) -> None:
 
 
 def folders(where: Place, commit: str | None, name: str) -> list[str]:
-    """The folders below a place that hold a file `name`, by the listing that `snapshot` has left in the cache, if it
+    """The folders below a place that hold a file `name`. Raises NetworkError."""
+    found = (PurePosixPath(path) for path in files(where, commit))
+    return [str(path.parent) for path in found if path.name == name]
+
+
+def files(where: Place, commit: str | None) -> dict[str, int]:
+    """The files below a place and their sizes in bytes, by the listing that `snapshot` has left in the cache, if it
     could. Raises NetworkError."""
     from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -178,14 +184,17 @@ def folders(where: Place, commit: str | None, name: str) -> list[str]:
     try:
         with client():
             try:
-                files: Iterable[Any] = get_cached_repo_tree(where.repo_id, revision=commit)
+                entries: Iterable[Any] = get_cached_repo_tree(where.repo_id, revision=commit)
             except CachedRepoTreeNotFoundError:
-                files = again(lambda: list(HfApi().list_repo_tree(where.repo_id, recursive=True, revision=commit)))
+                entries = again(lambda: list(HfApi().list_repo_tree(where.repo_id, recursive=True, revision=commit)))
     except Exception as error:
         raise explain(error, str(where), revision=commit) from None
-    tree = (PurePosixPath(entry.path) for entry in files)
-    found = (path for path in tree if path.name == name and path.is_relative_to(where.path))
-    return [str(path.parent.relative_to(where.path)) for path in found]
+    start = where.inside("")
+    return {
+        entry.path.removeprefix(start): entry.size
+        for entry in entries
+        if hasattr(entry, "size") and entry.path.startswith(start)
+    }
 
 
 def discard(path: Path) -> None:

@@ -18,6 +18,7 @@ from ..errors import (
     listed,
     printable,
 )
+from ..kinds import is_weights
 from ..manifest import Manifest, read_manifest
 from ..places import local_folder
 from ..progress import Progress, silent
@@ -34,10 +35,6 @@ from .uploading import Change, LocalFile, holds, upload
 __all__ = ["Published", "publish"]
 
 _CARD = "README.md"
-_WEIGHTS = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt"),
-    *(".gguf", ".h5", ".msgpack", ".onnx"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +213,14 @@ def _obsolete(
     hint = f"name a folder of the repo: {where.repo_id}/tp{manifest.world_size}"
     if where.path == f"tp{manifest.world_size}":
         hint = "name another folder of the repo, or remove them there first"
-    there = [path for path in remote.files if path.rpartition("/")[0] == where.path]
-    foreign = [path for path in there if path.lower().endswith(_WEIGHTS) and path not in earlier]
+    beside = [path for path in remote.files if path.rpartition("/")[0] == where.path]
+    there = {*beside, *(remote.files.keys() & {*earlier, *files})}  # those in folders of the place too
+    foreign = [path for path in beside if is_weights(path) and path not in earlier]
     if foreign:
         raise DestinationExistsError(f"{where}: holds other weights: {listed(foreign)}", hint=hint)
     replaced = [
         path
-        for path in sorted(files.keys() & set(there) - earlier)
+        for path in sorted(files.keys() & there - earlier)
         if not holds(remote.files[path], CommitOperationAdd(path, str(files[path].path)))
     ]
     if replaced:

@@ -1,0 +1,161 @@
+"""Kinds of files beside the weights, by name and first bytes: which go along with a checkpoint, and which never do.
+
+What goes along may be published later. So only known kinds do, and what can be code, a secret or a record of somebody's
+work never does, not even where it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+__all__ = [
+    "CARD",
+    "HEAD_BYTES",
+    "KNOWN",
+    "KNOWN_AT_TOP",
+    "NEVER",
+    "OURS",
+    "PARTS",
+    "SILENT",
+    "WEIGHTS",
+    "Kind",
+    "first_bytes",
+    "is_licence",
+    "is_weights",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What files or folders whose names match a shell pattern are. All patterns here are in lower case."""
+
+    what: str
+    names: tuple[str, ...]
+
+    def __contains__(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.names)
+
+
+_A_WEIGHT = "weights that are not read"
+WEIGHTS = Kind(
+    _A_WEIGHT,
+    (
+        *("*.safetensors", "*.index.json", "*.index.*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml"),
+        *("*.h5", "*.hdf5", "*.msgpack", "*.onnx", "*.onnx_data*", "*.tflite", "*.pb", "*.distcp", "*.ot", "*.t7"),
+        *("*.mlmodel", "*.caffemodel", "*.engine", "*.trt", "*.nemo", "*.keras", "*.pt2", "*.llamafile"),
+    ),
+)
+LICENCES = Kind(
+    "licence",
+    (
+        *("licen[cs]e*", "*[-_ ]licen[cs]e", "*[-_ ]licen[cs]e[-_. ]*", "unlicense*", "copying*", "copyright*"),
+        *("notice*", "third[-_ ]party*", "use_policy*", "*usage_policy*", "*use[-_]policy*", "patents*", "authors*"),
+        *("eula*", "terms*", "citation*", "attribution*", "acknowledg*"),
+    ),
+)
+
+# Never copied, in this order. Names and patterns are of files, and of folders, at any depth.
+NEVER = (
+    Kind("hidden", (".*",)),
+    Kind(
+        "may be a key or a password",
+        (
+            *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk", "*.gpg", "*.kdbx", "*.crt", "*.cer"),
+            *("*.der", "*.csr", "*.ovpn", "*.env", "env", "env.*", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
+            *("*netrc", "*npmrc", "*pypirc", "*htpasswd*", "authorized_keys*", "known_hosts*", "kubeconfig*"),
+            *("*secret*", "*credential*", "*passw*", "*api[-_]key*", "*apikey*", "*private[-_]key*", "*access[-_]key*"),
+            *("*service[-_]account*", "*oauth*", "token", "token.*", "*.token", "stored_tokens*"),
+            *("*hf[-_]token*", "*access[-_]token*", "*auth[-_]token*", "*api[-_]token*", "*refresh[-_]token*"),
+        ),
+    ),
+    Kind(
+        "code",
+        (
+            *("*.py", "*.pyc", "*.pyd", "*.pyi", "*.pyx", "*.ipynb", "*.so", "*.so.*", "*.dll", "*.dylib", "*.exe"),
+            *("*.a", "*.o", "*.sh", "*.bash", "*.zsh", "*.bat", "*.cmd", "*.ps1", "*.js", "*.mjs", "*.ts", "*.wasm"),
+            *("*.c", "*.cc", "*.cpp", "*.cu", "*.cuh", "*.h", "*.hpp", "*.go", "*.rs", "*.rb", "*.pl", "*.lua", "*.r"),
+            *("*.jl", "*.java", "*.class", "*.jar", "*.m", "*.swift", "*.php", "*.sql", "makefile", "dockerfile*"),
+            *("__pycache__", "node_modules", "*.egg-info"),
+        ),
+    ),
+    Kind("pickled", ("*.pkl", "*.pickle", "*.joblib", "*.dill", "*.sav", "*.cloudpickle", "*.mar", "*.npy", "*.npz")),
+    Kind(
+        "an archive",
+        ("*.zip", "*.tar", "*.tgz", "*.gz", "*.bz2", "*.xz", "*.zst", "*.7z", "*.rar", "*.whl", "*.lz4", "*.dmg"),
+    ),
+    Kind(
+        "a record of training",
+        (
+            *("trainer_*", "training_*", "train_*", "args.json", "*_args.json", "hyperparameters*", "optimizer*"),
+            *("optim.*", "scheduler.*", "rng_state*", "*_results.json", "results.json", "metrics*.json"),
+            *("*history*.json", "events.out.*", "*tfevents*", "*.log", "*.log.*", "*[-_]log.*", "log.*", "logs.*"),
+            *("log_*", "nohup*", "slurm*", "*.out", "*.err", "wandb*", "mlruns*", "mlflow*", "tensorboard*", "neptune"),
+            *("runs", "logs", "log", "*_logs", "checkpoint-*", "global_step*", "mp_rank_*", "state.json"),
+        ),
+    ),
+    Kind("an adapter, which is not put in", ("adapter_*",)),
+)
+OURS = Kind(
+    "a name that reshard gives itself",
+    ("reshard.json", "shard-*-model-*", "unused.safetensors", "reference.logits"),
+)
+CARD = Kind("the card: publish writes one of its own", ("readme.md",))
+# Of every clone or download, or ours beside an OUT that is being made.
+SILENT = Kind(
+    "of no checkpoint, so that nothing is said of it",
+    (
+        *(".git", ".gitattributes", ".gitignore", ".gitmodules", ".cache", ".huggingface", ".ds_store"),
+        *("*.lock", "*.part-fetched-*", f"*.part-{'?' * 16}-{'?' * 8}"),
+    ),
+)
+# Of a folder that holds a file of these, nothing goes along.
+PARTS = Kind("another part of a model, or another model", ("reshard.json", "shard-*-model-*", *WEIGHTS.names))
+
+# What goes along. At the top, tokenizers and processors have files of every name in JSON and text.
+KNOWN = (
+    LICENCES,
+    Kind("chat template", ("*.jinja", "*.jinja2", "*.j2")),
+    Kind(
+        "tokenizer",
+        (
+            *("*.model", "*.model.v*", "*.spm", "*.spiece", "*.tiktoken", "*.tokenizer", "*.bpe", "*.codes", "*.vocab"),
+            *("vocab.txt", "vocab*.json", "*_vocab.json", "*_vocab.txt", "merges*.txt", "dict.txt", "tekken.json"),
+            *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
+        ),
+    ),
+    Kind(
+        "configuration",
+        (
+            *("config.json", "*_config.json", "config_*.json", "modules.json", "model_index.json"),
+            *("chat_template*.json", "*processor*.json"),
+        ),
+    ),
+)
+KNOWN_AT_TOP = Kind("configuration or text", ("*.json", "*.txt"))
+
+# What the first bytes give away, whatever the name says.
+_SIGNS = (
+    *((sign, "pickled") for sign in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93NUMPY")),
+    *((sign, "an archive") for sign in (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")),
+    *((sign, _A_WEIGHT) for sign in (b"\x89HDF", b"GGUF")),
+    *((sign, "code") for sign in (b"\x7fELF", b"#!/")),
+    (b"-----BEGIN ", "may be a key or a password"),
+    (b"version https://git-lfs", "only a pointer of git-lfs: git lfs pull fetches it"),
+)
+HEAD_BYTES = max(len(sign) for sign, _ in _SIGNS)
+
+
+def is_licence(path: str) -> bool:
+    """Whether a file says under which terms the model may be used."""
+    return path.rpartition("/")[2].lower() in LICENCES
+
+
+def is_weights(path: str) -> bool:
+    """Whether a file holds weights of any format, or says where they are."""
+    return path.rpartition("/")[2].lower() in WEIGHTS
+
+
+def first_bytes(head: bytes) -> str:
+    """Why a file that begins so, in its first `HEAD_BYTES`, is not copied; empty where it is."""
+    return next((what for sign, what in _SIGNS if head.startswith(sign)), "")
