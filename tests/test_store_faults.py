@@ -259,6 +259,8 @@ def test_without_the_package(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fault(12)
 def test_names_are_not_trusted(store: ObjectStore, stored_source: str, tmp_path: Path, cli: Cli) -> None:
     store.put("llama", {"..\\config.json": b"{}"})
+    assert "left behind: ..\\config.json (" in cli("plan", stored_source, "--tp-size", "2").out
+    store.put("llama", {"..\\x.index.json": b"{}"})
     assert_one_error(cli("plan", stored_source, "--tp-size", "2"), 11, "not a plain file name")
 
 
