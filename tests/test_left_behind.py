@@ -104,7 +104,7 @@ def made(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.fault(37)
 def test_convert_copies_what_is_known_and_says_what_is_not(full: Path, made: Path, cli: Cli, out: Path) -> None:
-    result = cli(*convert(full, out, "--format", "json"), seconds=60)
+    result = cli(*convert(full, out, "--format", "json"), seconds=60, aloud=True)
     assert result.code == 0
     assert contents(out) == contents(made)
     assert companions(out) == EXPECTED
@@ -130,7 +130,7 @@ def test_the_plan_says_it_too(full: Path, cli: Cli, out: Path) -> None:
 
 def test_nothing_is_said_where_all_goes_along(source: Path, out: Path, cli: Cli) -> None:
     put(source, {**EXPECTED, ".gitattributes": b"*.model filter=lfs\n", ".cache/huggingface/x": b""})
-    result = cli(*convert(source, out), seconds=60)
+    result = cli(*convert(source, out), seconds=60, aloud=True)
     assert result.code == 0
     assert "left behind" not in result.err
 
@@ -151,7 +151,9 @@ def test_for_other_ranks_and_back(full: Path, made: Path, tmp_path: Path) -> Non
 @pytest.mark.fault(37)
 def test_include(full: Path, out: Path, cli: Cli, tmp_path: Path) -> None:
     """Never code, keys or pickles, whatever the pattern says."""
-    result = cli(*convert(full, out, "--include", "assets/", "--include", "*.py", "--include", "*.key"), seconds=60)
+    result = cli(
+        *convert(full, out, "--include", "assets/", "--include", "*.py", "--include", "*.key"), seconds=60, aloud=True
+    )
     assert result.code == 0
     assert companions(out) == EXPECTED | {name: BEHIND[name] for name in ("assets/a.wav", "assets/b.wav")}
     assert "own.py, tokenization_x.py (code)" in result.err
