@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-__all__ = ["count", "counts", "maybe", "one_of", "text", "texts"]
+__all__ = ["UnknownError", "count", "counts", "maybe", "one_of", "text", "texts"]
 
 _T = TypeVar("_T")
+
+
+class UnknownError(ValueError):
+    """What a newer release may have written, and know. The message goes on from the name of the file."""
 
 
 def text(value: Any) -> str:

@@ -12,17 +12,17 @@ from .companions import Left
 from .digest import ALGORITHM, FileRecord, digest_of
 from .dtypes import CODES, FLOATING
 from .errors import BadInputError, IntegrityError, TopologyError, VersionError, printable
-from .fields import count, counts, maybe, one_of, text, texts
+from .fields import UnknownError, count, counts, maybe, one_of, text, texts
 from .placement_json import placement_from_json, placement_to_json
 from .regions import Region, covers, whole
 from .source import MANIFEST_NAME
 from .targets import Target
 from .topology import Topology
 from .untrusted import read_json, vetted_path
+from .versions import check_known, check_version, version_members
 
-__all__ = ["FORMAT_VERSION", "REFERENCE_NAME", "Manifest", "read_manifest", "sealed_text"]
+__all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "sealed_text"]
 
-FORMAT_VERSION = "2.0"
 REFERENCE_NAME = "reference.logits"  # among the extras; a safetensors file that no reader is to take for weights
 
 
@@ -78,7 +78,7 @@ class Manifest:
         """The file's text: the same for the same content, and sealed with its own digest."""
         content = {
             "format": "reshard",
-            "format_version": FORMAT_VERSION,
+            **version_members(self),
             "tool": self.tool,
             "model": {"architecture": self.architecture, "model_type": self.model_type, "dtype": self.dtype},
             "mesh": self.topology.to_json(),
@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         BadInputError: there is none, or it is not one of ours.
-        VersionError: written in a newer format.
+        VersionError: written in a newer format, or it holds what this release does not know.
         IntegrityError: its content does not match its seal.
     """
     if not folder.is_dir():
@@ -168,18 +168,20 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != "reshard":
         raise IntegrityError(f"{printable(path)}: not a manifest of ours")
     version = content.get("format_version")
-    if not isinstance(version, str) or version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
-        raise VersionError(
-            f"{printable(path)}: format version {printable(version)}, this release reads {FORMAT_VERSION}",
-            hint="upgrade reshard",
-        )
+    check_version(version, where=printable(path))
     if content.get("digest") != ALGORITHM:
         raise VersionError(f"{printable(path)}: digests are {printable(content.get('digest'))}, not {ALGORITHM}")
     raw = path.read_bytes()
     if raw != _close(raw[: max(0, raw.rfind(b'"seal": '))]):
         raise IntegrityError(f"{printable(path)}: does not match its seal, so it was altered")
     try:
+        check_known(content)
         return _from_json(content)
+    except UnknownError as error:
+        raise VersionError(
+            f"{printable(path)}: format version {version} {error}, which this release does not know",
+            hint="upgrade reshard",
+        ) from None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, TopologyError) as error:
         raise IntegrityError(f"{printable(path)}: incomplete or malformed ({printable(error)})") from None
 

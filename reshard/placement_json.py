@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .fields import count, counts, one_of
+from .errors import printable
+from .fields import UnknownError, count, counts, one_of, text
 from .placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
 from .regions import Region, covers
 
 __all__ = ["placement_from_json", "placement_to_json"]
 
-_KINDS = ("replicate", "shard", "packed", "nested", "explicit")
+# Each kind and its members. Another member could say where to cut, so none is passed over, in any version.
+_KINDS = {
+    "replicate": {"type"},
+    "shard": {"type", "dim"},
+    "packed": {"type", "dim", "blocks"},
+    "nested": {"type", "outer", "inner", "row"},
+    "explicit": {"type", "shapes", "boxes"},
+}
 
 
 def placement_to_json(placement: Placement) -> dict[str, Any]:
@@ -36,9 +44,14 @@ def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_siz
     """The placement of a tensor of `shape` on `world_size` ranks.
 
     Raises:
+        UnknownError: its kind, or a member of it, is unknown to this release.
         ValueError, TypeError, KeyError or IndexError: it is not one that such a tensor can have.
     """
-    kind = one_of(_KINDS, content["type"])
+    kind = text(content["type"])
+    if kind not in _KINDS:
+        raise UnknownError(f"has a placement {printable(kind)}")
+    if unknown := sorted(content.keys() - _KINDS[kind]):
+        raise UnknownError(f"has a placement {kind} with {printable(unknown[0])}")
     if kind == "explicit":
         return _explicit(content, tuple(shape), world_size)
     if kind == "nested":

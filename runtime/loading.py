@@ -35,7 +35,7 @@ from .mapping import map_rank_file
 from .mesh import backend_of, connect, make_mesh, pick_device
 from .methods import give_method, keep_tensors
 from .phases import Phases
-from .placing import distribute, fill
+from .placing import check_held, distribute, fill
 from .ranks import this_rank
 from .reading import read_rank_file
 from .replicas import TP, on_mesh, side_by_side, span
@@ -140,6 +140,7 @@ def load(
         points = split_points(model, manifest.hooks, known) if sequence_parallel else None
         phases.end("build")
         tensors = arriving()
+        check_held(manifest, replicas.rank, tensors)
         phases.end("read")
     except Exception as error:  # whatever it is, the others must hear of it before they wait in a collective
         failure = error

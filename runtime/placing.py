@@ -13,10 +13,26 @@ from torch.distributed.tensor import DTensor
 from reshard.architecture import KV_GROUPS
 from reshard.errors import IntegrityError, printable
 from reshard.manifest import Manifest
-from reshard.placement import Nested, Replicate
+from reshard.placement import Nested, Replicate, local_shape
 from reshard.strategies import ParallelInterface, as_dtensor
 
-__all__ = ["distribute", "fill", "owners"]
+__all__ = ["check_held", "distribute", "fill", "owners"]
+
+
+def check_held(manifest: Manifest, rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises IntegrityError, naming the tensor, where a rank's file does not hold what the manifest's placements give
+    that rank: every parameter, in its local shape and its stored dtype."""
+    name = manifest.rank_files[rank].name
+    for target in manifest.parameters:
+        shape = local_shape(target.placement, target.shape, rank=rank, world_size=manifest.world_size)
+        found = tensors.get(target.name)
+        if found is None or tuple(found.shape) != shape or found.dtype != getattr(torch, target.dtype):
+            held = "nothing" if found is None else f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
+            raise IntegrityError(
+                f"{printable(name)}: tensor {printable(target.name)}: expected {target.dtype} {list(shape)} on rank"
+                f" {rank}, got {held}",
+                hint="the file and the manifest are not of one conversion: fetch or convert it again",
+            )
 
 
 def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:

@@ -41,7 +41,7 @@ FAULTS = {
         "two writers, one destination",
         "one wins, the other ends with 6 or 7; never mixed, even where locks do nothing",
     ),
-    23: ("a newer manifest", "8, both versions named; a folder of each version stays readable"),
+    23: ("a newer manifest", "8, what is unknown is named; a folder of each version stays readable"),
     24: ("wrong world size", "9 on every rank, before any data is read; says which size it is for"),
     25: ("a rank fails, hangs or is stopped", "all ranks end by the deadline, the culprit is named"),
     26: ("publish interrupted, or the repo moved", "no partial revision visible; 12"),

@@ -68,9 +68,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "swapped rank files": (_swap, 4, (RANK_FILES[0],)),
     "rank file is a link out": (lambda f: link(f / RANK_FILES[0], f.parent / "x"), 11, (RANK_FILES[0],)),
     "rank file is a fifo": (lambda f: fifo(f / RANK_FILES[0]), 3, (RANK_FILES[0],)),
-    "newer format": (lambda f: reseal(f, lambda c: c.update(format_version="3.0")), 8, ("reshard.json", "3.0")),
+    "newer format": (lambda f: reseal(f, lambda c: c.update(format_version="4.0")), 8, ("reshard.json", "4.0")),
     "newer format, unsealed": (
-        lambda f: edit_json(f / "reshard.json", lambda c: c.update(format_version="3.0")),
+        lambda f: edit_json(f / "reshard.json", lambda c: c.update(format_version="4.0")),
         8,
         ("reshard.json", "3.0"),
     ),
@@ -97,9 +97,19 @@ def test_not_a_resharded_folder(command: str, source: Path, tmp_path: Path, refu
 
 
 @pytest.mark.fault(23)
-def test_newer_minor_format_is_read(folder: Path, cli: Cli) -> None:
-    reseal(folder, lambda content: content.update(format_version="2.7", added_later=True))
+def test_newer_minor_format(folder: Path, cli: Cli, refused: Refused) -> None:
+    reseal(folder, lambda content: content.update(format_version="2.7"))
     assert cli("verify", folder).code == 0
+    reseal(folder, lambda content: content.update(added_later=True))
+    refused(8, ["verify", folder], "format version 2.7 has added_later", hint="upgrade reshard")
+
+
+@pytest.mark.fault(23)
+def test_a_format_that_needs_what_is_not_known(folder: Path, cli: Cli, refused: Refused) -> None:
+    reseal(folder, lambda content: content.update(format_version="3.0", requires=[], remark="harmless"))
+    assert cli("verify", folder).code == 0
+    reseal(folder, lambda content: content.update(requires=["twist"]))
+    refused(8, ["verify", folder], "format version 3.0 needs twist", hint="upgrade reshard")
 
 
 @pytest.mark.fault(12)

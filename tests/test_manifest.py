@@ -14,7 +14,7 @@ import pytest
 
 import reshard
 from reshard.errors import BadInputError, IntegrityError, ReshardError, VersionError
-from reshard.manifest import FORMAT_VERSION, Manifest, read_manifest, sealed_text
+from reshard.manifest import Manifest, read_manifest, sealed_text
 from reshard.placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard
 from reshard.placement_json import placement_from_json, placement_to_json
 from reshard.source import MANIFEST_NAME
@@ -98,7 +98,7 @@ _NESTED = {"type": "nested", "outer": _CUT, "inner": _WHOLE, "row": 2}
         {"type": "explicit", "shapes": [[1, 1]] * 2, "boxes": [[[[10**9, 0], [1, 1], [0, 0]]], []]},
         {"type": "explicit", "shapes": [[1]] * 2, "boxes": [[[[0], [1], [0]]], []]},  # another number of dims
         {"type": "explicit", "shapes": [[2, 1]] * 2, "boxes": [[[[0, 0], [1, 1], [0, 0]]], []]},  # not filled
-        {"type": "diagonal"},
+        {"type": 3},
     ],
 )
 def test_placements_that_cannot_be(content: dict[str, Any], tmp_path: Path, placement: Any) -> None:
@@ -159,17 +159,14 @@ def test_own_seal_is_the_documented_one(content: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.fault(23)
-@pytest.mark.parametrize("version", ["3.0", "1.0", "0.9", "10.0", "", "one", None, 1, 1.0, [1]])
+@pytest.mark.parametrize(
+    "version", ["4.0", "1.0", "0.9", "10.0", "20.0", "2", "2.", "2.x", "3.0.0", "", "one", None, 1, 1.0, [1]]
+)
 def test_another_major_version(content: dict[str, Any], tmp_path: Path, version: Any) -> None:
     with pytest.raises(VersionError) as caught:
         read(tmp_path, sealed({**content, "format_version": version}))
     assert f"format version {version}" in caught.value.message
-    assert f"reads {FORMAT_VERSION}" in caught.value.message
-
-
-def test_a_newer_minor_version_with_fields_of_its_own_is_read(content: dict[str, Any], tmp_path: Path) -> None:
-    found = read(tmp_path, sealed({**content, "format_version": "2.7", "news": [1]}))
-    assert found == read(tmp_path, sealed(content))
+    assert "reads 2.0 and 3.0" in caught.value.message
 
 
 def test_no_flipped_bit_is_accepted(converted: tuple[Manifest, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_tools import RANK_FILES, flip, reseal
@@ -31,6 +32,14 @@ def swap(folder: Path) -> None:
 
 def resize(path: Path, by: int) -> None:
     os.truncate(path, path.stat().st_size + by)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def down_of(content: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of one parameter, which the ranks hold cut by dim 1."""
+    return next(parameter for parameter in content["parameters"] if parameter["name"] == DOWN)
 
 
 # The error of all ranks: its type, and words of its line.
@@ -66,9 +75,19 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     "a bit of the manifest": (lambda f: flip(f / "reshard.json", -200), "IntegrityError", ("reshard.json",)),
     "no manifest": (lambda f: (f / "reshard.json").unlink(), "BadInputError", ("reshard.json",)),
     "a newer format": (
-        lambda f: reseal(f, lambda content: content.update(format_version="3.0")),
+        lambda f: reseal(f, lambda content: content.update(format_version="3.0", requires=["twist"])),
         "VersionError",
-        ("format version 3.0", "reads 2.0"),
+        ("format version 3.0 needs twist",),
+    ),
+    "another cut": (
+        lambda f: reseal(f, lambda content: down_of(content).update(placement={"type": "shard", "dim": 0})),
+        "IntegrityError",
+        (FIRST, DOWN, "expected float32 [16, 52] on rank 0, got float32 [32, 26]"),
+    ),
+    "another dtype": (
+        lambda f: reseal(f, lambda content: down_of(content).update(dtype="float16")),
+        "IntegrityError",
+        (FIRST, DOWN, "expected float16 [32, 26] on rank 0, got float32 [32, 26]"),
     ),
     "for another number of ranks": (
         lambda f: reseal(f, lambda c: (c["ranks"].append(c["ranks"][0]), c["mesh"].update(tp=3))),
