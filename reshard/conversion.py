@@ -152,7 +152,7 @@ def convert(
     `write_files`). What to cut and how is said as for `plan`.
     Files that are elsewhere and not in the cache are fetched two ahead of what is cut, and removed when they have been;
     with `keep_cache` they stay in the cache.
-    `reference_logits` stores what the single-process model computes on a few fixed tokens, for `runtime check`. That
+    `reference_logits` stores what the single-process model computes on a few fixed tokens, for `reshard check`. That
     alone loads the model: it needs memory for it (see `store_reference`), and in the cache all files of one elsewhere.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
     `progress` is told of bytes written, and sent (see `reshard.progress`). `say` is called with lines of words: when

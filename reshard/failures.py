@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import traceback
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class Terminated(BaseException):
 
 def wants_traceback(arguments: Sequence[str]) -> bool:
     """Whether `--verbose` is among the arguments: asked before they are parsed, since parsing can be what fails."""
-    return not {"-v", "--verbose"}.isdisjoint(arguments)
+    return any(re.fullmatch("--verbose|-q*v[qv]*", argument) for argument in arguments)
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from .companions import Left
 from .digest import ALGORITHM, FileRecord, digest_of
 from .dtypes import CODES, FLOATING
-from .errors import BadInputError, IntegrityError, TopologyError, VersionError, printable
+from .errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError, printable
 from .fields import UnknownError, count, counts, maybe, one_of, text, texts
 from .placement_json import placement_from_json, placement_to_json
 from .regions import Region, covers, whole
@@ -21,7 +21,7 @@ from .topology import Topology
 from .untrusted import read_json, vetted_path
 from .versions import check_known, check_version, version_members
 
-__all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "sealed_text"]
+__all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "sealed_text"]
 
 REFERENCE_NAME = "reference.logits"  # among the extras; a safetensors file that no reader is to take for weights
 
@@ -243,4 +243,15 @@ def _parameter(content: dict[str, Any], world_size: int) -> Target:
         style=maybe(text, content["style"]),
         compute_dtype=maybe(text, content.get("compute_dtype")),
         reason=maybe(text, content.get("reason")),
+    )
+
+
+def reference_record(folder: Path, manifest: Manifest) -> FileRecord:
+    """The file of reference logits that was written with a folder. Raises UsageError where none was."""
+    for extra in manifest.extras:
+        if extra.name == REFERENCE_NAME:
+            return extra
+    raise UsageError(
+        f"{printable(folder)}: holds no reference logits to compare with",
+        hint="give its source: --reference SOURCE; or store them: reshard convert … --reference-logits",
     )

@@ -19,7 +19,7 @@ import torch
 from .architecture import model_class, on_meta, quiet_transformers
 from .digest import FileRecord, digest_file, digest_of
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
-from .manifest import REFERENCE_NAME, Manifest
+from .manifest import REFERENCE_NAME, Manifest, reference_record
 from .naming import Naming, prefix_mapping
 from .places import fetch
 from .rank_file import written_file
@@ -229,12 +229,7 @@ def read_reference(folder: Path, manifest: Manifest) -> Reference:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    record = next((extra for extra in manifest.extras if extra.name == REFERENCE_NAME), None)
-    if record is None:
-        raise UsageError(
-            f"{printable(folder)}: holds no reference logits to compare with",
-            hint="give its source: --reference SOURCE; or store them: reshard convert … --reference-logits",
-        )
+    record = reference_record(folder, manifest)
     path = written_file(folder, record)
     if digest_file(path) != record.digest:
         raise IntegrityError(f"{printable(path)}: its content was altered")

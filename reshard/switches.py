@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-__all__ = ["Commands", "in_colour", "is_quiet", "switches_of"]
+__all__ = ["Commands", "in_colour", "is_quiet", "switches_of", "words_of"]
 
+_WORDS = f"{__name__}.words"
 _HELP = {
     "verbose": "Show the traceback of an error.",
     "quiet": "No progress and no remarks on stderr: only errors.",
@@ -27,6 +28,14 @@ class Commands(click.Group):
         """Register a command, which then takes the switches too."""
         cmd.params = [*cmd.params, *_switches()]
         super().add_command(cmd, name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of a line; what follows its name is kept for `words_of`."""
+        found = super().resolve_command(ctx, args)
+        ctx.meta[_WORDS] = list(found[2])
+        return found
 
 
 def _switches() -> list[click.Parameter]:
@@ -54,6 +63,11 @@ def is_quiet() -> bool:
 def switches_of() -> list[str]:
     """Those that the command that runs in this thread was given, for the line of another process."""
     return [f"--{name}" for name in _HELP if _is_on(name)]
+
+
+def words_of() -> list[str]:
+    """What follows the name of the command that runs in this thread, as it was typed."""
+    return list(click.get_current_context().meta[_WORDS])
 
 
 def in_colour(environment: Mapping[str, str] = os.environ) -> bool | None:

@@ -6,72 +6,20 @@ import inspect
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from reshard.launch.measured import Measured, Point, Settings
+
 from .engines import Engine
 from .ranks import this_rank
 
-__all__ = ["Measured", "Point", "Settings", "measure"]
+__all__ = ["measure"]
 
 _RUNS = 3  # timed ones of each kind, in turn, after one that warms up
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is measured: batch sizes, tokens of a prompt, tokens decoded behind it, and whether compiled as well.
-
-    A model of fewer positions gets a prompt that fits.
-    """
-
-    batches: tuple[int, ...] = (1, 2, 4)
-    length: int = 512
-    steps: int = 8
-    compiled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Medians at one batch size, in seconds: a forward of the prompts that gives the logits of their last tokens, and a
-    step of one token behind them (None where the model decodes nothing)."""
-
-    batch: int
-    compiled: bool
-    prefill: float
-    decode: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one job of `ranks` processes took. Seconds of the load, part by part where they are known, and from the
-    start of the process to its first token; bytes of the rank that has most: on a GPU the peak of what was allocated,
-    on CPU what is the process's own after the runs, without pages of mapped files. `folder` tells apart those for as
-    many ranks."""
-
-    engine: str
-    ranks: int
-    model: str
-    dtype: str
-    device: str
-    threads: int
-    length: int
-    load: float
-    parts: dict[str, float]
-    first_token: float | None
-    memory: int
-    points: tuple[Point, ...]
-    folder: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Measured:
-        return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
 
 
 def measure(engine: Engine, settings: Settings) -> Measured:

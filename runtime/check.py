@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reshard.errors import IntegrityError, UsageError, printable
+from reshard.errors import IntegrityError, printable
+from reshard.launch.asked import check_per_layer
 from reshard.manifest import read_manifest
 from reshard.places import resolve_source
 from reshard.reference import (
@@ -130,10 +131,7 @@ class _Single:
 
 def _single(model: Any, place: str | None, revision: str | None, *, per_layer: bool) -> _Single:
     if place is None:
-        if per_layer:
-            raise UsageError(
-                "layers are compared with those of the single-process model", hint="give its source: --reference SOURCE"
-            )
+        check_per_layer(place, per_layer=per_layer)
         folder = Path(model.name_or_path)
         reference = read_reference(folder, read_manifest(folder))
         _check_ids(model, folder, reference.ids)

@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reshard.errors import ReshardError, UsageError, listed, printable
+from reshard.launch.asked import check_attention_takes
+from reshard.launch.options import SDPA_BACKENDS
 
 __all__ = [
     "SDPA_KERNELS",
@@ -28,12 +30,7 @@ __all__ = [
     "shares_gpu",
 ]
 
-SDPA_KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+SDPA_KERNELS = {name: getattr(SDPBackend, backend) for name, backend in SDPA_BACKENDS.items()}
 _chosen: ContextVar[str | None] = ContextVar("kernel", default=None)
 # Modes of torch.compile that capture CUDA graphs.
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -126,15 +123,6 @@ def check_sdpa(
         torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
 
 
-def check_goes_with(kernel: str, attention: str) -> None:
-    """Raise UsageError where an attention implementation does not use a kernel of `sdpa`."""
-    if attention != "sdpa":
-        raise UsageError(
-            f"--sdpa {kernel} goes with attention sdpa, and this model uses {printable(attention)}",
-            hint="use --attn sdpa",
-        )
-
-
 def check_sdpa_of(model: Any, device: torch.device) -> None:
     """Raise UsageError where the kernel that `sdpa` has chosen meanwhile, if any, cannot compute a model's attention.
 
@@ -143,7 +131,7 @@ def check_sdpa_of(model: Any, device: torch.device) -> None:
     kernel = _chosen.get()
     if kernel is None:
         return
-    check_goes_with(kernel, model.config.get_text_config()._attn_implementation)
+    check_attention_takes(kernel, model.config.get_text_config()._attn_implementation)
     sizes = {getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) for module in model.modules()}
     for size in sorted(size for size in sizes if isinstance(size, int)):
         check_sdpa(kernel, device, model.dtype, size)

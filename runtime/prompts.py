@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 
 from reshard.architecture import quiet_transformers
 from reshard.errors import BadInputError, printable
+from reshard.launch.prompts import STDIN, decoded, prompt_lines
 from reshard.system import by_errno
 
 from .agreement import Deadline, from_first
@@ -21,8 +21,6 @@ from .mesh import connect
 from .ranks import this_rank
 
 __all__ = ["Prompt", "as_batch", "chat_turns", "in_chat", "load_tokenizer", "of_first_rank", "plain", "read_prompts"]
-
-STDIN = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +88,11 @@ def as_batch(
 
 
 def read_prompts(file: str, timeout: float) -> list[str]:
-    """The lines of a file, or of stdin where it is `-`, but empty ones: read by rank 0, for all.
+    """`prompt_lines` of a file or stdin: read by rank 0, for all.
 
     `timeout` is in seconds, to reach rank 0. Raises BadInputError on every rank where there is nothing to read.
     """
-
-    def read() -> list[str]:
-        try:
-            text = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
-        except OSError as error:
-            raise by_errno(error, f"{printable(file)}: {error.strerror}", BadInputError) from None
-        found = [line for line in re.split(r"\r?\n", _decoded(text, file)) if line.strip()]
-        if not found:
-            raise BadInputError(f"{printable(file)}: holds no prompts", hint="one prompt a line")
-        return found
-
-    return of_first_rank(read, timeout)
+    return of_first_rank(lambda: prompt_lines(file), timeout)
 
 
 def chat_turns(timeout: float) -> Iterator[str]:
@@ -134,12 +121,4 @@ def _ask() -> str:
     line = sys.stdin.buffer.readline()
     if typed and not line.endswith(b"\n"):  # Ctrl-D leaves the cursor where it is
         click.echo(err=True)
-    return _decoded(line, STDIN)
-
-
-def _decoded(text: bytes, file: str) -> str:
-    """Without the mark that some editors begin a file with."""
-    try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise BadInputError(f"{printable(file)}: is not UTF-8") from None
+    return decoded(line, STDIN)

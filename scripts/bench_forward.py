@@ -1,4 +1,4 @@
-"""`python -m runtime bench` on a big model: prefill and decode at tp 1 and 2, and of transformers' own at tp 2.
+"""`reshard bench` on a big model: prefill and decode at tp 1 and 2, and of transformers' own at tp 2.
 
     .venv/bin/python scripts/bench_forward.py [--repeat 3] [--layers 16] [--length 512] [--batch 1] [--plot FILE]
 
@@ -15,8 +15,9 @@ import click
 from bench_common import convert, warm
 from big_checkpoints import LLAMA_1B, write
 
-from runtime.bench_runs import Job, run_jobs, summary
-from runtime.commands.bench import Batches, chart
+from reshard.launch.bench import draw_report
+from reshard.launch.bench_runs import Job, run_jobs, summary
+from reshard.launch.options import Batches
 
 
 @click.command()
@@ -37,11 +38,11 @@ def main(repeat: int, layers: int, length: int, steps: int, batch: tuple[int, ..
             warm(out)
         jobs = [*(Job("reshard", str(out)) for out in outs), Job("transformers", str(outs[1]))]
         arguments = ["--source", str(source), "--no-digests", "--length", str(length), "--steps", str(steps)]
-        report = run_jobs(jobs, [*arguments, "--batch", ",".join(map(str, batch))], repeat)
+        report = run_jobs(jobs, [*arguments, "--batch", ",".join(map(str, batch)), *map(str, outs)], repeat)
     finally:
         shutil.rmtree(root)
     if plot:
-        chart(report, plot)
+        draw_report(report, plot)
     click.echo(summary(report))
 
 

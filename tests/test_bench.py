@@ -18,11 +18,11 @@ from cli_tools import flip
 
 import reshard
 from reshard.errors import UsageError
-from runtime import bench_runs
-from runtime.bench import Measured, Point
-from runtime.bench_runs import Failed, Job, in_turn, report_of, run_jobs, summary
-from runtime.chart import check_chart, draw
-from runtime.commands.bench import chart
+from reshard.launch import bench_runs
+from reshard.launch.bench import draw_report
+from reshard.launch.bench_runs import Failed, Job, in_turn, report_of, run_jobs, summary
+from reshard.launch.chart import check_chart, draw
+from reshard.launch.measured import Measured, Point
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="charts need the extra [bench]"
@@ -39,9 +39,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def bench(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+RESHARD = ("-m", "reshard")
+
+
+def bench(*arguments: object, launcher: tuple[str, ...] = RESHARD) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "runtime", "bench", *map(str, arguments)],
+        [sys.executable, *launcher, "bench", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -92,7 +95,7 @@ def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> N
 
 
 def test_one_folder_under_torchrun(root: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "runtime")
     done = bench(root / "tp2", "--batch", 1, "--length", 8, "--steps", 0, launcher=torchrun)
     assert done.returncode == 0, done.stderr
     assert "reshard tp 2" in done.stdout
@@ -189,13 +192,13 @@ def test_medians_and_speed_ups() -> None:
 def test_folders_of_one_degree_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"a/tp2": 2, "b/tp2": 2, "c/other": 2, "c/tp4": 4}
 
-    def found(out: str) -> Any:
-        return SimpleNamespace(manifest=SimpleNamespace(world_size=sizes[out]))
+    def found(out: str, _: object) -> Any:
+        return SimpleNamespace(world_size=sizes[out])
 
-    def run(job: Job, _: object) -> Measured | str:
+    def run(job: Job, *_: object) -> Measured | str:
         return measured(sizes[job.out], 1.0) if job.engine == "reshard" else "no"
 
-    monkeypatch.setattr(bench_runs, "find_resharded", found)
+    monkeypatch.setattr(bench_runs, "look_at_folder", found)
     monkeypatch.setattr(bench_runs, "_run", run)
     jobs = [Job("reshard", out) for out in (*sizes, "a/tp2")] + [Job("another", "a/tp2"), Job("another", "c/tp4")]
     report = run_jobs(jobs, [], 2)
@@ -217,8 +220,8 @@ def test_rounds_run_every_contender_in_turn() -> None:
 def test_the_lines_of_the_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of([[measured(1, 8.0)], [measured(2, 4.0)], [measured(4, 2.0)]])
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr("runtime.commands.bench.draw", lambda path, *words, **ticks: drawn.update(words=words, **ticks))
-    chart(report, str(tmp_path / "chart.png"))
+    monkeypatch.setattr("reshard.launch.bench.draw", lambda path, *words, **ticks: drawn.update(words=words, **ticks))
+    draw_report(report, str(tmp_path / "chart.png"))
     title, x, y, lines = drawn["words"]
     assert (x, y) == ("batch size", "speed-up over one rank")
     assert "512 tokens" in title

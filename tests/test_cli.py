@@ -27,7 +27,7 @@ import reshard.cli.main
 import reshard.conversion
 import reshard.executor
 
-COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run", "publish", "pull", "env"]
+COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run", "check", "bench", "publish", "pull", "env"]
 
 
 @pytest.mark.parametrize(

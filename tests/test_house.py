@@ -34,7 +34,8 @@ TORCH_FREE = [
                 "guard",
                 "system",
             ),
-            *("hub.place", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination", "system"),
+            *("hub.place", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination"),
+            *("launch.agent", "launch.asked", "launch.bench", "launch.rank", "system"),
         )
     ),
 ]
@@ -121,7 +122,7 @@ def test_importing_it_costs_no_torch(module: str) -> None:
     assert heavy.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["verify", "--help"]])
 def test_asking_for_help_costs_no_torch(arguments: list[str]) -> None:
     code = f"""
 import sys

@@ -74,7 +74,7 @@ def test_commands(folder: Path, hub: FakeHub) -> None:
     assert len(generated) == 4
     for text in generated.values():
         assert text.startswith("Once upon a time every rank opened the whole checkpoint")
-    checked = [text for command, text in said.items() if "reshard-rank check" in command]
+    checked = [text for command, text in said.items() if " check " in command]
     assert len(checked) == 6
     assert all("tokens equal" in text for text in checked)
     assert next(text for command, text in said.items() if "--per-layer" in command).endswith("no module differs\n")

@@ -8,29 +8,27 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..dtypes import STORABLE, floating_dtype
 from ..failures import json_text
+from ..launch.options import completions, format_option, revision_option, strategies_option
+from ..switches import switches_of, words_of
 
 __all__ = [
     "Bytes",
     "format_option",
     "no_sync_option",
+    "on_ranks",
     "print_report",
     "revision_option",
     "terminal_width",
     "what_to_cut",
     "workers_option",
 ]
-
-
-def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format`, as the argument `style`."""
-    kinds = click.Choice(["text", "json"])
-    return click.option("--format", "style", type=kinds, default="text", help="How to print the result.")(command)
 
 
 def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,11 +43,6 @@ def no_sync_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--no-sync", is_flag=True, help=help)(command)
 
 
-def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--revision`."""
-    return click.option("--revision", help="Branch, tag or commit of a Hub id.")(command)
-
-
 class Dtype(click.ParamType):
     """A dtype by torch's name, or in short: bf16."""
 
@@ -61,6 +54,10 @@ class Dtype(click.ParamType):
             return floating_dtype(value)
         except ValueError as error:
             self.fail(f"{value!r} is not {error}", param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """torch's names."""
+        return completions(STORABLE, incomplete)
 
 
 _WHAT_TO_CUT = (
@@ -76,11 +73,7 @@ _WHAT_TO_CUT = (
         type=click.Path(exists=True, dir_okay=False),
         help='Rules (pattern → style, JSON or TOML) instead of the model\'s, or beside them with extends = "auto".',
     ),
-    click.option(
-        "--strategies",
-        type=click.Path(exists=True, dir_okay=False),
-        help="Python file that registers styles of your own. It is run.",
-    ),
+    strategies_option,
     revision_option,
     click.option("--dtype", type=Dtype(), help="Store floating parameters in this dtype."),
     click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
@@ -130,6 +123,13 @@ def terminal_width() -> int | None:
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
         return None
     return shutil.get_terminal_size().columns
+
+
+def on_ranks(command: str, processes: int) -> NoReturn:
+    """Run a command of the runtime on so many ranks, by the words of the one that runs here, and end as they do."""
+    from ..launch.agent import launch
+
+    sys.exit(launch([*switches_of(), command, *words_of()], processes))
 
 
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:

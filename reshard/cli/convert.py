@@ -30,7 +30,7 @@ __all__ = ["convert"]
 @click.option(
     "--reference-logits",
     is_flag=True,
-    help="Store what one process computes on fixed tokens, for `runtime check`. Loads the whole model into memory.",
+    help="Store what one process computes on fixed tokens, for `reshard check`. Loads the whole model into memory.",
 )
 @workers_option
 @no_sync_option

@@ -16,6 +16,8 @@ from ..failures import Terminated, report_failure, terminate, wants_json, wants_
 from ..launch.current_folder import leave
 from ..process import patient_from_now_on
 from ..switches import Commands, in_colour
+from .bench import bench
+from .check import check
 from .convert import convert
 from .env import env
 from .inspect import inspect
@@ -40,7 +42,7 @@ def cli() -> None:
     """
 
 
-for _command in (convert, plan, inspect, verify, merge, run, publish, pull, env):
+for _command in (convert, plan, inspect, verify, merge, run, check, bench, publish, pull, env):
     cli.add_command(_command)
 
 
@@ -49,13 +51,13 @@ def main(arguments: list[str] | None = None, *, command: click.Command = cli) ->
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, terminate)
     try:
-        command.main(arguments, standalone_mode=False, color=in_colour())
-    except click.exceptions.Exit as finished:
-        sys.exit(finished.exit_code)
+        code = command.main(arguments, standalone_mode=False, color=in_colour())  # what a command exits with, if any
     except Exception as error:
         sys.exit(report_failure(error, verbose=wants_traceback(arguments), as_json=wants_json(arguments)))
     except (KeyboardInterrupt, Terminated) as error:
         sys.exit(report_failure(error, verbose=False, as_json=wants_json(arguments)))
+    if code:
+        sys.exit(code)
 
 
 def entry() -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
 import click
 
-from ..switches import switches_of
+from ..launch.options import generate_options
+from .common import on_ranks
 
 __all__ = ["run"]
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("out", type=click.Path())
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--dp", type=click.IntRange(min=1), default=1, metavar="K", help="Replicas: K times as many processes.")
-def run(out: str, options: tuple[str, ...], dp: int) -> None:
-    """Generate text from the resharded folder OUT, on as many processes as it has ranks.
+@click.command()
+@generate_options
+def run(out: str, **options: Any) -> None:
+    """Generate text from the resharded folder, repo or URL OUT, on as many processes as it has ranks.
 
-    OPTIONS are those of `python -m runtime generate`, whose help has them all. What to continue: --prompt, --prompts,
-    --chat. How: --max-new-tokens, --stop, --temperature, --top-p, --top-k, --seed, --batch-size. By which kernels:
-    --device, --attn, --sdpa, --cache, --compile. What to print: --format, --report.
+    Greedily unless --temperature is given. The text of a single prompt and a chat's answers come as they are made.
+    --format json prints an object a line: the prompt, the new text, how many tokens both have, why it ended (eos, stop
+    or length), and the seed if it was sampled. The folder's generation_config.json holds where no option says
+    otherwise, but for its do_sample and num_beams.
 
     \b
     Examples:
@@ -29,6 +29,9 @@ def run(out: str, options: tuple[str, ...], dp: int) -> None:
       reshard run llama-tp2 --prompts lines.txt --format json
       reshard run llama-tp2 --prompt "Once" --temperature 0.8 --top-p 0.9 --seed 7
     """
-    from ..launch.agent import launch
+    from ..launch.asked import check_generation, look_at_folder, look_at_prompts
 
-    sys.exit(launch(out, [*switches_of(), "generate", out, "--dp", str(dp), *options], replicas=dp))
+    check_generation(options)
+    look_at_prompts(options["file"])
+    manifest = look_at_folder(out, options["revision"])
+    on_ranks("generate", manifest.world_size * options["dp_size"])

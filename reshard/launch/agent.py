@@ -1,4 +1,4 @@
-"""Start torchrun's own agent with one process for each rank of a folder."""
+"""Start torchrun's own agent with one process for each rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 from ..errors import TopologyError
-from ..inspection import inspect
 from .current_folder import check_runtime, keep_children_out
 
 __all__ = ["launch"]
@@ -20,11 +19,10 @@ __all__ = ["launch"]
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
-    """Run `reshard-rank ARGUMENTS` on every rank, on this machine. Returns the exit code of the first to fail.
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `reshard-rank ARGUMENTS` as so many ranks, on this machine. Returns the exit code of the first to fail.
 
-    There are as many processes as the folder has ranks, for each of `replicas`. They share this process's stdin, stdout
-    and stderr; only rank 0 reads.
+    They share this process's stdin, stdout and stderr; only rank 0 reads.
 
     Raises:
         TopologyError: a rank was killed, so that it could not say what was wrong.
@@ -32,9 +30,8 @@ def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
     """
     check_runtime()
     keep_children_out()
-    world_size = replicas * inspect(out).world_size
     # Each process gets its share of the CPUs, unless the caller decided.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of its sockets come with stacks of C++
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -44,7 +41,7 @@ def launch(out: str, arguments: Sequence[str], *, replicas: int = 1) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=world_size,
+        nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,

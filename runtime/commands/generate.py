@@ -12,40 +12,23 @@ import click
 import torch
 
 from reshard.architecture import quiet_transformers
-from reshard.errors import UsageError
+from reshard.launch.asked import check_generation
+from reshard.launch.options import generate_options
 
 from ..generate import Decoding, Generated, Memory, generate_texts
 from ..kernels import check_compile, check_sdpa, sdpa
 from ..limits import Limits, check_decoding
 from ..prompts import Prompt, chat_turns, in_chat, load_tokenizer, of_first_rank, plain, read_prompts
 from ..replicas import gather, replicas_of, share
-from .options import FiniteRange, format_option, is_first, load_model, model_options, replicas_option, say, sdpa_option
+from .options import is_first, load_model, say
 
 __all__ = ["generate"]
 
-_POSITIVE = click.IntRange(min=1)
-_MODES = click.Choice(["default", "reduce-overhead", "max-autotune"])
 _Continue = Callable[[Sequence[Prompt]], list[Generated]]
 
 
 @click.command()
-@click.argument("out")
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; repeat it for a batch.")
-@click.option("--prompts", "file", metavar="FILE", help="File of prompts, one a line; - for stdin.")
-@click.option("--chat", is_flag=True, help="Answer by the chat template: each prompt, else lines of stdin in turn.")
-@click.option("--max-new-tokens", type=_POSITIVE, default=32, show_default=True, help="Tokens of a text at most.")
-@click.option("--temperature", type=FiniteRange(min=0), default=0, help="Sample, where it is over 0.")
-@click.option("--top-p", type=FiniteRange(0, 1, min_open=True), help="Sample from the likeliest of that mass.")
-@click.option("--top-k", type=click.IntRange(min=0), help="Sample from so many of the likeliest; 0 for all.")
-@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help="Sample the same again.")
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
-@click.option("--batch-size", type=_POSITIVE, default=16, show_default=True, help="Prompts continued at a time.")
-@click.option("--cache", type=click.Choice(["dynamic", "static"]), help="KV cache.  [default: dynamic]")
-@click.option("--compile", "compiled", type=_MODES, help="Compile decoding steps, with a static cache.")
-@sdpa_option
-@replicas_option
-@model_options
-@format_option
+@generate_options
 def generate(
     out: str,
     prompts: tuple[str, ...],
@@ -57,23 +40,15 @@ def generate(
     kernel: str | None,
     **options: Any,
 ) -> None:
-    """Continue prompts, greedily unless --temperature is given.
-
-    The text of a single prompt and a chat's answers come as they are made. --format json prints an object a line: the
-    prompt, the new text, how many tokens both have, why it ended (eos, stop or length), and the seed if it was sampled.
-    The folder's generation_config.json holds where no option says otherwise, but for its do_sample and num_beams.
+    """What `reshard run` runs on each rank: continue prompts.
 
     \b
     Examples:
       torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --prompt "Once upon a time"
       torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --chat --max-new-tokens 500
-      torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --prompts lines.txt --format json
-      torchrun --no-python --nproc-per-node 2 reshard-rank generate llama-tp2 --prompt "I" --temperature 0.8
     """
+    check_generation(click.get_current_context().params)
     how = Decoding(**{name: options.pop(name) for name in Decoding.__slots__})
-    _refuse_contradictions(how, chat or prompts or file, seed)
-    if chat and not (prompts or file) and options["dp_size"] > 1:
-        raise UsageError("a chat is one replica's", hint="leave out --dp")
     if file is not None:
         prompts = (*prompts, *read_prompts(file, options["timeout"]))
     if how.temperature > 0 and seed is None:
@@ -110,19 +85,6 @@ def generate(
         at_once = batch_size * replicas.count
         for start in range(0, len(made), at_once):
             go_on(made[start : start + at_once])
-
-
-def _refuse_contradictions(how: Decoding, anything: Any, seed: int | None) -> None:
-    if not anything:
-        raise UsageError("there is nothing to continue", hint="give --prompt TEXT, --prompts FILE, or --chat")
-    sampling = {"--top-p": how.top_p, "--top-k": how.top_k, "--seed": seed}
-    said = [name for name, value in sampling.items() if value is not None]
-    if said and not how.temperature:
-        raise UsageError(f"{said[0]} is for sampling", hint="give --temperature too")
-    if how.compiled and how.cache == "dynamic":
-        raise UsageError("--compile needs a static cache, whose steps are all alike", hint="leave out --cache")
-    if "" in how.stops:
-        raise UsageError("--stop: an empty text is in every text")
 
 
 def _converse(tokenizer: Any, limits: Limits, most: int, timeout: float, go_on: _Continue) -> None:

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import runtime
 from reshard.errors import UsageError
+from reshard.launch.measured import Settings
 from reshard.manifest import read_manifest
-from runtime.bench import Settings, measure
+from runtime.bench import measure
 from runtime.check import check
 from runtime.engines import Engine
 from runtime.generate import greedy

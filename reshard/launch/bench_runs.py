@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from reshard.errors import ReshardError, printable
-from reshard.launch.agent import launch
-from reshard.places import find_resharded
-
-from .bench import Measured, Point
+from ..errors import ReshardError, printable
+from ..switches import switches_of
+from .agent import launch
+from .asked import look_at_folder
+from .measured import Measured, Point
 
 __all__ = ["Failed", "Job", "Report", "in_turn", "report_of", "run_jobs", "summary"]
 
@@ -126,25 +126,25 @@ def in_turn(repeat: int, contenders: Mapping[K, Callable[[], T]]) -> dict[K, lis
     return found
 
 
-def run_jobs(jobs: Sequence[Job], arguments: Sequence[str], repeat: int) -> Report:
-    """Run `python -m runtime bench` on the ranks of each folder, `repeat` times in turn, with these arguments.
+def run_jobs(jobs: Sequence[Job], words: Sequence[str], repeat: int, *, revision: str | None = None) -> Report:
+    """Run `reshard-rank bench` on the ranks of each folder, `repeat` times in turn.
 
-    One thread a rank, unless OMP_NUM_THREADS says otherwise: a rank stands for a device. Of an engine that fails it is
-    said why, and the others go on.
+    `words` are the command line of `bench`, with every folder. One thread a rank, unless OMP_NUM_THREADS says
+    otherwise: a rank stands for a device. Of an engine that fails it is said why, and the others go on.
 
     Raises:
         ReshardError: this runtime cannot run a folder.
         JobFailedError: likewise, and a rank has said why.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sizes = {job.out: find_resharded(job.out).manifest.world_size for job in jobs}
+    sizes = {out: look_at_folder(out, revision).world_size for out in dict.fromkeys(job.out for job in jobs)}
     folders = _folders(jobs, sizes)
     failed: dict[Job, Failed] = {}
 
     def run(job: Job) -> Measured | None:
         if job in failed:
             return None
-        found = _run(job, arguments)
+        found = _run(job, words, sizes[job.out])
         if isinstance(found, str):
             failed[job] = Failed(_name(job.engine, sizes[job.out], folders[job]), found)
             return None
@@ -168,13 +168,14 @@ class JobFailedError(Exception):
         self.exit_code = exit_code
 
 
-def _run(job: Job, arguments: Sequence[str]) -> Measured | str:
+def _run(job: Job, words: Sequence[str], ranks: int) -> Measured | str:
     """What a job measured, or why another engine's could not."""
     ours = job.engine == "reshard"
     with tempfile.TemporaryDirectory(prefix="reshard-bench-") as folder:
         result = Path(folder, "result.json")
         try:
-            code = launch(job.out, ["bench", job.out, "--engine", job.engine, "--result", str(result), *arguments])
+            told = ["--engine", job.engine, "--on", job.out, "--result", str(result)]
+            code = launch([*switches_of(), "bench", *told, *words], ranks)
         except ReshardError as error:
             if ours:
                 raise
