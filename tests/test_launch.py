@@ -164,7 +164,7 @@ def test_ranks_get_the_words_and_their_exit_code_is_kept(
     started: Started,
 ) -> None:
     (files / "src").symlink_to(checkpoint("llama"))
-    assert cli(*line.split()).code == 4
+    assert cli(*line.split(), aloud=True).code == 4
     assert started == [(words.split(), processes)]
 
 
