@@ -68,7 +68,7 @@ def _speaks_first() -> bool:
         return info.rank == 0 or os.getppid() == _PARENT  # torchrun, which holds the store, is not what has ended
 
 
-def entry(name: str) -> None:
+def entry(name: str = "reshard-rank") -> None:
     """Run a command on this rank, in a process called `name`. A failure is said once, however many ranks have it."""
     leave()
     if not (wants_traceback(sys.argv) and is_first()):

@@ -29,7 +29,7 @@ def entry() -> None:
             time.sleep(_TO_SPEAK)
             sys.exit(error.exit_code)
         sys.exit(report_failure(error, verbose=False, as_json=wants_json(sys.argv)))
-    importlib.import_module("runtime.__main__").entry("reshard-rank")
+    importlib.import_module("runtime.__main__").entry()
 
 
 if __name__ == "__main__":
