@@ -56,14 +56,16 @@ def model_class(root: Path) -> tuple[type, Any]:
     """
     import transformers
 
-    model_type = printable(model_config(root).get("model_type"))
+    named = model_config(root).get("model_type")
+    model_type = printable(named)
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        words = f"{printable(root)}: transformers {transformers.__version__} does not know model type {model_type}"
-        raise by_errno(error, words, VersionError, hint=printable(str(error).splitlines()[0])) from None
     except Exception as error:
+        unknown = named is not None and model_type not in transformers.CONFIG_MAPPING
+        if isinstance(error, (ValueError, KeyError)) and unknown:
+            words = f"{printable(root)}: transformers {transformers.__version__} does not know model type {model_type}"
+            raise by_errno(error, words, VersionError, hint="another release of transformers may know it") from None
         words = f"{printable(root / 'config.json')}: not usable: {printable(error)}"
         raise by_errno(error, words, BadInputError) from None
     return _model_class(transformers, config)

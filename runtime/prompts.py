@@ -40,8 +40,9 @@ def load_tokenizer(folder: str | Path, *, chat: bool = False) -> Any:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        words = f"{printable(folder)}: holds no usable tokenizer"
-        raise by_errno(error, words, BadInputError, hint=printable(str(error).splitlines()[0])) from None
+        words = f"{printable(folder)}: holds no usable tokenizer: {printable(next(iter(str(error).splitlines()), ''))}"
+        hint = None if isinstance(error, ImportError) else "put the files of its tokenizer beside its config.json"
+        raise by_errno(error, words, BadInputError, hint=hint) from None
     if chat and not tokenizer.chat_template:
         raise BadInputError(
             f"{printable(folder)}: the tokenizer has no chat template", hint="without --chat, text is continued"
