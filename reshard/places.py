@@ -12,7 +12,7 @@ from pathlib import Path
 from .companions import Item
 from .errors import BadInputError, IntegrityError, NetworkError, TopologyError, UsageError, listed, printable
 from .hub.files import HubFiles
-from .hub.place import Place, discard, is_hub_url
+from .hub.place import Place, discard, is_hub_url, is_offline
 from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
 from .left_behind import files_here
@@ -210,10 +210,12 @@ def look_at(
 
 
 def _items(there: Away, root: Path) -> tuple[Item, ...]:
-    """The files of a place; if that cannot be asked, those that are in the cache."""
+    """The files of a place; where nothing is to be asked and no list was kept, those that are in the cache."""
     try:
         return tuple(there.items())
     except NetworkError:
+        if not is_offline():
+            raise
         return tuple(files_here(root))
 
 

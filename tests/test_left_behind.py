@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_tools import Cli, Refused, convert, flip, reseal
 from fake_hub import FakeHub
 from object_store import ObjectStore
 
 import reshard
 from reshard import destination
-from reshard.errors import IntegrityError, PolicyError
+from reshard.errors import IntegrityError, NetworkError, PolicyError
+from reshard.hub.files import HubFiles
 from reshard.places import locate
+from runtime.agreement import Deadline
+from runtime.locating import locate_together
 
 TEMPLATE = "additional_chat_templates/rag.jinja"
 ALONG = {
@@ -231,6 +235,56 @@ def test_from_the_hub(here: FakeHub, full: Path, made: Path, tmp_path: Path, mon
     reshard.convert("org/model", tmp_path / "again", tp_size=2)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     assert here.requests == []
+
+
+def test_without_a_list_of_the_repo(
+    here: FakeHub, home: Path, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, what is in the cache is all that can be known; else nothing is left behind because a list is missing."""
+    here.create("org/model", contents(full))
+    reshard.convert("org/model", tmp_path / "out", tp_size=2, keep_cache=True)
+    for lists in home.rglob("trees"):
+        shutil.rmtree(lists)
+
+    def fail(self: Any) -> None:
+        raise NetworkError("the Hub gives no list")
+
+    monkeypatch.setattr(HubFiles, "items", fail)
+    with pytest.raises(NetworkError, match="no list"):
+        reshard.plan("org/model", tp_size=2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reshard.convert("org/model", tmp_path / "again", tp_size=2)
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_a_snapshot_in_the_hub_s_cache(here: FakeHub, full: Path, tmp_path: Path) -> None:
+    """As a local folder: its files are links, into the cache's own folder of bytes."""
+    here.create("org/model", contents(full))
+    root = reshard.plan("org/model", tp_size=2).source.root
+    assert (root / TEMPLATE).is_symlink()
+    reshard.convert("org/model", tmp_path / "out", tp_size=2, keep_cache=True)
+    reshard.convert(root, tmp_path / "again", tp_size=2)
+    assert companions(tmp_path / "again") == EXPECTED
+
+
+@pytest.mark.fault(37)
+def test_a_load_fetches_and_checks_them(here: FakeHub, made: Path) -> None:
+    here.create("org/model", contents(made))
+
+    def locate_all() -> Path:
+        store, end = torch.distributed.HashStore(), Deadline.after(60)
+        return locate_together(
+            "org/model", revision=None, first=True, rank=0, world_size=2, digests=True, store=store, deadline=end
+        ).folder
+
+    folder = locate_all()
+    assert companions(folder) == EXPECTED
+    assert not (folder / "shard-00002-model-00001-of-00001.safetensors").exists()
+    blob = (folder / TEMPLATE).resolve()
+    flip(blob, 2)
+    with pytest.raises(IntegrityError, match=TEMPLATE):
+        locate_all()
+    assert (locate_all() / TEMPLATE).read_bytes() == ALONG[TEMPLATE]  # it was let go of, and fetched again
 
 
 def test_from_the_hub_with_more(here: FakeHub, full: Path, tmp_path: Path) -> None:

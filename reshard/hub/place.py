@@ -16,7 +16,7 @@ from ..errors import BadInputError, NetworkError, UsageError, printable
 from .errors import explain
 from .session import again, client, is_unreachable
 
-__all__ = ["Place", "discard", "files", "folders", "is_hub_url", "snapshot"]
+__all__ = ["Place", "discard", "files", "folders", "is_hub_url", "is_offline", "snapshot"]
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _PLACE = re.compile(rf"({_NAME}(?:/{_NAME})?)((?:/{_NAME})*)")
@@ -58,6 +58,13 @@ def is_hub_url(text: str) -> bool:
     return text.startswith(_SCHEME) or (text.startswith("http") and text.startswith(_endpoints()))
 
 
+def is_offline() -> bool:
+    """Whether the user wants the Hub not to be asked: by what is in the cache alone."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode()
+
+
 def _endpoints() -> tuple[str, ...]:
     from huggingface_hub import constants
 
@@ -88,7 +95,7 @@ def snapshot(
         NetworkError: the Hub cannot be reached, or does not give it.
         StorageError: it cannot be kept.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     fetch = partial(
         snapshot_download,
@@ -99,7 +106,7 @@ def snapshot(
     )
     try:
         with client():
-            if constants.is_offline_mode():
+            if is_offline():
                 root = Path(fetch(revision=revision, local_files_only=True))
             else:
                 root = _online(where, revision, to, fetch)
