@@ -13,6 +13,7 @@ from .errors import BadInputError, PolicyError, printable
 from .header import Header, TensorInfo, read_header
 from .indexed import Read, join
 from .left_behind import companions, files_here, left_text
+from .system import by_errno
 from .untrusted import read_json, refuse_error_text, vetted_path
 from .weights import AS_FOUND, INDEX_NAME, LINKED, Choice, Weights, adapter_in, find_weights, no_weights
 
@@ -201,4 +202,4 @@ def _read(file: SourceFile, start: int, end: int) -> bytes:
             opened.seek(start)
             return opened.read(end - start)
     except OSError as error:
-        raise BadInputError(f"{printable(file.name)}: cannot be read: {error.strerror}") from None
+        raise by_errno(error, f"{printable(file.name)}: cannot be read: {error.strerror}", BadInputError) from None

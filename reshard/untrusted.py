@@ -111,10 +111,7 @@ def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:
 
 def refuse_error_text(content: Any, name: str) -> None:
     """Raises BadInputError for JSON that a server sends in place of what it was asked for: `{"error": …}`."""
-    said = (
-        next((content[key] for key in ("error", "message") if key in content), None)
-        if isinstance(content, dict)
-        else None
-    )
+    fields = content if isinstance(content, dict) else {}
+    said = fields.get("error", fields.get("message"))
     if isinstance(said, str):
         raise BadInputError(f"{name}: is an error message of a server ({printable(said, 80)})", hint="fetch it again")
