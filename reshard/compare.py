@@ -9,7 +9,7 @@ from pathlib import Path
 from .digest import FileRecord
 from .errors import BadInputError, IntegrityError, printable
 from .guard import MappedFile
-from .header import Header, read_header
+from .header import Header, TensorInfo, read_header
 from .manifest import Manifest
 from .places import resolve_source
 from .progress import Advance, Progress, silent
@@ -17,21 +17,28 @@ from .reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
 from .resharded import source_headers, source_tensors
 from .source import Source
 from .targets import LocalTensor, rank_tensors, unused_tensors
+from .weights import AS_FOUND, Choice
 
 __all__ = ["compare_with_source"]
 
 
 def compare_with_source(
-    folder: Path, manifest: Manifest, place: str, *, revision: str | None = None, progress: Progress = silent
+    folder: Path,
+    manifest: Manifest,
+    place: str,
+    *,
+    revision: str | None = None,
+    choice: Choice = AS_FOUND,
+    progress: Progress = silent,
 ) -> int:
     """Gather every tensor of every file again from the source and compare the bytes. Returns the elements compared.
 
     Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose.
     Memory is one block.
     """
-    source = resolve_source(place, revision=revision)
+    source = resolve_source(place, revision=revision, choice=choice)
     headers = source_headers(manifest)
-    _check_is_source(headers, source)
+    _check_is_source(folder, manifest, headers, source)
     source_tensors(manifest, headers)  # every element has its place
     _check_duplicates(manifest, source)
     held: list[tuple[FileRecord, Iterable[LocalTensor]]] = [
@@ -45,16 +52,22 @@ def compare_with_source(
         return sum(_compare(folder, record, tensors, reader, report) for record, tensors in held)
 
 
-def _check_is_source(headers: Mapping[str, Header], source: Source) -> None:
+def _check_is_source(folder: Path, manifest: Manifest, headers: Mapping[str, Header], source: Source) -> None:
     """The tensors must be those of the recorded headers: regions are offsets, which mean nothing in other shapes."""
-    recorded = {info.name: (info.dtype, info.shape) for header in headers.values() for info in header.tensors}
-    found = {info.name: (info.dtype, info.shape) for info in source.tensors.values()}
-    for name in sorted(recorded.keys() | found.keys()):
-        if recorded.get(name) != found.get(name):
+    recorded = {info.name: info for header in headers.values() for info in header.tensors}
+    for name in sorted(recorded.keys() | source.tensors.keys()):
+        was, now = (_described(found.get(name)) for found in (recorded, source.tensors))
+        if was != now:
+            made_of = f"{printable(manifest.repo_id)} at {printable(manifest.commit)}" if manifest.repo_id else None
             raise BadInputError(
-                f"{printable(source.root)}: is not the source: {printable(name)} should be"
-                f" {recorded.get(name, 'absent')}, and is {found.get(name, 'absent')}"
+                f"{printable(source.root)}: is not what {printable(folder)} was made from:"
+                f" {printable(name)} is {now} here, and was {was} there",
+                hint=f"it was made from {made_of}" if made_of else "give the checkpoint it was made from",
             )
+
+
+def _described(info: TensorInfo | None) -> str:
+    return "absent" if info is None else f"{info.dtype} of shape {list(info.shape)}"
 
 
 def _check_duplicates(manifest: Manifest, source: Source) -> None:

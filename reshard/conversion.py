@@ -30,6 +30,7 @@ from .stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .topology import Topology
 from .untrusted import vetted_path
+from .weights import chosen
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,8 @@ def plan(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     drop_unused: bool = False,
+    weights: str | None = None,
+    links_into: Sequence[str | Path] = (),
     include: Sequence[str] = (),
     say: Callable[[str], object] = lambda _: None,
 ) -> ReshardPlan:
@@ -69,6 +72,10 @@ def plan(
     such as `assets/*`. `say` is called with a line of words when the work begins; the remarks are the `notes` of the
     plan.
 
+    The weights are found as transformers finds them; `weights` says otherwise: a subfolder of the source, a variant
+    (`fp16` for `model.fp16.safetensors`), or a file of weights or its index. `links_into` are folders that links among
+    the weights may lead into; any other link out of the source is refused.
+
     Raises a `ReshardError`: UsageError for an argument that makes no sense.
     """
     if (tp_size is None) == (gpu_memory is None):
@@ -78,7 +85,7 @@ def plan(
         )
     say(_announced(source, Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
     planned, _ = _plan(
-        open_origin(as_text(source), revision=revision, include=include),
+        open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into), include=include),
         Topology(tp_size or ep_size, ep_size),
         tp_plan=tp_plan,
         strategies=strategies,
@@ -135,6 +142,8 @@ def convert(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     drop_unused: bool = False,
+    weights: str | None = None,
+    links_into: Sequence[str | Path] = (),
     include: Sequence[str] = (),
     overwrite: bool = False,
     keep_cache: bool = False,
@@ -161,12 +170,12 @@ def convert(
     Raises:
         ReshardError: its subclass and exit code say which kind of failure.
     """
-    topology = Topology(tp_size, ep_size)
+    topology, choice = Topology(tp_size, ep_size), chosen(weights, links_into)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         say(_announced(source, topology))
         if reference_logits:
-            whole, revision = fetch_whole(as_text(source), revision=revision)
-        origin = open_origin(as_text(source), revision=revision, include=include)
+            whole, revision = fetch_whole(as_text(source), revision=revision, choice=choice)
+        origin = open_origin(as_text(source), revision=revision, choice=choice, include=include)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
             planned, layouts = _plan(  # imports transformers: time for a few gigabytes
@@ -203,7 +212,7 @@ def convert(
         root = checkpoint.root
         extras = [copy_file(vetted_path(root, name, what="source"), folder, name, sync=sync) for name in kept]
         if reference_logits:
-            extras.append(store_reference(whole, folder, planned.model.dtype, sync=sync))
+            extras.append(store_reference(whole, folder, planned.model.dtype, choice=choice, sync=sync))
         recorded = made.manifest.source_files if made else _source_files(checkpoint, source_digests)
         manifest = _manifest(planned, written, recorded, extras)
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)

@@ -34,7 +34,7 @@ class Destination(Protocol):
 
     @property
     def local(self) -> Path:
-        """A path on this machine: its folder exists once `check` was called."""
+        """A path on this machine."""
 
     def check(self) -> None:
         """Raises DestinationExistsError where something is in the way, StorageError where there is no way."""
@@ -47,9 +47,10 @@ class Destination(Protocol):
 
 
 def destination(
-    out: str | Path, *, overwrite: bool = False, sync: bool = True, progress: Progress = silent
+    out: str | Path, *, overwrite: bool | None = None, sync: bool = True, progress: Progress = silent
 ) -> Destination:
-    """That of a path or a URL. `progress` is for what is sent. Raises UsageError for a place on the Hub."""
+    """That of a path or a URL. `overwrite` is None where there is no such choice; `progress` is for what is sent.
+    Raises UsageError for a place on the Hub."""
     out = as_text(out)
     if is_hub_url(out):
         raise UsageError(
@@ -64,21 +65,21 @@ class _OnDisk:
     is there; then the two are exchanged. With `sync`, folder and move are on disk when it is done."""
 
     local: Path
-    overwrite: bool
+    overwrite: bool | None
     sync: bool
 
     def check(self) -> None:
         out = self.local
         if not os.path.lexists(out):
-            if not out.parent.is_dir():
-                raise StorageError(f"{printable(out.parent)}: no such folder")
             return
+        ours = not out.is_symlink() and (out / MANIFEST_NAME).is_file()
         if not self.overwrite:
+            replaces = ours and self.overwrite is not None
             raise DestinationExistsError(
                 f"{printable(out)}: already exists",
-                hint="choose another name; convert replaces a folder of its own with --overwrite",
+                hint="choose another name" + (", or replace it with --overwrite" if replaces else ""),
             )
-        if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+        if not ours:
             raise DestinationExistsError(
                 f"{printable(out)}: is not a resharded folder, so --overwrite does not replace it",
                 hint="choose another name",
@@ -116,7 +117,7 @@ class _InStore:
     What an earlier run has sent, as what is kept on this machine shows, is compared and stays."""
 
     url: str
-    overwrite: bool
+    overwrite: bool | None
     progress: Progress
 
     @property
@@ -129,10 +130,6 @@ class _InStore:
                 "--overwrite: a store cannot exchange two folders in one step",
                 hint="choose another name, and remove what is there afterwards",
             )
-        try:
-            self.local.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{printable(self.local.parent)}: {error.strerror}") from None
         there = open_store(self.url)
         if there.files.keys() & set(_LAST):
             raise DestinationExistsError(f"{there}: already exists", hint="choose another name")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .errors import BadInputError, printable
 from .guard import MappedFile
+from .mistaken import FIRST_BYTES, mistaken
 from .system import by_errno
 
 __all__ = [
@@ -202,9 +203,16 @@ def _check_layout(tensors: list[TensorInfo], end: int, file_size: int) -> None:
 
 
 def header_length(first: bytes, *, file: str, file_size: int) -> int:
-    """Bytes of a header's JSON, which its file of `file_size` bytes begins with. Raises BadInputError."""
+    """Bytes of a header's JSON, which its file of `file_size` bytes begins with. Raises BadInputError, which says what
+    the file is instead where its `first` bytes tell."""
     length = int.from_bytes(first[:8], "little")
-    _check_length(length, file, file_size)
+    try:
+        _check_length(length, file, file_size)
+    except BadInputError:
+        found = mistaken(first[:FIRST_BYTES])
+        if found is None:
+            raise
+        raise BadInputError(f"{printable(file)}: is {found[0]}", hint=found[1]) from None
     return length
 
 
@@ -243,7 +251,7 @@ def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
             if not os.path.isfile(source.fileno()):
                 raise BadInputError(f"{printable(file)}: expected a regular file")
             size = os.fstat(source.fileno()).st_size
-            length = header_length(source.read(8), file=file, file_size=size)
+            length = header_length(source.read(FIRST_BYTES), file=file, file_size=size)
     except OSError as error:
         raise by_errno(error, f"{printable(file)}: cannot be read: {error.strerror}", BadInputError) from None
     with MappedFile(Path(path), size=size) as mapped:

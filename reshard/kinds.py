@@ -94,7 +94,7 @@ NEVER = (
             *("runs", "logs", "log", "*_logs", "checkpoint-*", "global_step*", "mp_rank_*", "state.json"),
         ),
     ),
-    Kind("an adapter, which is not put in", ("adapter_*",)),
+    Kind("an adapter: the base model alone is taken", ("adapter_*",)),
 )
 OURS = Kind(
     "a name that reshard gives itself",

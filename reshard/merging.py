@@ -12,7 +12,7 @@ from .arguments import checked
 from .destination import destination
 from .digest import ALGORITHM, digest_file, digest_of
 from .dtypes import torch_name
-from .errors import BadInputError, IntegrityError, UsageError, listed, printable
+from .errors import BadInputError, IntegrityError, PolicyError, UsageError, listed, printable
 from .executor import write_files
 from .journal import Journal
 from .layout import FileLayout, Slot, file_layout
@@ -22,9 +22,9 @@ from .progress import Advance, Progress, silent
 from .rank_file import written_file
 from .resharded import Resharded, open_resharded
 from .source import MANIFEST_NAME
-from .staging import check_free_space, copy_file, staged_folder, write_file
+from .staging import check_free_space, copy_file, make_folders, staged_folder, write_file
 from .stores import as_text
-from .weights import INDEX_NAME, SINGLE_NAME
+from .weights import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, weights_named_by
 
 __all__ = ["LAYOUTS", "merge"]
 
@@ -63,9 +63,10 @@ def merge(
         folder, _, _ = fetch(as_text(out), revision=revision)
         made = open_resharded(folder)
         layouts = _standard_files(made) if layout == "hf" else _source_files(made)
-        total = sum(file.size for file in layouts)
+        total, index = sum(file.size for file in layouts), _index_names(made, layouts)
         part = stage.begin(digest_of(f"{layout} {digest_file(folder / MANIFEST_NAME)}".encode()))
         check_free_space(part, total)
+        make_folders(part, [*(file.name for file in layouts), *index])
         with progress(total, "writing") as report, contextlib.closing(Journal(part)) as journal:
             write_files(
                 part,
@@ -84,8 +85,8 @@ def merge(
             if extra.name == REFERENCE_NAME:  # made with the folder; the source has none
                 continue
             copy_file(written_file(folder, extra), part, extra.name, sync=sync)
-        if [file.name for file in layouts] != [SINGLE_NAME]:
-            write_file(part / INDEX_NAME, _index(layouts), sync=sync)
+        for name in index:
+            write_file(part / name, _index(layouts), sync=sync)
     return tuple(file.name for file in layouts)
 
 
@@ -115,16 +116,33 @@ def _check_undoable(made: Resharded) -> None:
 
 def _standard_files(made: Resharded) -> list[FileLayout]:
     """The files with headers anew, of the tensors that are there, in the dtypes that they have now."""
-    layouts = []
+    layouts, written = [], set[str]()  # a tensor that is in two files is written once
     for file in made.source.files:
         # A tensor is filled in a shape as fine as its regions, and described in its own.
-        shapes = {info.name: info.shape for info in file.header.tensors if info.name in made.tensors}
+        shapes = {
+            info.name: info.shape
+            for info in file.header.tensors
+            if info.name in made.tensors and info.name not in written
+        }
         described = [replace(made.tensors[name], shape=shape) for name, shape in shapes.items()]
         if described:
+            written |= shapes.keys()
             layout = file_layout(file.name, described)
             slots = tuple(Slot(made.tensors[slot.tensor.name], slot.offset) for slot in layout.slots)
             layouts.append(replace(layout, slots=slots))
     return layouts
+
+
+def _index_names(made: Resharded, layouts: Sequence[FileLayout]) -> list[str]:
+    """The index to write, by path: as the configuration names it; else, if the files alone do not say it, in the folder
+    itself, so that no option is needed to find files of other names or in other folders."""
+    try:
+        named = weights_named_by(made.source.config)
+    except (BadInputError, PolicyError):  # its weights were found by an option
+        named = None
+    if [file.name for file in layouts] == [named or SINGLE_NAME]:
+        return []
+    return [named if named and named.endswith(INDEX_SUFFIX) else INDEX_NAME]
 
 
 def _check_digests(made: Resharded, part: Path, report: Advance) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from .arrivals import AHEAD, Arrivals
 from .companions import included
 from .digest import DigestsAhead
-from .errors import StorageError
+from .errors import StorageError, UsageError, printable
 from .manifest import read_manifest
 from .places import away, look_at, of_hub
 from .reader import equal_tensors
@@ -19,6 +19,7 @@ from .remote import Remote, open_remote, remote_files
 from .resharded import Resharded, open_resharded
 from .source import Source, SourceFile, is_resharded, open_source
 from .staging import Stage
+from .weights import AS_FOUND, Choice
 
 __all__ = ["Origin", "open_origin"]
 
@@ -98,17 +99,24 @@ class Origin:
                 stage.clear(_FETCHED)
 
 
-def open_origin(place: str, *, revision: str | None = None, include: Sequence[str] = ()) -> Origin:
+def open_origin(
+    place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, include: Sequence[str] = ()
+) -> Origin:
     """A checkpoint folder, a resharded one, or a Hub id or URL of either. Raises a `ReshardError`.
 
     `include` are patterns of files that are to go along too; of a resharded one, all do.
     """
-    root, found, version, items = look_at(place, revision=revision, include=include)
+    root, found, version, items = look_at(place, revision=revision, choice=choice, include=include)
     if is_resharded(root):
+        if choice != AS_FOUND:
+            raise UsageError(
+                f"{printable(place)}: is resharded: its manifest says where its weights are",
+                hint="leave out --weights and --links-into",
+            )
         included(include, [extra.name for extra in read_manifest(root).extras])
     if found is None or version is None:
         if not is_resharded(root):
-            return Origin(open_source(root, include=include))
+            return Origin(open_source(root, choice=choice, include=include))
         made = open_resharded(root)
         return Origin(made.source, made=made)
     files = away(found, version)
@@ -116,5 +124,5 @@ def open_origin(place: str, *, revision: str | None = None, include: Sequence[st
         made = open_resharded(root, files)
         return Origin(made.source, made=made, remote=remote_files(made.held, files))
     repo_id, commit = of_hub(found, version)
-    remote = open_remote(root, files, repo_id=repo_id, commit=commit, items=items, include=include)
+    remote = open_remote(root, files, items, choice=choice, repo_id=repo_id, commit=commit, include=include)
     return Origin(remote.source, remote=remote)

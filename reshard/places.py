@@ -17,11 +17,11 @@ from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
 from .left_behind import files_here
 from .manifest import Manifest, read_manifest
-from .remote import Away
-from .source import MANIFEST_NAME, Source, companions_there, is_resharded, open_source
+from .remote import Away, remote_weights
+from .source import MANIFEST_NAME, Source, companions_of, is_resharded, open_source
 from .stores import as_text, is_url, open_store
 from .stores import snapshot as store_snapshot
-from .weights import weight_files
+from .weights import AS_FOUND, Choice
 
 __all__ = [
     "Found",
@@ -191,20 +191,22 @@ def local_folder(place: str | Path) -> Path:
 
 
 def look_at(
-    place: str, *, revision: str | None = None, include: Sequence[str] = ()
-) -> tuple[Path, str | None, str | None, tuple[Item, ...] | None]:
+    place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, include: Sequence[str] = ()
+) -> tuple[Path, str | None, str | None, tuple[Item, ...]]:
     """`locate` a checkpoint, or a resharded one, with all its files but the weights: (folder, place, version, items).
 
-    The last are all its files, as they are elsewhere; None for one that is here, or is resharded.
+    The last are all its files, as they are elsewhere; none for one that is here, or is resharded.
     """
     root, found, version = locate(place, revision=revision)
     if found is None or version is None:
-        return root, found, version, None
+        return root, found, version, ()
     if is_resharded(root):
         fetch_files(place, [extra.name for extra in read_manifest(root).extras], version=version)
-        return root, found, version, None
-    items = _items(away(found, version), root)
-    patterns = [glob.escape(name) for name in companions_there(root, items, include=include)]
+        return root, found, version, ()
+    there = away(found, version)
+    items = _items(there, root)
+    weights = remote_weights(root, there, items, choice)
+    patterns = [glob.escape(name) for name in companions_of(items, weights, include=include)]
     locate(place, revision=version, patterns=patterns, ignored=())
     return root, found, version, items
 
@@ -219,21 +221,22 @@ def _items(there: Away, root: Path) -> tuple[Item, ...]:
         return tuple(files_here(root))
 
 
-def fetch(place: str, *, revision: str | None = None) -> tuple[Path, str | None, str | None]:
+def fetch(place: str, *, revision: str | None = None, choice: Choice = AS_FOUND) -> tuple[Path, str | None, str | None]:
     """`look_at` a checkpoint, or a resharded one, and fetch its weights too: (folder, place, version)."""
-    root, found, version, _ = look_at(place, revision=revision)
+    root, found, version, items = look_at(place, revision=revision, choice=choice)
     if found is not None and is_resharded(root):
         fetch_files(place, [file.name for file in read_manifest(root).files()], version=version)
-    elif found is not None:
-        locate(place, revision=version, patterns=[glob.escape(name) for name in weight_files(root)], ignored=())
+    elif found is not None and version is not None:
+        weights = remote_weights(root, away(found, version), items, choice)
+        locate(place, revision=version, patterns=[glob.escape(name) for name in weights.files], ignored=())
     return root, found, version
 
 
-def resolve_source(place: str, *, revision: str | None = None) -> Source:
+def resolve_source(place: str, *, revision: str | None = None, choice: Choice = AS_FOUND) -> Source:
     """Open a checkpoint: a local folder, or one elsewhere, whose files are fetched to the cache."""
-    root, found, version = fetch(place, revision=revision)
+    root, found, version = fetch(place, revision=revision, choice=choice)
     repo_id, commit = of_hub(found, version)
-    return open_source(root, repo_id=repo_id, commit=commit)
+    return open_source(root, choice=choice, repo_id=repo_id, commit=commit)
 
 
 def of_hub(place: str | None, version: str | None) -> tuple[str | None, str | None]:

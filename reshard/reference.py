@@ -26,6 +26,7 @@ from .rank_file import written_file
 from .source import is_resharded, open_source
 from .staging import write_file
 from .system import by_errno
+from .weights import AS_FOUND, Choice, arguments_for
 
 __all__ = [
     "ELSEWHERE",
@@ -73,10 +74,10 @@ class Reference:
     tolerance: float
 
 
-def fetch_whole(place: str, *, revision: str | None = None) -> tuple[Path, str | None]:
+def fetch_whole(place: str, *, revision: str | None = None, choice: Choice = AS_FOUND) -> tuple[Path, str | None]:
     """The folder of a checkpoint with all its files, and the revision to read it at: those of a Hub id come into the
     cache. Raises UsageError for a resharded folder, which one process cannot run."""
-    root, _, commit = fetch(place, revision=revision)
+    root, _, commit = fetch(place, revision=revision, choice=choice)
     if is_resharded(root):
         raise UsageError(
             f"{printable(place)}: is resharded; reference logits are those of the checkpoint it was made from",
@@ -109,18 +110,24 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def single_model(root: Path, dtype: torch.dtype, device: torch.device | str = STORED_ON) -> Any:
+def single_model(
+    root: Path, dtype: torch.dtype, device: torch.device | str = STORED_ON, *, choice: Choice = AS_FOUND
+) -> Any:
     """The checkpoint in `root` as transformers loads it in one process: the whole model in memory.
 
     Raises BadInputError where it cannot be loaded. That memory is short is raised as torch says it (see `in_memory`).
     """
     family, config = model_class(root)
-    prefix = Naming(on_meta(family, deepcopy(config), dtype="float32"), open_source(root).tensors).prefix
+    source = open_source(root, choice=choice)
+    prefix = Naming(on_meta(family, deepcopy(config), dtype="float32"), source.tensors).prefix
+    where = arguments_for(root, choice)
+    if "transformers_weights" in where:
+        config.transformers_weights = where.pop("transformers_weights")
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "key_mapping": prefix_mapping(prefix)}
     loader: Any = family
     try:
         with quiet_transformers():
-            return loader.from_pretrained(root, **options).to(device).eval()
+            return loader.from_pretrained(root, **options, **where).to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise
@@ -189,7 +196,9 @@ def rounding(values: torch.Tensor, exact: torch.Tensor) -> float:
     return max(EXACT, _ROUNDING * distance(exact[both], values[both])[1])
 
 
-def store_reference(root: Path, folder: Path, dtype: str, *, sync: bool = True) -> FileRecord:
+def store_reference(
+    root: Path, folder: Path, dtype: str, *, choice: Choice = AS_FOUND, sync: bool = True
+) -> FileRecord:
     """Run the checkpoint in `root` in one process, and write what it computes into `folder`.
 
     Memory is that of the model, in fp32 where `dtype` (a torch name) is half precision. The file has the values of the
@@ -202,7 +211,7 @@ def store_reference(root: Path, folder: Path, dtype: str, *, sync: bool = True) 
     from safetensors.torch import save
 
     with in_memory(root):
-        single = single_model(root, getattr(torch, dtype))
+        single = single_model(root, getattr(torch, dtype), choice=choice)
         reference = reference_of(single, fixed_ids(single))
     values = reference.values
     if values.ndim == 3:

@@ -14,9 +14,8 @@ from .companions import Item
 from .errors import BadInputError, IntegrityError, printable
 from .header import Header, header_length, parse_header
 from .hub.place import discard
-from .source import Source, SourceFile, open_source
-from .untrusted import check_plain_name
-from .weights import SINGLE_NAME, weight_files
+from .source import Elsewhere, Source, SourceFile, open_source, weights_of
+from .weights import AS_FOUND, Choice, Weights
 
 __all__ = [
     "Away",
@@ -28,6 +27,7 @@ __all__ = [
     "open_remote",
     "read_headers",
     "remote_files",
+    "remote_weights",
     "sha256_of",
 ]
 
@@ -55,8 +55,7 @@ class Entry:
 
 def lacking(place: object, name: str) -> BadInputError:
     """The error to raise where a place has no file of that name."""
-    hint = "only safetensors files are read" if name == SINGLE_NAME else None
-    return BadInputError(f"{place}: has no {printable(name)}", hint=hint)
+    return BadInputError(f"{place}: has no {printable(name)}")
 
 
 class Away(Protocol):
@@ -70,7 +69,7 @@ class Away(Protocol):
         """All its files, those of the folders in it too where something of them can belong to it."""
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
-        """Each of some files, which all must be there."""
+        """Each of some files, by path, which all must be there."""
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """The bytes from `start` to `end` of a file."""
@@ -112,32 +111,45 @@ class Remote:
         return path
 
 
+def remote_weights(root: Path, away: Away, items: Iterable[Item], choice: Choice = AS_FOUND) -> Weights:
+    """Where the weights are of the checkpoint `away` whose small files are in `root`, and which consists of `items`.
+
+    An index that is not in `root` yet is fetched. Raises NetworkError, and what `weights_of` does.
+    """
+
+    def fetch(name: str) -> None:
+        if not (root / name).exists():
+            away.get(name, None)
+
+    return weights_of(root, [item.path for item in items], choice=choice, fetch=fetch)
+
+
 def open_remote(
     root: Path,
     away: Away,
+    items: Sequence[Item],
     *,
+    choice: Choice = AS_FOUND,
     repo_id: str | None,
     commit: str | None,
-    items: Iterable[Item] | None = None,
     include: Sequence[str] = (),
 ) -> Remote:
-    """The checkpoint `away` whose small files are in `root` already: of others, only headers are read. `items` and
-    `include` are those of `open_source`.
+    """The checkpoint `away` whose small files are in `root` already: of others, only headers are read. `items` are all
+    its files; `choice` and `include` are those of `open_source`.
 
     Raises:
         NetworkError: there is no answer.
         BadInputError: as `open_source`.
     """
-    names = weight_files(root)
-    for name in names:
-        check_plain_name(name, what="source file")
-    cached = frozenset(name for name in names if (root / name).exists())
-    absent = away.entries([name for name in names if name not in cached])
+    weights = remote_weights(root, away, items, choice)
+    cached = frozenset(name for name in weights.files if (root / name).exists())
+    absent = away.entries([name for name in weights.files if name not in cached])
     files = {
         entry.name: SourceFile(entry.name, root / entry.name, entry.size, 0, header)
         for entry, header in zip(absent, read_headers(away, absent))
     }
-    source = open_source(root, repo_id=repo_id, commit=commit, absent=files, items=items, include=include)
+    elsewhere = Elsewhere(weights, items, files, away.read)
+    source = open_source(root, choice=choice, repo_id=repo_id, commit=commit, include=include, elsewhere=elsewhere)
     return Remote(source, away, _digests(absent), cached)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .digest import FileRecord, digest_file
 from .dtypes import holds, torch_name
@@ -20,7 +20,7 @@ from .regions import Region, covers, whole
 from .remote import Away, read_headers
 from .source import MANIFEST_NAME, Source, SourceFile, model_config
 from .targets import LocalTensor, rank_tensors
-from .untrusted import check_plain_name
+from .untrusted import check_plain_name, check_plain_path
 from .weights import INDEX_NAME
 
 __all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]
@@ -112,21 +112,30 @@ def open_resharded(folder: Path, away: Away | None = None) -> Resharded:
 
 
 def source_headers(manifest: Manifest) -> dict[str, Header]:
-    """The source files' headers by name, as the manifest has them: data that nobody vouches for."""
+    """The source files' headers by path, as the manifest has them: data that nobody vouches for.
+
+    A tensor can be in two files, if it is the same in both.
+    """
     taken = {MANIFEST_NAME, INDEX_NAME, *(extra.name for extra in manifest.extras)}
     headers: dict[str, Header] = {}
     for file in manifest.source_files:
         name = file["file"]
-        check_plain_name(name, what=MANIFEST_NAME)
+        check_plain_path(name, what=MANIFEST_NAME)
         if not name.endswith(".safetensors"):
             raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} is not the name of a safetensors file")
         if name in taken:
             raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} occurs twice")
         taken.add(name)
         headers[name] = parse_header(file["header"].encode(errors="surrogatepass"), file=name, file_size=file["size"])
-    names = Counter(info.name for header in headers.values() for info in header.tensors)
-    if names and names.most_common(1)[0][1] > 1:
-        raise BadInputError(f"{MANIFEST_NAME}: {printable(names.most_common(1)[0][0])} is in two source files")
+    for name in sorted(headers):
+        if any(str(folder) in taken for folder in PurePosixPath(name).parents):
+            raise BadInputError(f"{MANIFEST_NAME}: {printable(name)} is in a folder that is a file")
+    names = _by_name(headers)
+    for header in headers.values():
+        for info in header.tensors:
+            same = names[info.name]
+            if (info.dtype, info.shape) != (same.dtype, same.shape):
+                raise BadInputError(f"{MANIFEST_NAME}: {printable(info.name)} is in two source files, and differs")
     unused = manifest.unused_file.tensors if manifest.unused_file else {}
     taken_from = {region.source for parameter in manifest.parameters for region in parameter.regions}
     unknown = sorted({*taken_from, *unused, *manifest.duplicates, *manifest.duplicates.values()} - names.keys())
@@ -145,6 +154,7 @@ def _rank_files(folder: Path, away: Away | None, manifest: Manifest, headers: Ma
     files: list[SourceFile] = []
     tensors: dict[str, TensorInfo] = {}
     for record, held in expected:
+        check_plain_name(record.name, what=MANIFEST_NAME)
         path, header, mtime_ns = folder / record.name, absent.get(record.name), 0
         if header is None:
             mtime_ns = os.stat(written_file(folder, record)).st_mtime_ns

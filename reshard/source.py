@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from .companions import Item, Left, choose
-from .errors import BadInputError, listed, printable
+from .errors import BadInputError, PolicyError, printable
 from .header import Header, TensorInfo, read_header
+from .indexed import Read, join
 from .left_behind import companions, files_here, left_text
-from .untrusted import check_plain_name, read_json, vetted_path
-from .weights import INDEX_NAME, SINGLE_NAME, no_weights, read_index, weight_files
+from .system import by_errno
+from .untrusted import read_json, refuse_error_text, vetted_path
+from .weights import AS_FOUND, INDEX_NAME, LINKED, Choice, Weights, adapter_in, find_weights, no_weights
 
 __all__ = [
     "MANIFEST_NAME",
+    "Elsewhere",
     "Source",
     "SourceFile",
-    "companions_there",
+    "companions_of",
     "is_resharded",
     "model_config",
     "open_source",
+    "weights_of",
 ]
 
 MANIFEST_NAME = "reshard.json"
@@ -68,53 +71,116 @@ def model_config(root: Path) -> dict[str, Any]:
     config = read_json(vetted_path(root, "config.json", what="model configuration"), limit=_CONFIG_LIMIT)
     if not isinstance(config, dict):
         raise BadInputError(f"{printable(root / 'config.json')}: not a JSON object")
+    if "model_type" not in config:
+        refuse_error_text(config, printable(root / "config.json"))
     return config
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A checkpoint of which not all is here: where its weights are, all its files, those of the weights that are not
+    here yet, and how to `read` any bytes of them."""
+
+    weights: Weights
+    items: Sequence[Item]
+    files: Mapping[str, SourceFile]
+    read: Read
 
 
 def open_source(
     root: Path,
     *,
+    choice: Choice = AS_FOUND,
     repo_id: str | None = None,
     commit: str | None = None,
-    absent: Mapping[str, SourceFile] = MappingProxyType({}),
-    items: Iterable[Item] | None = None,
     include: Sequence[str] = (),
+    elsewhere: Elsewhere | None = None,
 ) -> Source:
-    """Read a checkpoint folder: `model.safetensors`, or several files and their index. Headers only. Files that are
-    `absent` are part of it, though they are not here yet. `items` are all its files where it is elsewhere.
-    `include` are patterns of what is to go along too, as for `choose`.
+    """Read a checkpoint folder: `model.safetensors`, or several files and their index, or what is chosen. Headers only,
+    but of a tensor that is in two files both copies (see `join`). `include` are patterns of what is to go along too, as
+    for `choose`.
 
     Raises:
-        BadInputError: a file is missing, truncated or malformed, a tensor occurs twice, or files and index disagree.
+        BadInputError: there are no weights, a file is missing, truncated or malformed, or a tensor is in two files with
+            other bytes in each.
         PolicyError: a path leads out of the folder.
         UsageError: a pattern of `include` matches nothing.
     """
+    if os.path.isfile(root):
+        raise _is_file(root)
     if not root.is_dir():
         raise BadInputError(
             f"{printable(root)}: no such folder", hint="give a checkpoint folder, or a Hub id such as org/name"
         )
     if is_resharded(root):
         raise BadInputError(f"{printable(root)}: already resharded", hint="start from the checkpoint it was made from")
-    names = sorted({*os.listdir(root), *absent})
-    wanted = weight_files(root)
+    items = elsewhere.items if elsewhere else tuple(files_here(root))
+    weights = elsewhere.weights if elsewhere else weights_of(root, [item.path for item in items], choice=choice)
     config = model_config(root)
-    if wanted == [SINGLE_NAME] and SINGLE_NAME not in names:
-        raise no_weights(root, names)
-    if SINGLE_NAME in names and SINGLE_NAME not in wanted:
-        raise BadInputError(f"{printable(root)}: holds both {SINGLE_NAME} and an index of other files")
-    files = tuple(absent[name] if name in absent else _open_file(root, name) for name in wanted)
-    tensors = _merge_headers(files)
-    if INDEX_NAME in names:
-        _check_index(root, read_index(root), tensors)
-    items = files_here(root) if items is None else items
-    extras, left = companions(root, items, include=include, read=[*wanted, INDEX_NAME])
-    notes = (left_text(extras, left),) if left else ()
+    absent: Mapping[str, SourceFile] = elsewhere.files if elsewhere else {}
+    files = tuple(absent[name] if name in absent else _open_file(root, name, choice) for name in weights.files)
+
+    def read(name: str, start: int, end: int) -> bytes:
+        if elsewhere and name in absent:
+            return elsewhere.read(name, start, end)
+        return _read(next(file for file in files if file.name == name), start, end)
+
+    tensors, remarks = join({file.name: file.header for file in files}, weights, read)
+    extras, left = companions(root, items, include=include, read=_read_of(weights))
+    notes = (*weights.notes, *remarks, *([left_text(extras, left)] if left else ()))
     return Source(root, files, tensors, config, extras, repo_id, commit, notes, left)
 
 
-def companions_there(root: Path, items: Iterable[Item], *, include: Sequence[str] = ()) -> list[str]:
-    """Which of the files of a checkpoint that is elsewhere go along, if its index is in `root` already."""
-    return list(choose(items, include=include, read=[*weight_files(root), INDEX_NAME])[0])
+def companions_of(items: Iterable[Item], weights: Weights, *, include: Sequence[str] = ()) -> list[str]:
+    """Which files of a checkpoint that is elsewhere go along with its weights."""
+    return list(choose(items, include=include, read=_read_of(weights))[0])
+
+
+def _read_of(weights: Weights) -> list[str]:
+    """The files that are read, of which nothing is to be said. An index that is not read has a note of its own."""
+    return [*weights.files, weights.index or INDEX_NAME]
+
+
+def weights_of(
+    root: Path,
+    names: Collection[str],
+    *,
+    choice: Choice = AS_FOUND,
+    fetch: Callable[[str], object] = lambda _: None,
+) -> Weights:
+    """Where the weights are of the checkpoint whose small files are in `root`, and which has files of these paths.
+
+    Raises what `find_weights` does; BadInputError where there are none.
+    """
+    found = None
+    if "config.json" in names or not adapter_in(names):
+        found = find_weights(
+            root,
+            model_config(root),
+            lambda path: path in names or os.path.lexists(root / path),
+            choice=choice,
+            fetch=fetch,
+        )
+    if found is None:
+        raise no_weights(root, names, choice=choice, base=_base_of_adapter(root))
+    return found
+
+
+def _is_file(path: Path) -> BadInputError:
+    """What to raise for a file in place of a folder."""
+    hint = f"give its folder: {printable(path.parent)}"
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        hint += f" (and --weights {printable(path.name)}, if that has others too)"
+    return BadInputError(f"{printable(path)}: is a file", hint=hint)
+
+
+def _base_of_adapter(root: Path) -> str | None:
+    try:
+        config = read_json(vetted_path(root, "adapter_config.json", what="adapter"), limit=_CONFIG_LIMIT)
+    except (BadInputError, PolicyError):
+        return None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return base if isinstance(base, str) else None
 
 
 def is_resharded(root: Path) -> bool:
@@ -122,37 +188,18 @@ def is_resharded(root: Path) -> bool:
     return (root / MANIFEST_NAME).exists()
 
 
-def _open_file(root: Path, name: str) -> SourceFile:
-    check_plain_name(name, what="source file")
-    path = vetted_path(root, name, what="source file")
+def _open_file(root: Path, name: str, choice: Choice) -> SourceFile:
+    if not os.path.lexists(root / name):
+        raise BadInputError(f"{printable(root / name)}: is missing", hint="an index names it: fetch it too")
+    path = vetted_path(root, name, what="source file", into=choice.into, way_out=LINKED)
     status = os.stat(path)
     return SourceFile(name, path, status.st_size, status.st_mtime_ns, read_header(path, file=name))
 
 
-def _merge_headers(files: Iterable[SourceFile]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    twice = []
-    for file in files:
-        for info in file.header.tensors:
-            if info.name in tensors:
-                twice.append(f"{printable(info.name)} ({printable(tensors[info.name].file)}, {printable(file.name)})")
-            tensors[info.name] = info
-    if twice:
-        raise BadInputError(f"tensors in two files: {listed(twice)}")
-    return tensors
-
-
-def _check_index(root: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
-    """Files and index must say the same: neither is picked over the other."""
-    wrong = [
-        f"{printable(name)} is not in {printable(file)}"
-        for name, file in weight_map.items()
-        if name not in tensors or tensors[name].file != file
-    ]
-    wrong += [
-        f"{printable(name)} ({printable(info.file)}) is not in the index"
-        for name, info in tensors.items()
-        if name not in weight_map
-    ]
-    if wrong:
-        raise BadInputError(f"{printable(root / INDEX_NAME)} and the files disagree: {listed(wrong)}")
+def _read(file: SourceFile, start: int, end: int) -> bytes:
+    try:
+        with open(file.path, "rb") as opened:
+            opened.seek(start)
+            return opened.read(end - start)
+    except OSError as error:
+        raise by_errno(error, f"{printable(file.name)}: cannot be read: {error.strerror}", BadInputError) from None

@@ -11,16 +11,16 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .destination import Destination
 from .digest import FileRecord, new_digest
 from .errors import BusyError, StorageError, printable
 from .exclusive import locked, renamed
 from .journal import JOURNAL_NAME
-from .output import pwrite
+from .output import pwrite, sync_folder
 
-__all__ = ["Stage", "check_free_space", "copy_file", "staged_folder", "write_file"]
+__all__ = ["Stage", "check_free_space", "copy_file", "make_folders", "staged_folder", "write_file"]
 
 _WORK, _OWNER = 16, 8  # hex digits: of the digest of the work, and of a number drawn by each run
 _REFUSE = "0" * _WORK  # the work of what is only there to be removed
@@ -93,9 +93,10 @@ def _unfinished(out: Path) -> list[Path]:
 def staged_folder(to: Destination) -> Iterator[Stage]:
     """Give a stage whose folder is to be filled; put that where it goes when the block ends well.
 
-    When it does not, what is there stays for the next run of the same work; when bytes that were used are not what they
-    should be (`error.lost`), nothing stays. One process at a time: `OUT.lock` is held meanwhile; where locks do
-    nothing, see `Stage.begin`.
+    The folders above it are made too. When the block does not end well, what is there stays for the next run of the
+    same work; when bytes that were used are not what they should be (`error.lost`), nothing stays, nor a folder above
+    it that was made for it. One process at a time: `OUT.lock` is held meanwhile; where locks do nothing, see
+    `Stage.begin`.
 
     Raises:
         DestinationExistsError: something is in the way (now, or when the work is done).
@@ -104,7 +105,7 @@ def staged_folder(to: Destination) -> Iterator[Stage]:
     """
     out = to.local
     to.check()
-    with locked(out.with_name(out.name + ".lock")):
+    with _existing(out.parent), locked(out.with_name(out.name + ".lock")):
         to.check()  # who held the lock before may have made it
         to.try_out()
         stage = Stage(out)
@@ -168,6 +169,34 @@ def _discard(folder: Path, out: Path) -> None:
                 raise
 
 
+def make_folders(folder: Path, names: Iterable[str]) -> None:
+    """The folders inside `folder` in which files of these paths will be. Raises StorageError."""
+    for inside in sorted({parent for name in names for parent in PurePosixPath(name).parents[:-1]}):
+        try:
+            (folder / inside).mkdir(exist_ok=True)  # and not `folder` itself, which another process may have taken
+        except OSError as error:
+            raise StorageError(f"{printable(folder / inside)}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _existing(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it, if need be; remove those again in which nothing is in the end."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{printable(folder)}: {error.strerror}") from None
+        for path in missing:
+            sync_folder(path.parent)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # something is in it
+            for path in missing:
+                path.rmdir()
+        raise
+
+
 def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write a small file, whole or not at all, over one that an earlier run left; with `sync`, through to the disk."""
     _write(path, [memoryview(data)], sync)
@@ -186,14 +215,8 @@ def copy_file(source: Path, folder: Path, name: str, *, sync: bool = True) -> Fi
                 size += found
                 yield buffer[:found]
 
-    target = folder / name
-    try:
-        # One by one: `folder` itself is not made again where another process has taken it.
-        for inside in reversed(target.relative_to(folder).parents[:-1]):
-            (folder / inside).mkdir(exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{printable(target.parent)}: {error.strerror}") from None
-    _write(target, blocks(), sync)
+    make_folders(folder, [name])
+    _write(folder / name, blocks(), sync)
     return FileRecord(name, size, digest.hexdigest(), {})
 
 

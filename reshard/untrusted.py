@@ -6,13 +6,15 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInputError, PolicyError, printable
+from .mistaken import FIRST_BYTES, mistaken
 from .system import by_errno
 
-__all__ = ["check_plain_name", "check_plain_path", "read_json", "vetted_path"]
+__all__ = ["check_plain_name", "check_plain_path", "read_json", "refuse_error_text", "vetted_path"]
 
 _JSON_LIMIT = 256 << 20  # bytes of JSON, which in memory are twenty times as many at worst
 
@@ -39,10 +41,11 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and os.path.basename(name) == name and not {*name} & {"\0", "\\"}
 
 
-def vetted_path(root: Path, name: str, *, what: str) -> Path:
-    """The path of a plain file inside `root`, or with "/" in its name inside a folder of it.
+def vetted_path(root: Path, name: str, *, what: str, into: Iterable[Path] = (), way_out: str | None = None) -> Path:
+    """The path of a regular file inside `root`, by its name or the path there.
 
-    A symbolic link is followed only inside `root`, or inside a Hub cache, whose snapshots are links.
+    A symbolic link is followed only inside `root`, inside a Hub cache, whose snapshots are links, and `into` the
+    folders that the user names. `way_out` is the option to name in a hint where another link leads out.
 
     Raises:
         PolicyError: the name or a link leaves the folder.
@@ -57,17 +60,22 @@ def vetted_path(root: Path, name: str, *, what: str) -> Path:
     except OSError as error:
         words = f"{what}: {printable(path)} cannot be read: {error.strerror}"
         raise by_errno(error, words, BadInputError) from None
-    if not any(real.is_relative_to(folder) for folder in _inside(root)):
-        raise PolicyError(f"{what}: {printable(path)} is a link that leads out of the source folder")
+    if not any(real.is_relative_to(folder) for folder in (*_inside(root), *map(_real, into))):
+        hint = f"{way_out} {printable(real.parent)}" if way_out else None
+        raise PolicyError(f"{what}: {printable(path)} is a link that leads out of the source folder", hint=hint)
     if not stat.S_ISREG(mode):
         raise BadInputError(f"{what}: {printable(path)} is not a regular file")
     return real
 
 
+def _real(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))
+
+
 def _inside(root: Path) -> tuple[Path, ...]:
     """The folders that links may lead into: `root`; or where it is in the `models--…/snapshots` of a Hub cache, the
     repo's part of that, and the blobs that its repos share."""
-    real = Path(os.path.realpath(root))
+    real = _real(root)
     for folder in real.parents:
         if folder.name == "snapshots" and re.match(r"(models|datasets|spaces)--", folder.parent.name):
             return folder.parent, folder.parent.parent / "blobs"
@@ -87,12 +95,23 @@ def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:
             raise ValueError("a key occurs twice")
         return found
 
-    name = printable(path)
+    name, data = printable(path), b""
     try:
         if os.stat(path).st_size > limit:
             raise BadInputError(f"{name}: larger than {limit >> 20} MiB")
-        return json.loads(path.read_bytes(), object_pairs_hook=unique)
+        data = path.read_bytes()
+        return json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
+        if found := mistaken(data[:FIRST_BYTES], json=True):
+            raise BadInputError(f"{name}: is {found[0]}", hint=found[1]) from None
         raise BadInputError(f"{name}: not valid JSON: {printable(error)}") from None
     except OSError as error:
         raise by_errno(error, f"{name}: cannot be read: {error.strerror}", BadInputError) from None
+
+
+def refuse_error_text(content: Any, name: str) -> None:
+    """Raises BadInputError for JSON that a server sends in place of what it was asked for: `{"error": …}`."""
+    fields = content if isinstance(content, dict) else {}
+    said = fields.get("error", fields.get("message"))
+    if isinstance(said, str):
+        raise BadInputError(f"{name}: is an error message of a server ({printable(said, 80)})", hint="fetch it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +17,7 @@ from .progress import Advance, Progress, silent
 from .rank_file import check_digests, read_rank_header, written_file
 from .source import MANIFEST_NAME
 from .stores import as_text
+from .weights import AS_FOUND, chosen
 
 __all__ = ["Report", "check_file", "verify"]
 
@@ -37,11 +38,13 @@ def verify(
     *,
     against: str | Path | None = None,
     revision: str | None = None,
+    weights: str | None = None,
+    links_into: Sequence[str | Path] = (),
     progress: Progress = silent,
 ) -> Report:
     """Check a resharded folder: no file missing, extra or altered. With `against`, compare every element with the
-    source checkpoint (folder, Hub id or URL) it was made from. `progress` is told of bytes checked, and compared (see
-    `reshard.progress`).
+    source checkpoint (folder, Hub id or URL) it was made from; `weights` and `links_into` are those of `convert`.
+    `progress` is told of bytes checked, and compared (see `reshard.progress`).
 
     Raises:
         IntegrityError: naming the file, and the tensor where it is one.
@@ -51,6 +54,9 @@ def verify(
     """
     if revision is not None and against is None:
         raise UsageError("--revision is that of the source to compare with", hint="give --against too")
+    choice = chosen(weights, links_into)
+    if choice != AS_FOUND and against is None:
+        raise UsageError("--weights and --links-into are of the source to compare with", hint="give --against too")
     folder = local_folder(out)
     manifest = read_manifest(folder)
     _check_names(folder, manifest)
@@ -62,7 +68,9 @@ def verify(
     if against is not None:
         from .compare import compare_with_source
 
-        elements = compare_with_source(folder, manifest, as_text(against), revision=revision, progress=progress)
+        elements = compare_with_source(
+            folder, manifest, as_text(against), revision=revision, choice=choice, progress=progress
+        )
     return Report(len(records), sum(len(r.tensors) for r in records), sum(record.size for record in records), elements)
 
 

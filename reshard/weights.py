@@ -1,48 +1,227 @@
-"""Which files of a checkpoint folder hold its weights."""
+"""Which files of a checkpoint folder hold its weights: found as transformers finds them, or as the user says."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .errors import BadInputError, printable
-from .untrusted import read_json, vetted_path
+from .errors import BadInputError, PolicyError, UsageError, listed, printable
+from .untrusted import check_plain_path, read_json, refuse_error_text, vetted_path
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "no_weights", "read_index", "weight_files"]
+__all__ = [
+    "AS_FOUND",
+    "INDEX_NAME",
+    "INDEX_SUFFIX",
+    "LINKED",
+    "SINGLE_NAME",
+    "Choice",
+    "Weights",
+    "adapter_in",
+    "arguments_for",
+    "chosen",
+    "find_weights",
+    "no_weights",
+    "weights_named_by",
+]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+LINKED = "if that is meant, have such links followed: --links-into"
 
+_SUFFIX = ".safetensors"
 _INDEX_LIMIT = 32 << 20  # bytes: of 300,000 tensors
 _PICKLES = re.compile(r".*\.(bin|pth|pt|ckpt)")
+_VARIANT = re.compile(r"model\.(?:([\w-]+)\.safetensors|safetensors\.index\.([\w-]+)\.json)")
+_PART = re.compile(r".*-\d+-of-\d+\.safetensors")
+_OTHERS = re.compile(r"adapter_|consolidated")  # weights in files of these names are not in transformers' form
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def weight_files(root: Path) -> list[str]:
-    """The names of the source files, which need not be there yet."""
-    return sorted(set(read_index(root).values())) if (root / INDEX_NAME).exists() else [SINGLE_NAME]
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the user says about the weights of a source: they are in the subfolder, variant or file that is `named`
+    (`--weights`), and links may lead `into` these folders (`--links-into`)."""
+
+    named: str | None = None
+    into: tuple[Path, ...] = ()
 
 
-def read_index(root: Path) -> dict[str, str]:
-    """The `weight_map` of the index: file by tensor. Raises BadInputError, PolicyError."""
-    index = read_json(vetted_path(root, INDEX_NAME, what="index"), limit=_INDEX_LIMIT)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BadInputError(f"{INDEX_NAME}: has no weight_map")
-    for tensor, file in weight_map.items():
+AS_FOUND = Choice()
+
+
+def chosen(named: str | None, into: Sequence[str | Path]) -> Choice:
+    """What was given as options. Raises UsageError for a name that is none, PolicyError for a path that leads out."""
+    if named is not None:
+        named = named.removeprefix("./").rstrip("/")
+        if not named:
+            raise UsageError("--weights: is empty", hint="give a subfolder, a variant such as fp16, or a file")
+        check_plain_path(named, what="--weights")
+    for folder in into:
+        if not os.path.isdir(folder):
+            raise UsageError(f"--links-into {printable(folder)}: no such folder")
+    return Choice(named, tuple(map(Path, into)))
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The files that hold a checkpoint's weights, by path in its folder, and where each tensor is as their `index` has
+    it: empty without one. `notes` are remarks for the user."""
+
+    files: tuple[str, ...]
+    index: str | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """Where weights can be: one file, or the index of several, whose paths are those in `folder`."""
+
+    single: str | None
+    index: str | None
+    folder: str = ""
+
+
+def weights_named_by(config: Mapping[str, Any]) -> str | None:
+    """The file of weights, or their index, that `config.json` itself names. Raises BadInputError, PolicyError."""
+    named = config.get("transformers_weights")
+    if named is None:
+        return None
+    if not isinstance(named, str) or not named.endswith((_SUFFIX, INDEX_SUFFIX)):
+        raise BadInputError(f"config.json: transformers_weights: {printable(named)} is not a safetensors file or index")
+    check_plain_path(named, what="config.json: transformers_weights")
+    return named
+
+
+def _spots(choice: Choice, config: Mapping[str, Any]) -> tuple[_Spot, ...]:
+    """In the order of preference."""
+    named = weights_named_by(config) if choice.named is None else choice.named
+    if named is None:
+        return (_Spot(SINGLE_NAME, INDEX_NAME),)
+    if named.endswith(INDEX_SUFFIX):
+        return (_Spot(None, named),)
+    if named.endswith(_SUFFIX):
+        return (_Spot(named, None),)
+    folder = _Spot(f"{named}/{SINGLE_NAME}", f"{named}/{INDEX_NAME}", f"{named}/")
+    return folder, _Spot(f"model.{named}.safetensors", f"model.safetensors.index.{named}.json")
+
+
+def find_weights(
+    root: Path,
+    config: Mapping[str, Any],
+    there: Callable[[str], bool],
+    *,
+    choice: Choice = AS_FOUND,
+    fetch: Callable[[str], object] = lambda _: None,
+) -> Weights | None:
+    """The files that transformers would load from the folder `root`: those that the user or `config.json` names, else
+    `model.safetensors`, else those of the index. None where there is nothing of these names.
+
+    `there` tells whether the folder has a file of a path; of those, `fetch` sees to it that an index is in `root`.
+
+    Raises:
+        BadInputError: an index, or what is named, makes no sense.
+        PolicyError: a path or a link leads out of the folder.
+    """
+    for spot in _spots(choice, config):
+        single = spot.single if spot.single and there(spot.single) else None
+        if spot.index and there(spot.index):
+            fetch(spot.index)
+            try:
+                places = _read_index(root, spot.index, spot.folder, choice)
+            except (BadInputError, PolicyError):
+                if not single:
+                    raise
+                places = {}
+            if not single or single in places.values():
+                return Weights(tuple(sorted(set(places.values()))), spot.index, places)
+            return Weights((single,), notes=(f"{single} is taken, as transformers does, and {spot.index} is not",))
+        if single:
+            return Weights((single,))
+    return None
+
+
+def arguments_for(root: Path, choice: Choice) -> dict[str, str]:
+    """What transformers' `from_pretrained` of the folder `root` takes to load what is chosen: `subfolder` or `variant`,
+    or the configuration's `transformers_weights`."""
+    if choice.named is None:
+        return {}
+    if choice.named.endswith((_SUFFIX, INDEX_SUFFIX)):
+        return {"transformers_weights": choice.named}
+    return {"subfolder" if (root / choice.named).is_dir() else "variant": choice.named}
+
+
+def _read_index(root: Path, name: str, folder: str, choice: Choice) -> dict[str, str]:
+    """File by tensor, as the index has it."""
+    path = vetted_path(root, name, what="index", into=choice.into, way_out=LINKED)
+    index, shown = read_json(path, limit=_INDEX_LIMIT), printable(name)
+    refuse_error_text(index, shown)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise BadInputError(f"{shown}: has no weight_map")
+    for tensor, file in places.items():
         if not isinstance(file, str):
-            raise BadInputError(f"{INDEX_NAME}: file of {printable(tensor)} is not a name")
-        if _PICKLES.fullmatch(file) or not file.endswith(".safetensors"):
-            raise BadInputError(f"{INDEX_NAME}: {printable(file)} is not a safetensors file")
-    return weight_map
+            raise BadInputError(f"{shown}: file of {printable(tensor)} is not a name")
+    for file in sorted(set(places.values())):
+        if _PICKLES.fullmatch(file) or not file.endswith(_SUFFIX):
+            raise BadInputError(f"{shown}: {printable(file)} is not a safetensors file")
+        check_plain_path(file, what=shown)
+    return {tensor: folder + file for tensor, file in places.items()}
 
 
-def no_weights(root: Path, names: Iterable[str]) -> BadInputError:
-    """What to raise where a folder that holds `names` holds no weights."""
-    pickles = [name for name in names if _PICKLES.fullmatch(name)]
-    if pickles:
-        return BadInputError(
-            f"{printable(root)}: weights are pickled ({printable(pickles[0])}), which is never opened",
-            hint="load and save it once with transformers to get safetensors files",
+def adapter_in(names: Collection[str]) -> str | None:
+    """The file that shows that there is an adapter (LoRA and the like) among files of these names."""
+    return next((name for name in _ADAPTER if name in names), None)
+
+
+def no_weights(
+    root: object, names: Collection[str], *, choice: Choice = AS_FOUND, base: object = None
+) -> BadInputError:
+    """What to raise where a folder that holds files of these paths has no weights: what it has, and what can be done.
+    `base` is the model that an adapter in it is for."""
+    what = f"no {SINGLE_NAME} and no {INDEX_NAME}"
+    if choice.named is not None:
+        what = f"no weights by the name of {printable(choice.named)}"
+    for found, hint in _instead(sorted(names), base):
+        return BadInputError(f"{printable(root)}: {what}, but {found}", hint=hint)
+    return BadInputError(f"{printable(root)}: {what}")
+
+
+def _instead(names: list[str], base: object) -> Iterator[tuple[str, str]]:
+    """What there is in place of weights, and what can be done; the likeliest first."""
+    top = [name for name in names if "/" not in name]
+    files = [name for name in top if name.endswith(_SUFFIX) and not _OTHERS.match(name)]
+    parts = [name for name in files if _PART.fullmatch(name)]
+    for name in top:
+        if (variant := _VARIANT.fullmatch(name)) and name not in parts:
+            yield printable(name), f"take that: --weights {printable(variant[1] or variant[2])}"
+    if adapter := adapter_in(top):
+        of = f" {printable(base)}" if base else ""
+        yield (
+            f"an adapter ({adapter}), which is no model by itself",
+            f"merge it into its base model{of} and save that: PeftModel.merge_and_unload(), then save_pretrained",
         )
-    return BadInputError(f"{printable(root)}: no {SINGLE_NAME} and no {INDEX_NAME}")
+    if parts:
+        yield f"{listed(parts)}: their index is missing", f"fetch {INDEX_NAME} too"
+    if files:
+        yield listed(files), f"take that: --weights {printable(files[0])}"
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if folder and last in (SINGLE_NAME, INDEX_NAME):
+            yield (
+                printable(name),
+                f"take that: --weights {printable(folder)}; or give that folder, if it has a config.json",
+            )
+    for name in top:
+        if _PICKLES.fullmatch(name):
+            yield (
+                f"weights that are pickled ({printable(name)}), which are never opened",
+                "load and save it once with transformers to get safetensors files",
+            )
+        if name.endswith(".gguf"):
+            yield printable(name), "give the checkpoint that it was made from, in safetensors files"

@@ -39,9 +39,15 @@ def test_out_exists(kind: str, source: Path, out: Path, resharded: Path, refused
         out.write_text("mine")
     else:
         out.symlink_to("nowhere")
-    refused(7, convert(source, out), "out: already exists", hint="--overwrite")
+    result = refused(7, convert(source, out), "out: already exists", hint="choose another name")
+    assert ("--overwrite" in result.hint) == (kind == "resharded")
     if kind != "resharded":
         refused(7, convert(source, out, "--overwrite"), "not a resharded folder")
+
+
+def test_merge_names_no_option_that_it_lacks(resharded: Path, folder: Path, refused: Refused) -> None:
+    result = refused(7, ["merge", resharded, folder], "out: already exists", hint="choose another name")
+    assert "overwrite" not in result.hint
 
 
 def test_link_to_a_resharded_folder_is_not_overwritten(
@@ -66,8 +72,27 @@ def test_failed_overwrite_keeps_the_earlier_folder(source: Path, folder: Path, r
     refused(3, convert(source, folder, "--overwrite"), first_file(source).name)
 
 
-def test_parent_is_missing(source: Path, tmp_path: Path, refused: Refused) -> None:
-    refused(5, convert(source, tmp_path / "no" / "out"), "/no: no such folder")
+def test_folders_above_out_are_made(resharded: Path, source: Path, tmp_path: Path, cli: Cli) -> None:
+    out, merged = tmp_path / "a" / "b" / "out", tmp_path / "c" / "merged"
+    assert cli(*convert(source, out)).code == 0
+    assert cli("verify", out).code == 0
+    assert cli("merge", resharded, merged).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "source"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_folders_above_out_go_again_after_a_failure(source: Path, tmp_path: Path, refused: Refused) -> None:
+    """Those that were made for it, and no others: `refused` compares all that is there."""
+    (tmp_path / "a").mkdir()
+    os.truncate(first_file(source), 5000)
+    refused(3, convert(source, tmp_path / "a" / "b" / "c" / "out"), first_file(source).name)
+
+
+@pytest.mark.parametrize("above", ["file", "file/below", "dangling/below"])
+def test_what_is_above_out_is_no_folder(above: str, source: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    refused(5, convert(source, tmp_path / above / "out"), above)
 
 
 @pytest.mark.fault(22)

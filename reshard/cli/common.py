@@ -27,6 +27,7 @@ __all__ = [
     "revision_option",
     "terminal_width",
     "what_to_cut",
+    "where_the_weights_are",
     "workers_option",
 ]
 
@@ -60,6 +61,29 @@ class Dtype(click.ParamType):
         return completions(STORABLE, incomplete)
 
 
+_WHERE_THE_WEIGHTS_ARE = (
+    click.option(
+        "--weights",
+        metavar="NAME",
+        help="Where SOURCE has its weights: a subfolder, a variant such as fp16, or a file of weights or its index.",
+    ),
+    click.option(
+        "--links-into",
+        multiple=True,
+        type=click.Path(exists=True, file_okay=False),
+        metavar="DIR",
+        help="Follow links among the weights that lead into DIR. Repeat it for more folders.",
+    ),
+)
+
+
+def where_the_weights_are(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--weights` and `--links-into`, of what opens a checkpoint."""
+    for option in reversed(_WHERE_THE_WEIGHTS_ARE):
+        command = option(command)
+    return command
+
+
 _WHAT_TO_CUT = (
     click.option(
         "--ep-size",
@@ -77,6 +101,7 @@ _WHAT_TO_CUT = (
     revision_option,
     click.option("--dtype", type=Dtype(), help="Store floating parameters in this dtype."),
     click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
+    where_the_weights_are,
     click.option(
         "--include",
         multiple=True,

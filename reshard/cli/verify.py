@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..errors import printable
-from .common import format_option, print_report
+from .common import format_option, print_report, where_the_weights_are
 from .speaking import progress_bar
 
 __all__ = ["verify"]
@@ -15,8 +17,9 @@ __all__ = ["verify"]
 @click.argument("out", type=click.Path())
 @click.option("--against", metavar="SOURCE", help="Also compare every element with the checkpoint it was made from.")
 @click.option("--revision", help="Branch, tag or commit of SOURCE where that is a Hub id.")
+@where_the_weights_are
 @format_option
-def verify(out: str, against: str | None, revision: str | None, style: str) -> None:
+def verify(out: str, against: str | None, style: str, **source: Any) -> None:
     """Check every byte of the resharded folder OUT by digest.
 
     \b
@@ -26,7 +29,7 @@ def verify(out: str, against: str | None, revision: str | None, style: str) -> N
     """
     from .. import verify as run
 
-    found = run(out, against=against, revision=revision, progress=progress_bar)
+    found = run(out, against=against, progress=progress_bar, **source)
     compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
     print_report(
         {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
