@@ -141,7 +141,7 @@ def test_convert_inspect_verify(source: Path, out: Path, tmp_path: Path, cli: Cl
     assert planned["rank_bytes"] == sizes
     assert [(rank["file"], rank["size"]) for rank in inspected["ranks"]] == list(zip(RANK_FILES, sizes))
     assert converted.pop("seconds") > 0
-    assert converted == {"out": str(out), **inspected}
+    assert converted == {"out": str(out), **inspected, "left_behind": []}
     assert inspected["parameters"] == planned["parameters"]
     assert inspected["extras"] == ["config.json", "generation_config.json"]
     whole = sum(p.stat().st_size for p in out.iterdir() if p.name != "reshard.json")
