@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -41,8 +42,11 @@ from .reading import read_rank_file
 from .replicas import TP, on_mesh, side_by_side, span
 from .saving import save_pretrained
 from .sequence import split_points, split_sequence
+from .versions import adapted
 
 __all__ = ["load"]
+
+_log = logging.getLogger(__name__)
 
 
 @checked
@@ -92,7 +96,8 @@ def load(
         BadInputError: sequence parallelism is not for this model.
         IntegrityError: a file is missing or its bytes are not those that were written. With `check_digests`, those of
             `config.json` count too, and of a fetched folder those of all small files.
-        VersionError: made by a newer release, or for a model the installed transformers does not know.
+        VersionError: made by a newer release, for a model the installed transformers does not know, or with another
+            transformers whose model has other parameters. Other differences are made right, or told in a line.
     """
     deadline = Deadline.after(timeout)
     info = this_rank()
@@ -136,6 +141,9 @@ def load(
         check_attention_of(family, attn_implementation)
         phases.end("import")
         model = on_meta(family, config, dtype=manifest.dtype, attn_implementation=attn_implementation)
+        manifest, difference = adapted(manifest, model)
+        if difference and info.rank == 0:
+            _log.warning("%s: %s", printable(folder), difference)
         check_sdpa_of(model, where)
         points = split_points(model, manifest.hooks, known) if sequence_parallel else None
         phases.end("build")

@@ -1,0 +1,93 @@
+"""A folder that another transformers made than the one that loads it: what differs is made right, told, or refused.
+
+The folder's own styles and placements are used, so another plan makes no difference. Names, shapes and the dtypes to
+compute in are the model's of this transformers, since its code is what runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from reshard.architecture import expected_dtypes
+from reshard.dtypes import FLOATING, holds, torch_name
+from reshard.errors import VersionError, listed, printable
+from reshard.header import parse_header
+from reshard.manifest import Manifest
+from reshard.targets import Target
+
+__all__ = ["adapted"]
+
+
+def adapted(manifest: Manifest, model: Any) -> tuple[Manifest, str | None]:
+    """The manifest for a model on the meta device that this transformers has made: its parameters are computed with in
+    the dtypes that this one wants. And what the user must know of the difference, in a line; None where it does not
+    matter, as with the same transformers.
+
+    Raises VersionError where the parameters or modules are others than those of the transformers that made it.
+    """
+    import transformers
+
+    made, here = printable(manifest.tool.get("transformers")), transformers.__version__
+    if made == here:
+        return manifest, None
+    who = f"made with transformers {made}; the {type(model).__name__} of {here}"
+    _check_names(manifest, model, who)
+    wanted = expected_dtypes(model, manifest.dtype)
+    parameters = tuple(_in(target, wanted.get(target.name)) for target in manifest.parameters)
+    notes = []
+    if manifest.architecture != type(model).__name__:
+        notes.append(f"is taken, and it was made for {printable(manifest.architecture)}")
+    rounded = _rounded(manifest, parameters)
+    if rounded:
+        notes.append(
+            f"computes with {len(rounded)} parameters in a wider dtype than they were cast to when it was made, which"
+            f" brings no bits back ({listed(rounded)})"
+        )
+    return replace(manifest, parameters=parameters), f"{who} {', and '.join(notes)}" if notes else None
+
+
+def _check_names(manifest: Manifest, model: Any, who: str) -> None:
+    held = {target.name: target.shape for target in manifest.parameters}
+    here = {name: tuple(tensor.shape) for name, tensor in (*model.state_dict().items(), *model.named_buffers())}
+    wrong = [name for name, shape in held.items() if here.get(name) != shape]
+    wrong += [name for name, _ in model.named_parameters() if name not in held and name not in manifest.tied]
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    wrong += [name for name in manifest.hooks if name not in modules]
+    if wrong:
+        raise VersionError(
+            f"{who} has other parameters or modules: {listed(wrong)}",
+            hint="cut it again with this transformers (reshard convert OUT NEW --tp-size N), or install the one that"
+            " made it",
+        )
+
+
+def _in(target: Target, wanted: torch.dtype | None) -> Target:
+    """The parameter, computed with in the dtype that is wanted; in its own where it is a buffer that need not be."""
+    dtype = str(wanted).removeprefix("torch.")
+    if not {target.dtype, dtype} <= FLOATING:
+        return target
+    return replace(target, compute_dtype=None if dtype == target.dtype else dtype)
+
+
+def _rounded(manifest: Manifest, parameters: tuple[Target, ...]) -> list[str]:
+    """Parameters that are to be computed with in a wider dtype now, of which the folder no longer holds all bits."""
+    wider = [
+        now
+        for was, now in zip(manifest.parameters, parameters)
+        if was != now and now.compute_dtype and holds(now.compute_dtype, now.dtype)
+    ]
+    if not wider:
+        return []
+    stored = {}
+    for file in manifest.source_files:
+        text = file["header"].encode(errors="surrogatepass")
+        for info in parse_header(text, file=file["file"], file_size=file["size"]).tensors:
+            stored[info.name] = torch_name(info.dtype, tensor=info.name)
+    return [
+        target.name
+        for target in wider
+        if not all(holds(target.dtype, stored[region.source]) for region in target.regions if region.source in stored)
+    ]
