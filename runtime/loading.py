@@ -30,11 +30,12 @@ from reshard.system import by_errno
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks, tp_axis
+from .keeping import keep_model
 from .kernels import check_attention, check_attention_of, check_sdpa_of, shares_gpu
 from .locating import Located, locate_together
 from .mapping import map_rank_file
 from .mesh import backend_of, connect, make_mesh, pick_device
-from .methods import give_method, keep_tensors
+from .methods import give_method
 from .phases import Phases
 from .placing import check_held, distribute, fill
 from .ranks import this_rank
@@ -173,7 +174,7 @@ def load(
         _finish(model, folder, mesh)
         model._reshard_replicas = replicas
         give_method(model, "save_pretrained", save_pretrained)  # its own would write this rank's tensors
-        keep_tensors(model)
+        keep_model(model)
         phases.end("wrap")
     except Exception as error:
         failure = error
