@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from reshard.architecture import quiet_transformers
+from reshard.architecture import decoding_as_told, quiet_transformers
 
 from . import kernels
 from .argmax import argmax_only
@@ -84,8 +84,11 @@ class Memory:
 
 
 def greedy(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """Token ids `[batch, length]` continued greedily by at most `max_new_tokens`: prompt and continuation."""
-    with torch.inference_mode(), argmax_only(model):
+    """Token ids `[batch, length]` continued greedily by at most `max_new_tokens`: prompt and continuation.
+
+    Raises BadInputError where transformers cannot decode as the folder's generation_config.json says.
+    """
+    with torch.inference_mode(), decoding_as_told(model), argmax_only(model):
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
 
 
@@ -152,7 +155,7 @@ def _go_on(
     if memory and (past := memory.recall(prompts[0].ids)) is not None:
         options |= {CACHE: past, "cache_implementation": None}
     shortcut = contextlib.nullcontext() if options["do_sample"] else argmax_only(model)
-    with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), shortcut:
+    with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), decoding_as_told(model), shortcut:
         made = model.generate(ids, attention_mask=mask, **options)
     tokens = made.sequences
     if memory:
