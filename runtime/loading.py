@@ -80,6 +80,7 @@ def load(
     `model.generate` is one decision of all ranks: called alike on each, it gives the same tokens on each, sampled
     or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels. What
     `output_attentions` gives are this rank's heads. `model.to(…)` and its like are refused where they change anything.
+    So is what would replace a parameter or a module, and a backward: values can be changed in place.
 
     With `sequence_parallel`, each rank has only its slice of the sequence between a layer's blocks: activations take
     less memory. Nothing in the files depends on it, since norms are whole on every rank.

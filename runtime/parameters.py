@@ -83,7 +83,8 @@ class Kept(dict):
         module = self._module()
         if module is not None:
             module.__dict__.update(self._shown)  # of an attribute that is set, nn.Module has dropped what was there
-        if own not in self or all(value is not one for one in (self[own], self._shown.get(own, self[own]))):
+        as_shown = value is not None and value is self._shown.get(own)  # a bias may be shown as none, and be there
+        if not as_shown and (own not in self or value is not self[own]):
             self._refuse(own)
 
     def __delitem__(self, own: str) -> None:
