@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,16 @@ from .errors import BadInputError, VersionError, listed, printable
 from .source import model_config
 from .system import by_errno
 
-__all__ = ["KV_GROUPS", "class_note", "expected_dtypes", "meta_model", "model_class", "on_meta", "quiet_transformers"]
+__all__ = [
+    "KV_GROUPS",
+    "class_note",
+    "decoding_as_told",
+    "expected_dtypes",
+    "meta_model",
+    "model_class",
+    "on_meta",
+    "quiet_transformers",
+]
 
 KV_GROUPS = "num_key_value_groups"  # an attention module's number of query heads for each KV head
 _TASKS = ("CausalLM", "Seq2SeqLM", "ImageTextToText")  # `AutoModelFor…`, asked in turn where none is named
@@ -35,6 +45,25 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def decoding_as_told(model: Any) -> Iterator[None]:
+    """For `model.generate`. transformers looks at most of what a generation_config.json says only there.
+
+    Raises BadInputError, naming the file, where its code for decoding stumbles over a value.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not frames[-1].startswith("transformers.generation."):
+            raise
+        raise BadInputError(
+            f"{printable(Path(model.name_or_path) / 'generation_config.json')}: transformers cannot decode as it says:"
+            f" {printable(str(error).partition(chr(10))[0])}",
+            hint="mend the value that it means, or remove it from the file",
+        ) from error
 
 
 def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None) -> Any:

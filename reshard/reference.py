@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .architecture import model_class, on_meta, quiet_transformers
+from .architecture import decoding_as_told, model_class, on_meta, quiet_transformers
 from .digest import FileRecord, digest_file, digest_of
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
 from .manifest import REFERENCE_NAME, Manifest, reference_record
@@ -156,12 +156,15 @@ def values_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def reference_of(single: Any, ids: torch.Tensor) -> Reference:
-    """Run the single-process model. One in half precision is cast to fp32 afterwards, and run once more."""
+    """Run the single-process model. One in half precision is cast to fp32 afterwards, and run once more.
+
+    Raises BadInputError where transformers cannot decode as its generation_config.json says.
+    """
     values, tokens = values_of(single, ids), None
     if single.can_generate():
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
         inputs = ids.to(single.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), decoding_as_told(single):
             tokens = single.generate(inputs, attention_mask=torch.ones_like(inputs), **options).cpu()
     tolerance = EXACT
     if single.dtype in HALF:

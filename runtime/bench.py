@@ -92,10 +92,12 @@ def _prefill(model: Any, forward: Any, ids: torch.Tensor) -> Any:
 
 def _steps(model: Any, forward: Any, output: Any, ids: torch.Tensor, steps: int) -> list[float]:
     """Seconds of steps of one token, with all that came before in the cache."""
+    from .generate import CACHE  # not at the start, whose time is measured too
+
     token, found = ids[:, :1], []
     for _ in range(steps):
-        cache = output.past_key_values
-        seconds, output = _timed(model, lambda: forward(token, past_key_values=cache, use_cache=True))  # noqa: B023
+        options = {CACHE: output[CACHE], "use_cache": True}
+        seconds, output = _timed(model, lambda: forward(token, **options))  # noqa: B023
         token = output.logits[:, -1:].argmax(-1)
         found.append(seconds)
     return found

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
-from reshard.architecture import quiet_transformers
+from reshard.architecture import decoding_as_told, quiet_transformers
 
 from . import kernels
 from .argmax import argmax_only
@@ -18,8 +19,10 @@ from .limits import Limits, check_decoding
 from .prompts import Prompt, as_batch
 from .texts import Stops, Stream, before_stop, continuation
 
-__all__ = ["Decoding", "Generated", "Memory", "generate_texts", "greedy"]
+__all__ = ["CACHE", "Decoding", "Generated", "Memory", "generate_texts", "greedy"]
 
+# What transformers calls the KV cache, as an argument and in outputs: since 5.24 it warns of the old name.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 # What a generation_config.json may say that is not taken: one text for each prompt, and nothing beside its cache.
 _ONE_TEXT = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True}
 _ONE_TEXT |= dict.fromkeys(["output_scores", "output_logits", "output_attentions", "output_hidden_states"], False)
@@ -81,8 +84,11 @@ class Memory:
 
 
 def greedy(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """Token ids `[batch, length]` continued greedily by at most `max_new_tokens`: prompt and continuation."""
-    with torch.inference_mode(), argmax_only(model):
+    """Token ids `[batch, length]` continued greedily by at most `max_new_tokens`: prompt and continuation.
+
+    Raises BadInputError where transformers cannot decode as the folder's generation_config.json says.
+    """
+    with torch.inference_mode(), decoding_as_told(model), argmax_only(model):
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
 
 
@@ -147,13 +153,13 @@ def _go_on(
     if not decoder_only or options.get("cache_implementation") not in (None, "dynamic") or _rope_moves(model, ids):
         memory = None
     if memory and (past := memory.recall(prompts[0].ids)) is not None:
-        options |= {"past_key_values": past, "cache_implementation": None}
+        options |= {CACHE: past, "cache_implementation": None}
     shortcut = contextlib.nullcontext() if options["do_sample"] else argmax_only(model)
-    with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), shortcut:
+    with torch.inference_mode(), quiet_transformers(), kernels.compiler_errors(), decoding_as_told(model), shortcut:
         made = model.generate(ids, attention_mask=mask, **options)
     tokens = made.sequences
     if memory:
-        memory.keep(tuple(tokens[0].tolist()), made.get("past_key_values"))
+        memory.keep(tuple(tokens[0].tolist()), made.get(CACHE))
     found = []
     for row, (prompt, tail) in enumerate(zip(prompts, tokens[:, start:].tolist())):
         count, ended = _end(tail, _eos(model), stops.ends[row] if stops else None)

@@ -16,6 +16,11 @@ _ENDLESS = 1 << 62
 _NAMED_BY = 20  # characters of a prompt that tell which one it is
 # Fields of a generation_config.json that ask for another search, or for a prompt other than the user's.
 _OTHER_WAYS = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing")
+# Fields that are ours to read, before transformers does, and what one has or each of a list.
+_READ_HERE = (
+    ("eos_token_id", int, "a token's number, or a list of them"),
+    ("stop_strings", str, "a text, or a list of them"),
+)
 
 
 def check_decoding(model: Any) -> None:
@@ -30,6 +35,11 @@ def check_decoding(model: Any) -> None:
         raise UsageError(f"{name} does not generate text", hint="`check` and `bench` run its forward")
     if model.main_input_name != "input_ids":
         raise UsageError(f"{name} goes on from {printable(model.main_input_name)}, not from text")
+    for field, kind, words in _READ_HERE:
+        said = getattr(model.generation_config, field, None)
+        values = said if isinstance(said, list) else [said]
+        if said is not None and not all(type(value) is kind for value in values):
+            raise BadInputError(f"generation_config.json: {field} is {printable(said)}, and not {words}")
     asked = [field for field in _OTHER_WAYS if getattr(model.generation_config, field, None)]
     if asked:
         raise BadInputError(

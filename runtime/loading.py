@@ -30,11 +30,12 @@ from reshard.system import by_errno
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks, tp_axis
+from .keeping import keep_model
 from .kernels import check_attention, check_attention_of, check_sdpa_of, shares_gpu
 from .locating import Located, locate_together
 from .mapping import map_rank_file
 from .mesh import backend_of, connect, make_mesh, pick_device
-from .methods import give_method, keep_tensors
+from .methods import give_method
 from .phases import Phases
 from .placing import check_held, distribute, fill
 from .ranks import this_rank
@@ -79,6 +80,7 @@ def load(
     `model.generate` is one decision of all ranks: called alike on each, it gives the same tokens on each, sampled
     or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels. What
     `output_attentions` gives are this rank's heads. `model.to(…)` and its like are refused where they change anything.
+    So is what would replace a parameter or a module, and a backward: values can be changed in place.
 
     With `sequence_parallel`, each rank has only its slice of the sequence between a layer's blocks: activations take
     less memory. Nothing in the files depends on it, since norms are whole on every rank.
@@ -173,7 +175,7 @@ def load(
         _finish(model, folder, mesh)
         model._reshard_replicas = replicas
         give_method(model, "save_pretrained", save_pretrained)  # its own would write this rank's tensors
-        keep_tensors(model)
+        keep_model(model)
         phases.end("wrap")
     except Exception as error:
         failure = error

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from reshard.architecture import KV_GROUPS
 from reshard.errors import IntegrityError, printable
 from reshard.manifest import Manifest
 from reshard.placement import Nested, Replicate, local_shape
 from reshard.strategies import ParallelInterface, as_dtensor
+
+from .parameters import face_of
 
 __all__ = ["check_held", "distribute", "fill", "owners"]
 
@@ -98,24 +99,15 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
         if local is None:
             continue
         if target.name not in public:
-            face = local.detach()
+            distributed = local.detach()
             if target.style is None or strategies.find(target.style).use_dtensor:
-                face = as_dtensor(face, target.placement, mesh, target.shape)
-            public[target.name] = _as_parameter(face)
+                distributed = as_dtensor(distributed, target.placement, mesh, target.shape)
+            public[target.name] = face_of(local, distributed, target.name)
         module._parameters[own] = public[target.name]
         module.__dict__[own] = local
     model._reshard_targets = targets
     model._reshard_manifest = manifest
     _share_heads(model, manifest)
-
-
-def _as_parameter(tensor: torch.Tensor) -> nn.Parameter:
-    """`nn.Parameter(tensor)`, less what that costs a DTensor: it detaches, and DTensor works out for each shape how the
-    result is sharded, which was half the time of a load. The mark is what `nn.Parameter` puts on such tensors."""
-    if isinstance(tensor, DTensor):
-        tensor._is_param = True
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _share_heads(model: Any, manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ from reshard.targets import LocalTensor
 from reshard.weights import INDEX_NAME
 
 from .agreement import Deadline, from_first, spoken, words_of
+from .keeping import check_views
 from .mesh import connect
 from .original import Bundle, bundles
 from .placing import owners
@@ -55,6 +56,7 @@ def save_pretrained(
         DestinationExistsError: the folder holds weights already.
         StorageError: the disk said no.
     """
+    check_views(model)
     plan = bundles(model._reshard_manifest)
     group = replicas_of(model).group
     writes, first = dist.get_rank(group) == 0, dist.get_global_rank(group, 0)

@@ -27,8 +27,10 @@ __all__ = ["SplitPoints", "split_points", "split_sequence"]
 
 # What a decoder takes whole, and deals with before its first layer. Anything else that has tensors could meet the
 # hidden states between two layers.
-_BEFORE_LAYERS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values"}
-
+_BEFORE_LAYERS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
+    *("cache", "past_key_values"),  # transformers renamed it in 5.24
+}
 
 # By model type of the decoder: layers that handle more than the hidden states between their blocks.
 _MORE_BETWEEN = {

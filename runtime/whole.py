@@ -14,6 +14,7 @@ from reshard.errors import UsageError, listed, printable
 from reshard.placement import Placement, Replicate, local_shape, pieces
 from reshard.targets import Target
 
+from .keeping import check_views
 from .placing import owners
 
 __all__ = ["full_tensor", "whole_of"]
@@ -32,6 +33,7 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
             f"the files hold no parameter or buffer {printable(name)}",
             hint=f"near to it: {listed(near)}" if near else "their names are those of model.state_dict()",
         )
+    check_views(model)
     module, own = owners(model)(name)
     return whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
 

@@ -158,7 +158,7 @@ def test_run_without_a_tokenizer(folder: Path, verbose: list[str]) -> None:
     )
     assert done.returncode == 3
     assert len(errors(done)) == 1
-    assert "holds no usable tokenizer" in errors(done)[0]
+    assert "holds no tokenizer" in errors(done)[0]
     assert ("Traceback" in done.stderr) == bool(verbose)
 
 

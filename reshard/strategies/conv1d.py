@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -39,5 +38,6 @@ class Conv1DRowwiseParallel(RowwiseParallel):
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         bias = module.bias
         handles = super().prepare_module_tp(module, device_mesh)
-        module.__dict__["bias"] = torch.zeros_like(bias)
+        # One element, repeated: torch refuses to write to it, which nothing would hear of.
+        module.__dict__["bias"] = bias.new_zeros(()).expand(bias.shape)
         return handles

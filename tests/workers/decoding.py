@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import runtime
 from reshard.strategies import linear
-from runtime.generate import greedy
+from runtime.generate import CACHE, greedy
 
 NEW = 8
 
@@ -70,11 +70,11 @@ def static_cache(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> tup
 
     step = torch.compile(model, fullgraph=True, backend=counting)
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW)
-    out = model(ids, past_key_values=cache, use_cache=True)
+    out = model(ids, **{CACHE: cache}, use_cache=True)
     found = [ids, out.logits[:, -1:].argmax(-1)]
     for end in range(ids.shape[1], ids.shape[1] + NEW - 1):
         position = torch.full((len(ids), 1), end)
-        out = step(found[-1], past_key_values=cache, use_cache=True, position_ids=position)
+        out = step(found[-1], **{CACHE: cache}, use_cache=True, position_ids=position)
         found.append(out.logits[:, -1:].argmax(-1))
     return torch.cat(found, 1), compilations
 

@@ -1,0 +1,182 @@
+"""What a loaded model stays: its parameters and modules, on its device, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from operator import attrgetter, is_
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from reshard.errors import UsageError, printable
+
+from .methods import give_method
+from .parameters import Kept
+
+__all__ = ["check_views", "keep_model"]
+
+# Those of transformers that give a model other parameters, and would do half of it before a module is replaced.
+_REFUSED = ("add_adapter", "load_adapter")
+_LOCAL = attrgetter("_local_tensor")
+_INFERENCE = "a loaded model runs inference only"
+
+
+def keep_model(model: Any) -> None:
+    """Have a model refuse, in one line, what would leave the ranks with different models, or the forward with other
+    tensors than `named_parameters`: another dtype or device, other parameters or modules, training, a backward.
+
+    What changes values in place is seen by the forward; so is what is assigned to a parameter's `data`.
+    """
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is not None:
+            give_method(module, "_apply", _unchanged)
+        give_method(module, "train", _only_eval)
+        give_method(module, "load_state_dict", _in_place)
+        if hasattr(module, "resize_token_embeddings"):
+            give_method(module, "resize_token_embeddings", _same_vocabulary)
+        for method in _REFUSED:
+            if hasattr(module, method):
+                give_method(module, method, _refusing(method))
+        for kind in ("_parameters", "_modules"):
+            module.__dict__[kind] = Kept(module.__dict__[kind], module, name)
+    model._reshard_views = _Views(model)
+    model.register_forward_pre_hook(_check_touched)
+    model.register_state_dict_pre_hook(lambda model, *_: check_views(model))
+    model.register_forward_hook(_no_backward)
+
+
+def _unchanged(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """In place of `nn.Module._apply`, through which `.to(…)`, `.half()` and their like go. Some parameters are kept in
+    fp32 in a model of half precision: the first is what `model.dtype` goes by."""
+    parameters = list(module.parameters())
+    first = next((parameter for parameter in parameters if parameter.is_floating_point()), parameters[0])
+    probe = _local(first).new_empty(0)
+    found = fn(probe)
+    if (found.dtype, found.device) != (probe.dtype, probe.device):
+        raise UsageError(
+            f"a loaded model stays {probe.dtype} on {probe.device}".replace("torch.", ""),
+            hint="load it with another device, or convert with --dtype",
+        )
+    return module
+
+
+def _only_eval(module: Any, mode: bool = True) -> Any:
+    """In place of `train`: in training, each rank would drop elements of its own."""
+    if mode:
+        raise UsageError(f"{_INFERENCE}: train() is not for it", hint="train the checkpoint, and convert that")
+    return type(module).train(module, False)
+
+
+def _in_place(module: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+    """In place of `load_state_dict`, which otherwise makes a list of errors of what `Kept` says of each parameter."""
+    if assign:
+        raise UsageError(
+            "load_state_dict(assign=True) replaces parameters, and a loaded model keeps them",
+            hint="without assign, their values are copied",
+        )
+    return type(module).load_state_dict(module, state_dict, strict)
+
+
+def _refusing(method: str) -> Callable[..., NoReturn]:
+    def refuse(_model: Any, *_: Any, **__: Any) -> NoReturn:
+        raise UsageError(
+            f"{method} gives a model other parameters, and a loaded model keeps them",
+            hint="do it to the checkpoint in one process, save that, and convert it",
+        )
+
+    return refuse
+
+
+def _same_vocabulary(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+) -> Any:
+    """In place of `resize_token_embeddings`: many call it with the size that there is."""
+    size = model.config.get_text_config().vocab_size
+    if new_num_tokens not in (None, size) or (pad_to_multiple_of and size % pad_to_multiple_of):
+        _refusing("resize_token_embeddings")(model)
+    return model.get_input_embeddings()
+
+
+def check_views(model: Any) -> None:
+    """See that the model's parameters are still made of the tensors that its forward computes with.
+
+    Raises UsageError, and names the parameter.
+    """
+    model._reshard_views.check()
+
+
+def _check_touched(model: Any, _inputs: Any) -> None:
+    """The same before each forward, where anything was assigned: to tell takes 0.1 µs for a parameter. In a compiled
+    forward nothing of it is left."""
+    if not torch.compiler.is_compiling() and model._reshard_views.touched():
+        model._reshard_views.check()
+
+
+class _Views:
+    """A model's parameters, and the local tensors that its modules have seen when it was loaded."""
+
+    def __init__(self, model: Any) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._locals = list(map(_local, self._parameters.values()))
+        self._layouts = [(local.shape, local.dtype) for local in self._locals]
+        self._seen = self._look()
+        self._distributed = [one for one in self._parameters.values() if isinstance(one, DTensor)]
+        self._theirs = list(map(_LOCAL, self._distributed))
+
+    def _look(self) -> list[int]:
+        return [*map(torch.Tensor.data_ptr, self._locals), *map(torch.Tensor.numel, self._locals)]
+
+    def touched(self) -> bool:
+        """Whether any has another tensor, or one that is elsewhere in memory or of another size."""
+        same = all(map(is_, map(_LOCAL, self._distributed), self._theirs))
+        return not same or self._look() != self._seen
+
+    def check(self) -> None:
+        for (name, parameter), local, layout in zip(self._parameters.items(), self._locals, self._layouts):
+            if _local(parameter) is not local or (local.shape, local.dtype) != layout:
+                shape, dtype = layout
+                raise UsageError(
+                    f"{printable(name)}: the forward computes with another tensor than the parameter holds, or with one"
+                    f" that is not {list(shape)}, {dtype}",
+                    hint="change its values in place (parameter.copy_)",
+                )
+        self._seen = self._look()
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return _LOCAL(parameter) if isinstance(parameter, DTensor) else parameter
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Leaves a tensor as it is, and raises where gradients come back to it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise UsageError(
+            f"{_INFERENCE}: gradients do not pass from rank to rank", hint="train the checkpoint, and convert that"
+        )
+
+
+def _no_backward(model: Any, _inputs: Any, outputs: Any) -> None:
+    """Where torch records a graph, have its backward end at the model's outputs with a word."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    anchor = torch.zeros((), requires_grad=True)
+    for tensor in {id(tensor): tensor for tensor in _floating(outputs)}.values():
+        _InferenceOnly.apply(tensor, anchor)
+
+
+def _floating(value: Any) -> Iterator[torch.Tensor]:
+    """Those in a model's output, whatever is nested in it; a cache is no container."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (dict, tuple, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _floating(part)
