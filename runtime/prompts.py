@@ -23,6 +23,10 @@ from .ranks import this_rank
 __all__ = ["Prompt", "as_batch", "chat_turns", "in_chat", "load_tokenizer", "of_first_rank", "plain", "read_prompts"]
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+_HOW_TO_HAVE_ONE = (
+    "put the model's own there (tokenizer.json, tokenizer_config.json …), or convert again from a source that has one;"
+    " check and bench need none"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +45,12 @@ def load_tokenizer(folder: str | Path, *, chat: bool = False) -> Any:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-<<<<<<< HEAD
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        words = f"{printable(folder)}: holds no usable tokenizer: {printable(next(iter(str(error).splitlines()), ''))}"
-        hint = None if isinstance(error, ImportError) else "put the files of its tokenizer beside its config.json"
-        raise by_errno(error, words, BadInputError, hint=hint) from None
-=======
     except Exception as error:  # it runs whatever kind of tokenizer the files name
         there = sorted({path.name for pattern in _TOKENIZER_FILES for path in Path(folder).glob(pattern)})
         reason = printable(" ".join(str(error).split()))
         words = f"transformers makes no tokenizer of {listed(there)}: {reason}" if there else "holds no tokenizer"
-        raise by_errno(
-            error,
-            f"{printable(folder)}: {words}",
-            BadInputError,
-            hint="put the model's own there (tokenizer.json, tokenizer_config.json …), or convert again from a source"
-            " that has one; check and bench need none",
-        ) from None
->>>>>>> w-runtime
+        hint = None if isinstance(error, ImportError) else _HOW_TO_HAVE_ONE
+        raise by_errno(error, f"{printable(folder)}: {words}", BadInputError, hint=hint) from None
     if chat and not tokenizer.chat_template:
         raise BadInputError(
             f"{printable(folder)}: the tokenizer has no chat template", hint="without --chat, text is continued"
