@@ -78,7 +78,6 @@ SPOILT: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "index names a pickle": (lambda s: _index_to(s, "x.bin"), 3, ("x.bin",)),
     "link out": (lambda s: link(first_file(s), s.parent / "elsewhere.safetensors"), 11, (FIRST,)),
     "config links out": (lambda s: link(s / "config.json", s.parent / "c.json"), 11, ("config.json",)),
-    "extra links out": (lambda s: link(s / "generation_config.json", s.parent / "g.json"), 11, ("generation_config",)),
     "fifo": (lambda s: fifo(first_file(s)), 3, (FIRST,)),
     "fifo as index": (lambda s: fifo(s / INDEX), 3, (INDEX,)),
     "fifo as config": (lambda s: fifo(s / "config.json"), 3, ("config.json",)),

@@ -117,7 +117,6 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "quantization": lambda s: configure(s, quantization_config={"quant_method": HOSTILE}),
     "code": lambda s: configure(s, model_type=HOSTILE, auto_map={"AutoConfig": HOSTILE}),
     "other files": lambda s: configure(s, configuration_files=[HOSTILE]),
-    "link out": lambda s: (s / f"{HOSTILE}.json").symlink_to(s.parent / HOSTILE),
     "a second one for a parameter": lambda s: add_second(s),
 }
 
