@@ -98,7 +98,7 @@ def lacking() -> list[str]:
     return found
 
 
-def run(*command: str) -> None:
+def run(command: list[str]) -> None:
     """Run a command whose output goes out as it comes. It ends with this part, and all that it has started."""
     with tempfile.TemporaryFile() as words:
         child = subprocess.Popen(command, cwd=ROOT, stderr=words)
@@ -138,15 +138,16 @@ def descendants(pid: int) -> list[int]:
 
 
 def on_ranks(case: Case) -> None:
+    from bench_common import torchrun
+
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        command = case.prepare(Path(folder))
-        agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
-        run(sys.executable, *agent, *command)
+        run([*torchrun(case.ranks), *case.prepare(Path(folder))])
 
 
 def rate(device: str) -> None:
     layers = "16" if device == "cuda" else "1"
-    run(sys.executable, "scripts/bench_device.py", "--device", device, "--layers", layers, "--repeat", "3")
+    script = str(ROOT / "scripts" / "bench_device.py")
+    run([sys.executable, "-P", script, "--device", device, "--layers", layers, "--repeat", "3"])
 
 
 def parts(device: str) -> Iterator[tuple[str, int, Callable[[], None]]]:
@@ -171,11 +172,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=_BUDGET, metavar="SECONDS", help="[default: %(default)s]")
     asked = parser.parse_args()
     if missing := lacking():
-        say(f"{sys.executable} lacks: {', '.join(missing)}. Unpacked elsewhere, it is found by PYTHONPATH.")
+        say(f"this environment lacks: {', '.join(missing)}. Unpacked elsewhere, it is found by PYTHONPATH.")
         return 2
     # Those whom this starts find reshard and runtime here, ask no network, and leave nothing behind.
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    sys.path[:0] = paths[:2]
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    sys.path[:0] = paths[:2]  # scripts is there
     quiet = dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "PYTHONDONTWRITEBYTECODE"), "1")
     os.environ.update({**quiet, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"})
     import torch

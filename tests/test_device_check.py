@@ -80,9 +80,9 @@ def test_what_does_not_fit_is_named(
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     )
     parts = {
-        "quick": lambda: device_check.run(sys.executable, "-c", "print('quick figure')"),
+        "quick": lambda: device_check.run([sys.executable, "-c", "print('quick figure')"]),
         "many": lambda: pytest.fail("this machine has no 9 GPUs"),
-        "long": lambda: device_check.run(sys.executable, "-c", code),
+        "long": lambda: device_check.run([sys.executable, "-c", code]),
         "last": lambda: pytest.fail("there was no time for it"),
     }
     start = time.monotonic()
@@ -101,7 +101,7 @@ def test_a_part_that_fails_says_why_and_the_others_run(
     check: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     parts = {
-        "bad": lambda: device_check.run(sys.executable, "-c", "raise SystemExit('this is why')"),
+        "bad": lambda: device_check.run([sys.executable, "-c", "raise SystemExit('this is why')"]),
         "worse": lambda: os.stat("/nowhere/at/all"),
         "good": lambda: None,
     }
