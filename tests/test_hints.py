@@ -33,17 +33,18 @@ def test_a_configuration(case: str, tmp_path: Path) -> None:
     assert hint in (refused.value.hint or "") if hint else refused.value.hint is None
 
 
-def test_a_folder_without_a_tokenizer(resharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInputError, match=r"holds no usable tokenizer: .") as refused:
-        load_tokenizer(resharded)
-    assert "beside its config.json" in str(refused.value.hint)
+def test_a_folder_without_a_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInputError, match="holds no tokenizer") as refused:
+        load_tokenizer(folder)
+    assert "put the model's own there" in str(refused.value.hint)
+    (folder / "tokenizer.model").write_bytes(b"-")
 
     def lacks(*_: object, **__: object) -> None:
         raise ImportError("needs sentencepiece")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lacks)
     with pytest.raises(BadInputError, match="needs sentencepiece") as refused:
-        load_tokenizer(resharded)
+        load_tokenizer(folder)
     assert refused.value.hint is None
 
 
