@@ -22,8 +22,15 @@ __all__ = ["CLOSED", "FEATURES", "OPEN", "check_known", "check_version", "versio
 
 CLOSED, OPEN = "2.0", "3.0"
 
+
+def _has_subfolders(manifest: Manifest) -> bool:
+    """A reader of 2.0 takes the name of a file in a folder for one that leads out, or the file for missing."""
+    names = [record.name for record in manifest.files()] + [file["file"] for file in manifest.source_files]
+    return any("/" in name for name in names)
+
+
 # What 3.0 can require: name → whether a manifest needs it. The writer names those that it does.
-FEATURES: dict[str, Callable[[Manifest], bool]] = {}
+FEATURES: dict[str, Callable[[Manifest], bool]] = {"subfolders": _has_subfolders}
 
 _FILE = {"file", "size", "digest", "tensors"}
 # Every member of 2.0, by the way to the objects that have it. Those of placements are where placements are read, and a

@@ -1,7 +1,7 @@
 """A folder of every format version stays readable: it was made once, by the release that wrote that version.
 
 What it holds of the format: several source files, fused experts (regions), packed blocks and a KV head that two ranks
-share (placements), a tensor that the model does not use, and copied files.
+share (placements), a tensor that the model does not use, and copied files; that of 3.0 also what is required in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reshard.versions import CLOSED, FEATURES, OPEN
 
 DATA = Path(__file__).parent / "data"
 PARITY = Path(__file__).parent / "workers" / "parity.py"
-VERSIONS = ["2.0"]
+VERSIONS = ["2.0", "3.0"]
 IDS = [[3, 14, 15, 9], [2, 6, 5, 20]]
 NEW_TOKENS = 4
 
@@ -34,6 +34,9 @@ def make(folder: Path) -> None:
     source = folder.with_name("golden-source")
     pico.save("qwen3_moe", source, shard_bytes=4000, mlp_only_layers=[], **sizes, **experts)
     (source / "LICENSE").write_text("do as you please\n")
+    if folder.name.endswith(OPEN):
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "brief.jinja").write_text("{{ messages[0].content }}\n")
     last = max(source.glob("*.safetensors"))
     rewrite(last, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(2)}))
     weight_map(source, lambda names: names.update({"model.rotary_emb.inv_freq": last.name}))
@@ -49,8 +52,8 @@ def make(folder: Path) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file but the index, which is no original: merging writes another that says the same."""
-    files = sorted(path for path in folder.iterdir() if path.name != INDEX)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def compute(folder: Path, scratch: Path) -> dict:

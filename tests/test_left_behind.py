@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import old_reader
 import pytest
 import torch
 from cli_tools import Cli, Refused, convert, flip, reseal
@@ -188,6 +189,16 @@ def test_verify_looks_into_folders(made: Path, cli: Cli, out: Path) -> None:
     check(lambda out: put(out, {"licenses/more": b""}), "licenses/more: does not belong")
     check(lambda out: put(out, {"more/LICENSE": b""}), "more: does not belong")
     check(lambda out: ((out / "licenses").rename(out.parent / "l"), (out / "licenses").symlink_to("../l")), "licenses")
+
+
+@pytest.mark.fault(23)
+def test_a_reader_that_knows_no_folders_in_it_refuses(made: Path, resharded: Path, out: Path) -> None:
+    """By its version, not as damaged; without such folders all is as it was."""
+    content = json.loads((made / "reshard.json").read_text())
+    assert (content["format_version"], content["requires"]) == ("3.0", ["subfolders"])
+    code, line = old_reader.read("2.0", made)
+    assert (code, "3.0" in line) == (8, True), line
+    assert json.loads((resharded / "reshard.json").read_text())["format_version"] == "2.0"
 
 
 def test_folders_reach_the_disk(full: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
