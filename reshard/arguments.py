@@ -139,6 +139,11 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _folders(value: Any) -> tuple[str | Path, ...]:
+    _known(isinstance(value, Iterable) and not isinstance(value, (str, bytes, os.PathLike)), "a list of folders")
+    return tuple(_folder(item) for item in value)
+
+
 def _function(value: Any) -> Any:
     _known(callable(value), "a function; reshard.progress says what it is called with")
     return value
@@ -163,7 +168,7 @@ _RANKS = _count("a number of ranks")
 CHECKS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("source", "place", "against"), _path),
     **dict.fromkeys(("out", "dest", "to"), _folder),
-    **dict.fromkeys(("revision", "layout", "licence", "attn_implementation"), _text),
+    **dict.fromkeys(("revision", "layout", "licence", "attn_implementation", "weights"), _text),
     **dict.fromkeys(("tp_size", "ep_size"), _RANKS),
     **dict.fromkeys(("drop_unused", "overwrite", "keep_cache", "reference_logits", "sync"), _flag),
     **dict.fromkeys(("private", "create_pr", "dry_run", "check_digests", "sequence_parallel"), _flag),
@@ -176,6 +181,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "tp_plan": _rules,
     "strategies": _strategies,
     "include": _texts,
+    "links_into": _folders,
     "ranks": _ranks,
     "device": _device,
     "mesh": _mesh,

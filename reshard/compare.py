@@ -36,7 +36,7 @@ def compare_with_source(
     Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose.
     Memory is one block.
     """
-    source = resolve_source(place, revision=revision, choice=choice)
+    source = resolve_source(place, revision=revision, choice=choice, progress=progress)
     headers = source_headers(manifest)
     _check_is_source(folder, manifest, headers, source)
     source_tensors(manifest, headers)  # every element has its place

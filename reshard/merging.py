@@ -60,7 +60,7 @@ def merge(
     if layout not in LAYOUTS:
         raise UsageError(f"layout {printable(layout)}: not one of {', '.join(LAYOUTS)}")
     with staged_folder(destination(dest, sync=sync, progress=progress)) as stage:
-        folder, _, _ = fetch(as_text(out), revision=revision)
+        folder, _, _ = fetch(as_text(out), revision=revision, progress=progress)
         made = open_resharded(folder)
         layouts = _standard_files(made) if layout == "hf" else _source_files(made)
         total, index = sum(file.size for file in layouts), _index_names(made, layouts)

@@ -17,6 +17,7 @@ from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
 from .left_behind import files_here
 from .manifest import Manifest, read_manifest
+from .progress import Advance, Progress, silent
 from .remote import Away, remote_weights
 from .source import MANIFEST_NAME, Source, companions_of, is_resharded, open_source
 from .stores import as_text, is_url, open_store
@@ -58,6 +59,7 @@ def locate(
     patterns: Sequence[str] = FIRST_FILES,
     ignored: Sequence[str] = _NO_FOLDERS,
     to: Path | None = None,
+    report: Advance | None = None,
 ) -> tuple[Path, str | None, str | None]:
     """A local folder, or what is fetched of another place: (folder, place, version). The last two are None for one that
     is here.
@@ -74,14 +76,16 @@ def locate(
         RemoteMovedError: a store's folder is not at that version any more.
     """
     if is_url(place):
-        folder, version = store_snapshot(place, version=revision, patterns=patterns, ignored=ignored, to=to)
+        folder, version = store_snapshot(
+            place, version=revision, patterns=patterns, ignored=ignored, to=to, report=report
+        )
         return folder, place, version
     if os.path.exists(place):  # not Path's, which fails where the name is too long for one
         if revision is not None:
             raise UsageError(f"{printable(place)}: a local folder has no revisions", hint="leave out --revision")
         return Path(place), None, None
     where = Place.parse(place)
-    folder, commit = hub_snapshot(where, revision=revision, patterns=patterns, ignored=ignored, to=to)
+    folder, commit = hub_snapshot(where, revision=revision, patterns=patterns, ignored=ignored, to=to, report=report)
     return folder, str(where), commit
 
 
@@ -161,7 +165,14 @@ def _folders(place: str, revision: str | None) -> list[str]:
     return sorted(found, key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
 
 
-def fetch_files(place: str, names: Sequence[str], *, version: str | None, to: Path | None = None) -> Path:
+def fetch_files(
+    place: str,
+    names: Sequence[str],
+    *,
+    version: str | None,
+    to: Path | None = None,
+    report: Advance | None = None,
+) -> Path:
     """Fetch files of a resharded folder that is elsewhere, by names of its manifest, as `locate` does. Returns the
     folder that they are in.
 
@@ -170,7 +181,7 @@ def fetch_files(place: str, names: Sequence[str], *, version: str | None, to: Pa
         NetworkError: the place cannot be reached.
     """
     patterns = [glob.escape(name) for name in names]
-    folder, _, _ = locate(place, revision=version, patterns=patterns, ignored=(), to=to)
+    folder, _, _ = locate(place, revision=version, patterns=patterns, ignored=(), to=to, report=report)
     absent = [name for name in names if not os.path.lexists(folder / name)]
     if absent:
         raise IntegrityError(
@@ -221,20 +232,29 @@ def _items(there: Away, root: Path) -> tuple[Item, ...]:
         return tuple(files_here(root))
 
 
-def fetch(place: str, *, revision: str | None = None, choice: Choice = AS_FOUND) -> tuple[Path, str | None, str | None]:
-    """`look_at` a checkpoint, or a resharded one, and fetch its weights too: (folder, place, version)."""
+def fetch(
+    place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, progress: Progress = silent
+) -> tuple[Path, str | None, str | None]:
+    """`look_at` a checkpoint, or a resharded one, and fetch its weights too, of which `progress` is told: (folder,
+    place, version)."""
     root, found, version, items = look_at(place, revision=revision, choice=choice)
     if found is not None and is_resharded(root):
-        fetch_files(place, [file.name for file in read_manifest(root).files()], version=version)
+        records = read_manifest(root).files()
+        with progress(sum(record.size for record in records), "fetching") as report:
+            fetch_files(place, [record.name for record in records], version=version, report=report)
     elif found is not None and version is not None:
         weights = remote_weights(root, away(found, version), items, choice)
-        locate(place, revision=version, patterns=[glob.escape(name) for name in weights.files], ignored=())
+        patterns = [glob.escape(name) for name in weights.files]
+        with progress(sum(item.size or 0 for item in items if item.path in weights.files), "fetching") as report:
+            locate(place, revision=version, patterns=patterns, ignored=(), report=report)
     return root, found, version
 
 
-def resolve_source(place: str, *, revision: str | None = None, choice: Choice = AS_FOUND) -> Source:
+def resolve_source(
+    place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, progress: Progress = silent
+) -> Source:
     """Open a checkpoint: a local folder, or one elsewhere, whose files are fetched to the cache."""
-    root, found, version = fetch(place, revision=revision, choice=choice)
+    root, found, version = fetch(place, revision=revision, choice=choice, progress=progress)
     repo_id, commit = of_hub(found, version)
     return open_source(root, choice=choice, repo_id=repo_id, commit=commit)
 

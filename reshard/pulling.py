@@ -58,8 +58,10 @@ def pull(
     records = _wanted(found, None if ranks is None else sorted(set(ranks)))
     names = [record.name for record in records]
     target = None if to is None else _vacant(local_folder(to), found, records)
-    folder = fetch_files(place, names, version=found.version, to=None if to is None else local_folder(to))
-    with progress(sum(record.size for record in records), "checking") as report:
+    below, total = None if to is None else local_folder(to), sum(record.size for record in records)
+    with progress(total, "fetching") as report:
+        folder = fetch_files(place, names, version=found.version, to=below, report=report)
+    with progress(total, "checking") as report:
         for record in records:
             try:
                 check_file(folder, record, report)

@@ -29,6 +29,7 @@ from .errors import (
 from .filesystems import check_ranges, doing, identified, listed, name_in
 from .hub.place import is_hub_url
 from .output import pwrite
+from .progress import Advance
 from .remote import Entry, GivenUp, lacking, never
 from .source import MANIFEST_NAME
 from .untrusted import check_plain_path
@@ -285,9 +286,16 @@ def _listed(system: Any, root: str, url: str) -> Listing:
 
 
 def snapshot(
-    url: str, *, version: str | None, patterns: Sequence[str], ignored: Sequence[str], to: Path | None
+    url: str,
+    *,
+    version: str | None,
+    patterns: Sequence[str],
+    ignored: Sequence[str],
+    to: Path | None,
+    report: Advance | None = None,
 ) -> tuple[Path, str]:
     """The files of a store's folder whose names match `patterns`, fetched into `to` or the cache: (folder, version).
+    `report` is told of the bytes of each that has come.
 
     Raises:
         BadInputError: there is nothing.
@@ -305,4 +313,6 @@ def snapshot(
     for name in [item.path for item in store.items() if not item.odd] if nested else store.files:
         if matches(name, patterns) and not matches(name, ignored) and not (folder / name).exists():
             store.get(name, folder)
+            if report is not None:
+                report(store.files[name][0])
     return folder, store.version

@@ -47,6 +47,8 @@ def _switches() -> list[click.Parameter]:
 
 def _remember(context: click.Context, switch: click.Parameter, value: bool) -> None:
     if value:
+        if switch.name == "quiet":  # the bars of an upload are the Hub client's own; it reads this when it is imported
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         context.meta[f"{__name__}.{switch.name}"] = True  # which a command shares with its group
 
 

@@ -99,7 +99,7 @@ def test_each_file_is_fetched_once_and_stays_no_longer_than_needed(
             nonlocal most
             most = max(most, len(list(tmp_path.glob("out.part-fetched-*/*.safetensors"))))
 
-    reshard.convert("org/model", out, tp_size=2, progress=lambda _: Watching())  # type: ignore[arg-type, return-value]
+    reshard.convert("org/model", out, tp_size=2, progress=lambda *_: Watching())  # type: ignore[arg-type, return-value]
     assert_same(out, local)
     sizes = sizes_of(checkpoint("llama"))
     bodies, headers = fetched(published, sizes)

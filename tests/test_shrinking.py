@@ -257,8 +257,13 @@ def root(pristine: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("calls", [1, 5])
 def test_verify(calls: int, share: float, root: Path) -> None:
     path = root / "out" / RANK
-    of_first = len(reshard.inspect(root / "out").rank_files[0].tensors)
-    progress = after(of_first + calls, lambda: cut(path, share))
+    of_first = len(reshard.inspect(root / "out").rank_files[0].tensors) + 1  # and its header
+    told = after(of_first + calls, lambda: cut(path, share))
+
+    @contextlib.contextmanager
+    def progress(*_: object) -> Iterator[Callable[[int], object]]:
+        yield told
+
     with pytest.raises(IntegrityError, match=f"{RANK}: changed while it was being read"):
         reshard.verify(root / "out", progress=progress)
 
@@ -283,7 +288,7 @@ def test_verify_against(name: str, calls: int, root: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("workers", [1, 3])
 def test_merge(workers: int, root: Path) -> None:
     @contextlib.contextmanager
-    def progress(_: int) -> Iterator[Callable[[int], object]]:
+    def progress(*_: object) -> Iterator[Callable[[int], object]]:
         yield after(3, lambda: cut(root / "out" / RANK, 0.1))
 
     with pytest.raises(IntegrityError, match=f"{RANK}: changed while it was being read"):

@@ -94,20 +94,23 @@ def test_progress_is_one_thing(source: Path, out: Path, tmp_path: Path) -> None:
         assert done > 90_000
 
 
-def test_progress_of_the_hub(here: FakeHub, resharded: Path) -> None:
+def test_progress_of_the_hub(here: FakeHub, resharded: Path, tmp_path: Path) -> None:
     progress = Progress()
     reshard.publish(resharded, "org/model", licence="mit", progress=progress)
     reshard.pull("org/model", ranks=[0], progress=progress)
-    checked = [found for found in progress.told if found[0] == "checking"]
-    assert len(checked) == 2
-    assert all(total == done > 0 for _, total, done in checked)
+    assert [what for what, _, _ in progress.told] == ["checking", "fetching", "checking"]
+    assert all(total == done > 0 for _, total, done in progress.told)
+    reshard.merge("org/model", tmp_path / "merged", progress=progress)
+    assert [what for what, _, _ in progress.told[3:]] == ["fetching", "writing", "checking"]
+    assert progress.told[3][2] > 50_000  # the file of the other rank
 
 
 @pytest.mark.usefixtures("store")
 def test_progress_of_a_store(source: Path) -> None:
     progress = Progress()
     reshard.convert(source, "s3://bucket/out", tp_size=2, progress=progress)
-    assert [what for what, _, _ in progress.told] == ["writing", "sending"]
+    reshard.pull("s3://bucket/out", progress=progress)
+    assert [what for what, _, _ in progress.told] == ["writing", "sending", "fetching", "checking"]
     assert all(total * 0.9 < done <= total for _, total, done in progress.told)
 
 

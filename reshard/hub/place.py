@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import BadInputError, NetworkError, UsageError, printable
+from ..progress import Advance
 from .errors import explain
-from .session import again, client, is_unreachable
+from .session import again, bar_that_tells, client, is_unreachable
 
 __all__ = ["Place", "discard", "files", "folders", "is_hub_url", "is_offline", "snapshot"]
 
@@ -85,9 +86,16 @@ def _address(url: str) -> str:
 
 
 def snapshot(
-    where: Place, *, revision: str | None, patterns: Sequence[str], ignored: Sequence[str], to: Path | None
+    where: Place,
+    *,
+    revision: str | None,
+    patterns: Sequence[str],
+    ignored: Sequence[str],
+    to: Path | None,
+    report: Advance | None = None,
 ) -> tuple[Path, str | None]:
     """The files at a place that match `patterns`, at one commit, fetched into `to` or the cache: (folder, commit).
+    `report` is told of bytes that arrive; then the client shows no bars.
 
     Offline, or where the Hub does not answer, the commit that the cache knows by that name; a log tells the latter.
 
@@ -103,6 +111,7 @@ def snapshot(
         allow_patterns=[where.inside(pattern) for pattern in patterns],
         ignore_patterns=[where.inside(pattern) for pattern in ignored],
         local_dir=to,
+        tqdm_class=None if report is None else bar_that_tells(report),
     )
     try:
         with client():

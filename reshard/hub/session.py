@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-__all__ = ["BUSY", "RETRIES", "again", "answer_of", "client", "is_unreachable"]
+from ..progress import Advance
+
+__all__ = ["BUSY", "RETRIES", "again", "answer_of", "bar_that_tells", "client", "is_unreachable"]
 
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses of a Hub that may well answer a moment later
 _PAUSES = (1, 2, 4)  # seconds before the same is asked again
@@ -211,3 +213,27 @@ def _asked(request: Any) -> str:
     from huggingface_hub import constants
 
     return f"{request.method} {str(request.url).partition('?')[0].removeprefix(constants.ENDPOINT)}"
+
+
+def bar_that_tells(report: Advance) -> type:
+    """The class of bars that show nothing, for the client's downloads: they tell of the bytes that have come."""
+    from tqdm import tqdm
+
+    lock, counts, told = threading.Lock(), Counter[int](), 0
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._of_bytes = options.get("unit") == "B"
+            super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal told
+            if not self._of_bytes:
+                return
+            with lock:  # the client has two of them, of what is sent and of what is written: the same bytes
+                counts[id(self)] += int(n or 0)
+                new, told = counts[id(self)] - told, max(told, counts[id(self)])
+            if new > 0:
+                report(new)
+
+    return Bar
