@@ -41,6 +41,12 @@ class LoadedParameter(DTensor):
             )
         self._local_tensor.data = value.to_local()
 
+    @staticmethod
+    def __tensor_unflatten__(*parts: Any) -> LoadedParameter:
+        """For a compiled forward whose module sees the DTensor: there too it is of this class."""
+        made: Any = DTensor.__tensor_unflatten__(*parts)
+        return LoadedParameter(made._local_tensor, made._spec, requires_grad=made.requires_grad)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadedParameter:
         if id(self) not in memo:
             local = copy.deepcopy(self._local_tensor, memo)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,13 @@ def test_what_is_assigned_is_seen_by_a_compiled_forward(backend: str, folder: Pa
         after = model(IDS).logits
         assert not torch.allclose(before, after)
         torch.testing.assert_close(compiled(IDS).logits, after)
+
+
+def test_a_module_that_sees_dtensors_is_compiled_and_sees_what_is_assigned(tmp_path: Path) -> None:
+    source, worker = pico.save("llama", tmp_path / "source"), str(WORKERS / "own_style.py")
+    subprocess.run([sys.executable, worker, "make", str(source), str(tmp_path / "out")], check=True, timeout=120)
+    done = torchrun(2, worker, "run", str(tmp_path / "out"), "aot_eager")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_bias_that_is_added_behind_the_sum_is_not_written_to_unheard() -> None:
