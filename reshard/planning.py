@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from .dtypes import FLOATING, itemsize, torch_name, widest
+from .dtypes import FLOATING, itemsize, widest
 from .errors import BadInputError, TopologyError, listed, printable
 from .model import Model, Parameter
 from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
 from .regions import Region
+from .remarks import dtypes_of, mixed_note, partly_note
 from .source import Source
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, TensorParallelLayer
-from .targets import Target
+from .targets import Target, partly_used
 from .topology import Topology
 
 __all__ = ["ReshardPlan", "build_plan", "legal_sizes", "smallest_fit"]
@@ -30,6 +31,7 @@ class ReshardPlan:
     """Everything `convert` will do. `runtime_only` says why plain transformers cannot open the folder, if it cannot.
 
     `tied` parameters share the tensor of their owner. `duplicates` are source tensors equal to another that is stored.
+    `unused` are kept apart: what no parameter takes, and whole what one takes a part of, so that all can be given back.
     `custom` styles, by name, are of the named classes. `notes` are remarks for the user, one line each: `plan` and
     `convert` show them.
     """
@@ -100,6 +102,7 @@ def build_plan(
         for parameter in model.parameters
         if parameter.name in regions
     )
+    partly = partly_used(source, (region for found in model.regions.values() for region in found))
     return ReshardPlan(
         source,
         model,
@@ -107,11 +110,11 @@ def build_plan(
         targets,
         tied,
         duplicates,
-        unused=() if drop_unused else model.unused,
+        unused=(*(() if drop_unused else model.unused), *partly),
         dropped=model.unused if drop_unused else (),
         runtime_only=(*_runtime_only(targets, tied, topology.world_size), *apart),
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
-        notes=(*model.notes, *_mixed(targets, source), *source.notes),
+        notes=(*model.notes, *mixed_note(targets, source), *partly_note(partly), *source.notes),
     )
 
 
@@ -186,7 +189,7 @@ def _target(
     topology: Topology,
     cast: bool,
 ) -> Target:
-    dtypes = _dtypes(regions, source)
+    dtypes = dtypes_of(regions, source)
     stored = widest(dtypes) if dtypes else parameter.dtype
     if stored is None:
         raise BadInputError(
@@ -198,22 +201,6 @@ def _target(
     style = parameter.expert_style or parameter.style
     reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None
     return Target(parameter.name, parameter.shape, stored, placement, regions, style, compute_dtype, reason)
-
-
-def _dtypes(regions: Iterable[Region], source: Source) -> set[str]:
-    return {torch_name(source.tensors[region.source].dtype, tensor=region.source) for region in regions}
-
-
-def _mixed(targets: Iterable[Target], source: Source) -> list[str]:
-    """A remark on parameters that are made of tensors of several dtypes: what they are stored in."""
-    mixed = [(target, _dtypes(target.regions, source)) for target in targets if len(target.regions) > 1]
-    mixed = [(target, dtypes) for target, dtypes in mixed if len(dtypes) > 1]
-    if not mixed:
-        return []
-    names = listed(target.name for target, _ in mixed)
-    into = ", ".join(sorted({target.dtype for target, _ in mixed}))
-    of = ", ".join(sorted(set().union(*(dtypes for _, dtypes in mixed))))
-    return [f"{len(mixed)} parameters are made of tensors of several dtypes ({of}), stored in {into}: {names}"]
 
 
 def _why_whole(parameter: Parameter, topology: Topology) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .dtypes import widest
+from .dtypes import FLOATING, widest
 from .placement import Piece
 from .regions import Region, cut, whole
 from .reshape import reshape
@@ -65,9 +65,13 @@ def _same(tensor: RegionTensor, *_: Any, **__: Any) -> RegionTensor:
 
 
 def _to(tensor: RegionTensor, *, dtype: torch.dtype | None = None, **_: Any) -> RegionTensor:
-    if dtype not in (None, tensor.dtype):
+    """A cast between floating dtypes moves nothing: elements are cast as they are copied to where they are stored, or
+    when they are loaded, and once."""
+    if dtype in (None, tensor.dtype):
+        return _same(tensor)
+    if not {str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype)} <= FLOATING:
         raise NotACopyError(f"cast from {tensor.dtype} to {dtype}")
-    return _same(tensor)
+    return RegionTensor(tensor.shape, dtype, tensor.regions)
 
 
 def _narrow(tensor: RegionTensor, dim: int, start: int, length: int) -> RegionTensor:

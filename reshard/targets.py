@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from .placement import Placement, local_shape, offset, pieces
 from .regions import Region, cut, whole
 from .source import Source
 
-__all__ = ["LocalTensor", "Target", "rank_tensors", "unused_tensors"]
+__all__ = ["LocalTensor", "Target", "partly_used", "rank_tensors", "unused_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,16 @@ def _local(target: Target, rank: int, world_size: int) -> LocalTensor:
     return LocalTensor(target.name, shape, target.dtype, start, regions)
 
 
+def partly_used(source: Source, regions: Iterable[Region]) -> tuple[str, ...]:
+    """Source tensors of which `regions` take elements, but not all: without padded rows, for one."""
+    taken: Counter[str] = Counter()
+    for region in regions:
+        taken[region.source] += math.prod(e for e, stride in zip(region.extent, region.strides) if stride or e == 1)
+    return tuple(name for name, size in taken.items() if size < math.prod(source.tensors[name].shape))
+
+
 def unused_tensors(source: Source, names: Iterable[str]) -> tuple[LocalTensor, ...]:
-    """Source tensors that the model does not take, as they are."""
+    """Source tensors that the model does not take, or not all of, as they are."""
     found = []
     for name in names:
         info = source.tensors[name]

@@ -104,4 +104,13 @@ def test_computing_is_refused() -> None:
     with pytest.raises(NotACopyError):
         torch.add(tensor, tensor)
     with pytest.raises(NotACopyError):
-        tensor.to(torch.float16)
+        tensor.to(torch.int32)
+
+
+def test_a_cast_between_floating_dtypes_is_left_to_the_copy() -> None:
+    """Its elements are the same: what they are cast to is a matter of where they are stored."""
+    tensor = RegionTensor.of_source("x", (4, 4), torch.float32)
+    assert tensor.to(torch.float16).regions == tensor.regions
+    assert tensor.to(torch.float16).dtype == torch.float16
+    mixed = torch.cat([tensor.to(torch.bfloat16), tensor.to(torch.float16)])
+    assert (mixed.dtype, len(mixed.regions)) == (torch.float32, 2)

@@ -1,0 +1,37 @@
+"""Remarks on a plan: what is stored in another way than the checkpoint has it, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .dtypes import torch_name
+from .errors import listed
+from .regions import Region
+from .source import Source
+from .targets import Target
+
+__all__ = ["dtypes_of", "mixed_note", "partly_note"]
+
+
+def dtypes_of(regions: Iterable[Region], source: Source) -> set[str]:
+    """The dtypes (torch names) of the source tensors that `regions` take from."""
+    return {torch_name(source.tensors[region.source].dtype, tensor=region.source) for region in regions}
+
+
+def mixed_note(targets: Iterable[Target], source: Source) -> list[str]:
+    """Of parameters that are made of tensors of several dtypes: what they are stored in."""
+    found = [(target, dtypes_of(target.regions, source)) for target in targets if len(target.regions) > 1]
+    mixed = [(target, dtypes) for target, dtypes in found if len(dtypes) > 1]
+    if not mixed:
+        return []
+    names = listed(target.name for target, _ in mixed)
+    into = ", ".join(sorted({target.dtype for target, _ in mixed}))
+    of = ", ".join(sorted(set().union(*(dtypes for _, dtypes in mixed))))
+    return [f"{len(mixed)} parameters are made of tensors of several dtypes ({of}), stored in {into}: {names}"]
+
+
+def partly_note(names: Sequence[str]) -> list[str]:
+    """Of source tensors that the model takes a part of: that they are kept whole too."""
+    if not names:
+        return []
+    return [f"{len(names)} tensors are used in part, and kept whole too, to be given back: {listed(names)}"]
