@@ -117,10 +117,10 @@ def _prepare(family: str, model: Any, root: Path, tp_size: int, ep_size: int) ->
     except Exception as error:
         return Row(family, "convert", _line(error))
     styles = {target.style for target in manifest.parameters if target.style} | set(manifest.hooks.values())
-    return _Job(output, tokens, Row(family, "run", remark, tuple(sorted(styles)), _conversions(model)))
+    return _Job(output, tokens, Row(family, "run", remark, tuple(sorted(styles)), conversions(model)))
 
 
-def _conversions(model: Any) -> tuple[str, ...]:
+def conversions(model: Any) -> tuple[str, ...]:
     entries = get_model_conversion_mapping(model)
     return tuple(sorted({type(operation).__name__ for entry in entries for operation in _operations(entry)}))
 
