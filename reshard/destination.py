@@ -147,7 +147,7 @@ class _InStore:
         found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         # Weights first: a checkpoint that is around it takes a folder of small files for its own.
         names = sorted({*found} - {JOURNAL_NAME}, key=lambda name: (not is_weights(name), name))
-        last = next(name for name in _LAST if name in names)
+        last = next((name for name in _LAST if name in names), names[-1])  # where config.json names its weights
         names.remove(last)
         sizes = {name: (folder / name).stat().st_size for name in names}
         strange = sorted(open_store(self.url).files.keys() - {*names, last, PROBE_NAME})

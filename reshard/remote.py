@@ -121,7 +121,7 @@ def remote_weights(root: Path, away: Away, items: Iterable[Item], choice: Choice
         if not (root / name).exists():
             away.get(name, None)
 
-    return weights_of(root, [item.path for item in items], choice=choice, fetch=fetch)
+    return weights_of(root, [item.path for item in items], place=away, choice=choice, fetch=fetch)
 
 
 def open_remote(

@@ -145,10 +145,12 @@ def weights_of(
     root: Path,
     names: Collection[str],
     *,
+    place: object = None,
     choice: Choice = AS_FOUND,
     fetch: Callable[[str], object] = lambda _: None,
 ) -> Weights:
     """Where the weights are of the checkpoint whose small files are in `root`, and which has files of these paths.
+    `place` is what to call it by, where that is elsewhere.
 
     Raises what `find_weights` does; BadInputError where there are none.
     """
@@ -162,7 +164,7 @@ def weights_of(
             fetch=fetch,
         )
     if found is None:
-        raise no_weights(root, names, choice=choice, base=_base_of_adapter(root))
+        raise no_weights(place or root, names, choice=choice, base=_base_of_adapter(root))
     return found
 
 
