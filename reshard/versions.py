@@ -9,6 +9,7 @@ A later feature adds its name to `FEATURES`, and nothing else here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,14 @@ def _has_subfolders(manifest: Manifest) -> bool:
     return any("/" in name for name in names)
 
 
+def _has_copies(manifest: Manifest) -> bool:
+    """A reader of 2.0 gives a tensor back to one source file, and refuses a manifest that has it in two."""
+    names = [name for file in manifest.source_files for name in json.loads(file["header"]) if name != "__metadata__"]
+    return len(set(names)) < len(names)
+
+
 # What 3.0 can require: name → whether a manifest needs it. The writer names those that it does.
-FEATURES: dict[str, Callable[[Manifest], bool]] = {"subfolders": _has_subfolders}
+FEATURES: dict[str, Callable[[Manifest], bool]] = {"copies": _has_copies, "subfolders": _has_subfolders}
 
 _FILE = {"file", "size", "digest", "tensors"}
 # Every member of 2.0, by the way to the objects that have it. Those of placements are where placements are read, and a

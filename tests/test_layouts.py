@@ -114,6 +114,14 @@ def test_an_index_at_odds_with_its_files(case: str, source: Path, out: Path, res
     assert_loads(out.with_name("merged"), resharded)
 
 
+def test_a_folder_of_copies_says_so(source: Path, out: Path) -> None:
+    """To a reader that takes a tensor in two files for a mistake."""
+    _twice(source)
+    reshard.convert(source, out, tp_size=1, sync=False)
+    content = json.loads((out / "reshard.json").read_text())
+    assert (content["format_version"], content["requires"]) == ("3.0", ["copies"])
+
+
 def test_the_copy_that_the_index_names_is_taken(source: Path) -> None:
     _twice(source)
     for file in sorted(source.glob("model-*")):
@@ -278,7 +286,7 @@ def test_an_option_goes_before_the_configuration(source: Path, out: Path, reshar
 
 @pytest.mark.parametrize("weights", ["", "../source", "/etc", "a//b", "a/../b", ".."])
 def test_weights_of_no_plain_path(weights: str, source: Path) -> None:
-    with pytest.raises((UsageError, PolicyError), match="--weights"):
+    with pytest.raises((UsageError, PolicyError), match="weights"):
         reshard.plan(source, tp_size=2, weights=weights)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import object_store
 import pico
 import pytest
+from cli_tools import link
 from fake_hub import FakeHub
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +42,17 @@ def run(*command: str, folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where SOURCE is a pico model with a tokenizer, MOE one with experts, and the README's own files are there."""
+    """Where SOURCE is a pico model with a tokenizer, MOE one with experts, LINKS and VARIANT have their weights
+    elsewhere, and the README's own files are there."""
     root = tmp_path_factory.mktemp("readme")
     run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
     (root / "SOURCE" / "recipe.yaml").write_text("steps: 1\n")
     pico.save("qwen3_moe", root / "MOE")
+    pico.build("llama").save_pretrained(root / "VARIANT", variant="fp16")
+    pico.save("llama", root / "LINKS")
+    (root / "store").mkdir()
+    for path in (root / "LINKS").glob("*.safetensors"):
+        link(path, root / "store" / path.name)
     for name, text in FILES.items():
         (root / name).write_text(text)
     return root
