@@ -314,5 +314,5 @@ def snapshot(
         if matches(name, patterns) and not matches(name, ignored) and not (folder / name).exists():
             store.get(name, folder)
             if report is not None:
-                report(store.files[name][0])
+                report(store.entries([name])[0].size)
     return folder, store.version
