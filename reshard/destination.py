@@ -20,6 +20,7 @@ from .output import sync_folder
 from .progress import Progress, silent
 from .source import MANIFEST_NAME
 from .stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
+from .system import walked
 from .weights import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["Destination", "destination"]
@@ -94,7 +95,7 @@ class _OnDisk:
             # Without its journal it is no longer gone on with, only put there.
             (folder / JOURNAL_NAME).unlink(missing_ok=True)
             if self.sync:
-                for inside, _, _ in os.walk(folder, topdown=False):
+                for inside, _, _ in walked(folder, topdown=False):
                     sync_folder(Path(inside))
             self.check()
             flag = EXCHANGE if self.overwrite and os.path.lexists(out) else NOREPLACE

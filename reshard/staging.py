@@ -184,7 +184,8 @@ def _existing(folder: Path) -> Iterator[None]:
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if missing:
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{printable(folder)}: {error.strerror}") from None
         for path in missing:

@@ -8,11 +8,15 @@ is missing: the files may all be as they should, so nothing is concluded of them
 from __future__ import annotations
 
 import errno
+import os
 import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 from .errors import ReshardError, StorageError, printable
 
-__all__ = ["LOCAL", "by_errno", "descriptors", "explained"]
+__all__ = ["LOCAL", "by_errno", "descriptors", "explained", "walked"]
 
 _OF_THE_PATH = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
@@ -65,6 +69,15 @@ def _refusal(error: BaseException | None) -> OSError | None:
 def _of_this_machine(error: OSError) -> bool:
     """Of a socket's errors only those that are not the other side's."""
     return error.errno in LOCAL or (error.filename is not None and error.errno not in _OF_THE_PATH)
+
+
+def walked(folder: Path, *, topdown: bool = True) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`, which by itself passes over what cannot be listed. Raises OSError."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    return os.walk(folder, topdown, fail)
 
 
 def descriptors() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from .progress import Advance, Progress, silent
 from .rank_file import check_digests, read_rank_header, written_file
 from .source import MANIFEST_NAME
 from .stores import as_text
+from .system import by_errno, walked
 from .weights import AS_FOUND, chosen
 
 __all__ = ["Report", "check_file", "verify"]
@@ -87,11 +87,15 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
 def _present(folder: Path, folders: Set[str]) -> tuple[set[str], set[str]]:
     """The files of a folder and of the `folders` in it, by path; and the folders there that are none of those."""
     files, foreign = set(), set()
-    for inside, below, names in os.walk(folder):
-        at = Path(inside).relative_to(folder)
-        files |= {str(at / name) for name in names}
-        foreign |= {str(at / name) for name in below if str(at / name) not in folders}
-        below[:] = [name for name in below if str(at / name) in folders]
+    try:
+        for inside, below, names in walked(folder):
+            at = Path(inside).relative_to(folder)
+            files |= {str(at / name) for name in names}
+            foreign |= {str(at / name) for name in below if str(at / name) not in folders}
+            below[:] = [name for name in below if str(at / name) in folders]
+    except OSError as error:
+        words = f"{printable(error.filename)}: {error.strerror}"
+        raise by_errno(error, words, IntegrityError) from None
     return files, foreign
 
 

@@ -213,7 +213,12 @@ def test_files_of_a_folder(folder: Path, cli: Cli) -> None:
 @pytest.mark.parametrize("command", ["plan", "convert", "inspect", "verify", "merge", "run"])
 def test_arguments(command: str, tmp_path: Path, cli: Cli) -> None:
     """They may come from a list of models that somebody made."""
-    more = {"plan": ["--tp-size", 2], "convert": [tmp_path / "o", "--tp-size", 2], "merge": [tmp_path / "o"]}
+    more = {
+        "plan": ["--tp-size", 2],
+        "convert": [tmp_path / "o", "--tp-size", 2],
+        "merge": [tmp_path / "o"],
+        "run": ["--prompt", "x"],
+    }
     for name in (HOSTILE, os.fsdecode(b"\xff"), f"org/{HOSTILE}"):
         result = clean(cli(command, name, *more.get(command, [])))
         assert result.code == 3, result

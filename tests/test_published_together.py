@@ -116,7 +116,7 @@ def test_other_files_are_not_replaced(path: str, dry_run: bool, here: FakeHub, r
     same, another = f"{path}generation_config.json", f"{path}config.json"
     repo = here.create("org/model", {same: files["generation_config.json"], another: b"{}"}, token="hf_test")
     place = f"org/model/{path}".rstrip("/")
-    with pytest.raises(DestinationExistsError, match=f"other files of these names: {another}$") as refused:
+    with pytest.raises(DestinationExistsError, match=f"other files of these names: {another}\n") as refused:
         reshard.publish(resharded, place, private=True, dry_run=dry_run)
     assert ("remove them there" if path else "org/model/tp2") in str(refused.value.hint)
     assert repo.files[another] == b"{}"

@@ -27,7 +27,7 @@ from reshard.manifest import read_manifest
 from reshard.rules import read_rules
 from reshard.source import open_source
 from reshard.strategies import load_strategies
-from reshard.system import by_errno, explained
+from reshard.system import by_errno, explained, walked
 from reshard.untrusted import read_json, vetted_path
 from runtime.agreement import words_of
 
@@ -227,3 +227,10 @@ def test_reading_what_is_there(tmp_path: Path) -> None:
     assert read_header(source.files[0].path, file="x").tensors
     with pytest.raises(BadInputError):
         read_manifest(source.root)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert [inside for inside, _, _ in walked(tmp_path)] == [str(tmp_path), str(tmp_path / "there")]
+    with pytest.raises(FileNotFoundError):
+        list(walked(tmp_path / "gone"))
