@@ -19,6 +19,7 @@ from .errors import BusyError, StorageError, printable
 from .exclusive import locked, renamed
 from .journal import JOURNAL_NAME
 from .output import pwrite, sync_folder
+from .system import by_errno
 
 __all__ = ["Stage", "check_free_space", "copy_file", "make_folders", "staged_folder", "write_file"]
 
@@ -75,7 +76,7 @@ class Stage:
             if not kept:
                 folder.mkdir(mode=0o755)
         except OSError as error:
-            raise StorageError(f"{printable(folder)}: {error.strerror}") from None
+            raise by_errno(error, f"{printable(folder)}: {error.strerror}", StorageError) from None
         self.folder = folder
         return folder
 

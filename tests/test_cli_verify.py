@@ -89,8 +89,9 @@ def test_verify_names_the_damage(case: str, folder: Path, refused: Refused) -> N
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "run"])
 def test_not_a_resharded_folder(command: str, source: Path, tmp_path: Path, refused: Refused) -> None:
-    refused(3, [command, source], "not a resharded folder", hint="reshard convert")
-    refused(3, [command, tmp_path / "not" / "there"], "no such folder")
+    more = ["--prompt", "x"] if command == "run" else []
+    refused(3, [command, source, *more], "not a resharded folder", hint="reshard convert")
+    refused(3, [command, tmp_path / "not" / "there", *more], "no such folder")
 
 
 # --- manifests ---
