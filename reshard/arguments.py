@@ -47,7 +47,8 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _shown(value: object) -> str:
-    return printable(repr(value) if isinstance(value, (str, int, float)) or value is None else type(value), 80)
+    plain = value is None or isinstance(value, (str, int, float)) or type(value).__name__ in ("dtype", "type")
+    return printable(repr(value) if plain else type(value), 80)
 
 
 def _known(right: bool, words: str) -> None:

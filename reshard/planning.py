@@ -292,7 +292,7 @@ def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory
         f" the most have {least:,}",
         hint="what is whole on every rank is listed by reshard plan --tp-size N"
         if memory >= _LEAST_MEANT
-        else "give the size with its unit, such as 24GB",
+        else "24 GB are 24e9 bytes, or --gpu-memory 24GB",
     )
 
 

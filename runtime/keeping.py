@@ -75,6 +75,13 @@ def _in_place(module: Any, state_dict: Any, strict: bool = True, assign: bool = 
             "load_state_dict(assign=True) replaces parameters, and a loaded model keeps them",
             hint="without assign, their values are copied",
         )
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        theirs = state_dict.get(name, parameter)
+        if isinstance(parameter, DTensor) and not isinstance(theirs, DTensor):
+            raise UsageError(
+                f"{printable(name)}: a loaded model's is a DTensor, and this state_dict has a {type(theirs).__name__}",
+                hint="give what state_dict() of a loaded model gives; values of a checkpoint come by converting that",
+            )
     return type(module).load_state_dict(module, state_dict, strict)
 
 

@@ -8,12 +8,25 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["give_method"]
+from reshard.errors import UsageError
+
+__all__ = ["give_method", "given"]
 
 
 def give_method(model: Any, name: str, function: Callable[..., Any]) -> None:
     """Have `model.NAME(…)` call `function(model, …)`; a copy of the model has its own."""
     setattr(model, name, _Method(function, model))
+
+
+def given(model: Any, name: str) -> Any:
+    """What a load has given to a model as its attribute `name`. Raises UsageError for a model of somebody else."""
+    found = getattr(model, name, None)
+    if found is None:
+        raise UsageError(
+            f"this {type(model).__name__} is not a model that was loaded by this runtime",
+            hint="give what runtime.load returned",
+        )
+    return found
 
 
 class _Method:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from reshard.errors import TopologyError
 from reshard.strategies import group_of
 
+from .methods import given
 from .ranks import RankInfo
 
 __all__ = ["TP", "Replicas", "gather", "on_mesh", "replicas_of", "share", "side_by_side", "span"]
@@ -86,7 +87,8 @@ def span(replicas: Replicas, mesh: DeviceMesh) -> Replicas:
 
 def replicas_of(model: Any) -> Replicas:
     """Those that a loaded model is one of."""
-    return model._reshard_replicas
+    found: Replicas = given(model, "_reshard_replicas")
+    return found
 
 
 def share(model: Any, items: Sequence[T]) -> list[T]:

@@ -15,6 +15,7 @@ from reshard.placement import Placement, Replicate, local_shape, pieces
 from reshard.targets import Target
 
 from .keeping import check_views
+from .methods import given
 from .placing import owners
 
 __all__ = ["full_tensor", "whole_of"]
@@ -26,9 +27,10 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
     `DTensor.full_tensor()` does the same where the layout has a name in DTensor. Raises UsageError where the files
     have none of that name.
     """
-    target: Target | None = model._reshard_targets.get(name)
+    targets: dict[str, Target] = given(model, "_reshard_targets")
+    target = targets.get(name)
     if target is None:
-        near = difflib.get_close_matches(name, model._reshard_targets)
+        near = difflib.get_close_matches(name, targets)
         raise UsageError(
             f"the files hold no parameter or buffer {printable(name)}",
             hint=f"near to it: {listed(near)}" if near else "their names are those of model.state_dict()",

@@ -106,6 +106,17 @@ def test_a_dtype_as_people_write_it(dtype: Any, source: Path) -> None:
     assert reshard.plan(source, tp_size=2, dtype=dtype).model.dtype == "bfloat16"
 
 
+def test_a_dtype_that_cannot_be_is_shown() -> None:
+    with pytest.raises(UsageError, match=r"^plan: dtype is torch\.int8\n"):
+        reshard.plan("somewhere", tp_size=2, dtype=torch.int8)
+
+
+def test_memory_that_was_meant_in_another_unit(source: Path) -> None:
+    with pytest.raises(reshard.TopologyError) as caught:
+        reshard.plan(source, gpu_memory=24)
+    assert caught.value.hint == "24 GB are 24e9 bytes, or --gpu-memory 24GB"
+
+
 def test_a_dtype_of_the_command_line(source: Path, cli: Cli) -> None:
     report = cli("plan", source, "--tp-size", 2, "--dtype", "fp16", "--format", "json")
     assert json.loads(report.out)["dtype"] == "float16"

@@ -34,6 +34,8 @@ REFUSED = {
     "deleted": f"model.norm.weight: {KEEPS}",
     "registered": f"model.norm.bias: {KEEPS}",
     "assigned state dict": "load_state_dict(assign=True) replaces parameters",
+    "whole state dict": "lm_head.weight: a loaded model's is a DTensor, and this state_dict has a Tensor",
+    "backward to inputs": "a loaded model runs inference only: gradients",
     "input embeddings": f"model.embed_tokens: {KEEPS}",
     "output embeddings": f"lm_head: {KEEPS}",
     "resized": "resize_token_embeddings gives a model other parameters",
@@ -145,6 +147,19 @@ def test_a_bias_that_is_added_behind_the_sum_is_not_written_to_unheard() -> None
     assert torch.equal(module.bias, torch.zeros(4))
     with pytest.raises(RuntimeError, match="single memory location"), torch.no_grad():
         module.bias.add_(1)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: runtime.full_tensor(model, "weight"),
+        lambda model: runtime.share(model, ["a"]),
+        lambda model: runtime.gather(model, ["a"]),
+    ],
+)
+def test_a_model_of_somebody_else_is_told_so(ask: Callable[[Any], Any]) -> None:
+    with pytest.raises(UsageError, match="this Linear is not a model that was loaded by this runtime"):
+        ask(torch.nn.Linear(2, 2))
 
 
 def test_a_copy_keeps_its_own(folder: Path) -> None:

@@ -70,4 +70,4 @@ def test_the_command(checkpoint: Checkpoint, cli: Cli) -> None:
     for size in ("much", "1e999", "9" * 400, "-1GB"):
         assert cli("plan", checkpoint("llama"), "--gpu-memory", size).code == 2
     assert_one_error(cli("plan", checkpoint("llama")), 2, "number of ranks", hint="--tp-size 2, or --gpu-memory 24GB")
-    assert_one_error(cli("plan", checkpoint("llama"), "--gpu-memory", 24), 9, "24 bytes", hint="unit, such as 24GB")
+    assert_one_error(cli("plan", checkpoint("llama"), "--gpu-memory", 24), 9, "24 bytes", hint="--gpu-memory 24GB")

@@ -38,10 +38,12 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 
 def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Sum over the ranks, in place."""
+    """Sum over the ranks, in place. Where torch records a graph, it ends here: no other rank's part is in it."""
     world_size = mesh.size()
     if world_size == 1:
         return x
+    if x.requires_grad:
+        x = x.detach()
     if x.device.type != "cpu" or x.nbytes * world_size > _SMALL:
         dist.all_reduce(x, group=mesh.get_group())
         return x

@@ -92,6 +92,12 @@ def no_bias(model: Any) -> None:
     model.model.layers[0].self_attn.o_proj.bias = None
 
 
+def backward_to_inputs(model: Any) -> None:
+    embeds = torch.randn(1, 5, 32).requires_grad_()
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(inputs_embeds=embeds.detach()).logits)
+    model(inputs_embeds=embeds).logits.sum().backward()
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "data": data,
     "data in place": data_in_place,
@@ -113,6 +119,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "deleted": lambda model: delattr(model.model.norm, "weight"),
     "registered": lambda model: model.model.norm.register_parameter("bias", nn.Parameter(torch.zeros(32))),
     "assigned state dict": lambda model: model.load_state_dict(model.state_dict(), assign=True),
+    "whole state dict": lambda model: model.load_state_dict({"lm_head.weight": torch.zeros(130, 32)}, strict=False),
+    "backward to inputs": backward_to_inputs,
     "input embeddings": lambda model: model.set_input_embeddings(nn.Embedding(130, 32)),
     "output embeddings": lambda model: model.set_output_embeddings(nn.Linear(32, 130, bias=False)),
     "resized": lambda model: model.resize_token_embeddings(170, mean_resizing=False),
