@@ -107,7 +107,7 @@ def test_map_of_the_house() -> None:
     house = {line.split()[0].rstrip("/") for line in block.splitlines() if not line.startswith(" ")}
     named = set(re.findall(r"[\w]+\.py\b", block)) | {"strategies", "hub", "commands", "cli", "launch"}
     there = {path.name for package in house for path in (ROOT / package).iterdir() if not path.name.startswith("_")} - {
-        "py.typed"
+        *("py.typed", "manifest.schema.json"),
     }
     assert named == there
 
