@@ -6,12 +6,12 @@ work never does, not even where it is asked for.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 __all__ = [
     "CARD",
-    "HEAD_BYTES",
     "KNOWN",
     "KNOWN_AT_TOP",
     "NEVER",
@@ -20,9 +20,9 @@ __all__ = [
     "SILENT",
     "WEIGHTS",
     "Kind",
-    "first_bytes",
     "is_licence",
     "is_weights",
+    "known_by_content",
 ]
 
 
@@ -38,6 +38,7 @@ class Kind:
 
 
 _A_WEIGHT = "weights that are not read"
+_A_KEY = "may be a key or a password"
 WEIGHTS = Kind(
     _A_WEIGHT,
     (
@@ -59,7 +60,7 @@ LICENCES = Kind(
 NEVER = (
     Kind("hidden", (".*",)),
     Kind(
-        "may be a key or a password",
+        _A_KEY,
         (
             *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk", "*.gpg", "*.kdbx", "*.crt", "*.cer"),
             *("*.der", "*.csr", "*.ovpn", "*.env", "env", "env.*", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
@@ -67,6 +68,18 @@ NEVER = (
             *("*secret*", "*credential*", "*passw*", "*api[-_]key*", "*apikey*", "*private[-_]key*", "*access[-_]key*"),
             *("*service[-_]account*", "*oauth*", "token", "token.*", "*.token", "stored_tokens*"),
             *("*hf[-_]token*", "*access[-_]token*", "*auth[-_]token*", "*api[-_]token*", "*refresh[-_]token*"),
+            *(
+                "*token.txt",
+                "*[-_]token",
+                "key.*",
+                "keys.*",
+                "*[-_]key.*",
+                "*[-_]keys.*",
+                "auth.*",
+                "*cookie*",
+                "login*",
+            ),
+            *("accounts.*", "kaggle.json", "sftp*", "ssh[-_]*", "pw.*", "pwd.*", "vault*", "rclone*", "*[-_]history*"),
         ),
     ),
     Kind(
@@ -140,10 +153,27 @@ _SIGNS = (
     *((sign, "an archive") for sign in (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")),
     *((sign, _A_WEIGHT) for sign in (b"\x89HDF", b"GGUF")),
     *((sign, "code") for sign in (b"\x7fELF", b"#!/")),
-    (b"-----BEGIN ", "may be a key or a password"),
+    (b"-----BEGIN ", _A_KEY),
     (b"version https://git-lfs", "only a pointer of git-lfs: git lfs pull fetches it"),
 )
-HEAD_BYTES = max(len(sign) for sign, _ in _SIGNS)
+# What keys look like inside a text, as those who give them out form them: how each begins, and the whole of it.
+_KEYS = (
+    (b"PRIVATE KEY-----", rb"PRIVATE KEY-----(?:\\[nr]|\s)+[\w+/-]{16}"),
+    (b"hf_", rb"\bhf_[A-Za-z]{34}\b"),
+    (b"gh", rb"\bgh[opsur]_\w{36}"),
+    (b"github_pat_", rb"\bgithub_pat_\w{60}"),
+    (b"glpat-", rb"\bglpat-[\w-]{20}"),
+    (b"AKIA", rb"\bAKIA[0-9A-Z]{16}\b"),
+    (b"AIza", rb"\bAIza[\w-]{35}"),
+    (b"xox", rb"\bxox[abeoprs]-[\w-]{20}"),
+    (b"sk-", rb"\bsk-(?:ant-|proj-)?\w{32}"),
+)
+# And a field of JSON with one of these in its name, in lower case. A vocabulary has such words, with numbers.
+_FIELDS = (
+    *(b"password", b"passwd", b"passphrase", b"secret", b"apikey", b"privatekey", b"accesskey", b"accesstoken"),
+    *(b"api_key", b"private_key", b"access_key", b"access_token", b"auth_token", b"hub_token", b"hf_token", b"api-key"),
+)
+_VALUE = rb'[\w-]{0,32}"\s*:\s*"[^"]'
 
 
 def is_licence(path: str) -> bool:
@@ -156,6 +186,15 @@ def is_weights(path: str) -> bool:
     return path.rpartition("/")[2].lower() in WEIGHTS
 
 
-def first_bytes(head: bytes) -> str:
-    """Why a file that begins so, in its first `HEAD_BYTES`, is not copied; empty where it is."""
-    return next((what for sign, what in _SIGNS if head.startswith(sign)), "")
+def known_by_content(content: bytes) -> str:
+    """Why a file that begins with `content` is not copied; empty where it is. The more of it, the surer."""
+    why = next((what for sign, what in _SIGNS if content.startswith(sign)), "")
+    return why or (_A_KEY if _holds_key(content) else "")
+
+
+def _holds_key(text: bytes) -> bool:
+    # Looking for a plain word first is a hundred times as fast as one expression of all.
+    if any(start in text and re.search(whole, text) for start, whole in _KEYS):
+        return True
+    lower = text.lower()
+    return any(word in lower and re.search(word + _VALUE, lower) for word in _FIELDS)

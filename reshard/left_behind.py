@@ -11,12 +11,13 @@ from typing import Any
 
 from .companions import Item, Left, choose, walk
 from .errors import BadInputError, PolicyError, ReshardError, StorageError, listed, printable
-from .kinds import HEAD_BYTES, first_bytes
+from .kinds import known_by_content
 from .untrusted import read_json, vetted_path
 
 __all__ = ["companions", "files_here", "left_text"]
 
 _JSON_LIMIT = 4 << 20  # bytes of a file that may name others
+_LOOKED_INTO = 1 << 20  # bytes of any file: all of a vocabulary of 60 MB would take seconds
 
 
 def files_here(root: Path) -> Iterator[Item]:
@@ -56,15 +57,21 @@ def _item(root: Path, path: str, entry: os.DirEntry[str]) -> Item:
 def companions(
     root: Path, items: Iterable[Item], *, include: Sequence[str] = (), read: Iterable[str] = ()
 ) -> tuple[tuple[str, ...], tuple[Left, ...]]:
-    """As `choose` of the `items`. Those that go along are in `root`: their first bytes count too, and so does which of
+    """As `choose` of the `items`. Those that go along are in `root`: what they hold counts too, and so does which of
     the others they name.
 
     Raises:
+        PolicyError: `config.json`, which cannot be left behind, seems to hold a key or a password.
         StorageError: a file cannot be read.
         UsageError: as `choose`.
     """
     taken, left = choose(items, include=include, read=read)
-    why = {path: first_bytes(_head(root, path)) for path in taken}
+    why = {path: known_by_content(_beginning(root, path)) for path in taken}
+    if why.get("config.json"):
+        raise PolicyError(
+            f"{printable(root / 'config.json')}: {why['config.json']}, and it would go along",
+            hint="take out what is nobody else's business; no model needs it",
+        )
     taken = tuple(path for path in taken if not why[path])
     found = [*left, *(Left(path, reason) for path, reason in why.items() if reason)]
     named = _named(root, taken, {entry.path for entry in found})
@@ -73,11 +80,11 @@ def companions(
     )
 
 
-def _head(root: Path, path: str) -> bytes:
+def _beginning(root: Path, path: str) -> bytes:
     real = vetted_path(root, path, what="source")
     try:
         with open(real, "rb", buffering=0) as file:
-            return file.read(HEAD_BYTES)
+            return file.read(_LOOKED_INTO)
     except OSError as error:
         raise StorageError(f"{printable(root / path)}: {error.strerror}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ NEVER = {
     "hidden": ".env .netrc .npmrc .hidden.json .aws/config.json .ssh/LICENSE additional_chat_templates/.x.jinja",
     "key": "server.pem private.key id_rsa id_ed25519.pub token token.json hf_token.txt credentials.json a/client.p12",
     "key too": "client_secret.json my-service-account.json passwords.txt api_key.txt prod.env .netrc _netrc env.json",
+    "keys by other names": "huggingface_token.txt hub_token openai_key.txt keys.json cookies.txt auth.json kaggle.json",
+    "logins": "accounts.json sftp-config.json ssh_config.json pw.txt login.json bash_history.txt a/key.txt",
     "code": "modeling_x.py tokenization_x.py setup.sh lib.so analysis.ipynb run.js a/b.py __pycache__/x.json Makefile",
     "pickle": "vocab.pkl vocab.pickle stats.npy mel_filters.npz model.joblib",
     "archive": "tokenizer.zip tokenizer.json.gz assets.tar",
@@ -161,7 +164,37 @@ def test_what_the_place_says_of_a_file_counts() -> None:
     ],
 )
 def test_first_bytes(head: bytes, why: str) -> None:
-    assert kinds.first_bytes(head[: kinds.HEAD_BYTES]) == why
+    assert kinds.known_by_content(head) == why
+
+
+# Made here, so that nobody who looks for keys finds one in this file.
+_SECRETS = {
+    "Hub": "note: hf_" + "aB" * 17,
+    "GitHub": "ghp_" + "a1" * 18,
+    "AWS": '{"id": "AKIA' + "B2" * 8 + '"}',
+    "a chat service": "url with xoxb-" + "12" * 12,
+    "an API": "export KEY=sk-proj-" + "a1" * 20,
+    "a certificate in JSON": '{"pk": "-----BEGIN PRIVATE' + " KEY-----\\nMIIEvQIBADANBgkqhkiG9w0B" + '"}',
+    "a field": '{"user": "me", "db_password" : "x"}',
+    "another": '{"apiKey":"x"}',
+}
+_HARMLESS = {
+    "a vocabulary": '{"password": 5, "secret": 6, "hf_": 7, "sk-": 8, "-----BEGIN": 9, " PRIVATE KEY-----": 10}',
+    "merges": "pass word\nsec ret\nA KIA\n",
+    "a template": json.dumps({"chat_template": '{{ {"password": "x"} }} -----BEGIN PRIVATE KEY----- ...'}),
+    "fields": '{"use_auth_token": true, "pad_token": "<pad>", "secret": "", "api_key": null}',
+}
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize("of", _SECRETS)
+def test_a_key_inside_a_text(of: str) -> None:
+    assert kinds.known_by_content(b"\n" * 3000 + _SECRETS[of].encode()) == "may be a key or a password"
+
+
+@pytest.mark.parametrize("of", _HARMLESS)
+def test_the_words_alone_are_no_key(of: str) -> None:
+    assert kinds.known_by_content(_HARMLESS[of].encode()) == ""
 
 
 STEPS = st.text(st.sampled_from("aA.b/\\ \n-_*é"), min_size=1, max_size=6)
