@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cli_tools import ESCAPED, EVIL, Checkpoint, Cli, assert_one_error, convert
+from cli_tools import ESCAPED, EVIL, FIRST, Checkpoint, Cli, assert_one_error, convert
 
 import reshard
 import reshard.conversion
 from reshard.cli import speaking
+from reshard.cli.convert import next_command
 from reshard.cli.speaking import progress_bar
 from reshard.model import read_model
 from reshard.report import table
@@ -218,6 +220,27 @@ def test_the_end_of_a_conversion(checkpoint: Checkpoint, source: Path, out: Path
     assert cli(*convert(source, spaced), aloud=True).err.splitlines()[-1] == (
         f"next: reshard run '{spaced}' --prompt 'Once upon a time'"
     )
+
+
+def test_what_the_end_of_a_conversion_says_to_do_can_be_done(source: Path, out: Path, tmp_path: Path, cli: Cli) -> None:
+    """Options that say where the weights are hold for it too."""
+    inside, store = source / "fp16", tmp_path / "a store"
+    inside.mkdir()
+    for file in source.glob("model*"):
+        file.rename(inside / file.name)
+    (inside / FIRST).rename(store.with_name(FIRST))
+    store.mkdir()
+    (inside / FIRST).symlink_to(store.with_name(FIRST).rename(store / FIRST))
+    done = cli(*convert(source, out, "--weights", "fp16", "--links-into", store), aloud=True)
+    last = done.err.splitlines()[-1]
+    assert last == f"next: reshard verify {out} --against {source} --weights fp16 --links-into '{store}'"
+    assert cli(*shlex.split(last.removeprefix("next: reshard "))).code == 0
+
+
+def test_what_to_do_with_a_revision(source: Path, out: Path) -> None:
+    manifest = reshard.convert(source, out, tp_size=2)
+    line = next_command(manifest, source="org/model", out="OUT", revision="v2", dtype=None)
+    assert line == "reshard check OUT --reference org/model --revision v2"
 
 
 @pytest.mark.parametrize("style", ["text", "json"])

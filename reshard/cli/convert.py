@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +91,22 @@ def convert(
         style,
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes, in {duration(seconds)}",
     )
-    say(f"next: {next_command(manifest, source=source, out=out, strategies=cut.get('strategies'))}")
+    say(f"next: {next_command(manifest, source=source, out=out, **cut)}")
 
 
-def next_command(manifest: Manifest, *, source: str, out: str, strategies: str | None = None) -> str:
-    """What to do with `out` now: generate where the model and its tokenizer can, else check it."""
+def next_command(
+    manifest: Manifest,
+    *,
+    source: str,
+    out: str,
+    strategies: str | None = None,
+    weights: str | None = None,
+    links_into: Sequence[str] = (),
+    revision: str | None = None,
+    **_: Any,
+) -> str:
+    """What to do with `out` now: generate where the model and its tokenizer can, else check it. The rest is what the
+    conversion was asked for."""
     import transformers
 
     from ..manifest import REFERENCE_NAME
@@ -113,4 +125,9 @@ def next_command(manifest: Manifest, *, source: str, out: str, strategies: str |
         return line("check", where)
     if is_resharded(Path(source)):  # what it was made from may be gone
         return shlex.join(("reshard", "verify", where))
-    return line("check", where, "--reference", without_secrets(source))
+    at = () if revision is None else ("--revision", revision)
+    if weights is not None or links_into:  # which `check` cannot be told
+        found = () if weights is None else ("--weights", weights)
+        links = [word for folder in links_into for word in ("--links-into", folder)]
+        return shlex.join(("reshard", "verify", where, "--against", without_secrets(source), *at, *found, *links))
+    return line("check", where, "--reference", without_secrets(source), *at)
