@@ -7,7 +7,18 @@ from collections.abc import Iterable
 from .errors import BadInputError, printable
 from .header import DTYPE_BITS
 
-__all__ = ["CODES", "FLOATING", "NAMES", "STORABLE", "floating_dtype", "holds", "itemsize", "torch_name", "widest"]
+__all__ = [
+    "CODES",
+    "FLOATING",
+    "NAMES",
+    "STORABLE",
+    "floating_dtype",
+    "holds",
+    "is_floating",
+    "itemsize",
+    "torch_name",
+    "widest",
+]
 
 # safetensors code → torch name
 NAMES = {
@@ -44,6 +55,11 @@ def torch_name(code: str, *, tensor: str) -> str:
     if code not in NAMES:
         raise BadInputError(f"{printable(tensor)}: dtype {printable(code)} cannot be resharded")
     return NAMES[code]
+
+
+def is_floating(name: str) -> bool:
+    """Whether a dtype (torch's name) is of real numbers: those of 8 bits are stored, but no model computes in them."""
+    return name in FLOATING or name.startswith("float8_")
 
 
 def floating_dtype(given: object) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .dtypes import FLOATING, itemsize, widest
+from .dtypes import is_floating, itemsize, widest
 from .errors import BadInputError, TopologyError, listed, printable
 from .model import Model, Parameter
 from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
@@ -196,7 +196,7 @@ def _target(
             f"{printable(parameter.name)}: made of tensors of different dtypes ({', '.join(sorted(dtypes))})"
         )
     compute_dtype = None
-    if stored in FLOATING and stored != parameter.dtype:
+    if is_floating(stored) and stored != parameter.dtype:
         stored, compute_dtype = (parameter.dtype, None) if cast else (stored, parameter.dtype)
     style = parameter.expert_style or parameter.style
     reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None

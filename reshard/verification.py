@@ -81,7 +81,10 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
         raise IntegrityError(f"{printable(folder / name)}: is missing")
     for name in sorted((present - known) | foreign):
         if name.endswith(".safetensors") or not PurePosixPath(name).name.startswith("."):
-            raise IntegrityError(f"{printable(folder / name)}: does not belong to this folder")
+            raise IntegrityError(
+                f"{printable(folder / name)}: does not belong to this folder",
+                hint="if it is yours, keep it elsewhere: a resharded folder holds what its manifest lists and no more",
+            )
 
 
 def _present(folder: Path, folders: Set[str]) -> tuple[set[str], set[str]]:

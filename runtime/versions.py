@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from reshard.architecture import expected_dtypes
-from reshard.dtypes import FLOATING, holds, torch_name
+from reshard.dtypes import FLOATING, holds, is_floating, torch_name
 from reshard.errors import VersionError, listed, printable
 from reshard.header import parse_header
 from reshard.manifest import Manifest
@@ -67,7 +67,7 @@ def _check_names(manifest: Manifest, model: Any, who: str) -> None:
 def _in(target: Target, wanted: torch.dtype | None) -> Target:
     """The parameter, computed with in the dtype that is wanted; in its own where it is a buffer that need not be."""
     dtype = str(wanted).removeprefix("torch.")
-    if not {target.dtype, dtype} <= FLOATING:
+    if not is_floating(target.dtype) or dtype not in FLOATING:
         return target
     return replace(target, compute_dtype=None if dtype == target.dtype else dtype)
 

@@ -184,3 +184,29 @@ def test_a_loaded_model_is_saved_in_the_dtypes_of_the_source(tmp_path: Path) -> 
     for name, value in before.items():
         assert after[name].dtype == value.dtype, name
         assert torch.equal(after[name], value), name
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_floats_of_8_bits_are_no_model_s_own(stored: torch.dtype, tmp_path: Path, cli: Cli, refused: Refused) -> None:
+    """A model without quantization computes in its own dtype what is stored in 8 bits; `--dtype` casts that too."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {name: tensor.to(stored) for name, tensor in tensors.items()}
+
+    source = rewrite(single("llama", tmp_path / "source"), change)
+    out, cast, back = tmp_path / "out", tmp_path / "cast", tmp_path / "back"
+    manifest = reshard.convert(source, out, tp_size=1)
+    kinds = {(target.dtype, target.compute_dtype) for target in manifest.parameters}
+    assert kinds == {(str(stored).removeprefix("torch."), "float32")}
+    expected = transformers.AutoModelForCausalLM.from_pretrained(source)
+    loaded = runtime.load(out)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(runtime.full_tensor(loaded, name), value), name
+    assert torch.equal(logits(loaded), logits(expected))
+    reshard.merge(out, back)
+    assert digests(back) == digests(source)
+
+    assert cli("convert", source, cast, "-tp", 1, "--dtype", "bf16").code == 0
+    assert {tensor.dtype for tensor in load_file(cast / RANK_FILE).values()} == {torch.bfloat16}
+    assert cli("verify", cast, "--against", source).code == 0
+    refused(3, ["merge", cast, tmp_path / "no"], "were cast to another dtype")
