@@ -17,6 +17,7 @@ from .errors import UsageError, printable
 from .executor import write_files
 from .journal import Journal
 from .layout import FileLayout, plan_layouts
+from .left_behind import refuse_keys
 from .manifest import REFERENCE_NAME, Manifest
 from .model import read_model
 from .origin import Origin, open_origin
@@ -112,6 +113,7 @@ def _plan(
     arrivals: Arrivals | None = None,
 ) -> tuple[ReshardPlan, list[FileLayout]]:
     """The plan, and the files to fill from what is read."""
+    refuse_keys(origin.source.root)
     strategies = as_strategies(strategies)
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
     model = read_model(origin.source, dtype=dtype, tp_plan=rules, experts=topology.ep > 1)

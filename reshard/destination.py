@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Protocol
 
 from .digest import digest_of
-from .errors import DestinationExistsError, IntegrityError, StorageError, UsageError, listed, printable
+from .errors import DestinationExistsError, IntegrityError, ReshardError, StorageError, UsageError, listed, printable
 from .exclusive import EXCHANGE, NOREPLACE, move
 from .hub.place import is_hub_url
 from .journal import JOURNAL_NAME
 from .kinds import is_weights
+from .manifest import read_manifest
 from .output import sync_folder
 from .progress import Progress, silent
 from .source import MANIFEST_NAME
 from .stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
+from .strangers import missing_and_strange
 from .system import walked
 from .weights import INDEX_NAME, SINGLE_NAME
 
@@ -72,6 +74,7 @@ class _OnDisk:
     def check(self) -> None:
         out = self.local
         if not os.path.lexists(out):
+            self._check_around()
             return
         ours = not out.is_symlink() and (out / MANIFEST_NAME).is_file()
         if not self.overwrite:
@@ -84,6 +87,28 @@ class _OnDisk:
             raise DestinationExistsError(
                 f"{printable(out)}: is not a resharded folder, so --overwrite does not replace it",
                 hint="choose another name",
+            )
+        self._check_inside()
+
+    def _check_around(self) -> None:
+        around = next((folder for folder in self.local.parents if (folder / MANIFEST_NAME).is_file()), None)
+        if around is not None:
+            raise UsageError(
+                f"{printable(self.local)}: is inside a resharded folder, which holds nothing else",
+                hint=f"choose a place outside {printable(around)}",
+            )
+
+    def _check_inside(self) -> None:
+        """What is somebody else's must not go with what is replaced."""
+        try:
+            manifest = read_manifest(self.local)
+        except ReshardError:  # no manifest says what is ours
+            return
+        _, strange = missing_and_strange(self.local, manifest)
+        if strange:
+            raise DestinationExistsError(
+                f"{printable(self.local)}: holds what is not of it, and --overwrite would remove: {listed(strange)}",
+                hint="move that elsewhere, or choose another name",
             )
 
     def try_out(self) -> None:

@@ -14,7 +14,7 @@ from .errors import BadInputError, PolicyError, ReshardError, StorageError, list
 from .kinds import known_by_content
 from .untrusted import read_json, vetted_path
 
-__all__ = ["companions", "files_here", "left_text"]
+__all__ = ["companions", "files_here", "left_text", "refuse_keys"]
 
 _JSON_LIMIT = 4 << 20  # bytes of a file that may name others
 _LOOKED_INTO = 1 << 20  # bytes of any file: all of a vocabulary of 60 MB would take seconds
@@ -61,23 +61,28 @@ def companions(
     the others they name.
 
     Raises:
-        PolicyError: `config.json`, which cannot be left behind, seems to hold a key or a password.
         StorageError: a file cannot be read.
         UsageError: as `choose`.
     """
     taken, left = choose(items, include=include, read=read)
     why = {path: known_by_content(_beginning(root, path)) for path in taken}
-    if why.get("config.json"):
-        raise PolicyError(
-            f"{printable(root / 'config.json')}: {why['config.json']}, and it would go along",
-            hint="take out what is nobody else's business; no model needs it",
-        )
-    taken = tuple(path for path in taken if not why[path])
+    why.pop("config.json", None)  # without it there is no model: see `refuse_keys`
+    taken = tuple(path for path in taken if not why.get(path))
     found = [*left, *(Left(path, reason) for path, reason in why.items() if reason)]
     named = _named(root, taken, {entry.path for entry in found})
     return taken, tuple(
         replace(entry, named_by=tuple(named[entry.path])) for entry in sorted(found, key=lambda entry: entry.path)
     )
+
+
+def refuse_keys(root: Path) -> None:
+    """Raises PolicyError where `config.json`, which cannot be left behind, is no text, or seems to hold a key."""
+    why = known_by_content(_beginning(root, "config.json"))
+    if why:
+        raise PolicyError(
+            f"{printable(root / 'config.json')}: {why}, and it would go along",
+            hint="take out what is nobody else's business; no model needs it",
+        )
 
 
 def _beginning(root: Path, path: str) -> bytes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from .arguments import checked
 from .digest import FileRecord, digest_file, digest_of
@@ -14,9 +14,8 @@ from .manifest import Manifest, read_manifest
 from .places import local_folder
 from .progress import Advance, Progress, silent
 from .rank_file import check_digests, read_rank_header, written_file
-from .source import MANIFEST_NAME
 from .stores import as_text
-from .system import by_errno, walked
+from .strangers import missing_and_strange
 from .weights import AS_FOUND, chosen
 
 __all__ = ["Report", "check_file", "verify"]
@@ -75,31 +74,14 @@ def verify(
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
-    known = {record.name for record in manifest.files()} | {MANIFEST_NAME}
-    present, foreign = _present(folder, {str(parent) for name in known for parent in PurePosixPath(name).parents})
-    for name in sorted(known - present):
+    missing, strange = missing_and_strange(folder, manifest)
+    for name in missing:
         raise IntegrityError(f"{printable(folder / name)}: is missing")
-    for name in sorted((present - known) | foreign):
-        if name.endswith(".safetensors") or not PurePosixPath(name).name.startswith("."):
-            raise IntegrityError(
-                f"{printable(folder / name)}: does not belong to this folder",
-                hint="if it is yours, keep it elsewhere: a resharded folder holds what its manifest lists and no more",
-            )
-
-
-def _present(folder: Path, folders: Set[str]) -> tuple[set[str], set[str]]:
-    """The files of a folder and of the `folders` in it, by path; and the folders there that are none of those."""
-    files, foreign = set(), set()
-    try:
-        for inside, below, names in walked(folder):
-            at = Path(inside).relative_to(folder)
-            files |= {str(at / name) for name in names}
-            foreign |= {str(at / name) for name in below if str(at / name) not in folders}
-            below[:] = [name for name in below if str(at / name) in folders]
-    except OSError as error:
-        words = f"{printable(error.filename)}: {error.strerror}"
-        raise by_errno(error, words, IntegrityError) from None
-    return files, foreign
+    for name in strange:
+        raise IntegrityError(
+            f"{printable(folder / name)}: does not belong to this folder",
+            hint="if it is yours, keep it elsewhere: a resharded folder holds what its manifest lists and no more",
+        )
 
 
 def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: None) -> None:

@@ -358,3 +358,28 @@ def test_a_conversion_into_the_source_s_own_folder(source: Path, out: Path) -> N
     assert manifest.left == ()
     again = reshard.convert(source, out, tp_size=2)
     assert [entry.path for entry in again.left] == ["tp4/"]
+
+
+def test_a_key_in_what_cannot_be_left_behind(source: Path, out: Path, cli: Cli, refused: Refused) -> None:
+    """Nothing is published by accident; what copies nothing goes on."""
+    convert_it = convert(source, out)
+    assert cli(*convert_it).code == 0
+    config = source / "config.json"
+    config.write_text(config.read_text().replace("{", '{"use_auth_token": "hf_' + "aB" * 17 + '",', 1))
+    for line in (["plan", source, "-tp", 2], convert(source, out.with_name("other"))):
+        refused(11, line, "config.json: may be a key or a password")
+    assert cli("verify", out, "--against", source).code == 0
+
+
+def test_what_is_not_of_a_folder_is_not_replaced_with_it(source: Path, out: Path, cli: Cli, refused: Refused) -> None:
+    again = [*convert(source, out), "--overwrite"]
+    assert cli(*convert(source, out)).code == 0
+    refused(2, ["merge", out, out / "mine"], "is inside a resharded folder", hint="choose a place outside")
+    refused(2, convert(source, out / "mine" / "tp2"), "is inside a resharded folder")
+    for name in ("notes.md", "mine/model.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        refused(7, again, "holds what is not of it", hint="move that elsewhere")
+        (out / name).unlink()
+    (out / "mine").rmdir()
+    assert cli(*again).code == 0

@@ -237,10 +237,16 @@ def test_what_the_end_of_a_conversion_says_to_do_can_be_done(source: Path, out: 
     assert cli(*shlex.split(last.removeprefix("next: reshard "))).code == 0
 
 
-def test_what_to_do_with_a_revision(source: Path, out: Path) -> None:
-    manifest = reshard.convert(source, out, tp_size=2)
-    line = next_command(manifest, source="org/model", out="OUT", revision="v2", dtype=None)
-    assert line == "reshard check OUT --reference org/model --revision v2"
+def test_what_to_do_with_what_came_from_elsewhere(source: Path, out: Path) -> None:
+    manifest = replace(reshard.convert(source, out, tp_size=2), repo_id="org/model")
+
+    def line(place: str, **options: Any) -> str:
+        return next_command(manifest, source=place, out="OUT", **options)
+
+    assert line("org/model") == "reshard check OUT --reference org/model"
+    assert line("org/model", revision="v2", dtype=None) == "reshard check OUT --reference org/model --revision v2"
+    for resharded in ("org/cut/tp2", "hf://org/cut", "s3://bucket/cut"):  # one process cannot run it
+        assert line(resharded) == "reshard verify OUT"
 
 
 @pytest.mark.parametrize("style", ["text", "json"])

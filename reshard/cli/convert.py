@@ -110,7 +110,6 @@ def next_command(
     import transformers
 
     from ..manifest import REFERENCE_NAME
-    from ..source import is_resharded
 
     def line(*words: str) -> str:
         styles = () if strategies is None else ("--strategies", strategies)
@@ -123,7 +122,7 @@ def next_command(
         return line("run", where, "--prompt", "Once upon a time")
     if REFERENCE_NAME in extras:
         return line("check", where)
-    if is_resharded(Path(source)):  # what it was made from may be gone
+    if not _is_origin(source, manifest):  # what it was made from may be gone
         return shlex.join(("reshard", "verify", where))
     at = () if revision is None else ("--revision", revision)
     if weights is not None or links_into:  # which `check` cannot be told
@@ -131,3 +130,14 @@ def next_command(
         links = [word for folder in links_into for word in ("--links-into", folder)]
         return shlex.join(("reshard", "verify", where, "--against", without_secrets(source), *at, *found, *links))
     return line("check", where, "--reference", without_secrets(source), *at)
+
+
+def _is_origin(source: str, manifest: Manifest) -> bool:
+    """Whether `source` is the checkpoint itself, as far as can be told: not a resharded folder, here or elsewhere."""
+    from ..hub.place import Place
+    from ..source import is_resharded
+    from ..stores import is_url
+
+    if Path(source).is_dir():
+        return not is_resharded(Path(source))
+    return not is_url(source) and str(Place.parse(source)) == manifest.repo_id
