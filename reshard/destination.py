@@ -99,12 +99,13 @@ class _OnDisk:
             )
 
     def _check_inside(self) -> None:
-        """What is somebody else's must not go with what is replaced."""
+        """Weights and folders that are somebody else's must not go with what is replaced: a source could be in there."""
         try:
             manifest = read_manifest(self.local)
         except ReshardError:  # no manifest says what is ours
             return
-        _, strange = missing_and_strange(self.local, manifest)
+        _, found = missing_and_strange(self.local, manifest)
+        strange = [name for name in found if is_weights(name) or (self.local / name).is_dir()]
         if strange:
             raise DestinationExistsError(
                 f"{printable(self.local)}: holds what is not of it, and --overwrite would remove: {listed(strange)}",

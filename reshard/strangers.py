@@ -15,7 +15,7 @@ __all__ = ["missing_and_strange"]
 
 def missing_and_strange(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
     """The files, by path, that the manifest lists and the folder lacks; and files and folders that are there and are
-    not listed. Hidden ones are no strangers: tools leave them. Raises a ReshardError where a folder cannot be listed."""
+    not listed. Hidden ones are none: tools leave them. Raises a ReshardError where one cannot be listed."""
     known = {record.name for record in manifest.files()} | {MANIFEST_NAME}
     present, foreign = _present(folder, {str(parent) for name in known for parent in PurePosixPath(name).parents})
     strange = [

@@ -376,7 +376,7 @@ def test_what_is_not_of_a_folder_is_not_replaced_with_it(source: Path, out: Path
     assert cli(*convert(source, out)).code == 0
     refused(2, ["merge", out, out / "mine"], "is inside a resharded folder", hint="choose a place outside")
     refused(2, convert(source, out / "mine" / "tp2"), "is inside a resharded folder")
-    for name in ("notes.md", "mine/model.safetensors"):
+    for name in ("more.safetensors", "mine/notes.txt"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
         refused(7, again, "holds what is not of it", hint="move that elsewhere")
