@@ -99,7 +99,7 @@ class _OnDisk:
             )
 
     def _check_inside(self) -> None:
-        """Weights and folders that are somebody else's must not go with what is replaced: a source could be in there."""
+        """Weights and folders that are somebody else's must not go with it: a source could be in there."""
         try:
             manifest = read_manifest(self.local)
         except ReshardError:  # no manifest says what is ours
