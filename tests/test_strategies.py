@@ -284,3 +284,20 @@ def test_every_interface_sees_the_built_in_styles() -> None:
     mine = ParallelInterface()
     mine.register_strategy("mine", TensorParallelLayer())
     assert mine.find("colwise") is ALL_PARALLEL_STYLES["colwise"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_token_that_no_rank_has_is_refused_as_in_one_process(rank: int) -> None:
+    """Its row would be all zeros, and the text go on."""
+    mesh: Any = SimpleNamespace(size=lambda: 2, get_local_rank=lambda: rank)
+    module = torch.nn.Embedding(3 - rank, 4)
+    module.num_embeddings = 5
+    style = ALL_PARALLEL_STYLES["embedding_rowwise"]
+
+    def look_up(*ids: int) -> torch.Tensor:
+        return module(*style._prepare_input_fn(None, None, module, (torch.tensor(ids),), mesh))
+
+    assert look_up(0, 1, 2, 3, 4).shape == (5, 4)
+    for wrong in (5, 999, -1):
+        with pytest.raises(IndexError):
+            look_up(0, wrong)

@@ -19,7 +19,10 @@ __all__ = ["EmbeddingColwiseParallel", "EmbeddingRowwiseParallel"]
 
 
 class EmbeddingRowwiseParallel(LocalLayer):
-    """Vocabulary-parallel: weight `Shard(0)`; ids of other ranks look up row 0 and count as zero in the sum."""
+    """Vocabulary-parallel: weight `Shard(0)`; ids of other ranks look up row 0 and count as zero in the sum.
+
+    An id that no rank has is looked up as it is, so that torch refuses it on each, as it does in one process.
+    """
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(0) if shape else plan.Replicate()
@@ -30,7 +33,7 @@ class EmbeddingRowwiseParallel(LocalLayer):
     ) -> tuple:
         start, stop = shard_bounds(mod.num_embeddings, rank=device_mesh.get_local_rank(), world_size=device_mesh.size())
         ids = inputs[0]
-        elsewhere = (ids < start) | (ids >= stop)
+        elsewhere = ((ids >= 0) & (ids < start)) | ((ids >= stop) & (ids < mod.num_embeddings))
         mod._ids_elsewhere = elsewhere
         return ((ids - start).masked_fill(elsewhere, 0), *inputs[1:])
 
