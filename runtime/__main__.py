@@ -17,6 +17,7 @@ import click
 from reshard.errors import ReshardError
 from reshard.failures import report_failure, wants_json, wants_traceback
 from reshard.launch.current_folder import leave
+from reshard.process import end_on_interrupt
 from reshard.switches import Commands, in_colour
 
 from .agreement import Deadline
@@ -73,8 +74,7 @@ def entry(name: str = "reshard-rank") -> None:
     leave()
     if not (wants_traceback(sys.argv) and is_first()):
         warnings.simplefilter("ignore")  # advice to whoever writes torch code
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is torchrun's to report; in a collective nobody hears it
+    end_on_interrupt()
     code: Any = 0
     try:
         # What a command exits with, if any.

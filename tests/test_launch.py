@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,16 @@ def test_completion_in_a_shell() -> None:
         [script], env={**os.environ, "_RESHARD_COMPLETE": "bash_source"}, capture_output=True, text=True, timeout=60
     )
     assert (source.returncode, "complete -o" in source.stdout) == (0, True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows by /proc what a process has imported")
+def test_an_interrupted_rank_leaves_the_words_to_its_launcher(tmp_path: Path) -> None:
+    """Also while it imports: once a traceback of each rank stood before the line."""
+    command = [sys.executable, "-P", "-m", "reshard.launch.rank", "generate", str(tmp_path), "--prompt", "Once"]
+    ranked = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    with subprocess.Popen(command, env=ranked, stderr=subprocess.PIPE, text=True) as rank:
+        while rank.poll() is None and "libtorch" not in Path(f"/proc/{rank.pid}/maps").read_text():
+            time.sleep(0.01)
+        rank.send_signal(signal.SIGINT)
+        assert rank.communicate(timeout=60)[1] == ""
+    assert rank.returncode == -signal.SIGINT

@@ -12,6 +12,7 @@ import time
 
 from ..errors import UsageError
 from ..failures import report_failure, wants_json
+from ..process import end_on_interrupt
 from .current_folder import check_runtime, leave
 
 __all__ = ["entry"]
@@ -22,6 +23,7 @@ _TO_SPEAK = 1.0  # seconds for rank 0 to say what all find, before another one's
 def entry() -> None:
     """Run the runtime's command line on this rank."""
     leave()
+    end_on_interrupt()  # before the imports of the runtime, which take seconds
     try:
         check_runtime()
     except UsageError as error:
