@@ -21,7 +21,7 @@ from .naming import Naming
 from .regions import Region, covers
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 from .source import Source
-from .symbolic import NotACopyError, RegionTensor
+from .symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 
 __all__ = ["Model", "Parameter", "read_model"]
 
@@ -310,7 +310,8 @@ def _convert(
 ) -> dict[str, RegionTensor]:
     operations = ", ".join(type(operation).__name__ for operation in group.operations)
     try:
-        result = group.convert(first, model=model, config=model.config)
+        with casts_left_to_the_copy():
+            result = group.convert(first, model=model, config=model.config)
     except NotACopyError as error:
         raise BadInputError(
             f"{printable(first)}: its conversion ({operations}) computes values ({error}), which is not supported yet"

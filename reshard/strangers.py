@@ -36,6 +36,6 @@ def _present(folder: Path, folders: Set[str]) -> tuple[set[str], set[str]]:
             foreign |= {str(at / name) for name in below if str(at / name) not in folders}
             below[:] = [name for name in below if str(at / name) in folders]
     except OSError as error:
-        words = f"{printable(error.filename)}: {error.strerror}"
+        words = f"{printable(error.filename or folder)}: {error.strerror}"
         raise by_errno(error, words, IntegrityError) from None
     return files, foreign

@@ -10,8 +10,10 @@ torch breaks every operation on tensors into a few of its own (`torch.ops.aten`)
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,13 +23,25 @@ from .placement import Piece
 from .regions import Region, cut, whole
 from .reshape import reshape
 
-__all__ = ["NotACopyError", "RegionTensor"]
+__all__ = ["NotACopyError", "RegionTensor", "casts_left_to_the_copy"]
 
 _aten = torch.ops.aten
+_casts_are_left: ContextVar[bool] = ContextVar("_casts_are_left", default=False)
 
 
 class NotACopyError(Exception):
     """The operation computes new values, so no region describes its result."""
+
+
+@contextlib.contextmanager
+def casts_left_to_the_copy() -> Iterator[None]:
+    """Inside, a cast between floating dtypes moves nothing: elements are cast once, as they are copied to their place.
+    That is right where the plan decides the dtype afterwards, as for transformers' conversions."""
+    before = _casts_are_left.set(True)
+    try:
+        yield
+    finally:
+        _casts_are_left.reset(before)
 
 
 class RegionTensor(torch.Tensor):
@@ -65,11 +79,10 @@ def _same(tensor: RegionTensor, *_: Any, **__: Any) -> RegionTensor:
 
 
 def _to(tensor: RegionTensor, *, dtype: torch.dtype | None = None, **_: Any) -> RegionTensor:
-    """A cast between floating dtypes moves nothing: elements are cast as they are copied to where they are stored, or
-    when they are loaded, and once."""
     if dtype in (None, tensor.dtype):
         return _same(tensor)
-    if not {str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype)} <= FLOATING:
+    names = {str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype)}
+    if not (_casts_are_left.get() and names <= FLOATING):
         raise NotACopyError(f"cast from {tensor.dtype} to {dtype}")
     return RegionTensor(tensor.shape, dtype, tensor.regions)
 

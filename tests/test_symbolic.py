@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.regions import covers
-from reshard.symbolic import NotACopyError, RegionTensor
+from reshard.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 
 
 def materialise(tensor: RegionTensor, sources: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -110,7 +110,11 @@ def test_computing_is_refused() -> None:
 def test_a_cast_between_floating_dtypes_is_left_to_the_copy() -> None:
     """Its elements are the same: what they are cast to is a matter of where they are stored."""
     tensor = RegionTensor.of_source("x", (4, 4), torch.float32)
-    assert tensor.to(torch.float16).regions == tensor.regions
-    assert tensor.to(torch.float16).dtype == torch.float16
-    mixed = torch.cat([tensor.to(torch.bfloat16), tensor.to(torch.float16)])
+    with casts_left_to_the_copy():
+        half, brain = tensor.to(torch.float16), tensor.to(torch.bfloat16)
+    assert half.regions == tensor.regions
+    assert half.dtype == torch.float16
+    with pytest.raises(NotACopyError, match="cast from"):
+        tensor.to(torch.float16)
+    mixed = torch.cat([brain, half])
     assert (mixed.dtype, len(mixed.regions)) == (torch.float32, 2)

@@ -76,13 +76,6 @@ def _run(
     world_size: int,
 ) -> RegionTensor:
     name = type(strategy).__name__
-
-    def refused(why: object) -> BadInputError:
-        return BadInputError(
-            f"{name}.partition_tensor computes values ({why}); it may only move elements",
-            hint="compute in _prepare_input_fn or _prepare_output_fn",
-        )
-
     whole = RegionTensor.of_source("", shape, dtype)
     empty = torch.empty(shape, dtype=dtype, device="meta")
     try:
@@ -90,14 +83,15 @@ def _run(
             whole, empty, param_type, dtype, True, rank, _OfflineMesh(world_size, rank)
         )
     except NotACopyError as error:
-        raise refused(error) from None
+        raise BadInputError(
+            f"{name}.partition_tensor computes values ({error}); it may only move elements",
+            hint="compute in _prepare_input_fn or _prepare_output_fn",
+        ) from None
     except Exception as error:
         raise BadInputError(f"{name}.partition_tensor: {type(error).__name__}: {printable(error)}") from error
     local = found.to_local() if isinstance(found, DTensor) else found
     if not isinstance(local, RegionTensor):
         raise BadInputError(f"{name}.partition_tensor gives new values, not a part of the parameter")
-    if local.dtype != dtype:  # in which it is stored says the plan
-        raise refused(f"cast from {dtype} to {local.dtype}")
     return local
 
 
