@@ -81,7 +81,7 @@ def agree(
     except RuntimeError as error:  # of the store
         raise failure or TopologyError(
             f"{what}: rank {info.rank} has lost the others, since their store is gone: {first_line(error)}",
-            hint="it has ended, or the rank that held it: what that said comes first",
+            hint="torchrun has ended, or the rank that held the store: what that said comes first",
         ) from None
     if info.attempt is not None and None in answers:
         _continue_siblings()
