@@ -19,7 +19,7 @@ from .errors import BusyError, StorageError, printable
 from .exclusive import locked, renamed
 from .journal import JOURNAL_NAME
 from .output import pwrite, sync_folder
-from .system import by_errno
+from .system import by_errno, walked
 
 __all__ = ["Stage", "check_free_space", "copy_file", "make_folders", "staged_folder", "write_file"]
 
@@ -244,11 +244,11 @@ def check_free_space(folder: Path, needed: int, *others: Path) -> None:
     """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` bytes in the folder,
     and in `others` on the same disk, what is in them already included."""
     there = 0
-    for root, _, names in itertools.chain(*map(os.walk, (folder, *others))):  # which tells of no errors
-        for name in names:
-            with contextlib.suppress(OSError):  # what arrives meanwhile gets other names
-                there += os.lstat(os.path.join(root, name)).st_blocks * 512
     try:
+        for root, _, names in itertools.chain(*map(walked, filter(os.path.lexists, (folder, *others)))):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # what arrives meanwhile gets other names
+                    there += os.lstat(os.path.join(root, name)).st_blocks * 512
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise StorageError(f"{printable(folder)}: {error.strerror}") from None

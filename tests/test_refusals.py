@@ -82,12 +82,12 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     "another cut": (
         lambda f: reseal(f, lambda content: down_of(content).update(placement={"type": "shard", "dim": 0})),
         "IntegrityError",
-        (FIRST, DOWN, "expected float32 [16, 52] on rank 0, got float32 [32, 26]"),
+        (DOWN, "expected float32 [16, 52] on rank ", "got float32 [32, 26]"),
     ),
     "another dtype": (
         lambda f: reseal(f, lambda content: down_of(content).update(dtype="float16")),
         "IntegrityError",
-        (FIRST, DOWN, "expected float16 [32, 26] on rank 0, got float32 [32, 26]"),
+        (DOWN, "expected float16 [32, 26] on rank ", "got float32 [32, 26]"),
     ),
     "for another number of ranks": (
         lambda f: reseal(f, lambda c: (c["ranks"].append(c["ranks"][0]), c["mesh"].update(tp=3))),
