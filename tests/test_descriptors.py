@@ -21,7 +21,7 @@ from object_store import ObjectStore
 from object_store import contents as objects
 
 import reshard
-from reshard import outputs
+from reshard import executor, outputs
 from reshard.executor import write_files
 from reshard.guard import MappedFile
 from reshard.layout import file_layout
@@ -165,7 +165,15 @@ def test_so_many_outputs_are_open_at_a_time(
     source, tensors = simple_job(tmp_path)
     layouts = [file_layout(f"{i}.safetensors", tensors) for i in range(20)]
     most: list[int] = []
-    write_files(tmp_path, layouts, source, workers=workers, progress=lambda _: most.append(opened_in(tmp_path)))
+
+    class Counted(OutputFiles):
+        def _descriptor(self, index: int) -> int:
+            fd = super()._descriptor(index)
+            most.append(opened_in(tmp_path))  # under the lock: no thread opens or closes a file during the count
+            return fd
+
+    monkeypatch.setattr(executor, "OutputFiles", Counted)
+    write_files(tmp_path, layouts, source, workers=workers)
     assert max(most) == min(20, limit // 2)
     assert opened_in(tmp_path) == 0
     expected = load(source.files[0].path)
