@@ -13,8 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .errors import BadInputError, VersionError, listed, printable
+from .files.system import by_errno
 from .source import model_config
-from .system import by_errno
 
 __all__ = [
     "KV_GROUPS",

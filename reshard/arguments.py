@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from .dtypes import floating_dtype
 from .errors import UsageError, printable
+from .files.dtypes import floating_dtype
 
 __all__ = ["CHECKS", "checked"]
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .digest import FileRecord
 from .errors import BadInputError, IntegrityError, printable
-from .guard import MappedFile
-from .header import Header, TensorInfo, read_header
+from .files.digest import FileRecord
+from .files.header import Header, TensorInfo, read_header
+from .files.mapped import MappedFile
 from .manifest import Manifest
 from .places import resolve_source
 from .progress import Advance, Progress, silent

@@ -12,9 +12,10 @@ from ._version import __version__
 from .arguments import checked
 from .arrivals import Arrivals
 from .destination import destination
-from .digest import ALGORITHM, FileRecord, new_digest
 from .errors import UsageError, printable
 from .executor import write_files
+from .files.digest import ALGORITHM, FileRecord, new_digest
+from .files.untrusted import vetted_path
 from .journal import Journal
 from .layout import FileLayout, plan_layouts
 from .left_behind import refuse_keys
@@ -30,7 +31,6 @@ from .staging import check_free_space, copy_file, staged_folder, write_file
 from .stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .topology import Topology
-from .untrusted import vetted_path
 from .weights import chosen
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from .arrivals import Arrivals, in_order
-from .digest import DigestsAhead, FileRecord, new_digest, tree_digest
+from .files.digest import DigestsAhead, FileRecord, new_digest, tree_digest
 from .jobs import Job, run_jobs
 from .journal import Journal
 from .layout import FileLayout, Slot

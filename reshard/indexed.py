@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from .errors import BadInputError, listed, printable
-from .header import Header, TensorInfo
+from .files.header import Header, TensorInfo
 from .weights import Weights
 
 __all__ = ["Read", "join"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .dtypes import CODES, itemsize
+from .files.dtypes import CODES, itemsize
 from .placement import is_box
 from .targets import LocalTensor, rank_tensors, unused_tensors
 

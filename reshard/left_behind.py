@@ -11,8 +11,8 @@ from typing import Any
 
 from .companions import Item, Left, choose, walk
 from .errors import BadInputError, PolicyError, ReshardError, StorageError, listed, printable
+from .files.untrusted import read_json, vetted_path
 from .kinds import known_by_content
-from .untrusted import read_json, vetted_path
 
 __all__ = ["companions", "files_here", "left_text", "refuse_keys"]
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from .companions import Left
-from .digest import ALGORITHM, FileRecord, digest_of
-from .dtypes import CODES, FLOATING
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError, printable
-from .fields import UnknownError, count, counts, maybe, one_of, text, texts
+from .files.digest import ALGORITHM, FileRecord, digest_of
+from .files.dtypes import CODES, FLOATING
+from .files.fields import UnknownError, count, counts, maybe, one_of, text, texts
+from .files.untrusted import read_json, vetted_path
 from .placement_json import placement_from_json, placement_to_json
 from .regions import Region, covers, whole
 from .source import MANIFEST_NAME
 from .targets import Target
 from .topology import Topology
-from .untrusted import read_json, vetted_path
 from .versions import check_known, check_version, version_members
 
 __all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "sealed_text"]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from .arguments import checked
 from .destination import destination
-from .digest import ALGORITHM, digest_file, digest_of
-from .dtypes import torch_name
 from .errors import BadInputError, IntegrityError, PolicyError, UsageError, listed, printable
 from .executor import write_files
+from .files.digest import ALGORITHM, digest_file, digest_of
+from .files.dtypes import torch_name
 from .journal import Journal
 from .layout import FileLayout, Slot, file_layout
 from .manifest import REFERENCE_NAME

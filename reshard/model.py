@@ -15,8 +15,8 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .architecture import KV_GROUPS, class_note, expected_dtypes, meta_model
-from .dtypes import FLOATING, torch_name
 from .errors import BadInputError, TopologyError, listed, printable
+from .files.dtypes import FLOATING, torch_name
 from .naming import Naming
 from .regions import Region, covers
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard

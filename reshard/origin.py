@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .arrivals import AHEAD, Arrivals
 from .companions import included
-from .digest import DigestsAhead
 from .errors import StorageError, UsageError, printable
+from .files.digest import DigestsAhead
 from .manifest import read_manifest
 from .places import away, look_at, of_hub
 from .reader import equal_tensors

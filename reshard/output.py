@@ -8,10 +8,10 @@ import os
 import stat
 from pathlib import Path
 
-from .digest import new_digest
 from .errors import ReshardError, StorageError, printable
+from .files.digest import new_digest
+from .files.system import by_errno
 from .layout import FileLayout, Slot
-from .system import by_errno
 
 __all__ = ["begin_writeback", "create", "digest_in", "pwrite", "write_error"]
 

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .guard import mapped
+from .files.mapped import mapped
+from .files.system import descriptors
 from .layout import FileLayout
 from .output import create
-from .system import descriptors
 
 __all__ = ["OutputFiles"]
 

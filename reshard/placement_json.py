@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import printable
-from .fields import UnknownError, count, counts, one_of, text
+from .files.fields import UnknownError, count, counts, one_of, text
 from .placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
 from .regions import Region, covers
 

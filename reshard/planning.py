@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .dtypes import is_floating, itemsize, widest
 from .errors import BadInputError, TopologyError, listed, printable
+from .files.dtypes import is_floating, itemsize, widest
 from .model import Model, Parameter
 from .placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
 from .regions import Region

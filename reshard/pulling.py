@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .arguments import checked
-from .digest import FileRecord
 from .errors import (
     BadInputError,
     DestinationExistsError,
@@ -19,6 +18,7 @@ from .errors import (
     UsageError,
     printable,
 )
+from .files.digest import FileRecord
 from .hub.place import Place, discard
 from .manifest import Manifest
 from .places import Found, away, fetch_files, find_resharded, local_folder

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .arrivals import Arrivals
-from .dtypes import itemsize, torch_name
-from .guard import MappedFile, check_unchanged
+from .files.dtypes import itemsize, torch_name
+from .files.mapped import MappedFile, check_unchanged
 from .placement import Piece
 from .regions import Box, Region, boxes, cut, is_run
 from .source import Source

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .dtypes import torch_name
 from .errors import listed
+from .files.dtypes import torch_name
 from .regions import Region
 from .source import Source
 from .targets import Target

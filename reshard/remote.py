@@ -12,7 +12,7 @@ from typing import Protocol
 
 from .companions import Item
 from .errors import BadInputError, IntegrityError, printable
-from .header import Header, header_length, parse_header
+from .files.header import Header, header_length, parse_header
 from .hub.place import discard
 from .source import Elsewhere, Source, SourceFile, open_source, weights_of
 from .weights import AS_FOUND, Choice, Weights

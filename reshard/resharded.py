@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from .digest import FileRecord, digest_file
-from .dtypes import holds, torch_name
 from .errors import BadInputError, IntegrityError, listed, printable
-from .header import Header, TensorInfo, parse_header
+from .files.digest import FileRecord, digest_file
+from .files.dtypes import holds, torch_name
+from .files.header import Header, TensorInfo, parse_header
+from .files.untrusted import check_plain_name, check_plain_path
 from .inverse import invert, once, refined_shape, through
 from .layout import FileLayout
 from .manifest import Manifest, read_manifest
@@ -20,7 +21,6 @@ from .regions import Region, covers, whole
 from .remote import Away, read_headers
 from .source import MANIFEST_NAME, Source, SourceFile, model_config
 from .targets import LocalTensor, rank_tensors
-from .untrusted import check_plain_name, check_plain_path
 from .weights import INDEX_NAME
 
 __all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]

@@ -18,8 +18,8 @@ import torch
 
 from .corrections import corrected, has_expert_plan
 from .errors import BadInputError, listed, printable
-from .system import by_errno
-from .untrusted import read_json
+from .files.system import by_errno
+from .files.untrusted import read_json
 
 __all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from .companions import Item, walk
-from .digest import digest_of
 from .errors import (
     BadInputError,
     IntegrityError,
@@ -26,13 +25,14 @@ from .errors import (
     UsageError,
     printable,
 )
+from .files.digest import digest_of
+from .files.untrusted import check_plain_path
 from .filesystems import check_ranges, doing, identified, listed, name_in
 from .hub.place import is_hub_url
 from .output import pwrite
 from .progress import Advance
 from .remote import Entry, GivenUp, lacking, never
 from .source import MANIFEST_NAME
-from .untrusted import check_plain_path
 
 __all__ = ["PROBE_NAME", "Store", "as_text", "cache_folder", "is_url", "open_store", "snapshot"]
 

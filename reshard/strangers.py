@@ -6,9 +6,9 @@ from collections.abc import Set
 from pathlib import Path, PurePosixPath
 
 from .errors import IntegrityError, printable
+from .files.system import by_errno, walked
 from .manifest import Manifest
 from .source import MANIFEST_NAME
-from .system import by_errno, walked
 
 __all__ = ["missing_and_strange"]
 

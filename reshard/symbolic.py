@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .dtypes import FLOATING, widest
+from .files.dtypes import FLOATING, widest
 from .placement import Piece
 from .regions import Region, cut, whole
 from .reshape import reshape

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .dtypes import itemsize, torch_name
+from .files.dtypes import itemsize, torch_name
 from .placement import Placement, local_shape, offset, pieces
 from .regions import Region, cut, whole
 from .source import Source

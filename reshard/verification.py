@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import checked
-from .digest import FileRecord, digest_file, digest_of
 from .errors import IntegrityError, UsageError, printable
-from .guard import MappedFile
+from .files.digest import FileRecord, digest_file, digest_of
+from .files.mapped import MappedFile
 from .manifest import Manifest, read_manifest
 from .places import local_folder
 from .progress import Advance, Progress, silent

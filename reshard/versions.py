@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import VersionError, listed, printable
-from .fields import UnknownError, text
+from .files.fields import UnknownError, text
 
 if TYPE_CHECKING:
     from .manifest import Manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInputError, PolicyError, UsageError, listed, printable
-from .untrusted import check_plain_path, read_json, refuse_error_text, vetted_path
+from .files.untrusted import check_plain_path, read_json, refuse_error_text, vetted_path
 
 __all__ = [
     "AS_FOUND",

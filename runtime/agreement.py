@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from reshard import errors
 from reshard.errors import RemoteMovedError, ReshardError, TopologyError, printable
-from reshard.system import explained
+from reshard.files.system import explained
 
 from .ranks import RankInfo
 

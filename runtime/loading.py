@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from reshard.architecture import model_class, on_meta, quiet_transformers
 from reshard.arguments import checked
-from reshard.digest import digest_of
 from reshard.errors import BadInputError, IntegrityError, UsageError, printable
+from reshard.files.digest import digest_of
+from reshard.files.system import by_errno
 from reshard.layout import rank_file_name
 from reshard.manifest import Manifest
 from reshard.process import patient_collector, worker_count
@@ -26,7 +27,6 @@ from reshard.rank_file import written_file
 from reshard.source import MANIFEST_NAME
 from reshard.stores import as_text
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
-from reshard.system import by_errno
 
 from .agreement import Deadline, agree
 from .hooks import install_hooks, tp_axis

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from reshard.digest import FileRecord, digest_of
-from reshard.dtypes import torch_name
 from reshard.errors import IntegrityError, printable
-from reshard.header import TensorInfo
+from reshard.files.digest import FileRecord, digest_of
+from reshard.files.dtypes import torch_name
+from reshard.files.header import TensorInfo
+from reshard.files.system import by_errno
 from reshard.rank_file import check_digests, largest_first, read_rank_header
-from reshard.system import by_errno
 
 __all__ = ["map_rank_file"]
 

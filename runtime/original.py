@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from reshard.dtypes import torch_name, widest
 from reshard.errors import IntegrityError, printable
-from reshard.header import TensorInfo, parse_header
+from reshard.files.dtypes import torch_name, widest
+from reshard.files.header import TensorInfo, parse_header
 from reshard.manifest import Manifest
 from reshard.regions import Region, is_run
 from reshard.targets import LocalTensor, Target

@@ -13,8 +13,8 @@ import torch
 
 from reshard.architecture import quiet_transformers
 from reshard.errors import BadInputError, listed, printable
+from reshard.files.system import by_errno
 from reshard.launch.prompts import STDIN, decoded, prompt_lines
-from reshard.system import by_errno
 
 from .agreement import Deadline, from_first
 from .mesh import connect

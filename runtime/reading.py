@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from reshard.digest import FileRecord, new_digest
-from reshard.dtypes import torch_name
 from reshard.errors import IntegrityError, TopologyError, printable
-from reshard.header import Header, TensorInfo
+from reshard.files.digest import FileRecord, new_digest
+from reshard.files.dtypes import torch_name
+from reshard.files.header import Header, TensorInfo
+from reshard.files.system import by_errno
 from reshard.rank_file import check_digests, largest_first, read_rank_header
-from reshard.system import by_errno
 
 __all__ = ["ALIGNMENT", "BUFFER_BYTES", "offsets", "read_rank_file"]
 

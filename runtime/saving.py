@@ -15,11 +15,11 @@ import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
+from reshard.files.system import by_errno
 from reshard.layout import Slot, file_layout
 from reshard.output import pwrite
 from reshard.outputs import OutputFiles
 from reshard.places import local_folder
-from reshard.system import by_errno
 from reshard.targets import LocalTensor
 from reshard.weights import INDEX_NAME
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from reshard.architecture import expected_dtypes
-from reshard.dtypes import FLOATING, holds, is_floating, torch_name
 from reshard.errors import VersionError, listed, printable
-from reshard.header import parse_header
+from reshard.files.dtypes import FLOATING, holds, is_floating, torch_name
+from reshard.files.header import parse_header
 from reshard.manifest import Manifest
 from reshard.targets import Target
 

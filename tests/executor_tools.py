@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reshard.dtypes import NAMES
+from reshard.files.dtypes import NAMES
 from reshard.regions import whole
 from reshard.source import Source, open_source
 from reshard.targets import LocalTensor

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError, deserialize
 
 from reshard.errors import BadInputError
-from reshard.header import Header, parse_header, read_header
+from reshard.files.header import Header, parse_header, read_header
 
 FILE = "model-00001-of-00002.safetensors"
 

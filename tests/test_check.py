@@ -19,8 +19,8 @@ from test_plans import UNPLANNED, unplanned
 from torchrun_tools import WORKERS, on_ranks, torchrun
 
 import reshard
-from reshard.digest import digest_of
-from reshard.header import read_header
+from reshard.files.digest import digest_of
+from reshard.files.header import read_header
 from reshard.manifest import REFERENCE_NAME, read_manifest
 from reshard.reference import distance, fixed_ids, rounding
 

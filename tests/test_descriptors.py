@@ -23,7 +23,7 @@ from object_store import contents as objects
 import reshard
 from reshard import executor, outputs
 from reshard.executor import write_files
-from reshard.guard import MappedFile
+from reshard.files.mapped import MappedFile
 from reshard.layout import file_layout
 from reshard.outputs import OutputFiles
 

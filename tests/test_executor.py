@@ -20,14 +20,14 @@ from test_placement import oracle
 from test_strategies import bits, random_bits, same
 from test_symbolic import programs, run
 
-from reshard import digest as digest_module
 from reshard import executor
 from reshard import reader as reader_module
-from reshard.digest import DigestsAhead, digest_file, digest_of
-from reshard.dtypes import CODES, NAMES
 from reshard.errors import IntegrityError
 from reshard.executor import write_files
-from reshard.header import read_header
+from reshard.files import digest as digest_module
+from reshard.files.digest import DigestsAhead, digest_file, digest_of
+from reshard.files.dtypes import CODES, NAMES
+from reshard.files.header import read_header
 from reshard.layout import file_layout
 from reshard.placement import PackedShard, Placement, Replicate, Shard
 from reshard.reader import equal_tensors

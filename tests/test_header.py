@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 
-from reshard import header as header_module
-from reshard.header import DTYPE_BITS, HEADER_LIMIT, TensorInfo, parse_header, read_header
+from reshard.files import header as header_module
+from reshard.files.header import DTYPE_BITS, HEADER_LIMIT, TensorInfo, parse_header, read_header
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import reshard
-from reshard.header import DTYPE_BITS, ENTRY_LIMIT, HEADER_LIMIT, TEXT_LIMIT, parse_header
+from reshard.files.header import DTYPE_BITS, ENTRY_LIMIT, HEADER_LIMIT, TEXT_LIMIT, parse_header
 
 BASES = [
     save({"a": torch.zeros(2, 3), "b": torch.ones(3, dtype=torch.int8), "e": torch.zeros(0, 4)}, {"format": "pt"}),
@@ -226,7 +226,7 @@ READ = f"""
 import re, resource, sys, time
 from pathlib import Path
 from reshard.errors import BadInputError
-from reshard.header import read_header
+from reshard.files.header import read_header
 taken = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (taken + {MEMORY},) * 2)
 try:

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from test_strategies import bits, random_bits, same
 from torch.distributed.checkpoint.api import CheckpointException
 
-from reshard.dtypes import CODES, NAMES, itemsize
-from reshard.header import read_header
+from reshard.files.dtypes import CODES, NAMES, itemsize
+from reshard.files.header import read_header
 from reshard.layout import ALIGNMENT, FileLayout, file_layout, rank_file_name
 from reshard.placement import PackedShard, Placement, Replicate, Shard
 from reshard.regions import whole

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 from reshard.errors import BadInputError, PolicyError, UsageError
-from reshard.header import Header, TensorInfo
+from reshard.files.header import Header, TensorInfo
 from reshard.indexed import join
 from reshard.weights import Weights
 

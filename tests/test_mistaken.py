@@ -8,7 +8,7 @@ import pytest
 from cli_tools import INDEX, Refused, convert, first_file, single_file
 
 from reshard.errors import BadInputError
-from reshard.header import header_length
+from reshard.files.header import header_length
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"

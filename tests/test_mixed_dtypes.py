@@ -18,8 +18,8 @@ from torchrun_tools import torchrun
 
 import reshard
 import runtime
-from reshard.dtypes import FLOATING, holds, widest
 from reshard.errors import IntegrityError
+from reshard.files.dtypes import FLOATING, holds, widest
 
 RANK_FILE = "shard-00001-model-00001-of-00001.safetensors"
 

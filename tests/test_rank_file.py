@@ -14,10 +14,10 @@ import pytest
 import torch
 from executor_tools import load, make_source, taken_whole
 
-from reshard.digest import FileRecord
 from reshard.errors import IntegrityError, TopologyError
 from reshard.executor import write_files
-from reshard.header import TensorInfo
+from reshard.files.digest import FileRecord
+from reshard.files.header import TensorInfo
 from reshard.layout import file_layout
 from reshard.rank_file import check_digests, read_rank_header
 from runtime import reading

@@ -19,7 +19,7 @@ from kill_tools import KILLED, convert_until, server
 import reshard
 from reshard import executor
 from reshard.errors import DestinationExistsError, IntegrityError, StorageError
-from reshard.header import TensorInfo, read_header
+from reshard.files.header import TensorInfo, read_header
 from reshard.journal import JOURNAL_NAME, Journal
 
 STEP = 7  # of the sweep that CI runs; the slow one takes every call

@@ -29,7 +29,7 @@ import reshard
 from reshard import compare, conversion, origin, reader
 from reshard.errors import IntegrityError
 from reshard.executor import write_files
-from reshard.guard import MappedFile
+from reshard.files.mapped import MappedFile
 from reshard.journal import Journal
 from reshard.layout import file_layout
 from reshard.reader import equal_tensors
@@ -138,7 +138,7 @@ def test_any_other_fault_ends_the_process_as_ever(fault: str, handler: str, tmp_
     code = f"""
 import faulthandler, mmap, os, signal, sys, threading, time
 from pathlib import Path
-from reshard.guard import MappedFile
+from reshard.files.mapped import MappedFile
 {handler}
 own, other = Path("own"), Path("other")
 for path in (own, other):

@@ -16,19 +16,20 @@ from cli_tools import Cli, assert_one_error
 from executor_tools import make_source
 
 import reshard
-from reshard import filesystems, guard, output
+from reshard import filesystems, output
 from reshard.architecture import model_class
-from reshard.digest import digest_file
 from reshard.errors import BadInputError, IntegrityError, NetworkError, ReshardError, StorageError
-from reshard.guard import MappedFile, check_unchanged
-from reshard.header import read_header
+from reshard.files import mapped as guard
+from reshard.files.digest import digest_file
+from reshard.files.header import read_header
+from reshard.files.mapped import MappedFile, check_unchanged
+from reshard.files.system import by_errno, explained, walked
+from reshard.files.untrusted import read_json, vetted_path
 from reshard.hub.errors import explain
 from reshard.manifest import read_manifest
 from reshard.rules import read_rules
 from reshard.source import open_source
 from reshard.strategies import load_strategies
-from reshard.system import by_errno, explained, walked
-from reshard.untrusted import read_json, vetted_path
 from runtime.agreement import words_of
 
 SYSTEM = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOLCK]

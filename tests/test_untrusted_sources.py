@@ -34,7 +34,7 @@ from test_flipped_bits import TINY
 
 import reshard
 from reshard.errors import BadInputError
-from reshard.header import read_header
+from reshard.files.header import read_header
 from reshard.source import open_source
 
 # --- cut short ---

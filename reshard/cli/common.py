@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from ..dtypes import STORABLE, floating_dtype
 from ..failures import json_text
+from ..files.dtypes import STORABLE, floating_dtype
 from ..launch.options import completions, format_option, revision_option, strategies_option
 from ..switches import switches_of, words_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..dtypes import torch_name
 from ..errors import printable
+from ..files.dtypes import torch_name
 from ..kinds import is_licence
 from ..manifest import Manifest
 from ..report import gigabytes

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
-from ..system import LOCAL
+from ..files.system import LOCAL
 from .session import BUSY, answer_of, client, is_unreachable
 
 __all__ = ["doing", "explain"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..errors import BadInputError, printable
-from ..system import by_errno
+from ..files.system import by_errno
 
 __all__ = ["STDIN", "decoded", "prompt_lines"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.distributed.tensor import Replicate, Shard
 
 from ..errors import BadInputError, printable
-from ..system import by_errno
+from ..files.system import by_errno
 from .base import (
     LocalLayer,
     TensorParallelLayer,

@@ -33,7 +33,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from .errors import IntegrityError, printable
+from ..errors import IntegrityError, printable
 from .system import by_errno
 
 __all__ = ["MappedFile", "check_unchanged", "mapped"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInputError, PolicyError, printable
+from ..errors import BadInputError, PolicyError, printable
 from .mistaken import FIRST_BYTES, mistaken
 from .system import by_errno
 

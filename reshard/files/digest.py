@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from .errors import IntegrityError, printable
+from ..errors import IntegrityError, printable
 from .system import by_errno
 
 __all__ = ["ALGORITHM", "DigestsAhead", "FileRecord", "digest_file", "digest_of", "new_digest", "tree_digest"]

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInputError, printable
-from .guard import MappedFile
+from ..errors import BadInputError, printable
+from .mapped import MappedFile
 from .mistaken import FIRST_BYTES, mistaken
 from .system import by_errno
 

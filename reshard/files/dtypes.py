@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .errors import BadInputError, printable
+from ..errors import BadInputError, printable
 from .header import DTYPE_BITS
 
 __all__ = [
