@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .checkpoint.source import Source
+from .checkpoint.weights import AS_FOUND, Choice
 from .errors import BadInputError, IntegrityError, printable
 from .files.digest import FileRecord
 from .files.header import Header, TensorInfo, read_header
@@ -15,9 +17,7 @@ from .places import resolve_source
 from .progress import Advance, Progress, silent
 from .reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
 from .resharded import source_headers, source_tensors
-from .source import Source
 from .targets import LocalTensor, rank_tensors, unused_tensors
-from .weights import AS_FOUND, Choice
 
 __all__ = ["compare_with_source"]
 

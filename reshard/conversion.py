@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .arguments import checked
 from .arrivals import Arrivals
+from .checkpoint.left_behind import refuse_keys
+from .checkpoint.source import MANIFEST_NAME, Source
+from .checkpoint.weights import chosen
 from .destination import destination
 from .errors import UsageError, printable
 from .executor import write_files
@@ -18,7 +21,6 @@ from .files.digest import ALGORITHM, FileRecord, new_digest
 from .files.untrusted import vetted_path
 from .journal import Journal
 from .layout import FileLayout, plan_layouts
-from .left_behind import refuse_keys
 from .manifest import REFERENCE_NAME, Manifest
 from .model import read_model
 from .origin import Origin, open_origin
@@ -26,12 +28,10 @@ from .planning import ReshardPlan, build_plan, smallest_fit
 from .progress import Progress, silent
 from .reference import fetch_whole, store_reference
 from .rules import AUTO, read_rules
-from .source import MANIFEST_NAME, Source
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .topology import Topology
-from .weights import chosen
 
 if TYPE_CHECKING:
     import torch

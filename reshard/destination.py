@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from .checkpoint.kinds import is_weights
+from .checkpoint.source import MANIFEST_NAME
+from .checkpoint.weights import INDEX_NAME, SINGLE_NAME
 from .errors import DestinationExistsError, IntegrityError, ReshardError, StorageError, UsageError, listed, printable
 from .exclusive import EXCHANGE, NOREPLACE, move
 from .files.digest import digest_of
 from .files.system import walked
 from .hub.place import is_hub_url
 from .journal import JOURNAL_NAME
-from .kinds import is_weights
 from .manifest import read_manifest
 from .output import sync_folder
 from .progress import Progress, silent
-from .source import MANIFEST_NAME
 from .stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
 from .strangers import missing_and_strange
-from .weights import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["Destination", "destination"]
 

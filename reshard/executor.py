@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from .arrivals import Arrivals, in_order
+from .checkpoint.source import Source, SourceFile
 from .files.digest import DigestsAhead, FileRecord, new_digest, tree_digest
 from .jobs import Job, run_jobs
 from .journal import Journal
@@ -18,7 +19,6 @@ from .outputs import OutputFiles
 from .process import worker_count
 from .rank_file import check_digests
 from .reader import BLOCK_BYTES, SourceReader, tensor_blocks
-from .source import Source, SourceFile
 from .targets import LocalTensor
 
 __all__ = ["write_files"]

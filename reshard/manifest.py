@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .companions import Left
+from .checkpoint.companions import Left
+from .checkpoint.source import MANIFEST_NAME
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError, printable
 from .files.digest import ALGORITHM, FileRecord, digest_of
 from .files.dtypes import CODES, FLOATING
@@ -16,7 +17,6 @@ from .files.fields import UnknownError, count, counts, maybe, one_of, text, text
 from .files.untrusted import read_json, vetted_path
 from .placement_json import placement_from_json, placement_to_json
 from .regions import Region, covers, whole
-from .source import MANIFEST_NAME
 from .targets import Target
 from .topology import Topology
 from .versions import check_known, check_version, version_members

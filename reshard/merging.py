@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .arguments import checked
+from .checkpoint.source import MANIFEST_NAME
+from .checkpoint.weights import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, weights_named_by
 from .destination import destination
 from .errors import BadInputError, IntegrityError, PolicyError, UsageError, listed, printable
 from .executor import write_files
@@ -21,10 +23,8 @@ from .places import fetch
 from .progress import Advance, Progress, silent
 from .rank_file import written_file
 from .resharded import Resharded, open_resharded
-from .source import MANIFEST_NAME
 from .staging import check_free_space, copy_file, make_folders, staged_folder, write_file
 from .stores import as_text
-from .weights import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, weights_named_by
 
 __all__ = ["LAYOUTS", "merge"]
 

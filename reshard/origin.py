@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from .arrivals import AHEAD, Arrivals
-from .companions import included
+from .checkpoint.companions import included
+from .checkpoint.source import Source, SourceFile, is_resharded, open_source
+from .checkpoint.weights import AS_FOUND, Choice
 from .errors import StorageError, UsageError, printable
 from .files.digest import DigestsAhead
 from .manifest import read_manifest
@@ -17,9 +19,7 @@ from .places import away, look_at, of_hub
 from .reader import equal_tensors
 from .remote import Remote, open_remote, remote_files
 from .resharded import Resharded, open_resharded
-from .source import Source, SourceFile, is_resharded, open_source
 from .staging import Stage
-from .weights import AS_FOUND, Choice
 
 __all__ = ["Origin", "open_origin"]
 

@@ -9,20 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .companions import Item
+from .checkpoint.companions import Item
+from .checkpoint.left_behind import files_here
+from .checkpoint.source import MANIFEST_NAME, Source, companions_of, is_resharded, open_source
+from .checkpoint.weights import AS_FOUND, Choice
 from .errors import BadInputError, IntegrityError, NetworkError, TopologyError, UsageError, listed, printable
 from .hub.files import HubFiles
 from .hub.place import Place, discard, is_hub_url, is_offline
 from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
-from .left_behind import files_here
 from .manifest import Manifest, read_manifest
 from .progress import Advance, Progress, silent
 from .remote import Away, remote_weights
-from .source import MANIFEST_NAME, Source, companions_of, is_resharded, open_source
 from .stores import as_text, is_url, open_store
 from .stores import snapshot as store_snapshot
-from .weights import AS_FOUND, Choice
 
 __all__ = [
     "Found",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .arguments import checked
+from .checkpoint.source import MANIFEST_NAME
 from .errors import (
     BadInputError,
     DestinationExistsError,
@@ -24,7 +25,6 @@ from .manifest import Manifest
 from .places import Found, away, fetch_files, find_resharded, local_folder
 from .progress import Progress, silent
 from .remote import sha256_of
-from .source import MANIFEST_NAME
 from .stores import is_url
 from .verification import check_file
 

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from .architecture import decoding_as_told, model_class, on_meta, quiet_transformers
+from .checkpoint.architecture import decoding_as_told, model_class, on_meta, quiet_transformers
+from .checkpoint.naming import Naming, prefix_mapping
+from .checkpoint.source import is_resharded, open_source
+from .checkpoint.weights import AS_FOUND, Choice, arguments_for
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
 from .files.digest import FileRecord, digest_file, digest_of
 from .files.system import by_errno
 from .manifest import REFERENCE_NAME, Manifest, reference_record
-from .naming import Naming, prefix_mapping
 from .places import fetch
 from .rank_file import written_file
-from .source import is_resharded, open_source
 from .staging import write_file
-from .weights import AS_FOUND, Choice, arguments_for
 
 __all__ = [
     "ELSEWHERE",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from .checkpoint.source import Source
 from .errors import listed
 from .files.dtypes import torch_name
 from .regions import Region
-from .source import Source
 from .targets import Target
 
 __all__ = ["dtypes_of", "mixed_note", "partly_note"]

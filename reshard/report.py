@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .companions import Left
+from .checkpoint.companions import Left
 from .errors import printable
 from .layout import plan_layouts
 from .manifest import Manifest

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from .checkpoint.source import MANIFEST_NAME, Source, SourceFile, model_config
+from .checkpoint.weights import INDEX_NAME
 from .errors import BadInputError, IntegrityError, listed, printable
 from .files.digest import FileRecord, digest_file
 from .files.dtypes import holds, torch_name
@@ -19,9 +21,7 @@ from .manifest import Manifest, read_manifest
 from .rank_file import check_rank_header, read_rank_header, written_file
 from .regions import Region, covers, whole
 from .remote import Away, read_headers
-from .source import MANIFEST_NAME, Source, SourceFile, model_config
 from .targets import LocalTensor, rank_tensors
-from .weights import INDEX_NAME
 
 __all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]
 

@@ -15,7 +15,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from .companions import Item, walk
+from .checkpoint.companions import Item, walk
+from .checkpoint.source import MANIFEST_NAME
 from .errors import (
     BadInputError,
     IntegrityError,
@@ -32,7 +33,6 @@ from .hub.place import is_hub_url
 from .output import pwrite
 from .progress import Advance
 from .remote import Entry, GivenUp, lacking, never
-from .source import MANIFEST_NAME
 
 __all__ = ["PROBE_NAME", "Store", "as_text", "cache_folder", "is_url", "open_store", "snapshot"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Set
 from pathlib import Path, PurePosixPath
 
+from .checkpoint.source import MANIFEST_NAME
 from .errors import IntegrityError, printable
 from .files.system import by_errno, walked
 from .manifest import Manifest
-from .source import MANIFEST_NAME
 
 __all__ = ["missing_and_strange"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import checked
+from .checkpoint.weights import AS_FOUND, chosen
 from .errors import IntegrityError, UsageError, printable
 from .files.digest import FileRecord, digest_file, digest_of
 from .files.mapped import MappedFile
@@ -16,7 +17,6 @@ from .progress import Advance, Progress, silent
 from .rank_file import check_digests, read_rank_header, written_file
 from .stores import as_text
 from .strangers import missing_and_strange
-from .weights import AS_FOUND, chosen
 
 __all__ = ["Report", "check_file", "verify"]
 

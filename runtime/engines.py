@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reshard.architecture import model_class, quiet_transformers
+from reshard.checkpoint.architecture import model_class, quiet_transformers
 from reshard.errors import BadInputError
 
 __all__ = ["PEERS", "Engine", "peer"]

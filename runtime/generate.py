@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from reshard.architecture import decoding_as_told, quiet_transformers
+from reshard.checkpoint.architecture import decoding_as_told, quiet_transformers
 
 from . import kernels
 from .argmax import argmax_only

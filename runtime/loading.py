@@ -15,8 +15,9 @@ from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from reshard.architecture import model_class, on_meta, quiet_transformers
 from reshard.arguments import checked
+from reshard.checkpoint.architecture import model_class, on_meta, quiet_transformers
+from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import BadInputError, IntegrityError, UsageError, printable
 from reshard.files.digest import digest_of
 from reshard.files.system import by_errno
@@ -24,7 +25,6 @@ from reshard.layout import rank_file_name
 from reshard.manifest import Manifest
 from reshard.process import patient_collector, worker_count
 from reshard.rank_file import written_file
-from reshard.source import MANIFEST_NAME
 from reshard.stores import as_text
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 

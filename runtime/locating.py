@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import IntegrityError, TopologyError, printable
 from reshard.hub.place import discard
 from reshard.manifest import Manifest, read_manifest
 from reshard.places import fetch_files, find_resharded, locate
-from reshard.source import MANIFEST_NAME
 from reshard.verification import check_file
 
 from .agreement import Deadline, UnansweredError, spoken, words_of

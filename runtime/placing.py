@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from reshard.architecture import KV_GROUPS
+from reshard.checkpoint.architecture import KV_GROUPS
 from reshard.errors import IntegrityError, printable
 from reshard.manifest import Manifest
 from reshard.placement import Nested, Replicate, local_shape

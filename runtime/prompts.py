@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from reshard.architecture import quiet_transformers
+from reshard.checkpoint.architecture import quiet_transformers
 from reshard.errors import BadInputError, listed, printable
 from reshard.files.system import by_errno
 from reshard.launch.prompts import STDIN, decoded, prompt_lines

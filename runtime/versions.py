@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reshard.architecture import expected_dtypes
+from reshard.checkpoint.architecture import expected_dtypes
 from reshard.errors import VersionError, listed, printable
 from reshard.files.dtypes import FLOATING, holds, is_floating, torch_name
 from reshard.files.header import parse_header

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from reshard.checkpoint.source import Source, open_source
 from reshard.files.dtypes import NAMES
 from reshard.regions import whole
-from reshard.source import Source, open_source
 from reshard.targets import LocalTensor
 
 

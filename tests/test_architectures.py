@@ -16,7 +16,7 @@ from test_sources import IDS, logits
 
 import reshard
 import runtime
-from reshard.architecture import model_class
+from reshard.checkpoint.architecture import model_class
 from reshard.reference import single_model
 
 LEFT = {  # by wrappers, forks and mergers of models

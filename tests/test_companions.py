@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard import companions, kinds
-from reshard.companions import Item, Left, choose, walk
+from reshard.checkpoint import companions, kinds
+from reshard.checkpoint.companions import Item, Left, choose, walk
+from reshard.checkpoint.left_behind import left_text
+from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import UsageError
 from reshard.layout import UNUSED_NAME, rank_file_name
-from reshard.left_behind import left_text
 from reshard.manifest import REFERENCE_NAME
-from reshard.source import MANIFEST_NAME
 
 TAKEN = {
     "templates": "chat_template.jinja additional_chat_templates/tool_use.jinja additional_chat_templates/rag.jinja",

@@ -22,6 +22,7 @@ from test_symbolic import programs, run
 
 from reshard import executor
 from reshard import reader as reader_module
+from reshard.checkpoint.source import open_source
 from reshard.errors import IntegrityError
 from reshard.executor import write_files
 from reshard.files import digest as digest_module
@@ -32,7 +33,6 @@ from reshard.layout import file_layout
 from reshard.placement import PackedShard, Placement, Replicate, Shard
 from reshard.reader import equal_tensors
 from reshard.regions import Region, covers, whole
-from reshard.source import open_source
 from reshard.symbolic import RegionTensor
 from reshard.targets import LocalTensor, Target, rank_tensors
 

@@ -20,9 +20,9 @@ from test_golden import VERSIONS as GOLDEN
 
 import reshard
 from reshard import versions
+from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import IntegrityError, VersionError
 from reshard.manifest import Manifest, read_manifest
-from reshard.source import MANIFEST_NAME
 from reshard.versions import CLOSED, FEATURES, OPEN, version_members
 
 SCHEMA = json.loads((files("reshard") / "manifest.schema.json").read_text())

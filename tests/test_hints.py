@@ -10,7 +10,7 @@ import pytest
 from cli_tools import Cli, assert_one_error
 from object_store import ObjectStore, error
 
-from reshard.architecture import model_class
+from reshard.checkpoint.architecture import model_class
 from reshard.errors import BadInputError, NetworkError, ReshardError, VersionError
 from reshard.filesystems import doing
 from runtime.engines import _tensor_parallel

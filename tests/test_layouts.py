@@ -31,10 +31,10 @@ from cli_tools import (
 from safetensors.torch import load_file, save_file
 
 import reshard
+from reshard.checkpoint.indexed import join
+from reshard.checkpoint.weights import Weights
 from reshard.errors import BadInputError, PolicyError, UsageError
 from reshard.files.header import Header, TensorInfo
-from reshard.indexed import join
-from reshard.weights import Weights
 
 SINGLE = "model.safetensors"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"

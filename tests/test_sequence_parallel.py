@@ -16,7 +16,7 @@ from cli_tools import Checkpoint
 from torchrun_tools import WORKERS, on_ranks
 
 import reshard
-from reshard.architecture import meta_model
+from reshard.checkpoint.architecture import meta_model
 from reshard.errors import BadInputError
 from reshard.manifest import read_manifest
 from reshard.placement import shard_bounds

@@ -17,7 +17,8 @@ from executor_tools import make_source
 
 import reshard
 from reshard import filesystems, output
-from reshard.architecture import model_class
+from reshard.checkpoint.architecture import model_class
+from reshard.checkpoint.source import open_source
 from reshard.errors import BadInputError, IntegrityError, NetworkError, ReshardError, StorageError
 from reshard.files import mapped as guard
 from reshard.files.digest import digest_file
@@ -28,7 +29,6 @@ from reshard.files.untrusted import read_json, vetted_path
 from reshard.hub.errors import explain
 from reshard.manifest import read_manifest
 from reshard.rules import read_rules
-from reshard.source import open_source
 from reshard.strategies import load_strategies
 from runtime.agreement import words_of
 

@@ -33,9 +33,9 @@ from executor_tools import load
 from test_flipped_bits import TINY
 
 import reshard
+from reshard.checkpoint.source import open_source
 from reshard.errors import BadInputError
 from reshard.files.header import read_header
-from reshard.source import open_source
 
 # --- cut short ---
 

@@ -134,8 +134,8 @@ def next_command(
 
 def _is_origin(source: str, manifest: Manifest) -> bool:
     """Whether `source` is the checkpoint itself, as far as can be told: not a resharded folder, here or elsewhere."""
+    from ..checkpoint.source import is_resharded
     from ..hub.place import Place
-    from ..source import is_resharded
     from ..stores import is_url
 
     if Path(source).is_dir():

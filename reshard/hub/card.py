@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..checkpoint.kinds import is_licence
 from ..errors import printable
 from ..files.dtypes import torch_name
-from ..kinds import is_licence
 from ..manifest import Manifest
 from ..report import gigabytes
 from ..resharded import source_headers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..companions import Item
+from ..checkpoint.companions import Item
 from ..errors import NetworkError, printable
 from ..remote import Entry, GivenUp, lacking, never
 from .errors import explain

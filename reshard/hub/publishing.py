@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import checked
+from ..checkpoint.kinds import is_weights
+from ..checkpoint.source import MANIFEST_NAME
 from ..errors import (
     BadInputError,
     DestinationExistsError,
@@ -18,11 +20,9 @@ from ..errors import (
     listed,
     printable,
 )
-from ..kinds import is_weights
 from ..manifest import Manifest, read_manifest
 from ..places import local_folder
 from ..progress import Progress, silent
-from ..source import MANIFEST_NAME
 from ..stores import is_url
 from ..verification import verify
 from .card import is_ours, render

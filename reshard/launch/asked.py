@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.source import open_source
 from ..errors import UsageError, printable
 from ..manifest import Manifest, reference_record
 from ..places import find_resharded, locate
 from ..rank_file import written_file
-from ..source import open_source
 from .prompts import STDIN, prompt_lines
 
 __all__ = [

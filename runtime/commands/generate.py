@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from reshard.architecture import quiet_transformers
+from reshard.checkpoint.architecture import quiet_transformers
 from reshard.launch.asked import check_generation
 from reshard.launch.options import generate_options
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import BadInputError, PolicyError, ReshardError, StorageError, listed, printable
+from ..files.untrusted import read_json, vetted_path
 from .companions import Item, Left, choose, walk
-from .errors import BadInputError, PolicyError, ReshardError, StorageError, listed, printable
-from .files.untrusted import read_json, vetted_path
 from .kinds import known_by_content
 
 __all__ = ["companions", "files_here", "left_text", "refuse_keys"]

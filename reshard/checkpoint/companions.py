@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .errors import UsageError, printable
+from ..errors import UsageError, printable
 from .kinds import CARD, KNOWN, KNOWN_AT_TOP, NEVER, OURS, PARTS, SILENT, WEIGHTS
 
 __all__ = ["Item", "Left", "choose", "included", "walk"]

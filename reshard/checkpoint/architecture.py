@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .errors import BadInputError, VersionError, listed, printable
-from .files.system import by_errno
+from ..errors import BadInputError, VersionError, listed, printable
+from ..files.system import by_errno
 from .source import model_config
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from .errors import BadInputError, listed, printable
-from .files.header import Header, TensorInfo
+from ..errors import BadInputError, listed, printable
+from ..files.header import Header, TensorInfo
 from .weights import Weights
 
 __all__ = ["Read", "join"]
