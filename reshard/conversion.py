@@ -28,10 +28,10 @@ from .planning import ReshardPlan, build_plan, smallest_fit
 from .progress import Progress, silent
 from .reference import fetch_whole, store_reference
 from .rules import AUTO, read_rules
+from .sharding.topology import Topology
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
-from .topology import Topology
 
 if TYPE_CHECKING:
     import torch

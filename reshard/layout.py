@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .files.dtypes import CODES, itemsize
-from .placement import is_box
+from .sharding.placement import is_box
 from .targets import LocalTensor, rank_tensors, unused_tensors
 
 if TYPE_CHECKING:  # a plan comes with torch

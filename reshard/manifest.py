@@ -16,9 +16,9 @@ from .files.dtypes import CODES, FLOATING
 from .files.fields import UnknownError, count, counts, maybe, one_of, text, texts
 from .files.untrusted import read_json, vetted_path
 from .placement_json import placement_from_json, placement_to_json
-from .regions import Region, covers, whole
+from .sharding.regions import Region, covers, whole
+from .sharding.topology import Topology
 from .targets import Target
-from .topology import Topology
 from .versions import check_known, check_version, version_members
 
 __all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "sealed_text"]

@@ -19,8 +19,8 @@ from .checkpoint.naming import Naming
 from .checkpoint.source import Source
 from .errors import BadInputError, TopologyError, listed, printable
 from .files.dtypes import FLOATING, torch_name
-from .regions import Region, covers
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
+from .sharding.regions import Region, covers
 from .symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 
 __all__ = ["Model", "Parameter", "read_model"]

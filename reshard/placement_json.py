@@ -7,8 +7,8 @@ from typing import Any
 
 from .errors import printable
 from .files.fields import UnknownError, count, counts, one_of, text
-from .placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
-from .regions import Region, covers
+from .sharding.placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
+from .sharding.regions import Region, covers
 
 __all__ = ["placement_from_json", "placement_to_json"]
 

@@ -13,8 +13,8 @@ from .arrivals import Arrivals
 from .checkpoint.source import Source
 from .files.dtypes import itemsize, torch_name
 from .files.mapped import MappedFile, check_unchanged
-from .placement import Piece
-from .regions import Box, Region, boxes, cut, is_run
+from .sharding.placement import Piece
+from .sharding.regions import Box, Region, boxes, cut, is_run
 from .targets import LocalTensor
 
 __all__ = ["BLOCK_BYTES", "SourceReader", "equal_tensors", "tensor_blocks"]

@@ -10,9 +10,9 @@ from .checkpoint.companions import Left
 from .errors import printable
 from .layout import plan_layouts
 from .manifest import Manifest
-from .placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
 from .process import worker_count
-from .topology import Topology
+from .sharding.placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
+from .sharding.topology import Topology
 
 if TYPE_CHECKING:  # a plan comes with torch; a manifest is told without it
     from .planning import ReshardPlan

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from .files.dtypes import FLOATING, widest
-from .placement import Piece
-from .regions import Region, cut, whole
-from .reshape import reshape
+from .sharding.placement import Piece
+from .sharding.regions import Region, cut, whole
+from .sharding.reshape import reshape
 
 __all__ = ["NotACopyError", "RegionTensor", "casts_left_to_the_copy"]
 

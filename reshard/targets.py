@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from .checkpoint.source import Source
 from .files.dtypes import itemsize, torch_name
-from .placement import Placement, local_shape, offset, pieces
-from .regions import Region, cut, whole
+from .sharding.placement import Placement, local_shape, offset, pieces
+from .sharding.regions import Region, cut, whole
 
 __all__ = ["LocalTensor", "Target", "partly_used", "rank_tensors", "unused_tensors"]
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from reshard.manifest import Manifest, read_manifest
-from reshard.placement import pieces, shard_bounds
 from reshard.reference import EXACT, distance, largest, rounding
+from reshard.sharding.placement import pieces, shard_bounds
 from reshard.strategies import ALL_PARALLEL_STYLES, AllReduceParallel
 from reshard.targets import Target
 

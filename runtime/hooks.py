@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from reshard.sharding.topology import Topology
 from reshard.strategies import ParallelInterface, rows_of
-from reshard.topology import Topology
 
 __all__ = ["install_hooks", "tp_axis"]
 

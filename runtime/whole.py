@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from reshard.errors import UsageError, listed, printable
-from reshard.placement import Placement, Replicate, local_shape, pieces
+from reshard.sharding.placement import Placement, Replicate, local_shape, pieces
 from reshard.targets import Target
 
 from .keeping import check_views

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from reshard.checkpoint.source import Source, open_source
 from reshard.files.dtypes import NAMES
-from reshard.regions import whole
+from reshard.sharding.regions import whole
 from reshard.targets import LocalTensor
 
 

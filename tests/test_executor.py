@@ -30,9 +30,9 @@ from reshard.files.digest import DigestsAhead, digest_file, digest_of
 from reshard.files.dtypes import CODES, NAMES
 from reshard.files.header import read_header
 from reshard.layout import file_layout
-from reshard.placement import PackedShard, Placement, Replicate, Shard
 from reshard.reader import equal_tensors
-from reshard.regions import Region, covers, whole
+from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard
+from reshard.sharding.regions import Region, covers, whole
 from reshard.symbolic import RegionTensor
 from reshard.targets import LocalTensor, Target, rank_tensors
 

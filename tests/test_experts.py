@@ -13,8 +13,8 @@ import transformers
 
 import reshard
 from reshard.errors import TopologyError
-from reshard.placement import Nested, PackedShard, Placement, Replicate, Shard
-from reshard.topology import Topology
+from reshard.sharding.placement import Nested, PackedShard, Placement, Replicate, Shard
+from reshard.sharding.topology import Topology
 
 HALVES = PackedShard(1, (24, 24))  # gate|up of 24 each
 

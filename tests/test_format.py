@@ -207,8 +207,8 @@ def test_fresh_folders_fit_the_schema(fresh: dict[str, Any]) -> None:
 
 
 def test_an_explicit_placement_fits_the_schema() -> None:
-    from reshard.placement import Explicit, Piece
     from reshard.placement_json import placement_to_json
+    from reshard.sharding.placement import Explicit, Piece
 
     placement = Explicit(((2, 3), (0, 3)), ((Piece((0, 0), (2, 3), (0, 0)),), ()))
     content = content_of(DATA / "golden-2.0")

@@ -17,7 +17,7 @@ from cli_tools import INDEX, Cli, rewrite, weight_map
 from torchrun_tools import on_ranks
 
 import reshard
-from reshard.placement import Nested, PackedShard, Replicate, Shard
+from reshard.sharding.placement import Nested, PackedShard, Replicate, Shard
 from reshard.versions import CLOSED, FEATURES, OPEN
 
 DATA = Path(__file__).parent / "data"

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from reshard.files.dtypes import CODES, NAMES, itemsize
 from reshard.files.header import read_header
 from reshard.layout import ALIGNMENT, FileLayout, file_layout, rank_file_name
-from reshard.placement import PackedShard, Placement, Replicate, Shard
-from reshard.regions import whole
+from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard
+from reshard.sharding.regions import whole
 from reshard.targets import LocalTensor, Target, rank_tensors
 
 # safetensors cannot hand these to torch as such: their layout is that of their same-sized neighbours

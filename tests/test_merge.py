@@ -19,9 +19,9 @@ from test_symbolic import programs, run
 
 import reshard
 from reshard.errors import BadInputError, DestinationExistsError, IntegrityError, PolicyError, UsageError
-from reshard.inverse import invert, refined_shape
 from reshard.manifest import sealed_text
-from reshard.regions import Region, contiguous_strides
+from reshard.sharding.inverse import invert, refined_shape
+from reshard.sharding.regions import Region, contiguous_strides
 from reshard.symbolic import RegionTensor
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.placement import (
+from reshard.sharding.placement import (
     Explicit,
     Nested,
     PackedShard,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_symbolic import programs, run
 
-from reshard.placement import Piece
-from reshard.regions import Region, boxes, contiguous_strides, covers, cut, is_run, whole
+from reshard.sharding.placement import Piece
+from reshard.sharding.regions import Region, boxes, contiguous_strides, covers, cut, is_run, whole
 from reshard.symbolic import RegionTensor
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)

@@ -19,8 +19,8 @@ from test_symbolic import programs, run
 
 import reshard
 from reshard.errors import IntegrityError
-from reshard.inverse import invert, once, refined_shape, through
-from reshard.regions import Region, contiguous_strides, covers
+from reshard.sharding.inverse import invert, once, refined_shape, through
+from reshard.sharding.regions import Region, contiguous_strides, covers
 from reshard.symbolic import RegionTensor
 
 

@@ -18,7 +18,7 @@ from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.errors import IntegrityError
-from reshard.regions import Region
+from reshard.sharding.regions import Region
 from reshard.targets import Target
 from runtime.original import bundles
 

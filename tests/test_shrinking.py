@@ -33,7 +33,7 @@ from reshard.files.mapped import MappedFile
 from reshard.journal import Journal
 from reshard.layout import file_layout
 from reshard.reader import equal_tensors
-from reshard.regions import Region
+from reshard.sharding.regions import Region
 from reshard.targets import LocalTensor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux")

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from test_placement import chunk, oracle
 
 from reshard.errors import BadInputError
-from reshard.placement import PackedShard, Placement, Replicate, Shard, block_sizes
-from reshard.regions import whole
+from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard, block_sizes
+from reshard.sharding.regions import whole
 from reshard.strategies import (
     ALL_PARALLEL_STYLES,
     PackedColwiseParallel,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.regions import covers
+from reshard.sharding.regions import covers
 from reshard.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 
 

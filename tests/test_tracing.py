@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard as TorchShard
 
 import reshard
 from reshard.errors import BadInputError
-from reshard.placement import Explicit, PackedShard, Replicate, Shard
+from reshard.sharding.placement import Explicit, PackedShard, Replicate, Shard
 from reshard.strategies import (
     ParallelInterface,
     TensorParallelLayer,

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from .. import placement as plan
-from ..placement import PackedShard, Placement, block_sizes, local_shape, pieces
-from ..regions import contiguous_strides
+from ..sharding import placement as plan
+from ..sharding.placement import PackedShard, Placement, block_sizes, local_shape, pieces
+from ..sharding.regions import contiguous_strides
 from .collectives import group_of
 from .tracing import traced_placement
 

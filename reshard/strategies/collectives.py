@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..placement import shard_bounds
+from ..sharding.placement import shard_bounds
 
 __all__ = ["all_gather", "all_reduce", "group_of", "largest_only", "reduce_scatter", "split"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import placement as plan
-from ..placement import Placement
+from ..sharding import placement as plan
+from ..sharding.placement import Placement
 from .linear import ColwiseParallel, RowwiseParallel
 
 __all__ = ["Conv1DColwiseParallel", "Conv1DRowwiseParallel"]

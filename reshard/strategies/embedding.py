@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
-from .. import placement as plan
-from ..placement import Placement, shard_bounds
+from ..sharding import placement as plan
+from ..sharding.placement import Placement, shard_bounds
 from .base import LocalLayer
 from .collectives import all_reduce
 from .linear import ColwiseParallel

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import placement as plan
-from ..placement import Placement
+from ..sharding import placement as plan
+from ..sharding.placement import Placement
 from .base import LocalLayer
 from .collectives import all_reduce
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from .. import placement as plan
-from ..placement import PackedShard, Placement, block_sizes
+from ..sharding import placement as plan
+from ..sharding.placement import PackedShard, Placement, block_sizes
 from .base import LocalLayer
 from .collectives import all_gather, all_reduce, largest_only, split
 from .sequence import split_sequence_of

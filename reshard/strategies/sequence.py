@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import BadInputError
-from ..placement import shard_bounds
+from ..sharding.placement import shard_bounds
 from .base import LocalLayer
 from .collectives import all_gather, reduce_scatter, split
 

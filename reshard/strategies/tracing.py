@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..errors import BadInputError, printable
-from ..placement import Explicit, PackedShard, Piece, Placement, Replicate, Shard, local_shape, pieces
-from ..regions import Region, contiguous_strides
+from ..sharding.placement import Explicit, PackedShard, Piece, Placement, Replicate, Shard, local_shape, pieces
+from ..sharding.regions import Region, contiguous_strides
 from ..symbolic import NotACopyError, RegionTensor
 
 if TYPE_CHECKING:

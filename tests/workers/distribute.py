@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from reshard.placement import Nested, PackedShard, Placement, Replicate, Shard
+from reshard.sharding.placement import Nested, PackedShard, Placement, Replicate, Shard
 from reshard.strategies import PackedColwiseParallel, RowwiseParallel, as_dtensor, rows_of, take, torch_placement
 from reshard.strategies.collectives import all_gather, all_reduce, largest_only, reduce_scatter, split
 

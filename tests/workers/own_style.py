@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 import reshard
 import runtime
-from reshard.placement import Placement, Shard
+from reshard.sharding.placement import Placement, Shard
 from reshard.strategies import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 
