@@ -21,7 +21,7 @@ from .errors import BadInputError, TopologyError, listed, printable
 from .files.dtypes import FLOATING, torch_name
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 from .sharding.regions import Region, covers
-from .symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
+from .strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 
 __all__ = ["Model", "Parameter", "read_model"]
 

@@ -33,7 +33,7 @@ from reshard.layout import file_layout
 from reshard.reader import equal_tensors
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard
 from reshard.sharding.regions import Region, covers, whole
-from reshard.symbolic import RegionTensor
+from reshard.strategies.symbolic import RegionTensor
 from reshard.targets import LocalTensor, Target, rank_tensors
 
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "bool", "int64", "float64", "int16"]

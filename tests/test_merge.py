@@ -22,7 +22,7 @@ from reshard.errors import BadInputError, DestinationExistsError, IntegrityError
 from reshard.manifest import sealed_text
 from reshard.sharding.inverse import invert, refined_shape
 from reshard.sharding.regions import Region, contiguous_strides
-from reshard.symbolic import RegionTensor
+from reshard.strategies.symbolic import RegionTensor
 
 
 @settings(max_examples=400, deadline=None)

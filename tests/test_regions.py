@@ -14,7 +14,7 @@ from test_symbolic import programs, run
 
 from reshard.sharding.placement import Piece
 from reshard.sharding.regions import Region, boxes, contiguous_strides, covers, cut, is_run, whole
-from reshard.symbolic import RegionTensor
+from reshard.strategies.symbolic import RegionTensor
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 

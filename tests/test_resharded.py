@@ -21,7 +21,7 @@ import reshard
 from reshard.errors import IntegrityError
 from reshard.sharding.inverse import invert, once, refined_shape, through
 from reshard.sharding.regions import Region, contiguous_strides, covers
-from reshard.symbolic import RegionTensor
+from reshard.strategies.symbolic import RegionTensor
 
 
 @settings(max_examples=400, deadline=None)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.sharding.regions import covers
-from reshard.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
+from reshard.strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 
 
 def materialise(tensor: RegionTensor, sources: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import BadInputError, printable
 from ..sharding.placement import Explicit, PackedShard, Piece, Placement, Replicate, Shard, local_shape, pieces
 from ..sharding.regions import Region, contiguous_strides
-from ..symbolic import NotACopyError, RegionTensor
+from .symbolic import NotACopyError, RegionTensor
 
 if TYPE_CHECKING:
     from .base import TensorParallelLayer

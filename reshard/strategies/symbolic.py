@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from .files.dtypes import FLOATING, widest
-from .sharding.placement import Piece
-from .sharding.regions import Region, cut, whole
-from .sharding.reshape import reshape
+from ..files.dtypes import FLOATING, widest
+from ..sharding.placement import Piece
+from ..sharding.regions import Region, cut, whole
+from ..sharding.reshape import reshape
 
 __all__ = ["NotACopyError", "RegionTensor", "casts_left_to_the_copy"]
 
