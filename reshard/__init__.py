@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from .conversion import convert, plan
     from .hub.publishing import publish
     from .inspection import inspect
-    from .manifest import Manifest
     from .merging import merge
     from .planning import ReshardPlan
     from .pulling import pull
+    from .resharded.manifest import Manifest
     from .verification import verify
 
 __all__ = [

@@ -19,11 +19,11 @@ from .files.digest import digest_of
 from .files.system import walked
 from .hub.place import is_hub_url
 from .journal import JOURNAL_NAME
-from .manifest import read_manifest
 from .output import sync_folder
 from .progress import Progress, silent
+from .resharded.manifest import read_manifest
+from .resharded.strangers import missing_and_strange
 from .stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
-from .strangers import missing_and_strange
 
 __all__ = ["Destination", "destination"]
 

@@ -13,13 +13,13 @@ from .checkpoint.source import Source, SourceFile
 from .files.digest import DigestsAhead, FileRecord, new_digest, tree_digest
 from .jobs import Job, run_jobs
 from .journal import Journal
-from .layout import FileLayout, Slot
 from .output import begin_writeback, digest_in, pwrite, write_error
 from .outputs import OutputFiles
 from .process import worker_count
-from .rank_file import check_digests
 from .reader import BLOCK_BYTES, SourceReader, tensor_blocks
-from .targets import LocalTensor
+from .resharded.layout import FileLayout, Slot
+from .resharded.rank_file import check_digests
+from .resharded.targets import LocalTensor
 
 __all__ = ["write_files"]
 

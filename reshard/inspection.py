@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .arguments import checked
-from .manifest import Manifest
 from .places import find_resharded
+from .resharded.manifest import Manifest
 from .stores import as_text
 
 __all__ = ["inspect"]

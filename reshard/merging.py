@@ -17,12 +17,12 @@ from .executor import write_files
 from .files.digest import ALGORITHM, digest_file, digest_of
 from .files.dtypes import torch_name
 from .journal import Journal
-from .layout import FileLayout, Slot, file_layout
-from .manifest import REFERENCE_NAME
 from .places import fetch
 from .progress import Advance, Progress, silent
-from .rank_file import written_file
-from .resharded import Resharded, open_resharded
+from .resharded.as_source import Resharded, open_resharded
+from .resharded.layout import FileLayout, Slot, file_layout
+from .resharded.manifest import REFERENCE_NAME
+from .resharded.rank_file import written_file
 from .staging import check_free_space, copy_file, make_folders, staged_folder, write_file
 from .stores import as_text
 

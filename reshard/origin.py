@@ -14,11 +14,11 @@ from .checkpoint.source import Source, SourceFile, is_resharded, open_source
 from .checkpoint.weights import AS_FOUND, Choice
 from .errors import StorageError, UsageError, printable
 from .files.digest import DigestsAhead
-from .manifest import read_manifest
 from .places import away, look_at, of_hub
 from .reader import equal_tensors
 from .remote import Remote, open_remote, remote_files
-from .resharded import Resharded, open_resharded
+from .resharded.as_source import Resharded, open_resharded
+from .resharded.manifest import read_manifest
 from .staging import Stage
 
 __all__ = ["Origin", "open_origin"]

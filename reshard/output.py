@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import ReshardError, StorageError, printable
 from .files.digest import new_digest
 from .files.system import by_errno
-from .layout import FileLayout, Slot
+from .resharded.layout import FileLayout, Slot
 
 __all__ = ["begin_writeback", "create", "digest_in", "pwrite", "write_error"]
 

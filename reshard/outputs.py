@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .files.mapped import mapped
 from .files.system import descriptors
-from .layout import FileLayout
 from .output import create
+from .resharded.layout import FileLayout
 
 __all__ = ["OutputFiles"]
 

@@ -18,9 +18,9 @@ from .hub.files import HubFiles
 from .hub.place import Place, discard, is_hub_url, is_offline
 from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
-from .manifest import Manifest, read_manifest
 from .progress import Advance, Progress, silent
 from .remote import Away, remote_weights
+from .resharded.manifest import Manifest, read_manifest
 from .stores import as_text, is_url, open_store
 from .stores import snapshot as store_snapshot
 

@@ -21,10 +21,10 @@ from .errors import (
 )
 from .files.digest import FileRecord
 from .hub.place import Place, discard
-from .manifest import Manifest
 from .places import Found, away, fetch_files, find_resharded, local_folder
 from .progress import Progress, silent
 from .remote import sha256_of
+from .resharded.manifest import Manifest
 from .stores import is_url
 from .verification import check_file
 

@@ -23,9 +23,9 @@ from .checkpoint.weights import AS_FOUND, Choice, arguments_for
 from .errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
 from .files.digest import FileRecord, digest_file, digest_of
 from .files.system import by_errno
-from .manifest import REFERENCE_NAME, Manifest, reference_record
 from .places import fetch
-from .rank_file import written_file
+from .resharded.manifest import REFERENCE_NAME, Manifest, reference_record
+from .resharded.rank_file import written_file
 from .staging import write_file
 
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from .checkpoint.source import Source
 from .errors import listed
 from .files.dtypes import torch_name
+from .resharded.targets import Target
 from .sharding.regions import Region
-from .targets import Target
 
 __all__ = ["dtypes_of", "mixed_note", "partly_note"]
 

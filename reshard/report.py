@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.companions import Left
 from .errors import printable
-from .layout import plan_layouts
-from .manifest import Manifest
 from .process import worker_count
+from .resharded.layout import plan_layouts
+from .resharded.manifest import Manifest
 from .sharding.placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
 from .sharding.topology import Topology
 

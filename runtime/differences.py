@@ -14,11 +14,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from reshard.manifest import Manifest, read_manifest
 from reshard.reference import EXACT, distance, largest, rounding
+from reshard.resharded.manifest import Manifest, read_manifest
+from reshard.resharded.targets import Target
 from reshard.sharding.placement import pieces, shard_bounds
 from reshard.strategies import ALL_PARALLEL_STYLES, AllReduceParallel
-from reshard.targets import Target
 
 from .placing import owners
 from .replicas import replicas_of

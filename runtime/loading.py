@@ -21,10 +21,10 @@ from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import BadInputError, IntegrityError, UsageError, printable
 from reshard.files.digest import digest_of
 from reshard.files.system import by_errno
-from reshard.layout import rank_file_name
-from reshard.manifest import Manifest
 from reshard.process import patient_collector, worker_count
-from reshard.rank_file import written_file
+from reshard.resharded.layout import rank_file_name
+from reshard.resharded.manifest import Manifest
+from reshard.resharded.rank_file import written_file
 from reshard.stores import as_text
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 

@@ -14,7 +14,7 @@ from reshard.files.digest import FileRecord, digest_of
 from reshard.files.dtypes import torch_name
 from reshard.files.header import TensorInfo
 from reshard.files.system import by_errno
-from reshard.rank_file import check_digests, largest_first, read_rank_header
+from reshard.resharded.rank_file import check_digests, largest_first, read_rank_header
 
 __all__ = ["map_rank_file"]
 

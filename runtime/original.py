@@ -11,9 +11,9 @@ import torch
 from reshard.errors import IntegrityError, printable
 from reshard.files.dtypes import torch_name, widest
 from reshard.files.header import TensorInfo, parse_header
-from reshard.manifest import Manifest
+from reshard.resharded.manifest import Manifest
+from reshard.resharded.targets import LocalTensor, Target
 from reshard.sharding.regions import Region, is_run
-from reshard.targets import LocalTensor, Target
 
 __all__ = ["Bundle", "bundles"]
 

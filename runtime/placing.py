@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from reshard.checkpoint.architecture import KV_GROUPS
 from reshard.errors import IntegrityError, printable
-from reshard.manifest import Manifest
+from reshard.resharded.manifest import Manifest
 from reshard.sharding.placement import Nested, Replicate, local_shape
 from reshard.strategies import ParallelInterface, as_dtensor
 

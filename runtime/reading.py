@@ -17,7 +17,7 @@ from reshard.files.digest import FileRecord, new_digest
 from reshard.files.dtypes import torch_name
 from reshard.files.header import Header, TensorInfo
 from reshard.files.system import by_errno
-from reshard.rank_file import check_digests, largest_first, read_rank_header
+from reshard.resharded.rank_file import check_digests, largest_first, read_rank_header
 
 __all__ = ["ALIGNMENT", "BUFFER_BYTES", "offsets", "read_rank_file"]
 

@@ -15,8 +15,8 @@ from reshard.checkpoint.architecture import expected_dtypes
 from reshard.errors import VersionError, listed, printable
 from reshard.files.dtypes import FLOATING, holds, is_floating, torch_name
 from reshard.files.header import parse_header
-from reshard.manifest import Manifest
-from reshard.targets import Target
+from reshard.resharded.manifest import Manifest
+from reshard.resharded.targets import Target
 
 __all__ = ["adapted"]
 

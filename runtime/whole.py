@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from reshard.errors import UsageError, listed, printable
+from reshard.resharded.targets import Target
 from reshard.sharding.placement import Placement, Replicate, local_shape, pieces
-from reshard.targets import Target
 
 from .keeping import check_views
 from .methods import given

@@ -23,8 +23,8 @@ from bench_common import convert, in_turn, warm
 from big_checkpoints import LLAMA_1B, write
 from safetensors.torch import load_file
 
-from reshard.manifest import read_manifest
 from reshard.process import worker_count
+from reshard.resharded.manifest import read_manifest
 from runtime.reading import read_rank_file
 
 PINNED_BYTES = 256 << 20

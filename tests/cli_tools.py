@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from reshard.manifest import sealed_text
+from reshard.resharded.manifest import sealed_text
 
 INDEX = "model.safetensors.index.json"
 RANK_FILES = [f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in (1, 2)]

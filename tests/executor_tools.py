@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from reshard.checkpoint.source import Source, open_source
 from reshard.files.dtypes import NAMES
+from reshard.resharded.targets import LocalTensor
 from reshard.sharding.regions import whole
-from reshard.targets import LocalTensor
 
 
 def make_source(folder: Path, *files: dict[str, torch.Tensor]) -> Source:

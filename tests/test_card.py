@@ -16,7 +16,7 @@ import reshard
 from reshard.errors import BadInputError, NetworkError
 from reshard.hub.card import is_ours, render
 from reshard.hub.licence import Terms
-from reshard.manifest import Manifest
+from reshard.resharded.manifest import Manifest
 
 OPEN = Terms("apache-2.0", None, False, {"license": "apache-2.0"})
 UNKNOWN = Terms(None, "it is not known", False, {})

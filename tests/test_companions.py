@@ -15,8 +15,8 @@ from reshard.checkpoint.companions import Item, Left, choose, walk
 from reshard.checkpoint.left_behind import left_text
 from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import UsageError
-from reshard.layout import UNUSED_NAME, rank_file_name
-from reshard.manifest import REFERENCE_NAME
+from reshard.resharded.layout import UNUSED_NAME, rank_file_name
+from reshard.resharded.manifest import REFERENCE_NAME
 
 TAKEN = {
     "templates": "chat_template.jinja additional_chat_templates/tool_use.jinja additional_chat_templates/rag.jinja",

@@ -24,8 +24,8 @@ import reshard
 from reshard import executor, outputs
 from reshard.executor import write_files
 from reshard.files.mapped import MappedFile
-from reshard.layout import file_layout
 from reshard.outputs import OutputFiles
+from reshard.resharded.layout import file_layout
 
 LIMIT = 64
 RANKS, FEWER = 96, 48

@@ -29,12 +29,12 @@ from reshard.files import digest as digest_module
 from reshard.files.digest import DigestsAhead, digest_file, digest_of
 from reshard.files.dtypes import CODES, NAMES
 from reshard.files.header import read_header
-from reshard.layout import file_layout
 from reshard.reader import equal_tensors
+from reshard.resharded.layout import file_layout
+from reshard.resharded.targets import LocalTensor, Target, rank_tensors
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard
 from reshard.sharding.regions import Region, covers, whole
 from reshard.strategies.symbolic import RegionTensor
-from reshard.targets import LocalTensor, Target, rank_tensors
 
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "bool", "int64", "float64", "int16"]
 MEMORY_LIMIT = 100 << 20  # bytes of anonymous memory above the start

@@ -18,7 +18,7 @@ from test_strategies import same
 from reshard import executor
 from reshard.errors import IntegrityError, StorageError
 from reshard.executor import write_files
-from reshard.layout import file_layout
+from reshard.resharded.layout import file_layout
 
 
 def once(action: Callable[[], object]) -> Callable[[int], None]:

@@ -9,7 +9,7 @@ import pytest
 
 import reshard
 from reshard.errors import BadInputError, IntegrityError, VersionError
-from reshard.manifest import read_manifest
+from reshard.resharded.manifest import read_manifest
 
 STEP = 29  # bytes between the flips that CI tries; the slow sweep takes every bit
 TINY = {

@@ -19,11 +19,11 @@ from test_golden import DATA
 from test_golden import VERSIONS as GOLDEN
 
 import reshard
-from reshard import versions
 from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import IntegrityError, VersionError
-from reshard.manifest import Manifest, read_manifest
-from reshard.versions import CLOSED, FEATURES, OPEN, version_members
+from reshard.resharded import versions
+from reshard.resharded.manifest import Manifest, read_manifest
+from reshard.resharded.versions import CLOSED, FEATURES, OPEN, version_members
 
 SCHEMA = json.loads((files("reshard") / "manifest.schema.json").read_text())
 CHECK = Draft202012Validator(SCHEMA)
@@ -207,7 +207,7 @@ def test_fresh_folders_fit_the_schema(fresh: dict[str, Any]) -> None:
 
 
 def test_an_explicit_placement_fits_the_schema() -> None:
-    from reshard.placement_json import placement_to_json
+    from reshard.resharded.placement_json import placement_to_json
     from reshard.sharding.placement import Explicit, Piece
 
     placement = Explicit(((2, 3), (0, 3)), ((Piece((0, 0), (2, 3), (0, 0)),), ()))

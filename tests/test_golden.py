@@ -17,8 +17,8 @@ from cli_tools import INDEX, Cli, rewrite, weight_map
 from torchrun_tools import on_ranks
 
 import reshard
+from reshard.resharded.versions import CLOSED, FEATURES, OPEN
 from reshard.sharding.placement import Nested, PackedShard, Replicate, Shard
-from reshard.versions import CLOSED, FEATURES, OPEN
 
 DATA = Path(__file__).parent / "data"
 PARITY = Path(__file__).parent / "workers" / "parity.py"

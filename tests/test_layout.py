@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from reshard.files.dtypes import CODES, NAMES, itemsize
 from reshard.files.header import read_header
-from reshard.layout import ALIGNMENT, FileLayout, file_layout, rank_file_name
+from reshard.resharded.layout import ALIGNMENT, FileLayout, file_layout, rank_file_name
+from reshard.resharded.targets import LocalTensor, Target, rank_tensors
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard
 from reshard.sharding.regions import whole
-from reshard.targets import LocalTensor, Target, rank_tensors
 
 # safetensors cannot hand these to torch as such: their layout is that of their same-sized neighbours
 DTYPES = [name for code, name in NAMES.items() if code not in ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")]

@@ -15,8 +15,8 @@ import pytest
 import reshard
 from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import BadInputError, IntegrityError, ReshardError, VersionError
-from reshard.manifest import Manifest, read_manifest, sealed_text
-from reshard.placement_json import placement_from_json, placement_to_json
+from reshard.resharded.manifest import Manifest, read_manifest, sealed_text
+from reshard.resharded.placement_json import placement_from_json, placement_to_json
 from reshard.sharding.placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard
 
 FLIPS = 300

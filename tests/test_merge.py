@@ -19,7 +19,7 @@ from test_symbolic import programs, run
 
 import reshard
 from reshard.errors import BadInputError, DestinationExistsError, IntegrityError, PolicyError, UsageError
-from reshard.manifest import sealed_text
+from reshard.resharded.manifest import sealed_text
 from reshard.sharding.inverse import invert, refined_shape
 from reshard.sharding.regions import Region, contiguous_strides
 from reshard.strategies.symbolic import RegionTensor

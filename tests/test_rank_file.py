@@ -18,8 +18,8 @@ from reshard.errors import IntegrityError, TopologyError
 from reshard.executor import write_files
 from reshard.files.digest import FileRecord
 from reshard.files.header import TensorInfo
-from reshard.layout import file_layout
-from reshard.rank_file import check_digests, read_rank_header
+from reshard.resharded.layout import file_layout
+from reshard.resharded.rank_file import check_digests, read_rank_header
 from runtime import reading
 from runtime.mapping import map_rank_file
 

@@ -18,8 +18,8 @@ from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.errors import IntegrityError
+from reshard.resharded.targets import Target
 from reshard.sharding.regions import Region
-from reshard.targets import Target
 from runtime.original import bundles
 
 IDS = torch.arange(3, 12).repeat(2, 1)

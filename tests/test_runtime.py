@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 import reshard
 from reshard.errors import IntegrityError, RemoteMovedError, TopologyError, UsageError
+from reshard.resharded.targets import Target
 from reshard.sharding.placement import Nested, Replicate, Shard
 from reshard.sharding.topology import Topology
-from reshard.targets import Target
 from runtime.agreement import Deadline, UnansweredError, agree
 from runtime.mesh import backend_of, connect, pick_device
 from runtime.placing import _share_heads

@@ -18,7 +18,7 @@ from torchrun_tools import WORKERS, on_ranks
 import reshard
 from reshard.checkpoint.architecture import meta_model
 from reshard.errors import BadInputError
-from reshard.manifest import read_manifest
+from reshard.resharded.manifest import read_manifest
 from reshard.sharding.placement import shard_bounds
 from reshard.strategies import ALL_PARALLEL_STYLES, RowwiseParallel, load_strategies
 from runtime.sequence import split_points

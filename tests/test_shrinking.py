@@ -31,10 +31,10 @@ from reshard.errors import IntegrityError
 from reshard.executor import write_files
 from reshard.files.mapped import MappedFile
 from reshard.journal import Journal
-from reshard.layout import file_layout
 from reshard.reader import equal_tensors
+from reshard.resharded.layout import file_layout
+from reshard.resharded.targets import LocalTensor
 from reshard.sharding.regions import Region
-from reshard.targets import LocalTensor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux")
 

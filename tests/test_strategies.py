@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from test_placement import chunk, oracle
 
 from reshard.errors import BadInputError
+from reshard.resharded.targets import Target, rank_tensors
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard, block_sizes
 from reshard.sharding.regions import whole
 from reshard.strategies import (
@@ -30,7 +31,6 @@ from reshard.strategies import (
     get_tensor_shard,
     take,
 )
-from reshard.targets import Target, rank_tensors
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float8_e4m3fn, torch.int8, torch.bool, torch.bfloat16, torch.int64, torch.float32]

@@ -27,7 +27,7 @@ from reshard.files.mapped import MappedFile, check_unchanged
 from reshard.files.system import by_errno, explained, walked
 from reshard.files.untrusted import read_json, vetted_path
 from reshard.hub.errors import explain
-from reshard.manifest import read_manifest
+from reshard.resharded.manifest import read_manifest
 from reshard.rules import read_rules
 from reshard.strategies import load_strategies
 from runtime.agreement import words_of
@@ -141,11 +141,11 @@ import os, resource, sys
 from pathlib import Path
 import reshard, reshard.compare, reshard.conversion, reshard.merging, reshard.verification
 from reshard.errors import ReshardError
-from reshard.manifest import read_manifest
+from reshard.resharded.manifest import read_manifest
 folder = Path(sys.argv[1])
 kept = read_manifest(folder)
 from reshard.verification import check_file
-from reshard.rank_file import read_rank_header
+from reshard.resharded.rank_file import read_rank_header
 limit = max(map(int, os.listdir("/proc/self/fd")))
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 held = []

@@ -16,7 +16,7 @@ from .plan import print_plan
 from .speaking import duration, progress_bar, say
 
 if TYPE_CHECKING:
-    from ..manifest import Manifest
+    from ..resharded.manifest import Manifest
 
 __all__ = ["convert"]
 
@@ -109,7 +109,7 @@ def next_command(
     conversion was asked for."""
     import transformers
 
-    from ..manifest import REFERENCE_NAME
+    from ..resharded.manifest import REFERENCE_NAME
 
     def line(*words: str) -> str:
         styles = () if strategies is None else ("--strategies", strategies)

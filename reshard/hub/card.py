@@ -8,9 +8,9 @@ from typing import Any
 from ..checkpoint.kinds import is_licence
 from ..errors import printable
 from ..files.dtypes import torch_name
-from ..manifest import Manifest
 from ..report import gigabytes
-from ..resharded import source_headers
+from ..resharded.as_source import source_headers
+from ..resharded.manifest import Manifest
 from .licence import Terms
 
 __all__ = ["is_ours", "render"]

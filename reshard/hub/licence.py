@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import BadInputError, PolicyError, UsageError, printable
-from ..manifest import Manifest
+from ..resharded.manifest import Manifest
 from .errors import explain
 from .place import Place
 from .session import again, is_unreachable

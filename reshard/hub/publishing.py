@@ -20,9 +20,9 @@ from ..errors import (
     listed,
     printable,
 )
-from ..manifest import Manifest, read_manifest
 from ..places import local_folder
 from ..progress import Progress, silent
+from ..resharded.manifest import Manifest, read_manifest
 from ..stores import is_url
 from ..verification import verify
 from .card import is_ours, render

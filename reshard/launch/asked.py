@@ -9,9 +9,9 @@ from typing import Any
 
 from ..checkpoint.source import open_source
 from ..errors import UsageError, printable
-from ..manifest import Manifest, reference_record
 from ..places import find_resharded, locate
-from ..rank_file import written_file
+from ..resharded.manifest import Manifest, reference_record
+from ..resharded.rank_file import written_file
 from .prompts import STDIN, prompt_lines
 
 __all__ = [

@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from .checkpoint.source import MANIFEST_NAME, Source, SourceFile, model_config
-from .checkpoint.weights import INDEX_NAME
-from .errors import BadInputError, IntegrityError, listed, printable
-from .files.digest import FileRecord, digest_file
-from .files.dtypes import holds, torch_name
-from .files.header import Header, TensorInfo, parse_header
-from .files.untrusted import check_plain_name, check_plain_path
+from ..checkpoint.source import MANIFEST_NAME, Source, SourceFile, model_config
+from ..checkpoint.weights import INDEX_NAME
+from ..errors import BadInputError, IntegrityError, listed, printable
+from ..files.digest import FileRecord, digest_file
+from ..files.dtypes import holds, torch_name
+from ..files.header import Header, TensorInfo, parse_header
+from ..files.untrusted import check_plain_name, check_plain_path
+from ..remote import Away, read_headers
+from ..sharding.inverse import invert, once, refined_shape, through
+from ..sharding.regions import Region, covers, whole
 from .layout import FileLayout
 from .manifest import Manifest, read_manifest
 from .rank_file import check_rank_header, read_rank_header, written_file
-from .remote import Away, read_headers
-from .sharding.inverse import invert, once, refined_shape, through
-from .sharding.regions import Region, covers, whole
 from .targets import LocalTensor, rank_tensors
 
 __all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]

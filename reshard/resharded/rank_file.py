@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .checkpoint.source import MANIFEST_NAME
-from .errors import BadInputError, IntegrityError, listed, printable
-from .files.digest import FileRecord, tree_digest
-from .files.header import Header, TensorInfo, read_header
-from .files.untrusted import vetted_path
+from ..checkpoint.source import MANIFEST_NAME
+from ..errors import BadInputError, IntegrityError, listed, printable
+from ..files.digest import FileRecord, tree_digest
+from ..files.header import Header, TensorInfo, read_header
+from ..files.untrusted import vetted_path
 
 __all__ = ["check_digests", "check_rank_header", "largest_first", "read_rank_header", "written_file"]
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .files.dtypes import CODES, itemsize
-from .sharding.placement import is_box
+from ..files.dtypes import CODES, itemsize
+from ..sharding.placement import is_box
 from .targets import LocalTensor, rank_tensors, unused_tensors
 
 if TYPE_CHECKING:  # a plan comes with torch
-    from .planning import ReshardPlan
+    from ..planning import ReshardPlan
 
 __all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "plan_layouts", "rank_file_name"]
 

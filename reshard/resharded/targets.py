@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .checkpoint.source import Source
-from .files.dtypes import itemsize, torch_name
-from .sharding.placement import Placement, local_shape, offset, pieces
-from .sharding.regions import Region, cut, whole
+from ..checkpoint.source import Source
+from ..files.dtypes import itemsize, torch_name
+from ..sharding.placement import Placement, local_shape, offset, pieces
+from ..sharding.regions import Region, cut, whole
 
 __all__ = ["LocalTensor", "Target", "partly_used", "rank_tensors", "unused_tensors"]
 

@@ -13,8 +13,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import VersionError, listed, printable
-from .files.fields import UnknownError, text
+from ..errors import VersionError, listed, printable
+from ..files.fields import UnknownError, text
 
 if TYPE_CHECKING:
     from .manifest import Manifest

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.companions import Left
-from .checkpoint.source import MANIFEST_NAME
-from .errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError, printable
-from .files.digest import ALGORITHM, FileRecord, digest_of
-from .files.dtypes import CODES, FLOATING
-from .files.fields import UnknownError, count, counts, maybe, one_of, text, texts
-from .files.untrusted import read_json, vetted_path
+from ..checkpoint.companions import Left
+from ..checkpoint.source import MANIFEST_NAME
+from ..errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError, printable
+from ..files.digest import ALGORITHM, FileRecord, digest_of
+from ..files.dtypes import CODES, FLOATING
+from ..files.fields import UnknownError, count, counts, maybe, one_of, text, texts
+from ..files.untrusted import read_json, vetted_path
+from ..sharding.regions import Region, covers, whole
+from ..sharding.topology import Topology
 from .placement_json import placement_from_json, placement_to_json
-from .sharding.regions import Region, covers, whole
-from .sharding.topology import Topology
 from .targets import Target
 from .versions import check_known, check_version, version_members
 
@@ -65,7 +65,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """What `reshard inspect --format json` prints: names, numbers, lists and dicts of them."""
-        from .report import manifest_report
+        from ..report import manifest_report
 
         return manifest_report(self)
 

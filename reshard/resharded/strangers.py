@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Set
 from pathlib import Path, PurePosixPath
 
-from .checkpoint.source import MANIFEST_NAME
-from .errors import IntegrityError, printable
-from .files.system import by_errno, walked
+from ..checkpoint.source import MANIFEST_NAME
+from ..errors import IntegrityError, printable
+from ..files.system import by_errno, walked
 from .manifest import Manifest
 
 __all__ = ["missing_and_strange"]
