@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .hub.publishing import publish
     from .inspection import inspect
     from .merging import merge
-    from .planning import ReshardPlan
+    from .planning.plan import ReshardPlan
     from .pulling import pull
     from .resharded.manifest import Manifest
     from .verification import verify

@@ -20,14 +20,14 @@ from .executor import write_files
 from .files.digest import ALGORITHM, FileRecord, new_digest
 from .files.untrusted import vetted_path
 from .journal import Journal
-from .model import read_model
 from .origin import Origin, open_origin
-from .planning import ReshardPlan, build_plan, smallest_fit
+from .planning.model import read_model
+from .planning.plan import ReshardPlan, build_plan, smallest_fit
+from .planning.rules import AUTO, read_rules
 from .progress import Progress, silent
 from .reference import fetch_whole, store_reference
 from .resharded.layout import FileLayout, plan_layouts
 from .resharded.manifest import REFERENCE_NAME, Manifest
-from .rules import AUTO, read_rules
 from .sharding.topology import Topology
 from .staging import check_free_space, copy_file, staged_folder, write_file
 from .stores import as_text

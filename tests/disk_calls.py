@@ -20,7 +20,7 @@ import reshard
 import reshard.conversion
 import reshard.exclusive
 from reshard.origin import Origin
-from reshard.planning import ReshardPlan
+from reshard.planning.plan import ReshardPlan
 
 CALLS = (
     *("open", "close", "write", "pwrite", "preadv", "fsync", "ftruncate", "posix_fallocate"),

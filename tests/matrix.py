@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 import reshard
-from reshard.rules import expert_rules
+from reshard.planning.rules import expert_rules
 
 WORKERS = Path(__file__).parent / "workers"
 NEW_TOKENS = 4

@@ -25,7 +25,7 @@ from disk_calls import Call, already_planned, passing
 import reshard
 import reshard.exclusive
 from reshard.errors import ReshardError
-from reshard.planning import ReshardPlan
+from reshard.planning.plan import ReshardPlan
 
 __all__ = ["LOCKS", "Work", "racers"]
 

@@ -183,7 +183,7 @@ def test_what_can_be_imported() -> None:
     errors = {kind for kind in raised if issubclass(kind, ReshardError)}
     assert errors <= {getattr(reshard, name) for name in reshard.__all__}
     assert reshard.Manifest.__module__ == "reshard.resharded.manifest"
-    assert reshard.ReshardPlan.__module__ == "reshard.planning"
+    assert reshard.ReshardPlan.__module__ == "reshard.planning.plan"
     code = "import sys, reshard; print(sorted({'torch', 'numpy', 'reshard.resharded.manifest', 'click'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

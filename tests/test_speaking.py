@@ -28,8 +28,8 @@ import reshard.conversion
 from reshard.cli import speaking
 from reshard.cli.convert import next_command
 from reshard.cli.speaking import progress_bar
-from reshard.model import read_model
-from reshard.report import table
+from reshard.planning.model import read_model
+from reshard.planning.report import table
 
 if TYPE_CHECKING:
     from fake_hub import FakeHub

@@ -27,8 +27,8 @@ from reshard.files.mapped import MappedFile, check_unchanged
 from reshard.files.system import by_errno, explained, walked
 from reshard.files.untrusted import read_json, vetted_path
 from reshard.hub.errors import explain
+from reshard.planning.rules import read_rules
 from reshard.resharded.manifest import read_manifest
-from reshard.rules import read_rules
 from reshard.strategies import load_strategies
 from runtime.agreement import words_of
 

@@ -66,7 +66,7 @@ def convert(
         return
     began = time.monotonic()
     from .. import convert as run
-    from ..report import left_report
+    from ..planning.report import left_report
 
     manifest = run(
         source,

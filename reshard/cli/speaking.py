@@ -84,7 +84,7 @@ def _lines(total: int, what: str) -> Iterator[Advance]:
 
 def _progress_text(what: str, done: int, total: int, rate: float) -> str:
     """`rate` in bytes per second."""
-    from ..report import gigabytes  # not before: `--help` needs none of it
+    from ..planning.report import gigabytes  # not before: `--help` needs none of it
 
     parts = [f"{what}: {gigabytes(done)}"]
     if total:

@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.kinds import is_licence
 from ..errors import printable
 from ..files.dtypes import torch_name
-from ..report import gigabytes
+from ..planning.report import gigabytes
 from ..resharded.as_source import source_headers
 from ..resharded.manifest import Manifest
 from .licence import Terms

@@ -12,7 +12,7 @@ from ..sharding.placement import is_box
 from .targets import LocalTensor, rank_tensors, unused_tensors
 
 if TYPE_CHECKING:  # a plan comes with torch
-    from ..planning import ReshardPlan
+    from ..planning.plan import ReshardPlan
 
 __all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "plan_layouts", "rank_file_name"]
 

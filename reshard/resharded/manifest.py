@@ -65,7 +65,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """What `reshard inspect --format json` prints: names, numbers, lists and dicts of them."""
-        from ..report import manifest_report
+        from ..planning.report import manifest_report
 
         return manifest_report(self)
 

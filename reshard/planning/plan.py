@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from .checkpoint.source import Source
-from .errors import BadInputError, TopologyError, listed, printable
-from .files.dtypes import is_floating, itemsize, widest
+from ..checkpoint.source import Source
+from ..errors import BadInputError, TopologyError, listed, printable
+from ..files.dtypes import is_floating, itemsize, widest
+from ..resharded.targets import Target, partly_used
+from ..sharding.placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
+from ..sharding.regions import Region
+from ..sharding.topology import Topology
+from ..strategies import ALL_PARALLEL_STYLES, ParallelInterface, TensorParallelLayer
 from .model import Model, Parameter
 from .remarks import dtypes_of, mixed_note, partly_note
-from .resharded.targets import Target, partly_used
-from .sharding.placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
-from .sharding.regions import Region
-from .sharding.topology import Topology
-from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, TensorParallelLayer
 
 __all__ = ["ReshardPlan", "build_plan", "legal_sizes", "smallest_fit"]
 

@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.companions import Left
-from .errors import printable
-from .process import worker_count
-from .resharded.layout import plan_layouts
-from .resharded.manifest import Manifest
-from .sharding.placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
-from .sharding.topology import Topology
+from ..checkpoint.companions import Left
+from ..errors import printable
+from ..process import worker_count
+from ..resharded.layout import plan_layouts
+from ..resharded.manifest import Manifest
+from ..sharding.placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
+from ..sharding.topology import Topology
 
 if TYPE_CHECKING:  # a plan comes with torch; a manifest is told without it
-    from .planning import ReshardPlan
+    from .plan import ReshardPlan
 
 __all__ = ["left_report", "manifest_report", "manifest_text", "plan_report", "plan_text", "table"]
 
@@ -134,8 +134,8 @@ def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
 
 def plan_report(plan: ReshardPlan) -> dict[str, Any]:
     """What `plan` and `--dry-run` tell."""
-    from .planning import legal_sizes
-    from .reader import BLOCK_BYTES
+    from ..reader import BLOCK_BYTES
+    from .plan import legal_sizes
 
     layouts, sizes = plan_layouts(plan), legal_sizes(plan.model)
     return {
