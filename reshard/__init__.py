@@ -29,9 +29,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .conversion import convert, plan
-    from .hub.publishing import publish
     from .inspection import inspect
     from .merging import merge
+    from .operations.publish.publish import publish
     from .planning.plan import ReshardPlan
     from .pulling import pull
     from .resharded.manifest import Manifest

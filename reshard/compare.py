@@ -12,12 +12,12 @@ from .errors import BadInputError, IntegrityError, printable
 from .files.digest import FileRecord
 from .files.header import Header, TensorInfo, read_header
 from .files.mapped import MappedFile
-from .places import resolve_source
 from .progress import Advance, Progress, silent
 from .reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
 from .resharded.as_source import source_headers, source_tensors
 from .resharded.manifest import Manifest
 from .resharded.targets import LocalTensor, rank_tensors, unused_tensors
+from .storage.locate import resolve_source
 
 __all__ = ["compare_with_source"]
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .arguments import checked
-from .arrivals import Arrivals
 from .checkpoint.left_behind import refuse_keys
 from .checkpoint.source import MANIFEST_NAME, Source
 from .checkpoint.weights import chosen
@@ -30,7 +29,8 @@ from .resharded.layout import FileLayout, plan_layouts
 from .resharded.manifest import REFERENCE_NAME, Manifest
 from .sharding.topology import Topology
 from .staging import check_free_space, copy_file, staged_folder, write_file
-from .stores import as_text
+from .storage.prefetch import Arrivals
+from .storage.stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ from .checkpoint.kinds import is_weights
 from .checkpoint.source import MANIFEST_NAME
 from .checkpoint.weights import INDEX_NAME, SINGLE_NAME
 from .errors import DestinationExistsError, IntegrityError, ReshardError, StorageError, UsageError, listed, printable
-from .exclusive import EXCHANGE, NOREPLACE, move
 from .files.digest import digest_of
 from .files.system import walked
-from .hub.place import is_hub_url
 from .journal import JOURNAL_NAME
-from .output import sync_folder
 from .progress import Progress, silent
 from .resharded.manifest import read_manifest
 from .resharded.strangers import missing_and_strange
-from .stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
+from .storage.disk import EXCHANGE, NOREPLACE, move
+from .storage.hub.place import is_hub_url
+from .storage.output import sync_folder
+from .storage.stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
 
 __all__ = ["Destination", "destination"]
 

@@ -112,7 +112,7 @@ def _caches() -> dict[str, Path]:
 
         found["hub"] = Path(constants.HF_HUB_CACHE)
     with contextlib.suppress(Exception):
-        from .stores import cache_folder
+        from .storage.stores import cache_folder
 
         found["reshard"] = cache_folder()
     return found

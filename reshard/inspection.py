@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from .arguments import checked
-from .places import find_resharded
 from .resharded.manifest import Manifest
-from .stores import as_text
+from .storage.locate import find_resharded
+from .storage.stores import as_text
 
 __all__ = ["inspect"]
 

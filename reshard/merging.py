@@ -17,14 +17,14 @@ from .executor import write_files
 from .files.digest import ALGORITHM, digest_file, digest_of
 from .files.dtypes import torch_name
 from .journal import Journal
-from .places import fetch
 from .progress import Advance, Progress, silent
 from .resharded.as_source import Resharded, open_resharded
 from .resharded.layout import FileLayout, Slot, file_layout
 from .resharded.manifest import REFERENCE_NAME
 from .resharded.rank_file import written_file
 from .staging import check_free_space, copy_file, make_folders, staged_folder, write_file
-from .stores import as_text
+from .storage.locate import fetch
+from .storage.stores import as_text
 
 __all__ = ["LAYOUTS", "merge"]
 

@@ -20,12 +20,12 @@ from .errors import (
     printable,
 )
 from .files.digest import FileRecord
-from .hub.place import Place, discard
-from .places import Found, away, fetch_files, find_resharded, local_folder
 from .progress import Progress, silent
-from .remote import sha256_of
 from .resharded.manifest import Manifest
-from .stores import is_url
+from .storage.hub.place import Place, discard
+from .storage.locate import Found, away, fetch_files, find_resharded, local_folder
+from .storage.remote import sha256_of
+from .storage.stores import is_url
 from .verification import check_file
 
 __all__ = ["pull"]

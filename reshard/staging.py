@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 
 from .destination import Destination
 from .errors import BusyError, StorageError, printable
-from .exclusive import locked, renamed
 from .files.digest import FileRecord, new_digest
 from .files.system import by_errno, walked
 from .journal import JOURNAL_NAME
-from .output import pwrite, sync_folder
+from .storage.disk import locked, renamed
+from .storage.output import pwrite, sync_folder
 
 __all__ = ["Stage", "check_free_space", "copy_file", "make_folders", "staged_folder", "write_file"]
 

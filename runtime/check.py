@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from reshard.errors import IntegrityError, printable
 from reshard.launch.asked import check_per_layer
-from reshard.places import resolve_source
 from reshard.reference import (
     ELSEWHERE,
     EXACT,
@@ -31,6 +30,7 @@ from reshard.reference import (
     values_of,
 )
 from reshard.resharded.manifest import read_manifest
+from reshard.storage.locate import resolve_source
 
 from .agreement import Deadline, from_first, spoken, words_of
 from .differences import Altered, Difference, Layers, altered_in, first_difference

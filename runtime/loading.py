@@ -25,7 +25,7 @@ from reshard.process import patient_collector, worker_count
 from reshard.resharded.layout import rank_file_name
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.rank_file import written_file
-from reshard.stores import as_text
+from reshard.storage.stores import as_text
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 
 from .agreement import Deadline, agree

@@ -17,11 +17,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from reshard.checkpoint.weights import INDEX_NAME
 from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
 from reshard.files.system import by_errno
-from reshard.output import pwrite
-from reshard.outputs import OutputFiles
-from reshard.places import local_folder
 from reshard.resharded.layout import Slot, file_layout
 from reshard.resharded.targets import LocalTensor
+from reshard.storage.locate import local_folder
+from reshard.storage.output import pwrite
+from reshard.storage.outputs import OutputFiles
 
 from .agreement import Deadline, from_first, spoken, words_of
 from .keeping import check_views

@@ -19,8 +19,8 @@ from typing import Any
 
 from disk_calls import Call, passing
 
-from reshard.exclusive import EXCHANGE
 from reshard.files.digest import digest_of
+from reshard.storage.disk import EXCHANGE
 
 __all__ = ["Disk", "Sync", "Tree", "put", "record", "states", "taken"]
 

@@ -13,8 +13,8 @@ from object_store import ObjectStore, contents
 
 import reshard
 from reshard.errors import BadInputError, UsageError
-from reshard.hub.place import Place
-from reshard.places import find_resharded, local_folder, locate
+from reshard.storage.hub.place import Place
+from reshard.storage.locate import find_resharded, local_folder, locate
 
 PLACES = ["org/model", "org/model/", "hf://org/model", "{hub}/org/model", "{hub}/org/model/tree/main?tab=x#y"]
 

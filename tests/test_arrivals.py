@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.arrivals import Arrivals, in_order
+from reshard.storage.prefetch import Arrivals, in_order
 
 NAMES = [f"{i}" for i in range(6)]
 EACH = dict.fromkeys(NAMES, 1)

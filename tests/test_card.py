@@ -14,8 +14,8 @@ from fake_hub import FakeHub, status
 
 import reshard
 from reshard.errors import BadInputError, NetworkError
-from reshard.hub.card import is_ours, render
-from reshard.hub.licence import Terms
+from reshard.operations.publish.card import is_ours, render
+from reshard.operations.publish.licence import Terms
 from reshard.resharded.manifest import Manifest
 
 OPEN = Terms("apache-2.0", None, False, {"license": "apache-2.0"})

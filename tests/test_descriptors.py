@@ -21,11 +21,12 @@ from object_store import ObjectStore
 from object_store import contents as objects
 
 import reshard
-from reshard import executor, outputs
+from reshard import executor
 from reshard.executor import write_files
 from reshard.files.mapped import MappedFile
-from reshard.outputs import OutputFiles
 from reshard.resharded.layout import file_layout
+from reshard.storage import outputs
+from reshard.storage.outputs import OutputFiles
 
 LIMIT = 64
 RANKS, FEWER = 96, 48

@@ -12,7 +12,7 @@ from object_store import ObjectStore, error
 
 from reshard.checkpoint.architecture import model_class
 from reshard.errors import BadInputError, NetworkError, ReshardError, VersionError
-from reshard.filesystems import doing
+from reshard.storage.filesystems import doing
 from runtime.engines import _tensor_parallel
 from runtime.prompts import load_tokenizer
 

@@ -17,8 +17,8 @@ from cli_tools import Checkpoint, Cli, assert_one_error, convert
 from object_store import contents
 
 import reshard
-from reshard import stores
 from reshard.errors import UsageError
+from reshard.storage import stores
 
 
 class Server(SimpleHTTPRequestHandler):

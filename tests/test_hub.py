@@ -207,7 +207,7 @@ def test_inspect_an_older_commit(
 def test_small_files_are_those_that_a_local_conversion_copies(hub: FakeHub, python: Command) -> None:
     small = ["config.json", "merges.txt", "LICENSE", "License.md", "NOTICE", "USE_POLICY.md", "chat_template.jinja"]
     hub.create("org/model", {**dict.fromkeys(small, b"{}"), "model.safetensors": b"", **UNWANTED})
-    done = python("-c", "from reshard.places import look_at; look_at('org/model')")
+    done = python("-c", "from reshard.storage.locate import look_at; look_at('org/model')")
     assert done.returncode == 0, done.stderr
     assert hub.asked("org/model") == set(small)
 

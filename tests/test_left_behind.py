@@ -18,8 +18,8 @@ from object_store import ObjectStore
 import reshard
 from reshard import destination
 from reshard.errors import IntegrityError, NetworkError, PolicyError
-from reshard.hub.files import HubFiles
-from reshard.places import locate
+from reshard.storage.hub.files import HubFiles
+from reshard.storage.locate import locate
 from runtime.agreement import Deadline
 from runtime.locating import locate_together
 

@@ -22,7 +22,7 @@ from reshard.errors import (
     TopologyError,
     UsageError,
 )
-from reshard.places import find_resharded
+from reshard.storage.locate import find_resharded
 from runtime.agreement import Deadline
 from runtime.locating import locate_together
 

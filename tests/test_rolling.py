@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 import reshard.conversion
-from reshard.arrivals import AHEAD
 from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, StorageError, TopologyError
-from reshard.remote import Remote
+from reshard.storage.prefetch import AHEAD
+from reshard.storage.remote import Remote
 
 WEIGHTS = re.compile(r"GET /org/model/resolve/[^/]+/(model-.*\.safetensors)")
 

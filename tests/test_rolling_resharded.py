@@ -13,7 +13,7 @@ from object_store import ObjectStore, contents
 
 import reshard
 from reshard.errors import IntegrityError, StorageError
-from reshard.stores import Store
+from reshard.storage.stores import Store
 
 WHOLE = re.compile(r"GET .*/(shard-[^/]*\.safetensors)")
 

@@ -23,8 +23,8 @@ from reshard.errors import (
     RemoteMovedError,
     UsageError,
 )
-from reshard.places import locate
-from reshard.stores import PROBE_NAME
+from reshard.storage.locate import locate
+from reshard.storage.stores import PROBE_NAME
 
 MANIFEST = "reshard.json"
 

@@ -15,9 +15,9 @@ from object_store import ObjectStore, contents, kept
 from safetensors.torch import save_file
 
 import reshard
-from reshard import stores
 from reshard.errors import TopologyError
-from reshard.stores import PROBE_NAME
+from reshard.storage import stores
+from reshard.storage.stores import PROBE_NAME
 
 MANIFEST = "reshard.json"
 
@@ -125,7 +125,7 @@ def test_pull_one_rank(store: ObjectStore, stored: str, resharded: Path, tmp_pat
 
 
 def test_the_folder_for_so_many_ranks(stored: str, cli: Cli) -> None:
-    from reshard.places import find_resharded
+    from reshard.storage.locate import find_resharded
 
     assert find_resharded("s3://bucket/model", world_size=2).place == stored
     with pytest.raises(TopologyError, match="in folders: tp2"):

@@ -16,7 +16,6 @@ from cli_tools import Cli, assert_one_error
 from executor_tools import make_source
 
 import reshard
-from reshard import filesystems, output
 from reshard.checkpoint.architecture import model_class
 from reshard.checkpoint.source import open_source
 from reshard.errors import BadInputError, IntegrityError, NetworkError, ReshardError, StorageError
@@ -26,9 +25,10 @@ from reshard.files.header import read_header
 from reshard.files.mapped import MappedFile, check_unchanged
 from reshard.files.system import by_errno, explained, walked
 from reshard.files.untrusted import read_json, vetted_path
-from reshard.hub.errors import explain
 from reshard.planning.rules import read_rules
 from reshard.resharded.manifest import read_manifest
+from reshard.storage import filesystems, output
+from reshard.storage.hub.errors import explain
 from reshard.strategies import load_strategies
 from runtime.agreement import words_of
 

@@ -135,8 +135,8 @@ def next_command(
 def _is_origin(source: str, manifest: Manifest) -> bool:
     """Whether `source` is the checkpoint itself, as far as can be told: not a resharded folder, here or elsewhere."""
     from ..checkpoint.source import is_resharded
-    from ..hub.place import Place
-    from ..stores import is_url
+    from ..storage.hub.place import Place
+    from ..storage.stores import is_url
 
     if Path(source).is_dir():
         return not is_resharded(Path(source))

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..checkpoint.source import open_source
 from ..errors import UsageError, printable
-from ..places import find_resharded, locate
 from ..resharded.manifest import Manifest, reference_record
 from ..resharded.rank_file import written_file
+from ..storage.locate import find_resharded, locate
 from .prompts import STDIN, prompt_lines
 
 __all__ = [

@@ -9,7 +9,7 @@ import click
 
 from ..errors import UsageError, printable
 from ..failures import json_text
-from ..places import resolve_source
+from ..storage.locate import resolve_source
 from ..switches import words_of
 from .asked import check_model_options
 from .bench_runs import Job, JobFailedError, Report, run_jobs, summary

@@ -15,9 +15,9 @@ from ..files.digest import FileRecord, digest_file
 from ..files.dtypes import holds, torch_name
 from ..files.header import Header, TensorInfo, parse_header
 from ..files.untrusted import check_plain_name, check_plain_path
-from ..remote import Away, read_headers
 from ..sharding.inverse import invert, once, refined_shape, through
 from ..sharding.regions import Region, covers, whole
+from ..storage.remote import Away, read_headers
 from .layout import FileLayout
 from .manifest import Manifest, read_manifest
 from .rank_file import check_rank_header, read_rank_header, written_file

@@ -15,7 +15,7 @@ from reshard.launch.bench import bench_folders, report_text
 from reshard.launch.bench_runs import report_of
 from reshard.launch.measured import Measured, Settings
 from reshard.launch.options import bench_options, job_options
-from reshard.places import find_resharded, resolve_source
+from reshard.storage.locate import find_resharded, resolve_source
 
 from ..bench import measure
 from ..engines import Engine, peer

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint.companions import Item
-from .checkpoint.left_behind import files_here
-from .checkpoint.source import MANIFEST_NAME, Source, companions_of, is_resharded, open_source
-from .checkpoint.weights import AS_FOUND, Choice
-from .errors import BadInputError, IntegrityError, NetworkError, TopologyError, UsageError, listed, printable
+from ..checkpoint.companions import Item
+from ..checkpoint.left_behind import files_here
+from ..checkpoint.source import MANIFEST_NAME, Source, companions_of, is_resharded, open_source
+from ..checkpoint.weights import AS_FOUND, Choice
+from ..errors import BadInputError, IntegrityError, NetworkError, TopologyError, UsageError, listed, printable
+from ..progress import Advance, Progress, silent
+from ..resharded.manifest import Manifest, read_manifest
 from .hub.files import HubFiles
 from .hub.place import Place, discard, is_hub_url, is_offline
 from .hub.place import folders as hub_folders
 from .hub.place import snapshot as hub_snapshot
-from .progress import Advance, Progress, silent
 from .remote import Away, remote_weights
-from .resharded.manifest import Manifest, read_manifest
 from .stores import as_text, is_url, open_store
 from .stores import snapshot as store_snapshot
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import BadInputError, PolicyError, UsageError, printable
-from ..resharded.manifest import Manifest
-from .errors import explain
-from .place import Place
-from .session import again, is_unreachable
+from ...errors import BadInputError, PolicyError, UsageError, printable
+from ...resharded.manifest import Manifest
+from ...storage.hub.errors import explain
+from ...storage.hub.place import Place
+from ...storage.hub.session import again, is_unreachable
 
 __all__ = ["Terms", "agreed", "agreed_by_hand", "check_public", "source_terms"]
 

@@ -9,9 +9,9 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
-from ..errors import IntegrityError, listed, printable
-from .errors import doing
-from .session import again
+from ...errors import IntegrityError, listed, printable
+from ...storage.hub.errors import doing
+from ...storage.hub.session import again
 
 __all__ = ["Change", "LocalFile", "holds", "upload"]
 

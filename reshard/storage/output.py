@@ -8,10 +8,10 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import ReshardError, StorageError, printable
-from .files.digest import new_digest
-from .files.system import by_errno
-from .resharded.layout import FileLayout, Slot
+from ..errors import ReshardError, StorageError, printable
+from ..files.digest import new_digest
+from ..files.system import by_errno
+from ..resharded.layout import FileLayout, Slot
 
 __all__ = ["begin_writeback", "create", "digest_in", "pwrite", "write_error"]
 

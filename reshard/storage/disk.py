@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import BusyError, StorageError, printable
+from ..errors import BusyError, StorageError, printable
 
 __all__ = ["EXCHANGE", "NOREPLACE", "locked", "move", "renamed"]
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
-from ..files.system import LOCAL
+from ...errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
+from ...files.system import LOCAL
 from .session import BUSY, answer_of, client, is_unreachable
 
 __all__ = ["doing", "explain"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..arguments import checked
-from ..checkpoint.kinds import is_weights
-from ..checkpoint.source import MANIFEST_NAME
-from ..errors import (
+from ...arguments import checked
+from ...checkpoint.kinds import is_weights
+from ...checkpoint.source import MANIFEST_NAME
+from ...errors import (
     BadInputError,
     DestinationExistsError,
     IntegrityError,
@@ -20,17 +20,17 @@ from ..errors import (
     listed,
     printable,
 )
-from ..places import local_folder
-from ..progress import Progress, silent
-from ..resharded.manifest import Manifest, read_manifest
-from ..stores import is_url
-from ..verification import verify
+from ...progress import Progress, silent
+from ...resharded.manifest import Manifest, read_manifest
+from ...storage.hub.errors import doing
+from ...storage.hub.place import Place, discard
+from ...storage.hub.session import RETRIES, again
+from ...storage.locate import local_folder
+from ...storage.stores import is_url
+from ...verification import verify
 from .card import is_ours, render
-from .errors import doing
 from .licence import Terms, agreed, agreed_by_hand, check_public, source_terms
-from .place import Place, discard
-from .session import RETRIES, again
-from .uploading import Change, LocalFile, holds, upload
+from .upload import Change, LocalFile, holds, upload
 
 __all__ = ["Published", "publish"]
 

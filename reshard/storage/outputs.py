@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .files.mapped import mapped
-from .files.system import descriptors
+from ..files.mapped import mapped
+from ..files.system import descriptors
+from ..resharded.layout import FileLayout
 from .output import create
-from .resharded.layout import FileLayout
 
 __all__ = ["OutputFiles"]
 

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import BadInputError, NetworkError, UsageError, printable
-from ..progress import Advance
+from ...errors import BadInputError, NetworkError, UsageError, printable
+from ...progress import Advance
 from .errors import explain
 from .session import again, bar_that_tells, client, is_unreachable
 

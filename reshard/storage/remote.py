@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from .checkpoint.companions import Item
-from .checkpoint.source import Elsewhere, Source, SourceFile, open_source, weights_of
-from .checkpoint.weights import AS_FOUND, Choice, Weights
-from .errors import BadInputError, IntegrityError, printable
-from .files.header import Header, header_length, parse_header
+from ..checkpoint.companions import Item
+from ..checkpoint.source import Elsewhere, Source, SourceFile, open_source, weights_of
+from ..checkpoint.weights import AS_FOUND, Choice, Weights
+from ..errors import BadInputError, IntegrityError, printable
+from ..files.header import Header, header_length, parse_header
 from .hub.place import discard
 
 __all__ = [

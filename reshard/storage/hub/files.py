@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.companions import Item
-from ..errors import NetworkError, printable
+from ...checkpoint.companions import Item
+from ...errors import NetworkError, printable
 from ..remote import Entry, GivenUp, lacking, never
 from .errors import explain
 from .place import Place, files

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from .errors import BadInputError, NetworkError, ReshardError, StorageError, UsageError, printable
-from .files.digest import digest_of
-from .files.system import LOCAL, by_errno
+from ..errors import BadInputError, NetworkError, ReshardError, StorageError, UsageError, printable
+from ..files.digest import digest_of
+from ..files.system import LOCAL, by_errno
 
 __all__ = ["check_ranges", "doing", "identified", "listed", "name_in"]
 
