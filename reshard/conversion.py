@@ -13,13 +13,14 @@ from .arguments import checked
 from .checkpoint.left_behind import refuse_keys
 from .checkpoint.source import MANIFEST_NAME, Source
 from .checkpoint.weights import chosen
-from .destination import destination
 from .errors import UsageError, printable
-from .executor import write_files
+from .execution.destination import destination
+from .execution.executor import write_files
+from .execution.journal import Journal
+from .execution.origin import Origin, open_origin
+from .execution.staging import check_free_space, copy_file, staged_folder, write_file
 from .files.digest import ALGORITHM, FileRecord, new_digest
 from .files.untrusted import vetted_path
-from .journal import Journal
-from .origin import Origin, open_origin
 from .planning.model import read_model
 from .planning.plan import ReshardPlan, build_plan, smallest_fit
 from .planning.rules import AUTO, read_rules
@@ -28,7 +29,6 @@ from .reference import fetch_whole, store_reference
 from .resharded.layout import FileLayout, plan_layouts
 from .resharded.manifest import REFERENCE_NAME, Manifest
 from .sharding.topology import Topology
-from .staging import check_free_space, copy_file, staged_folder, write_file
 from .storage.prefetch import Arrivals
 from .storage.stores import as_text
 from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies

@@ -15,11 +15,11 @@ from typing import Any
 
 import pico
 import pytest
+import reshard.exclusive
 
 import reshard
 import reshard.conversion
-import reshard.exclusive
-from reshard.origin import Origin
+from reshard.execution.origin import Origin
 from reshard.planning.plan import ReshardPlan
 
 CALLS = (

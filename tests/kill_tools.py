@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from reshard.journal import Journal
+from reshard.execution.journal import Journal
 
 __all__ = ["KILLED", "convert_until", "interrupted_after", "server"]
 
@@ -65,10 +65,10 @@ def convert_until(context: Any, source: Path, out: Path, *, call: int | None = N
 
 
 def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> None:
-    import torch
-
     import reshard.destination
     import reshard.executor
+    import torch
+
     from reshard.conversion import convert
 
     torch.set_num_threads(1)

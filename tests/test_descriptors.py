@@ -21,8 +21,8 @@ from object_store import ObjectStore
 from object_store import contents as objects
 
 import reshard
-from reshard import executor
-from reshard.executor import write_files
+from reshard.execution import executor
+from reshard.execution.executor import write_files
 from reshard.files.mapped import MappedFile
 from reshard.resharded.layout import file_layout
 from reshard.storage import outputs

@@ -18,7 +18,7 @@ from power_loss import Tree, put, taken
 
 import reshard
 from reshard.errors import StorageError
-from reshard.journal import JOURNAL_NAME
+from reshard.execution.journal import JOURNAL_NAME
 
 STEP = 7  # of the sweeps that CI runs; the slow ones take every call
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -17,7 +17,7 @@ from cli_tools import Cli, Result, assert_one_error, convert, tree
 
 from reshard import conversion
 from reshard.errors import BadInputError
-from reshard.staging import check_free_space
+from reshard.execution.staging import check_free_space
 
 ROOM = 4 << 20  # bytes of the small file system
 PAGE = 4096

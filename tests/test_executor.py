@@ -20,16 +20,16 @@ from test_placement import oracle
 from test_strategies import bits, random_bits, same
 from test_symbolic import programs, run
 
-from reshard import executor
-from reshard import reader as reader_module
 from reshard.checkpoint.source import open_source
 from reshard.errors import IntegrityError
-from reshard.executor import write_files
+from reshard.execution import executor
+from reshard.execution import reader as reader_module
+from reshard.execution.executor import write_files
+from reshard.execution.reader import equal_tensors
 from reshard.files import digest as digest_module
 from reshard.files.digest import DigestsAhead, digest_file, digest_of
 from reshard.files.dtypes import CODES, NAMES
 from reshard.files.header import read_header
-from reshard.reader import equal_tensors
 from reshard.resharded.layout import file_layout
 from reshard.resharded.targets import LocalTensor, Target, rank_tensors
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard

@@ -15,9 +15,9 @@ import pytest
 from executor_tools import load, simple_job
 from test_strategies import same
 
-from reshard import executor
 from reshard.errors import IntegrityError, StorageError
-from reshard.executor import write_files
+from reshard.execution import executor
+from reshard.execution.executor import write_files
 from reshard.resharded.layout import file_layout
 
 

@@ -16,8 +16,8 @@ from fake_hub import FakeHub
 from object_store import ObjectStore
 
 import reshard
-from reshard import destination
 from reshard.errors import IntegrityError, NetworkError, PolicyError
+from reshard.execution import destination
 from reshard.storage.hub.files import HubFiles
 from reshard.storage.locate import locate
 from runtime.agreement import Deadline

@@ -15,7 +15,7 @@ import torch
 from executor_tools import load, make_source, taken_whole
 
 from reshard.errors import IntegrityError, TopologyError
-from reshard.executor import write_files
+from reshard.execution.executor import write_files
 from reshard.files.digest import FileRecord
 from reshard.files.header import TensorInfo
 from reshard.resharded.layout import file_layout

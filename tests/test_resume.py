@@ -17,10 +17,10 @@ from cli_tools import RANK_FILES, Cli, convert, tree
 from kill_tools import KILLED, convert_until, server
 
 import reshard
-from reshard import executor
 from reshard.errors import DestinationExistsError, IntegrityError, StorageError
+from reshard.execution import executor
+from reshard.execution.journal import JOURNAL_NAME, Journal
 from reshard.files.header import TensorInfo, read_header
-from reshard.journal import JOURNAL_NAME, Journal
 
 STEP = 7  # of the sweep that CI runs; the slow one takes every call
 

@@ -134,7 +134,7 @@ def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
 
 def plan_report(plan: ReshardPlan) -> dict[str, Any]:
     """What `plan` and `--dry-run` tell."""
-    from ..reader import BLOCK_BYTES
+    from ..execution.reader import BLOCK_BYTES
     from .plan import legal_sizes
 
     layouts, sizes = plan_layouts(plan), legal_sizes(plan.model)

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .checkpoint.companions import included
-from .checkpoint.source import Source, SourceFile, is_resharded, open_source
-from .checkpoint.weights import AS_FOUND, Choice
-from .errors import StorageError, UsageError, printable
-from .files.digest import DigestsAhead
+from ..checkpoint.companions import included
+from ..checkpoint.source import Source, SourceFile, is_resharded, open_source
+from ..checkpoint.weights import AS_FOUND, Choice
+from ..errors import StorageError, UsageError, printable
+from ..files.digest import DigestsAhead
+from ..resharded.as_source import Resharded, open_resharded
+from ..resharded.manifest import read_manifest
+from ..storage.locate import away, look_at, of_hub
+from ..storage.prefetch import AHEAD, Arrivals
+from ..storage.remote import Remote, open_remote, remote_files
 from .reader import equal_tensors
-from .resharded.as_source import Resharded, open_resharded
-from .resharded.manifest import read_manifest
 from .staging import Stage
-from .storage.locate import away, look_at, of_hub
-from .storage.prefetch import AHEAD, Arrivals
-from .storage.remote import Remote, open_remote, remote_files
 
 __all__ = ["Origin", "open_origin"]
 

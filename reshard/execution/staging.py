@@ -13,13 +13,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from ..errors import BusyError, StorageError, printable
+from ..files.digest import FileRecord, new_digest
+from ..files.system import by_errno, walked
+from ..storage.disk import locked, renamed
+from ..storage.output import pwrite, sync_folder
 from .destination import Destination
-from .errors import BusyError, StorageError, printable
-from .files.digest import FileRecord, new_digest
-from .files.system import by_errno, walked
 from .journal import JOURNAL_NAME
-from .storage.disk import locked, renamed
-from .storage.output import pwrite, sync_folder
 
 __all__ = ["Stage", "check_free_space", "copy_file", "make_folders", "staged_folder", "write_file"]
 

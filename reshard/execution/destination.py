@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .checkpoint.kinds import is_weights
-from .checkpoint.source import MANIFEST_NAME
-from .checkpoint.weights import INDEX_NAME, SINGLE_NAME
-from .errors import DestinationExistsError, IntegrityError, ReshardError, StorageError, UsageError, listed, printable
-from .files.digest import digest_of
-from .files.system import walked
+from ..checkpoint.kinds import is_weights
+from ..checkpoint.source import MANIFEST_NAME
+from ..checkpoint.weights import INDEX_NAME, SINGLE_NAME
+from ..errors import DestinationExistsError, IntegrityError, ReshardError, StorageError, UsageError, listed, printable
+from ..files.digest import digest_of
+from ..files.system import walked
+from ..progress import Progress, silent
+from ..resharded.manifest import read_manifest
+from ..resharded.strangers import missing_and_strange
+from ..storage.disk import EXCHANGE, NOREPLACE, move
+from ..storage.hub.place import is_hub_url
+from ..storage.output import sync_folder
+from ..storage.stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
 from .journal import JOURNAL_NAME
-from .progress import Progress, silent
-from .resharded.manifest import read_manifest
-from .resharded.strangers import missing_and_strange
-from .storage.disk import EXCHANGE, NOREPLACE, move
-from .storage.hub.place import is_hub_url
-from .storage.output import sync_folder
-from .storage.stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
 
 __all__ = ["Destination", "destination"]
 

@@ -12,8 +12,8 @@ import os
 import threading
 from pathlib import Path
 
-from .errors import StorageError, printable
-from .files.digest import digest_of
+from ..errors import StorageError, printable
+from ..files.digest import digest_of
 
 __all__ = ["JOURNAL_NAME", "Journal"]
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .checkpoint.source import Source
-from .files.dtypes import itemsize, torch_name
-from .files.mapped import MappedFile, check_unchanged
-from .resharded.targets import LocalTensor
-from .sharding.placement import Piece
-from .sharding.regions import Box, Region, boxes, cut, is_run
-from .storage.prefetch import Arrivals
+from ..checkpoint.source import Source
+from ..files.dtypes import itemsize, torch_name
+from ..files.mapped import MappedFile, check_unchanged
+from ..resharded.targets import LocalTensor
+from ..sharding.placement import Piece
+from ..sharding.regions import Box, Region, boxes, cut, is_run
+from ..storage.prefetch import Arrivals
 
 __all__ = ["BLOCK_BYTES", "SourceReader", "equal_tensors", "tensor_blocks"]
 
