@@ -28,14 +28,14 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .conversion import convert, plan
-    from .inspection import inspect
-    from .merging import merge
+    from .operations.convert import convert, plan
+    from .operations.inspect import inspect
+    from .operations.merge import merge
     from .operations.publish.publish import publish
+    from .operations.pull import pull
+    from .operations.verify import verify
     from .planning.plan import ReshardPlan
-    from .pulling import pull
     from .resharded.manifest import Manifest
-    from .verification import verify
 
 __all__ = [
     "BadInputError",

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from reshard.errors import IntegrityError, printable
 from reshard.launch.asked import check_per_layer
-from reshard.reference import (
+from reshard.operations.reference import (
     ELSEWHERE,
     EXACT,
     HALF,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from reshard.reference import EXACT, distance, largest, rounding
+from reshard.operations.reference import EXACT, distance, largest, rounding
 from reshard.resharded.manifest import Manifest, read_manifest
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import pieces, shard_bounds

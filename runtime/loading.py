@@ -15,12 +15,12 @@ from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from reshard.arguments import checked
 from reshard.checkpoint.architecture import model_class, on_meta, quiet_transformers
 from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import BadInputError, IntegrityError, UsageError, printable
 from reshard.files.digest import digest_of
 from reshard.files.system import by_errno
+from reshard.operations.arguments import checked
 from reshard.process import patient_collector, worker_count
 from reshard.resharded.layout import rank_file_name
 from reshard.resharded.manifest import Manifest

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import IntegrityError, TopologyError, printable
+from reshard.operations.verify import check_file
 from reshard.resharded.manifest import Manifest, read_manifest
 from reshard.storage.hub.place import discard
 from reshard.storage.locate import fetch_files, find_resharded, locate
-from reshard.verification import check_file
 
 from .agreement import Deadline, UnansweredError, spoken, words_of
 

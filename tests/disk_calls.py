@@ -15,10 +15,10 @@ from typing import Any
 
 import pico
 import pytest
+import reshard.conversion
 import reshard.exclusive
 
 import reshard
-import reshard.conversion
 from reshard.execution.origin import Origin
 from reshard.planning.plan import ReshardPlan
 

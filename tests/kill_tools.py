@@ -43,7 +43,9 @@ def interrupted_after(claims: int) -> Iterator[None]:
 
 def server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kill_tools", "reshard.conversion", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["kill_tools", "reshard.operations.convert", "transformers.models.llama.modeling_llama"]
+    )
     return context
 
 
@@ -69,7 +71,7 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
     import reshard.executor
     import torch
 
-    from reshard.conversion import convert
+    from reshard.operations.convert import convert
 
     torch.set_num_threads(1)
     lock = threading.Lock()

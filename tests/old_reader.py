@@ -13,15 +13,17 @@ import zipfile
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
-# What importing `reshard.resharded.manifest` imports, in that commit.
-LIST = "import sys, json, reshard.resharded.manifest; print(json.dumps(sorted(n for n in sys.modules if n.startswith('reshard'))))"
+# What importing `reshard.manifest` imports, in that commit.
+LIST = (
+    "import sys, json, reshard.manifest; print(json.dumps(sorted(n for n in sys.modules if n.startswith('reshard'))))"
+)
 READ = """
 import sys
 from pathlib import Path
 import reshard
 assert ".zip/" in reshard.__file__, reshard.__file__
 from reshard.errors import ReshardError
-from reshard.resharded.manifest import read_manifest
+from reshard.manifest import read_manifest
 try:
     print(read_manifest(Path(sys.argv[1])).architecture)
 except ReshardError as error:

@@ -100,7 +100,7 @@ def test_a_url_where_only_a_folder_will_do(
     monkeypatch.chdir(out.parent)
     url: Any = make("s3://bucket/x")
     found = find_resharded(str(resharded))
-    monkeypatch.setattr("reshard.pulling.find_resharded", lambda *_, **__: found)
+    monkeypatch.setattr("reshard.operations.pull.find_resharded", lambda *_, **__: found)
     for call in (
         lambda: reshard.verify(url),
         lambda: reshard.publish(url, "org/model"),

@@ -17,7 +17,7 @@ from test_sources import IDS, logits
 import reshard
 import runtime
 from reshard.checkpoint.architecture import model_class
-from reshard.reference import single_model
+from reshard.operations.reference import single_model
 
 LEFT = {  # by wrappers, forks and mergers of models
     "FSDPLlamaForCausalLM": "LlamaForCausalLM",

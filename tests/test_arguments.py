@@ -20,8 +20,8 @@ from cli_tools import Cli
 
 import reshard
 import runtime
-from reshard.arguments import CHECKS, checked
 from reshard.errors import ReshardError, UsageError, printable
+from reshard.operations.arguments import CHECKS, checked
 from reshard.strategies import ALL_PARALLEL_STYLES
 
 ROOT = Path(__file__).parent.parent

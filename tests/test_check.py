@@ -21,7 +21,7 @@ from torchrun_tools import WORKERS, on_ranks, torchrun
 import reshard
 from reshard.files.digest import digest_of
 from reshard.files.header import read_header
-from reshard.reference import distance, fixed_ids, rounding
+from reshard.operations.reference import distance, fixed_ids, rounding
 from reshard.resharded.manifest import REFERENCE_NAME, read_manifest
 
 Damage = Callable[[Path], object]

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from cli_tools import Cli, Result, assert_one_error, convert, tree
 
-from reshard import conversion
 from reshard.errors import BadInputError
 from reshard.execution.staging import check_free_space
+from reshard.operations import convert as conversion
 
 ROOM = 4 << 20  # bytes of the small file system
 PAGE = 4096

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import reshard.environment
 import torch
 from cli_tools import Cli
 
 import reshard
-import reshard.environment
-from reshard.environment import environment
+from reshard.operations.environment import environment
 
 SECRETS = ("hf_abcdefghijklmnop", "hunter2", "alice", "AKIA123")
 

@@ -11,8 +11,8 @@ from cli_tools import Checkpoint, Cli, assert_one_error
 
 import reshard
 from reshard.cli.common import Bytes
-from reshard.conversion import plan_layouts
 from reshard.errors import TopologyError, UsageError
+from reshard.operations.convert import plan_layouts
 
 
 def held(source: Path, **options: Any) -> int:

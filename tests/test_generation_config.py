@@ -18,7 +18,7 @@ from transformers.utils import logging
 import reshard
 import runtime
 from reshard.errors import BadInputError
-from reshard.reference import fixed_ids, reference_of
+from reshard.operations.reference import fixed_ids, reference_of
 from runtime.generate import Decoding, Memory, generate_texts, greedy
 from runtime.limits import check_decoding
 from runtime.prompts import load_tokenizer, plain

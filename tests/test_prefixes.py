@@ -17,7 +17,7 @@ from test_sources import IDS, logits, rewrite, single
 import reshard
 import runtime
 from reshard.checkpoint.naming import shared_prefix
-from reshard.reference import single_model
+from reshard.operations.reference import single_model
 
 PREFIXES = ["module.", "_orig_mod.", "base_model.model.", "module.module.", "_orig_mod.module.", "student."]
 

@@ -26,13 +26,14 @@ from executor_tools import make_source
 from kill_tools import server
 
 import reshard
-from reshard import compare, conversion
 from reshard.errors import IntegrityError
 from reshard.execution import origin, reader
 from reshard.execution.executor import write_files
 from reshard.execution.journal import Journal
 from reshard.execution.reader import equal_tensors
 from reshard.files.mapped import MappedFile
+from reshard.operations import compare
+from reshard.operations import convert as conversion
 from reshard.resharded.layout import file_layout
 from reshard.resharded.targets import LocalTensor
 from reshard.sharding.regions import Region
@@ -343,9 +344,9 @@ def _job(arguments: list[str], folder: Path) -> None:
     """The command line in a process that has its libraries imported. A nap at each write, or digest of what is
     verified, makes it long enough; the first one leaves `begun` behind."""
     import reshard.executor
+    import reshard.verification
 
     import reshard.cli.main
-    import reshard.verification
 
     def slow(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import reshard.conversion
 from cli_tools import ESCAPED, EVIL, FIRST, Checkpoint, Cli, assert_one_error, convert
 
 import reshard
-import reshard.conversion
 from reshard.cli import speaking
 from reshard.cli.convert import next_command
 from reshard.cli.speaking import progress_bar
@@ -262,7 +262,11 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it was looked at")
 
-    for name in ("reshard.conversion.open_origin", "reshard.conversion.fetch_whole", "reshard.merging.fetch"):
+    for name in (
+        "reshard.operations.convert.open_origin",
+        "reshard.operations.convert.fetch_whole",
+        "reshard.operations.merge.fetch",
+    ):
         monkeypatch.setattr(name, fail)
 
 

@@ -24,7 +24,7 @@ def env(style: str) -> None:
       reshard env
       reshard env --format json
     """
-    from ..environment import environment
+    from ..operations.environment import environment
 
     print_report(environment(), style, _text)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...arguments import checked
 from ...checkpoint.kinds import is_weights
 from ...checkpoint.source import MANIFEST_NAME
 from ...errors import (
@@ -27,7 +26,8 @@ from ...storage.hub.place import Place, discard
 from ...storage.hub.session import RETRIES, again
 from ...storage.locate import local_folder
 from ...storage.stores import is_url
-from ...verification import verify
+from ..arguments import checked
+from ..verify import verify
 from .card import is_ours, render
 from .licence import Terms, agreed, agreed_by_hand, check_public, source_terms
 from .upload import Change, LocalFile, holds, upload

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..resharded.manifest import Manifest
+from ..storage.locate import find_resharded
+from ..storage.stores import as_text
 from .arguments import checked
-from .resharded.manifest import Manifest
-from .storage.locate import find_resharded
-from .storage.stores import as_text
 
 __all__ = ["inspect"]
 

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from .checkpoint.architecture import decoding_as_told, model_class, on_meta, quiet_transformers
-from .checkpoint.naming import Naming, prefix_mapping
-from .checkpoint.source import is_resharded, open_source
-from .checkpoint.weights import AS_FOUND, Choice, arguments_for
-from .errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
-from .execution.staging import write_file
-from .files.digest import FileRecord, digest_file, digest_of
-from .files.system import by_errno
-from .resharded.manifest import REFERENCE_NAME, Manifest, reference_record
-from .resharded.rank_file import written_file
-from .storage.locate import fetch
+from ..checkpoint.architecture import decoding_as_told, model_class, on_meta, quiet_transformers
+from ..checkpoint.naming import Naming, prefix_mapping
+from ..checkpoint.source import is_resharded, open_source
+from ..checkpoint.weights import AS_FOUND, Choice, arguments_for
+from ..errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
+from ..execution.staging import write_file
+from ..files.digest import FileRecord, digest_file, digest_of
+from ..files.system import by_errno
+from ..resharded.manifest import REFERENCE_NAME, Manifest, reference_record
+from ..resharded.rank_file import written_file
+from ..storage.locate import fetch
 
 __all__ = [
     "ELSEWHERE",

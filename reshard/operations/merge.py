@@ -8,23 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..checkpoint.source import MANIFEST_NAME
+from ..checkpoint.weights import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, weights_named_by
+from ..errors import BadInputError, IntegrityError, PolicyError, UsageError, listed, printable
+from ..execution.destination import destination
+from ..execution.executor import write_files
+from ..execution.journal import Journal
+from ..execution.staging import check_free_space, copy_file, make_folders, staged_folder, write_file
+from ..files.digest import ALGORITHM, digest_file, digest_of
+from ..files.dtypes import torch_name
+from ..progress import Advance, Progress, silent
+from ..resharded.as_source import Resharded, open_resharded
+from ..resharded.layout import FileLayout, Slot, file_layout
+from ..resharded.manifest import REFERENCE_NAME
+from ..resharded.rank_file import written_file
+from ..storage.locate import fetch
+from ..storage.stores import as_text
 from .arguments import checked
-from .checkpoint.source import MANIFEST_NAME
-from .checkpoint.weights import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, weights_named_by
-from .errors import BadInputError, IntegrityError, PolicyError, UsageError, listed, printable
-from .execution.destination import destination
-from .execution.executor import write_files
-from .execution.journal import Journal
-from .execution.staging import check_free_space, copy_file, make_folders, staged_folder, write_file
-from .files.digest import ALGORITHM, digest_file, digest_of
-from .files.dtypes import torch_name
-from .progress import Advance, Progress, silent
-from .resharded.as_source import Resharded, open_resharded
-from .resharded.layout import FileLayout, Slot, file_layout
-from .resharded.manifest import REFERENCE_NAME
-from .resharded.rank_file import written_file
-from .storage.locate import fetch
-from .storage.stores import as_text
 
 __all__ = ["LAYOUTS", "merge"]
 

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.weights import AS_FOUND, chosen
+from ..errors import IntegrityError, UsageError, printable
+from ..files.digest import FileRecord, digest_file, digest_of
+from ..files.mapped import MappedFile
+from ..progress import Advance, Progress, silent
+from ..resharded.manifest import Manifest, read_manifest
+from ..resharded.rank_file import check_digests, read_rank_header, written_file
+from ..resharded.strangers import missing_and_strange
+from ..storage.locate import local_folder
+from ..storage.stores import as_text
 from .arguments import checked
-from .checkpoint.weights import AS_FOUND, chosen
-from .errors import IntegrityError, UsageError, printable
-from .files.digest import FileRecord, digest_file, digest_of
-from .files.mapped import MappedFile
-from .progress import Advance, Progress, silent
-from .resharded.manifest import Manifest, read_manifest
-from .resharded.rank_file import check_digests, read_rank_header, written_file
-from .resharded.strangers import missing_and_strange
-from .storage.locate import local_folder
-from .storage.stores import as_text
 
 __all__ = ["Report", "check_file", "verify"]
 

@@ -7,9 +7,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from .arguments import checked
-from .checkpoint.source import MANIFEST_NAME
-from .errors import (
+from ..checkpoint.source import MANIFEST_NAME
+from ..errors import (
     BadInputError,
     DestinationExistsError,
     IntegrityError,
@@ -19,14 +18,15 @@ from .errors import (
     UsageError,
     printable,
 )
-from .files.digest import FileRecord
-from .progress import Progress, silent
-from .resharded.manifest import Manifest
-from .storage.hub.place import Place, discard
-from .storage.locate import Found, away, fetch_files, find_resharded, local_folder
-from .storage.remote import sha256_of
-from .storage.stores import is_url
-from .verification import check_file
+from ..files.digest import FileRecord
+from ..progress import Progress, silent
+from ..resharded.manifest import Manifest
+from ..storage.hub.place import Place, discard
+from ..storage.locate import Found, away, fetch_files, find_resharded, local_folder
+from ..storage.remote import sha256_of
+from ..storage.stores import is_url
+from .arguments import checked
+from .verify import check_file
 
 __all__ = ["pull"]
 

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ._version import __version__
-from .errors import printable, without_secrets
+from .._version import __version__
+from ..errors import printable, without_secrets
 
 __all__ = ["environment"]
 
@@ -112,7 +112,7 @@ def _caches() -> dict[str, Path]:
 
         found["hub"] = Path(constants.HF_HUB_CACHE)
     with contextlib.suppress(Exception):
-        from .storage.stores import cache_folder
+        from ..storage.stores import cache_folder
 
         found["reshard"] = cache_folder()
     return found

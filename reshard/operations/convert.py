@@ -8,30 +8,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from .._version import __version__
+from ..checkpoint.left_behind import refuse_keys
+from ..checkpoint.source import MANIFEST_NAME, Source
+from ..checkpoint.weights import chosen
+from ..errors import UsageError, printable
+from ..execution.destination import destination
+from ..execution.executor import write_files
+from ..execution.journal import Journal
+from ..execution.origin import Origin, open_origin
+from ..execution.staging import check_free_space, copy_file, staged_folder, write_file
+from ..files.digest import ALGORITHM, FileRecord, new_digest
+from ..files.untrusted import vetted_path
+from ..planning.model import read_model
+from ..planning.plan import ReshardPlan, build_plan, smallest_fit
+from ..planning.rules import AUTO, read_rules
+from ..progress import Progress, silent
+from ..resharded.layout import FileLayout, plan_layouts
+from ..resharded.manifest import REFERENCE_NAME, Manifest
+from ..sharding.topology import Topology
+from ..storage.prefetch import Arrivals
+from ..storage.stores import as_text
+from ..strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .arguments import checked
-from .checkpoint.left_behind import refuse_keys
-from .checkpoint.source import MANIFEST_NAME, Source
-from .checkpoint.weights import chosen
-from .errors import UsageError, printable
-from .execution.destination import destination
-from .execution.executor import write_files
-from .execution.journal import Journal
-from .execution.origin import Origin, open_origin
-from .execution.staging import check_free_space, copy_file, staged_folder, write_file
-from .files.digest import ALGORITHM, FileRecord, new_digest
-from .files.untrusted import vetted_path
-from .planning.model import read_model
-from .planning.plan import ReshardPlan, build_plan, smallest_fit
-from .planning.rules import AUTO, read_rules
-from .progress import Progress, silent
 from .reference import fetch_whole, store_reference
-from .resharded.layout import FileLayout, plan_layouts
-from .resharded.manifest import REFERENCE_NAME, Manifest
-from .sharding.topology import Topology
-from .storage.prefetch import Arrivals
-from .storage.stores import as_text
-from .strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 
 if TYPE_CHECKING:
     import torch

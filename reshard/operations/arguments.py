@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from .errors import UsageError, printable
-from .files.dtypes import floating_dtype
+from ..errors import UsageError, printable
+from ..files.dtypes import floating_dtype
 
 __all__ = ["CHECKS", "checked"]
 
@@ -115,7 +115,7 @@ def _rules(value: Any) -> Any:
 
 
 def _strategies(value: Any) -> Any:
-    from .strategies import ParallelInterface
+    from ..strategies import ParallelInterface
 
     words = "the Python file that registers them, or a ParallelInterface"
     if isinstance(value, ParallelInterface):

@@ -6,18 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .checkpoint.source import Source
-from .checkpoint.weights import AS_FOUND, Choice
-from .errors import BadInputError, IntegrityError, printable
-from .execution.reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
-from .files.digest import FileRecord
-from .files.header import Header, TensorInfo, read_header
-from .files.mapped import MappedFile
-from .progress import Advance, Progress, silent
-from .resharded.as_source import source_headers, source_tensors
-from .resharded.manifest import Manifest
-from .resharded.targets import LocalTensor, rank_tensors, unused_tensors
-from .storage.locate import resolve_source
+from ..checkpoint.source import Source
+from ..checkpoint.weights import AS_FOUND, Choice
+from ..errors import BadInputError, IntegrityError, printable
+from ..execution.reader import BLOCK_BYTES, SourceReader, equal_tensors, tensor_blocks
+from ..files.digest import FileRecord
+from ..files.header import Header, TensorInfo, read_header
+from ..files.mapped import MappedFile
+from ..progress import Advance, Progress, silent
+from ..resharded.as_source import source_headers, source_tensors
+from ..resharded.manifest import Manifest
+from ..resharded.targets import LocalTensor, rank_tensors, unused_tensors
+from ..storage.locate import resolve_source
 
 __all__ = ["compare_with_source"]
 
