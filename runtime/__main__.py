@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from reshard.errors import ReshardError
-from reshard.failures import report_failure, wants_json, wants_traceback
 from reshard.launch.current_folder import leave
+from reshard.launch.failures import report_failure, wants_json, wants_traceback
+from reshard.launch.switches import Commands, in_colour
 from reshard.process import end_on_interrupt
-from reshard.switches import Commands, in_colour
 
 from .agreement import Deadline
 from .commands.bench import bench

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reshard.launch.measured import Measured, Point, Settings
+from reshard.launch.benchmark.measured import Measured, Point, Settings
 
 from .engines import Engine
 from .ranks import this_rank

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reshard.launch.bench_runs import in_turn
-from reshard.launch.chart import draw
+from reshard.launch.benchmark.chart import draw
+from reshard.launch.benchmark.runs import in_turn
 
 __all__ = ["convert", "draw", "in_turn", "rank_zero", "same_memory", "torchrun", "warm"]
 

@@ -15,8 +15,8 @@ import click
 from bench_common import convert, warm
 from big_checkpoints import LLAMA_1B, write
 
-from reshard.launch.bench import draw_report
-from reshard.launch.bench_runs import Job, run_jobs, summary
+from reshard.launch.benchmark.runs import Job, run_jobs, summary
+from reshard.launch.benchmark.start import draw_report
 from reshard.launch.options import Batches
 
 

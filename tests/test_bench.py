@@ -18,11 +18,11 @@ from cli_tools import flip
 
 import reshard
 from reshard.errors import UsageError
-from reshard.launch import bench_runs
-from reshard.launch.bench import draw_report
-from reshard.launch.bench_runs import Failed, Job, in_turn, report_of, run_jobs, summary
-from reshard.launch.chart import check_chart, draw
-from reshard.launch.measured import Measured, Point
+from reshard.launch.benchmark import runs as bench_runs
+from reshard.launch.benchmark.chart import check_chart, draw
+from reshard.launch.benchmark.measured import Measured, Point
+from reshard.launch.benchmark.runs import Failed, Job, in_turn, report_of, run_jobs, summary
+from reshard.launch.benchmark.start import draw_report
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="charts need the extra [bench]"
@@ -220,7 +220,9 @@ def test_rounds_run_every_contender_in_turn() -> None:
 def test_the_lines_of_the_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of([[measured(1, 8.0)], [measured(2, 4.0)], [measured(4, 2.0)]])
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr("reshard.launch.bench.draw", lambda path, *words, **ticks: drawn.update(words=words, **ticks))
+    monkeypatch.setattr(
+        "reshard.launch.benchmark.start.draw", lambda path, *words, **ticks: drawn.update(words=words, **ticks)
+    )
     draw_report(report, str(tmp_path / "chart.png"))
     title, x, y, lines = drawn["words"]
     assert (x, y) == ("batch size", "speed-up over one rank")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 import pytest
+import reshard.conversion
 from cli_tools import Cli, convert, first_file
 
 import reshard
 import reshard.cli.main
-import reshard.conversion
-from reshard.failures import report_failure
-from reshard.switches import in_colour, is_quiet, switches_of
+from reshard.launch.failures import report_failure
+from reshard.launch.switches import in_colour, is_quiet, switches_of
 
 
 @pytest.mark.parametrize("name", sorted(reshard.cli.main.cli.commands))

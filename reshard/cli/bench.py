@@ -24,6 +24,6 @@ def bench(style: str, **options: Any) -> None:
       reshard bench llama-tp2 --against transformers --source ./llama
       reshard bench llama-tp2 --batch 1,8 --compile
     """
-    from ..launch.bench import bench_folders, report_text
+    from ..launch.benchmark.start import bench_folders, report_text
 
     click.echo(report_text(bench_folders(options), style))

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from ..failures import json_text
 from ..files.dtypes import STORABLE, floating_dtype
+from ..launch.failures import json_text
 from ..launch.options import completions, format_option, revision_option, strategies_option
-from ..switches import switches_of, words_of
+from ..launch.switches import switches_of, words_of
 
 __all__ = [
     "Bytes",

@@ -12,10 +12,10 @@ import click
 
 from .._version import __version__
 from ..errors import StorageError
-from ..failures import Terminated, report_failure, terminate, wants_json, wants_traceback
 from ..launch.current_folder import leave
+from ..launch.failures import Terminated, report_failure, terminate, wants_json, wants_traceback
+from ..launch.switches import Commands, in_colour
 from ..process import patient_from_now_on
-from ..switches import Commands, in_colour
 from .bench import bench
 from .check import check
 from .convert import convert

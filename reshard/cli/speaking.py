@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import click
 
 from ..errors import printable
+from ..launch.switches import is_quiet
 from ..progress import Advance, silent
-from ..switches import is_quiet
 
 __all__ = ["progress_bar", "say"]
 

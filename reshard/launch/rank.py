@@ -11,9 +11,9 @@ import sys
 import time
 
 from ..errors import UsageError
-from ..failures import report_failure, wants_json
 from ..process import end_on_interrupt
 from .current_folder import check_runtime, leave
+from .failures import report_failure, wants_json
 
 __all__ = ["entry"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from reshard.errors import ReshardError, UsageError, printable
-from reshard.launch.bench import bench_folders, report_text
-from reshard.launch.bench_runs import report_of
-from reshard.launch.measured import Measured, Settings
+from reshard.launch.benchmark.measured import Measured, Settings
+from reshard.launch.benchmark.runs import report_of
+from reshard.launch.benchmark.start import bench_folders, report_text
 from reshard.launch.options import bench_options, job_options
 from reshard.storage.locate import find_resharded, resolve_source
 

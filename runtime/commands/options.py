@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from reshard.launch.asked import check_model_options
+from reshard.launch.switches import is_quiet
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
-from reshard.switches import is_quiet
 
 from ..kernels import check_sdpa
 from ..loading import load

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import runtime
 from reshard.errors import UsageError
-from reshard.launch.measured import Settings
+from reshard.launch.benchmark.measured import Settings
 from reshard.resharded.manifest import read_manifest
 from runtime.bench import measure
 from runtime.check import check

@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from .errors import ReshardError, printable
-from .files.system import explained
+from ..errors import ReshardError, printable
+from ..files.system import explained
 from .switches import in_colour
 
 __all__ = ["Terminated", "json_text", "report_failure", "terminate", "wants_json", "wants_traceback"]

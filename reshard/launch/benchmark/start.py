@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from ..errors import UsageError, printable
+from ...errors import UsageError, printable
+from ...storage.locate import resolve_source
+from ..asked import check_model_options
 from ..failures import json_text
-from ..storage.locate import resolve_source
 from ..switches import words_of
-from .asked import check_model_options
-from .bench_runs import Job, JobFailedError, Report, run_jobs, summary
 from .chart import check_chart, draw
+from .runs import Job, JobFailedError, Report, run_jobs, summary
 
 __all__ = ["bench_folders", "draw_report", "report_text"]
 

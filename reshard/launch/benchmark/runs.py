@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from ..errors import ReshardError, printable
+from ...errors import ReshardError, printable
+from ..agent import launch
+from ..asked import look_at_folder
 from ..switches import switches_of
-from .agent import launch
-from .asked import look_at_folder
 from .measured import Measured, Point
 
 __all__ = ["Failed", "Job", "Report", "in_turn", "report_of", "run_jobs", "summary"]
