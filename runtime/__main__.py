@@ -20,13 +20,13 @@ from reshard.launch.failures import report_failure, wants_json, wants_traceback
 from reshard.launch.switches import Commands, in_colour
 from reshard.process import end_on_interrupt
 
-from .agreement import Deadline
 from .commands.bench import bench
 from .commands.check import check
 from .commands.generate import generate
 from .commands.options import is_first
-from .mesh import connect, shut_down
-from .ranks import this_rank
+from .distributed.agreement import Deadline
+from .distributed.mesh import connect, shut_down
+from .distributed.ranks import this_rank
 
 _TO_SPEAK = 1.0  # seconds to reach the store, which says who does
 _TO_END = 0.5  # seconds from when a process closes its sockets until it has ended

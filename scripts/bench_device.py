@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from reshard.process import worker_count
 from reshard.resharded.manifest import read_manifest
-from runtime.reading import read_rank_file
+from runtime.loading.pinned import read_rank_file
 
 PINNED_BYTES = 256 << 20
 

@@ -32,12 +32,12 @@ if kind != "unsharded":
     from torch.testing._internal.distributed.fake_pg import FakeStore
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 if kind == "reshard":
-    import runtime, runtime.loading
+    import runtime, runtime.loading.load
     def agree(store, info, failure, *arguments, **options):  # the other rank is not there
         if failure:
             raise failure
-    runtime.loading.agree = agree
-    runtime.loading.connect = lambda *_: dist.HashStore()  # a fake one holds nothing
+    runtime.loading.load.agree = agree
+    runtime.loading.load.connect = lambda *_: dist.HashStore()  # a fake one holds nothing
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model = runtime.load(folder, mesh)
 else:

@@ -30,15 +30,15 @@ from torchrun_tools import on_ranks
 
 import reshard
 from reshard.errors import BadInputError, ReshardError, TopologyError, UsageError
-from runtime.agreement import Deadline, from_first
-from runtime.alike import by_name
 from runtime.commands.generate import generate
-from runtime.kernels import check_attention, compiler_errors
-from runtime.mesh import connect
-from runtime.phases import load_report
-from runtime.prompts import in_chat, load_tokenizer, read_prompts
-from runtime.ranks import RankInfo
-from runtime.texts import Stops, Stream, before_stop, continuation
+from runtime.distributed.agreement import Deadline, from_first
+from runtime.distributed.mesh import connect
+from runtime.distributed.ranks import RankInfo
+from runtime.generation.in_step import by_name
+from runtime.generation.prompts import in_chat, load_tokenizer, read_prompts
+from runtime.generation.texts import Stops, Stream, before_stop, continuation
+from runtime.loading.phases import load_report
+from runtime.model.kernels import check_attention, compiler_errors
 
 WORKER = Path(__file__).parent / "workers" / "generating.py"
 ALL = ["samples", "beams", "clocks", "criteria", "processors", "batches", "remembers", "compiled", "kernels"]
@@ -292,7 +292,7 @@ def test_what_rank_0_finds_or_cannot_find_all_hear() -> None:
     for find, raised in ((lambda: ["a", None], None), (failing, "broken")):
         with pytest.MonkeyPatch.context() as patch:
             for rank in (0, 1):
-                patch.setattr("runtime.agreement._messages", iter([7]))
+                patch.setattr("runtime.distributed.agreement._messages", iter([7]))
                 if raised:
                     with pytest.raises(BadInputError, match=raised):
                         from_first(store, RankInfo(rank, 2, 0), find)
@@ -305,7 +305,7 @@ def failing() -> Any:
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.mesh._store", None)
+    monkeypatch.setattr("runtime.distributed.mesh._store", None)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)  # other tests of this process make a group
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -28,10 +28,10 @@ import reshard
 from reshard.errors import BadInputError, UsageError
 from runtime.commands import generate as command
 from runtime.commands.generate import generate
-from runtime.generate import Decoding, Memory, generate_texts
-from runtime.limits import Limits, check_decoding
-from runtime.prompts import Prompt, chat_turns, read_prompts
-from runtime.texts import Stream, continuation
+from runtime.generation.generate import Decoding, Memory, generate_texts
+from runtime.generation.limits import Limits, check_decoding
+from runtime.generation.prompts import Prompt, chat_turns, read_prompts
+from runtime.generation.texts import Stream, continuation
 
 POSITIONS = 48
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"

@@ -19,9 +19,9 @@ import reshard
 import runtime
 from reshard.errors import BadInputError
 from reshard.operations.reference import fixed_ids, reference_of
-from runtime.generate import Decoding, Memory, generate_texts, greedy
-from runtime.limits import check_decoding
-from runtime.prompts import load_tokenizer, plain
+from runtime.generation.generate import Decoding, Memory, generate_texts, greedy
+from runtime.generation.limits import check_decoding
+from runtime.generation.prompts import load_tokenizer, plain
 
 CONFIG = "generation_config.json"
 REFUSED: dict[str, dict[str, Any]] = {

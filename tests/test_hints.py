@@ -13,8 +13,8 @@ from object_store import ObjectStore, error
 from reshard.checkpoint.architecture import model_class
 from reshard.errors import BadInputError, NetworkError, ReshardError, VersionError
 from reshard.storage.filesystems import doing
-from runtime.engines import _tensor_parallel
-from runtime.prompts import load_tokenizer
+from runtime.benchmark.engines import _tensor_parallel
+from runtime.generation.prompts import load_tokenizer
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], type[ReshardError], str, str | None]] = {
     "of no model": ({"model_type": "quux"}, VersionError, "does not know model type quux", "another release"),

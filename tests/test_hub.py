@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hf_extension
 import pytest
+import runtime.locating
 import torch
 import transformers
 from cli_tools import RANK_FILES, Cli, assert_one_error
@@ -22,9 +23,8 @@ from fake_hub import FakeHub, Handler, Reply, corrupt
 
 import reshard
 import runtime
-import runtime.locating
 from reshard.errors import IntegrityError, NetworkError, TopologyError
-from runtime.agreement import Deadline
+from runtime.distributed.agreement import Deadline
 
 # What a repo may hold besides the checkpoint, and nobody asked for.
 UNWANTED = {
@@ -49,7 +49,7 @@ if apart:
     os.environ["HF_HOME"] = out
 import torch
 import runtime
-from runtime.mesh import shut_down
+from runtime.distributed.mesh import shut_down
 
 model = runtime.load(place)
 with torch.inference_mode():

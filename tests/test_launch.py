@@ -15,17 +15,17 @@ from typing import Any
 
 import click
 import pytest
+import reshard.launch.bench_runs
 from cli_tools import RANK_FILES, Cli, flip
 from click.shell_completion import ShellComplete
 
 import reshard
 import reshard.launch.agent
-import reshard.launch.bench_runs
 from reshard.cli.main import cli as offline
 from reshard.launch.options import ENGINES, SDPA_BACKENDS, job_options
 from runtime.__main__ import cli as online
-from runtime.engines import PEERS
-from runtime.kernels import SDPA_KERNELS
+from runtime.benchmark.engines import PEERS
+from runtime.model.kernels import SDPA_KERNELS
 
 PAIRS = {"run": "generate", "check": "check", "bench": "bench"}
 Started = list[tuple[list[str], int]]

@@ -20,8 +20,8 @@ from reshard.errors import IntegrityError, NetworkError, PolicyError
 from reshard.execution import destination
 from reshard.storage.hub.files import HubFiles
 from reshard.storage.locate import locate
-from runtime.agreement import Deadline
-from runtime.locating import locate_together
+from runtime.distributed.agreement import Deadline
+from runtime.loading.locate import locate_together
 
 TEMPLATE = "additional_chat_templates/rag.jinja"
 ALONG = {

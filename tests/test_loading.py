@@ -22,10 +22,10 @@ import reshard
 import runtime
 from reshard.errors import BadInputError, IntegrityError, ReshardError, TopologyError, UsageError
 from reshard.strategies import group_of
-from runtime.agreement import Deadline
-from runtime.kernels import check_compile, check_sdpa, shares_gpu
-from runtime.mesh import _meet
-from runtime.ranks import RankInfo
+from runtime.distributed.agreement import Deadline
+from runtime.distributed.mesh import _meet
+from runtime.distributed.ranks import RankInfo
+from runtime.model.kernels import check_compile, check_sdpa, shares_gpu
 
 GENERATION = "generation_config.json"
 

@@ -15,8 +15,8 @@ from torchrun_tools import WORKERS, on_ranks
 
 import reshard
 from reshard.errors import TopologyError
-from runtime.ranks import RankInfo
-from runtime.replicas import side_by_side
+from runtime.distributed.ranks import RankInfo
+from runtime.distributed.replicas import side_by_side
 
 IDS = torch.arange(3, 12).repeat(2, 1)
 SOURCES = {"heads": ("llama", {"num_key_value_heads": 1}), "experts": ("qwen3_moe", {})}

@@ -23,8 +23,8 @@ from reshard.errors import (
     UsageError,
 )
 from reshard.storage.locate import find_resharded
-from runtime.agreement import Deadline
-from runtime.locating import locate_together
+from runtime.distributed.agreement import Deadline
+from runtime.loading.locate import locate_together
 
 NAME = "org/model-tp2"
 SECOND = RANK_FILES[1]

@@ -20,8 +20,8 @@ from reshard.files.digest import FileRecord
 from reshard.files.header import TensorInfo
 from reshard.resharded.layout import file_layout
 from reshard.resharded.rank_file import check_digests, read_rank_header
-from runtime import reading
-from runtime.mapping import map_rank_file
+from runtime.loading import pinned as reading
+from runtime.loading.mapped import map_rank_file
 
 Bring = Callable[..., Callable[[], dict[str, torch.Tensor]]]
 

@@ -20,7 +20,7 @@ import reshard
 from reshard.errors import IntegrityError
 from reshard.resharded.targets import Target
 from reshard.sharding.regions import Region
-from runtime.original import bundles
+from runtime.model.source_tensors import bundles
 
 IDS = torch.arange(3, 12).repeat(2, 1)
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

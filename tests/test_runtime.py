@@ -23,10 +23,10 @@ from reshard.errors import IntegrityError, RemoteMovedError, TopologyError, Usag
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import Nested, Replicate, Shard
 from reshard.sharding.topology import Topology
-from runtime.agreement import Deadline, UnansweredError, agree
-from runtime.mesh import backend_of, connect, pick_device
-from runtime.placing import _share_heads
-from runtime.ranks import RankInfo
+from runtime.distributed.agreement import Deadline, UnansweredError, agree
+from runtime.distributed.mesh import backend_of, connect, pick_device
+from runtime.distributed.ranks import RankInfo
+from runtime.model.placing import _share_heads
 
 PARTS = "shard-0000{}-model-00001-of-00001.safetensors"
 
@@ -214,7 +214,7 @@ def test_what_an_attempt_before_a_restart_has_said_is_over(monkeypatch: pytest.M
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
     stores = []
     for attempt in range(2):
-        monkeypatch.setattr("runtime.mesh._store", None)  # another process
+        monkeypatch.setattr("runtime.distributed.mesh._store", None)  # another process
         stores.append(connect(RankInfo(0, 2, 0, attempt=attempt), Deadline.after(5)))
     stores[0].set("key", "failed")
     assert [store.check(["key"]) for store in stores] == [True, False]
@@ -222,7 +222,7 @@ def test_what_an_attempt_before_a_restart_has_said_is_over(monkeypatch: pytest.M
 
 def meet(monkeypatch: pytest.MonkeyPatch, *answers: tuple[Exception | None, str]) -> list[Exception | None]:
     """What `agree` raises on every rank, when each brings its failure and value. The ranks are threads."""
-    monkeypatch.setattr("runtime.agreement._meetings", itertools.repeat(0))
+    monkeypatch.setattr("runtime.distributed.agreement._meetings", itertools.repeat(0))
     store = dist.HashStore()
 
     def one(rank: int) -> Exception | None:
@@ -280,7 +280,7 @@ def test_a_failure_does_not_wait_for_a_silent_rank() -> None:
 
 
 def test_a_rank_that_comes_too_late_hears_what_the_others_were_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.agreement._meetings", itertools.repeat(0))
+    monkeypatch.setattr("runtime.distributed.agreement._meetings", itertools.repeat(0))
     store = dist.HashStore()
     for rank, seconds in ((0, 0.1), (1, 60)):
         with pytest.raises(TopologyError, match="no answer from rank 1 in time"):
@@ -288,7 +288,7 @@ def test_a_rank_that_comes_too_late_hears_what_the_others_were_told(monkeypatch:
 
 
 def test_the_earliest_deadline_is_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.agreement._meetings", itertools.repeat(0))
+    monkeypatch.setattr("runtime.distributed.agreement._meetings", itertools.repeat(0))
     store = dist.HashStore()
     with ThreadPoolExecutor(2) as pool:
         ends = pool.map(

@@ -21,7 +21,7 @@ from reshard.errors import BadInputError
 from reshard.resharded.manifest import read_manifest
 from reshard.sharding.placement import shard_bounds
 from reshard.strategies import ALL_PARALLEL_STYLES, RowwiseParallel, load_strategies
-from runtime.sequence import split_points
+from runtime.model.sequence import split_points
 
 NEW_TOKENS = 4
 # Norms that split the sequence by themselves where the model does not, one of them behind the layers.

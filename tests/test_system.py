@@ -30,7 +30,7 @@ from reshard.resharded.manifest import read_manifest
 from reshard.storage import filesystems, output
 from reshard.storage.hub.errors import explain
 from reshard.strategies import load_strategies
-from runtime.agreement import words_of
+from runtime.distributed.agreement import words_of
 
 SYSTEM = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOLCK]
 PATH = [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG]

@@ -17,10 +17,10 @@ from reshard.launch.benchmark.start import bench_folders, report_text
 from reshard.launch.options import bench_options, job_options
 from reshard.storage.locate import find_resharded, resolve_source
 
-from ..bench import measure
-from ..engines import Engine, peer
-from ..kernels import sdpa
-from ..ranks import RankInfo
+from ..benchmark.engines import Engine, peer
+from ..benchmark.measure import measure
+from ..distributed.ranks import RankInfo
+from ..model.kernels import sdpa
 from .options import load_model, say
 
 __all__ = ["bench"]

@@ -10,9 +10,9 @@ import click
 from reshard.errors import IntegrityError
 from reshard.launch.options import check_options
 
-from ..check import check as compare
-from ..check_text import parity_text
-from ..kernels import sdpa
+from ..checking.check import check as compare
+from ..checking.text import parity_text
+from ..model.kernels import sdpa
 from .options import load_model, say
 
 __all__ = ["check"]

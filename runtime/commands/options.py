@@ -11,11 +11,11 @@ from reshard.launch.asked import check_model_options
 from reshard.launch.switches import is_quiet
 from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
 
-from ..kernels import check_sdpa
-from ..loading import load
-from ..mesh import pick_device
-from ..phases import load_report
-from ..ranks import this_rank
+from ..distributed.mesh import pick_device
+from ..distributed.ranks import this_rank
+from ..loading.load import load
+from ..loading.phases import load_report
+from ..model.kernels import check_sdpa
 
 __all__ = [
     "is_first",

@@ -22,10 +22,10 @@ import torch.distributed as dist
 
 import runtime
 from reshard.errors import ReshardError
-from runtime.check import check
-from runtime.check_text import parity_text
+from runtime.checking.check import check
+from runtime.checking.text import parity_text
 
-CHECK = sys.modules["runtime.check"]
+CHECK = sys.modules["runtime.checking.check"]
 LIMIT = 4  # seconds that a collective waits
 
 

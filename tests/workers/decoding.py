@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import runtime
 from reshard.strategies import linear
-from runtime.generate import CACHE, greedy
+from runtime.generation.generate import CACHE, greedy
 
 NEW = 8
 

@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runtime.kernels
 import torch
 import torch.distributed as dist
 import transformers.generation.stopping_criteria as criteria_module
 from transformers import GenerationConfig
 
 import runtime
-import runtime.kernels
 from reshard.errors import UsageError
 from reshard.strategies import linear
-from runtime.argmax import joins_logits
-from runtime.generate import Decoding, Memory, generate_texts
-from runtime.prompts import Prompt
+from runtime.generation.argmax import joins_logits
+from runtime.generation.generate import Decoding, Memory, generate_texts
+from runtime.generation.prompts import Prompt
 
 NEW = 10
 IDS = torch.randint(3, 130, (3, 7), generator=torch.Generator().manual_seed(7))

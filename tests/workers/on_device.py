@@ -22,11 +22,11 @@ import runtime
 from reshard.errors import UsageError
 from reshard.launch.benchmark.measured import Settings
 from reshard.resharded.manifest import read_manifest
-from runtime.bench import measure
-from runtime.check import check
-from runtime.engines import Engine
-from runtime.generate import greedy
-from runtime.placing import owners
+from runtime.benchmark.engines import Engine
+from runtime.benchmark.measure import measure
+from runtime.checking.check import check
+from runtime.generation.generate import greedy
+from runtime.model.placing import owners
 
 IDS = torch.arange(3, 19).repeat(2, 1)
 NEW = 6

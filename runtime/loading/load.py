@@ -28,21 +28,21 @@ from reshard.resharded.rank_file import written_file
 from reshard.storage.stores import as_text
 from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 
-from .agreement import Deadline, agree
-from .hooks import install_hooks, tp_axis
-from .keeping import keep_model
-from .kernels import check_attention, check_attention_of, check_sdpa_of, shares_gpu
-from .locating import Located, locate_together
-from .mapping import map_rank_file
-from .mesh import backend_of, connect, make_mesh, pick_device
-from .methods import give_method
+from ..distributed.agreement import Deadline, agree
+from ..distributed.mesh import backend_of, connect, make_mesh, pick_device
+from ..distributed.ranks import this_rank
+from ..distributed.replicas import TP, on_mesh, side_by_side, span
+from ..model.hooks import install_hooks, tp_axis
+from ..model.keeping import keep_model
+from ..model.kernels import check_attention, check_attention_of, check_sdpa_of, shares_gpu
+from ..model.methods import give_method
+from ..model.placing import check_held, distribute, fill
+from ..model.save import save_pretrained
+from ..model.sequence import split_points, split_sequence
+from .locate import Located, locate_together
+from .mapped import map_rank_file
 from .phases import Phases
-from .placing import check_held, distribute, fill
-from .ranks import this_rank
-from .reading import read_rank_file
-from .replicas import TP, on_mesh, side_by_side, span
-from .saving import save_pretrained
-from .sequence import split_points, split_sequence
+from .pinned import read_rank_file
 from .versions import adapted
 
 __all__ = ["load"]
@@ -246,7 +246,7 @@ def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
     if model.can_generate() and shares_gpu(mesh):
         model.generation_config.disable_compile = True  # with a static cache, `generate` would compile to CUDA graphs
     if model.can_generate() and mesh.size() > 1:
-        from .alike import generate_alike
+        from ..generation.in_step import generate_alike
 
         generate_alike(model, mesh.get_group())
     if _has_unaligned_experts(model):

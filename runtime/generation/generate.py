@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from reshard.checkpoint.architecture import decoding_as_told, quiet_transformers
 
-from . import kernels
+from ..model import kernels
 from .argmax import argmax_only
 from .limits import Limits, check_decoding
 from .prompts import Prompt, as_batch

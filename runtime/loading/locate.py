@@ -18,7 +18,7 @@ from reshard.resharded.manifest import Manifest, read_manifest
 from reshard.storage.hub.place import discard
 from reshard.storage.locate import fetch_files, find_resharded, locate
 
-from .agreement import Deadline, UnansweredError, spoken, words_of
+from ..distributed.agreement import Deadline, UnansweredError, spoken, words_of
 
 __all__ = ["Located", "locate_together"]
 

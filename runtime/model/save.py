@@ -23,14 +23,14 @@ from reshard.storage.locate import local_folder
 from reshard.storage.output import pwrite
 from reshard.storage.outputs import OutputFiles
 
-from .agreement import Deadline, from_first, spoken, words_of
+from ..distributed.agreement import Deadline, from_first, spoken, words_of
+from ..distributed.mesh import connect
+from ..distributed.ranks import RankInfo, this_rank
+from ..distributed.replicas import replicas_of
+from .full_tensor import whole_of
 from .keeping import check_views
-from .mesh import connect
-from .original import Bundle, bundles
 from .placing import owners
-from .ranks import RankInfo, this_rank
-from .replicas import replicas_of
-from .whole import whole_of
+from .source_tensors import Bundle, bundles
 
 __all__ = ["save_pretrained"]
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from reshard.launch.benchmark.measured import Measured, Point, Settings
 
+from ..distributed.ranks import this_rank
 from .engines import Engine
-from .ranks import this_rank
 
 __all__ = ["measure"]
 
@@ -92,7 +92,7 @@ def _prefill(model: Any, forward: Any, ids: torch.Tensor) -> Any:
 
 def _steps(model: Any, forward: Any, output: Any, ids: torch.Tensor, steps: int) -> list[float]:
     """Seconds of steps of one token, with all that came before in the cache."""
-    from .generate import CACHE  # not at the start, whose time is measured too
+    from ..generation.generate import CACHE  # not at the start, whose time is measured too
 
     token, found = ids[:, :1], []
     for _ in range(steps):

@@ -32,11 +32,11 @@ from reshard.operations.reference import (
 from reshard.resharded.manifest import read_manifest
 from reshard.storage.locate import resolve_source
 
-from .agreement import Deadline, from_first, spoken, words_of
+from ..distributed.agreement import Deadline, from_first, spoken, words_of
+from ..distributed.mesh import connect
+from ..distributed.ranks import this_rank
+from ..generation.generate import greedy
 from .differences import Altered, Difference, Layers, altered_in, first_difference
-from .generate import greedy
-from .mesh import connect
-from .ranks import this_rank
 from .traces import record
 
 __all__ = ["Parity", "check"]

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ..model.methods import give_method
 from .argmax import joins_logits
-from .methods import give_method
 from .texts import Stops
 
 __all__ = ["by_name", "generate_alike"]

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from reshard.errors import TopologyError
 from reshard.strategies import group_of
 
-from .methods import given
+from ..model.methods import given
 from .ranks import RankInfo
 
 __all__ = ["TP", "Replicas", "gather", "on_mesh", "replicas_of", "share", "side_by_side", "span"]

@@ -20,8 +20,8 @@ from reshard.resharded.targets import Target
 from reshard.sharding.placement import pieces, shard_bounds
 from reshard.strategies import ALL_PARALLEL_STYLES, AllReduceParallel
 
-from .placing import owners
-from .replicas import replicas_of
+from ..distributed.replicas import replicas_of
+from ..model.placing import owners
 from .traces import Moment, Trace
 
 __all__ = ["Altered", "Difference", "Layers", "altered_in", "first_difference"]

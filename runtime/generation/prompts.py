@@ -16,9 +16,9 @@ from reshard.errors import BadInputError, listed, printable
 from reshard.files.system import by_errno
 from reshard.launch.prompts import STDIN, decoded, prompt_lines
 
-from .agreement import Deadline, from_first
-from .mesh import connect
-from .ranks import this_rank
+from ..distributed.agreement import Deadline, from_first
+from ..distributed.mesh import connect
+from ..distributed.ranks import this_rank
 
 __all__ = ["Prompt", "as_batch", "chat_turns", "in_chat", "load_tokenizer", "of_first_rank", "plain", "read_prompts"]
 
