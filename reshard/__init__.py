@@ -28,9 +28,10 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .operations.convert import convert, plan
+    from .operations.convert import convert
     from .operations.inspect import inspect
     from .operations.merge import merge
+    from .operations.plan import plan
     from .operations.publish.publish import publish
     from .operations.pull import pull
     from .operations.verify import verify
@@ -63,15 +64,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Manifest": "manifest",
-    "ReshardPlan": "planning",
-    "convert": "conversion",
-    "plan": "conversion",
-    "inspect": "inspection",
-    "merge": "merging",
-    "publish": "hub.publishing",
-    "pull": "pulling",
-    "verify": "verification",
+    "Manifest": "resharded.manifest",
+    "ReshardPlan": "planning.plan",
+    "convert": "operations.convert",
+    "plan": "operations.plan",
+    "inspect": "operations.inspect",
+    "merge": "operations.merge",
+    "publish": "operations.publish.publish",
+    "pull": "operations.pull",
+    "verify": "operations.verify",
 }
 
 

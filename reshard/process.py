@@ -1,4 +1,4 @@
-"""What this process may use, and how it behaves."""
+"""What this process may use, how it behaves, and how it reports progress."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-__all__ = ["end_on_interrupt", "patient_collector", "patient_from_now_on", "worker_count"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Advance",
+    "Progress",
+    "end_on_interrupt",
+    "patient_collector",
+    "patient_from_now_on",
+    "silent",
+    "worker_count",
+]
+
+BLOCK_BYTES = 4 << 20  # of memory that each thread works in
 
 
 def worker_count(sharers: int = 1) -> int:
@@ -42,3 +53,25 @@ def patient_collector() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+Advance = Callable[[int], object]
+"""Called with the bytes just done, from any thread."""
+
+Progress = Callable[[int, str], contextlib.AbstractContextManager[Advance]]
+"""Progress of long work, as public functions report it: `progress(total, what)` returns a context manager.
+
+It is called once for each part of the work, with the bytes to come and a word for what is done with them ("writing",
+"checking", "sending"). The value of the context manager is an `Advance`. A total of 0 is not known before. With tqdm:
+
+    @contextlib.contextmanager
+    def progress(total, what):
+        with tqdm(total=total, unit="B", unit_scale=True, desc=what) as bar:
+            yield bar.update
+"""
+
+
+@contextlib.contextmanager
+def silent(_: int, __: str) -> Iterator[Advance]:
+    """The `Progress` that reports nothing."""
+    yield lambda _: None

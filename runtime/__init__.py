@@ -3,9 +3,9 @@
 from reshard.process import patient_collector
 
 with patient_collector():
-    from .distributed.replicas import gather, share
     from .loading.load import load
     from .model.full_tensor import full_tensor
     from .model.kernels import sdpa
+    from .model.shares import gather, share
 
 __all__ = ["full_tensor", "gather", "load", "sdpa", "share"]

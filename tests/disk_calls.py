@@ -15,12 +15,12 @@ from typing import Any
 
 import pico
 import pytest
-import reshard.conversion
-import reshard.exclusive
 
 import reshard
+import reshard.operations.convert
+import reshard.storage.disk
 from reshard.execution.origin import Origin
-from reshard.planning.plan import ReshardPlan
+from reshard.planning.plan import ReshardPlan, plan_layouts
 
 CALLS = (
     *("open", "close", "write", "pwrite", "preadv", "fsync", "ftruncate", "posix_fallocate"),
@@ -79,12 +79,12 @@ def passing(root: Path, around: Around) -> Iterator[None]:
         except OSError as error:
             return error.errno or errno.EIO
 
-    real_renameat2 = reshard.exclusive._renameat2
+    real_renameat2 = reshard.storage.disk._renameat2
     with pytest.MonkeyPatch.context() as patch:
         for name in set(CALLS) & set(dir(os)):
             patch.setattr(os, name, wrapped(name, getattr(os, name)))
         patch.setattr(fcntl, "flock", wrapped("flock", fcntl.flock))
-        patch.setattr(reshard.exclusive, "_renameat2", renameat2)
+        patch.setattr(reshard.storage.disk, "_renameat2", renameat2)
         yield
 
 
@@ -109,8 +109,8 @@ def make_folders(room: Path) -> Path:
 def already_planned(planned: ReshardPlan) -> Iterator[None]:
     """Inside, `reshard.convert` does all but the planning, in milliseconds, and must be called for this plan."""
     with pytest.MonkeyPatch.context() as patch:
-        layouts = reshard.conversion.plan_layouts(planned)
-        patch.setattr(reshard.conversion, "open_origin", lambda *_, **__: Origin(planned.source))
-        patch.setattr(reshard.conversion, "_plan", lambda *_, **__: (planned, layouts))
-        patch.setattr(reshard.conversion, "version", functools.cache(reshard.conversion.version))
+        layouts = plan_layouts(planned)
+        patch.setattr(reshard.operations.convert, "open_origin", lambda *_, **__: Origin(planned.source))
+        patch.setattr(reshard.operations.convert, "plan_files", lambda *_, **__: (planned, layouts))
+        patch.setattr(reshard.operations.convert, "version", functools.cache(reshard.operations.convert.version))
         yield

@@ -67,10 +67,10 @@ def convert_until(context: Any, source: Path, out: Path, *, call: int | None = N
 
 
 def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> None:
-    import reshard.destination
-    import reshard.executor
     import torch
 
+    import reshard.execution.destination
+    import reshard.execution.executor
     from reshard.operations.convert import convert
 
     torch.set_num_threads(1)
@@ -98,17 +98,17 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
         nonlocal written
         written += size
 
-    real_pwrite = reshard.executor.pwrite
+    real_pwrite = reshard.execution.executor.pwrite
 
     def pwrite(fd: int, data: memoryview, offset: int) -> None:
         progress(len(data))
         real_pwrite(fd, data, offset)
 
-    reshard.executor.pwrite = pwrite
+    reshard.execution.executor.pwrite = pwrite
     for name in _CALLS:
         setattr(os, name, counted(getattr(os, name)))
     builtins.open = counted(builtins.open)
-    reshard.destination.move = counted(reshard.destination.move)
+    reshard.execution.destination.move = counted(reshard.execution.destination.move)
     convert(source, out, tp_size=2, workers=1)
     sender.send((made, written))
     sender.close()

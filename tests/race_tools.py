@@ -23,7 +23,7 @@ import pytest
 from disk_calls import Call, already_planned, passing
 
 import reshard
-import reshard.exclusive
+import reshard.storage.disk
 from reshard.errors import ReshardError
 from reshard.planning.plan import ReshardPlan
 
@@ -124,5 +124,5 @@ def _locks(locks: str) -> Iterator[None]:
         elif locks != "held":
             patch.setattr(fcntl, "flock", refuse)
         if locks == "no renameat2":
-            patch.setattr(reshard.exclusive, "_renameat2", lambda *_: errno.EINVAL)
+            patch.setattr(reshard.storage.disk, "_renameat2", lambda *_: errno.EINVAL)
         yield

@@ -13,7 +13,7 @@ from object_store import ObjectStore, contents
 
 import reshard
 from reshard.errors import BadInputError, UsageError
-from reshard.storage.hub.place import Place
+from reshard.storage.hub.address import Place
 from reshard.storage.locate import find_resharded, local_folder, locate
 
 PLACES = ["org/model", "org/model/", "hf://org/model", "{hub}/org/model", "{hub}/org/model/tree/main?tab=x#y"]
@@ -182,7 +182,7 @@ def test_nor_in_json(source: Path, resharded: Path, cli: Cli) -> None:
 
 
 def test_an_address_keeps_what_is_no_secret() -> None:
-    from reshard.errors import printable, without_secrets
+    from reshard.text import printable, without_secrets
 
     for text in ("https://host/x?page=2&version=1", "/here/a?token=x", "s3://bucket/key?versionId=3#secret=1"):
         assert without_secrets(text) == text

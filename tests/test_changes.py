@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import reshard
 import runtime
 from reshard.errors import UsageError
-from reshard.strategies.conv1d import Conv1DRowwiseParallel
+from reshard.strategies.linear import Conv1DRowwiseParallel
 
 KEEPS = "a loaded model keeps its parameters and modules"
 REFUSED = {

@@ -24,8 +24,8 @@ from cli_tools import (
 from safetensors.torch import load_file
 
 import reshard.cli.main
-import reshard.conversion
-import reshard.executor
+import reshard.execution.executor
+import reshard.operations.plan
 
 COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run", "check", "bench", "publish", "pull", "env"]
 
@@ -88,7 +88,7 @@ def test_unexpected_failure_is_one_line(
     def fail(*_: object) -> None:
         raise RuntimeError(f"a {EVIL} surprise")
 
-    monkeypatch.setattr(reshard.conversion, "plan_layouts", fail)
+    monkeypatch.setattr(reshard.operations.plan, "plan_layouts", fail)
     result = cli(*convert(source, out))
     assert result.code == 1
     assert "Traceback" not in result.err

@@ -24,8 +24,8 @@ from cli_tools import (
 )
 
 import reshard.cli.main
-import reshard.conversion
-import reshard.executor
+import reshard.execution.executor
+import reshard.operations.convert
 
 
 @pytest.mark.parametrize("kind", ["resharded", "folder", "file", "dangling link"])
@@ -135,7 +135,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_too_small_is_said_before_writing(
     source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reshard.conversion, "write_files", None)  # would fail otherwise
+    monkeypatch.setattr(reshard.operations.convert, "write_files", None)  # would fail otherwise
     result = refused(5, convert(source, small_disk / "out"), "needs 1,1", "only 65,536 are free")
     assert "out" in result.error
 
@@ -144,7 +144,7 @@ def test_disk_too_small_is_said_before_writing(
 def test_disk_full_while_writing(
     source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reshard.conversion, "check_free_space", lambda *_: None)
+    monkeypatch.setattr(reshard.operations.convert, "check_free_space", lambda *_: None)
     refused(5, convert(source, small_disk / "out"), RANK_FILES[1], "No space left")
 
 

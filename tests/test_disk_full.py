@@ -16,8 +16,8 @@ import pytest
 from cli_tools import Cli, Result, assert_one_error, convert, tree
 
 from reshard.errors import BadInputError
-from reshard.execution.staging import check_free_space
 from reshard.operations import convert as conversion
+from reshard.storage.disk import check_free_space
 
 ROOM = 4 << 20  # bytes of the small file system
 PAGE = 4096

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-import reshard.environment
 import torch
 from cli_tools import Cli
 
 import reshard
+import reshard.operations.environment
 from reshard.operations.environment import environment
 
 SECRETS = ("hf_abcdefghijklmnop", "hunter2", "alice", "AKIA123")
@@ -90,7 +90,7 @@ def test_a_torch_that_is_broken(
 ) -> None:
     (tmp_path / "torch.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(reshard.environment, "_PROBE_SECONDS", 1.0 if "sleep" in code else 20.0)
+    monkeypatch.setattr(reshard.operations.environment, "_PROBE_SECONDS", 1.0 if "sleep" in code else 20.0)
     began = time.monotonic()
     result = cli("env", "--format", "json")
     assert (result.code, result.err) == (0, "")
@@ -101,7 +101,7 @@ def test_a_torch_that_is_broken(
 
 def test_a_client_of_the_hub_that_is_broken(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.setattr(reshard.environment, "_PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(reshard.operations.environment, "_PACKAGES", ("torch", "no-such-package"))
     report = json.loads(cli("env", "--format", "json").out)
     assert "problem" in report["hub"]
     assert [cache["name"] for cache in report["caches"]] == ["reshard"]
@@ -113,5 +113,5 @@ def test_a_cache_that_is_too_large_to_look_through(tmp_path: Path, monkeypatch: 
     for name in ("a", "b"):
         (tmp_path / "reshard" / name).mkdir(parents=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(reshard.environment, "_WALK_SECONDS", -1.0)
+    monkeypatch.setattr(reshard.operations.environment, "_WALK_SECONDS", -1.0)
     assert environment()["caches"][1]["complete"] is False

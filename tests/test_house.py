@@ -34,7 +34,7 @@ TORCH_FREE = [
                 "guard",
                 "system",
             ),
-            *("hub.place", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination"),
+            *("hub.snapshot", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination"),
             *("launch.agent", "launch.asked", "launch.bench", "launch.rank", "system"),
         )
     ),

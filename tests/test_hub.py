@@ -15,7 +15,6 @@ from pathlib import Path
 
 import hf_extension
 import pytest
-import runtime.locating
 import torch
 import transformers
 from cli_tools import RANK_FILES, Cli, assert_one_error
@@ -23,6 +22,7 @@ from fake_hub import FakeHub, Handler, Reply, corrupt
 
 import reshard
 import runtime
+import runtime.loading.locate
 from reshard.errors import IntegrityError, NetworkError, TopologyError
 from runtime.distributed.agreement import Deadline
 
@@ -314,8 +314,10 @@ def test_load_keeps_no_wrong_bytes(name: str, here: FakeHub, home: Path, one_ran
 
 def test_what_stops_rank_0_is_told_to_the_others(here: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """They ask nothing themselves, and wait no longer than they are told to."""
-    monkeypatch.setattr(runtime.locating, "_calls", itertools.repeat(0))
-    locate = functools.partial(runtime.locating.locate_together, "org/none", revision=None, world_size=2, digests=True)
+    monkeypatch.setattr(runtime.loading.locate, "_calls", itertools.repeat(0))
+    locate = functools.partial(
+        runtime.loading.locate.locate_together, "org/none", revision=None, world_size=2, digests=True
+    )
     store, end = torch.distributed.HashStore(), Deadline.after(5)
     with pytest.raises(NetworkError) as first:
         locate(first=True, rank=0, store=store, deadline=end)

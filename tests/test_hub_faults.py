@@ -18,10 +18,10 @@ from fake_hub import FakeHub, Fault, Reply, hang_up, lose_answer, stall, status
 
 import reshard
 from reshard.errors import NetworkError, StorageError
+from reshard.storage.hub.address import Place
 from reshard.storage.hub.errors import explain
-from reshard.storage.hub.place import Place
-from reshard.storage.hub.place import snapshot as hub_snapshot
 from reshard.storage.hub.session import client
+from reshard.storage.hub.snapshot import snapshot as hub_snapshot
 
 NAME = "org/model-tp2"
 INFO = f"GET /api/models/{NAME}"

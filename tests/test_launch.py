@@ -15,12 +15,12 @@ from typing import Any
 
 import click
 import pytest
-import reshard.launch.bench_runs
 from cli_tools import RANK_FILES, Cli, flip
 from click.shell_completion import ShellComplete
 
 import reshard
 import reshard.launch.agent
+import reshard.launch.benchmark.runs
 from reshard.cli.main import cli as offline
 from reshard.launch.options import ENGINES, SDPA_BACKENDS, job_options
 from runtime.__main__ import cli as online
@@ -41,7 +41,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
         return 4
 
     monkeypatch.setattr(reshard.launch.agent, "launch", launch)
-    monkeypatch.setattr(reshard.launch.bench_runs, "launch", launch)
+    monkeypatch.setattr(reshard.launch.benchmark.runs, "launch", launch)
     return found
 
 

@@ -18,7 +18,7 @@ from test_parity import NEW_TOKENS
 from torchrun_tools import WORKERS, on_ranks
 
 import reshard
-from reshard.planning.plan import legal_sizes
+from reshard.planning.sizes import legal_sizes
 
 _SIZES = {"vocab_size": 130, "num_hidden_layers": 2, "intermediate_size": 50, "hidden_size": 32}
 _ATTENTION = ("encoder.block.*.layer.*.SelfAttention", "decoder.block.*.layer.*.SelfAttention")

@@ -16,10 +16,9 @@ from executor_tools import load, make_source, taken_whole
 
 from reshard.errors import IntegrityError, TopologyError
 from reshard.execution.executor import write_files
-from reshard.files.digest import FileRecord
 from reshard.files.header import TensorInfo
 from reshard.resharded.layout import file_layout
-from reshard.resharded.rank_file import check_digests, read_rank_header
+from reshard.resharded.rank_file import FileRecord, check_digests, read_rank_header
 from runtime.loading import pinned as reading
 from runtime.loading.mapped import map_rank_file
 

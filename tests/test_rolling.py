@@ -22,7 +22,8 @@ from kill_tools import interrupted_after
 from safetensors.torch import load_file, save_file
 
 import reshard
-import reshard.conversion
+import reshard.operations.convert
+import reshard.operations.plan
 from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, StorageError, TopologyError
 from reshard.storage.prefetch import AHEAD
 from reshard.storage.remote import Remote
@@ -338,7 +339,7 @@ def test_nothing_stays_of_what_was_fetched_for_a_plan_that_cannot_be(
 def test_fetching_begins_before_the_plan_is_made(
     published: FakeHub, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, seen = reshard.conversion.build_plan, []
+    build, seen = reshard.operations.plan.build_plan, []
 
     def slow(*arguments: Any, **options: Any) -> Any:
         end = time.monotonic() + 20
@@ -347,7 +348,7 @@ def test_fetching_begins_before_the_plan_is_made(
             time.sleep(0.01)
         return build(*arguments, **options)
 
-    monkeypatch.setattr(reshard.conversion, "build_plan", slow)
+    monkeypatch.setattr(reshard.operations.plan, "build_plan", slow)
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert len(seen) == 2
     assert_same(tmp_path / "out", local)
@@ -358,7 +359,7 @@ def test_room_for_two_source_files_is_asked_for(
     published: FakeHub, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(reshard.conversion, "check_free_space", lambda _, needed, *others: asked.append(needed))
+    monkeypatch.setattr(reshard.operations.convert, "check_free_space", lambda _, needed, *others: asked.append(needed))
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     reshard.convert(checkpoint("llama"), tmp_path / "local", tp_size=2)
     assert asked[0] - asked[1] == sum(sorted(sizes_of(checkpoint("llama")).values())[-2:])

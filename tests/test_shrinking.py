@@ -343,10 +343,9 @@ READS = {"convert": "source", "merge": "out", "verify": "out", "against": "sourc
 def _job(arguments: list[str], folder: Path) -> None:
     """The command line in a process that has its libraries imported. A nap at each write, or digest of what is
     verified, makes it long enough; the first one leaves `begun` behind."""
-    import reshard.executor
-    import reshard.verification
-
     import reshard.cli.main
+    import reshard.execution.executor
+    import reshard.operations.verify
 
     def slow(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -360,8 +359,8 @@ def _job(arguments: list[str], folder: Path) -> None:
     fd = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
-    reshard.executor.pwrite = slow(reshard.executor.pwrite)
-    reshard.verification.digest_of = slow(reshard.verification.digest_of)
+    reshard.execution.executor.pwrite = slow(reshard.execution.executor.pwrite)
+    reshard.operations.verify.digest_of = slow(reshard.operations.verify.digest_of)
     reshard.cli.main.main(arguments)
 
 

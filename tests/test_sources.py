@@ -35,7 +35,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits
 
 
-def assert_same_model(source: Path, out: Path) -> reshard.conversion.Manifest:
+def assert_same_model(source: Path, out: Path) -> reshard.operations.convert.Manifest:
     manifest = reshard.convert(source, out, tp_size=1)
     reshard.verify(out, against=source)
     expected = transformers.AutoModelForCausalLM.from_pretrained(source)

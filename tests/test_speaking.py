@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import reshard.conversion
 from cli_tools import ESCAPED, EVIL, FIRST, Checkpoint, Cli, assert_one_error, convert
 
 import reshard
+import reshard.operations.convert
+import reshard.operations.plan
 from reshard.cli import speaking
 from reshard.cli.convert import next_command
 from reshard.cli.speaking import progress_bar
 from reshard.planning.model import read_model
-from reshard.planning.report import table
+from reshard.showing.tables import table
 
 if TYPE_CHECKING:
     from fake_hub import FakeHub
@@ -45,7 +46,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> None:
     def remarking(*arguments: Any, **options: Any) -> Any:
         return replace(read_model(*arguments, **options), notes=(NOTE, f"a tensor {EVIL}"))
 
-    monkeypatch.setattr(reshard.conversion, "read_model", remarking)
+    monkeypatch.setattr(reshard.operations.plan, "read_model", remarking)
 
 
 @pytest.mark.usefixtures("noted")
@@ -167,13 +168,13 @@ def test_lines_of_a_command(source: Path, out: Path, cli: Cli, monkeypatch: pyte
 
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every file that is written be waited for."""
-    write = reshard.conversion.write_files
+    write = reshard.operations.convert.write_files
 
     def waiting(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.2)
         return write(*arguments, **options)
 
-    monkeypatch.setattr(reshard.conversion, "write_files", waiting)
+    monkeypatch.setattr(reshard.operations.convert, "write_files", waiting)
 
 
 @pytest.mark.parametrize(

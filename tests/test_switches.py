@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 import pytest
-import reshard.conversion
 from cli_tools import Cli, convert, first_file
 
 import reshard
 import reshard.cli.main
+import reshard.operations.plan
 from reshard.launch.failures import report_failure
 from reshard.launch.switches import in_colour, is_quiet, switches_of
 
@@ -89,7 +89,7 @@ def test_unexpected_errors_as_json(source: Path, out: Path, cli: Cli, monkeypatc
     def fail(*_: object) -> None:
         raise RuntimeError("a \x1b[31m\x7f surprise")
 
-    monkeypatch.setattr(reshard.conversion, "plan_layouts", fail)
+    monkeypatch.setattr(reshard.operations.plan, "plan_layouts", fail)
     result = cli(*convert(source, out, "--format", "json"))
     found = error_object(result.err)
     assert (result.code, found["exit_code"], found["kind"]) == (1, 1, "RuntimeError")

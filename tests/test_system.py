@@ -139,7 +139,8 @@ def test_really_too_many_open_files(resharded: Path) -> None:
     code = """
 import os, resource, sys
 from pathlib import Path
-import reshard, reshard.operations.compare, reshard.operations.convert, reshard.operations.merge, reshard.operations.verify
+import reshard
+from reshard.operations import compare, convert, merge, verify
 from reshard.errors import ReshardError
 from reshard.resharded.manifest import read_manifest
 folder = Path(sys.argv[1])
@@ -213,7 +214,7 @@ def test_what_is_written_is_lost_with_a_disk_alone(code: int, tmp_path: Path) ->
 
 def test_a_file_that_may_not_be_read_is_kept(resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a pull finds damage it removes the file, to fetch it again. This is none."""
-    from reshard.operations.verify import check_file
+    from reshard.resharded.rank_file import check_file
 
     record = reshard.inspect(resharded).rank_files[0]
     monkeypatch.setattr(guard.os, "open", failing(errno.EMFILE))

@@ -26,6 +26,7 @@ from reshard.strategies import (
     get_tensor_shard,
     load_strategies,
 )
+from reshard.strategies.tracing import placement_on
 
 SHAPE = (12, 6)
 
@@ -75,7 +76,7 @@ def test_what_is_planned_is_what_is_cut(name: str, dtype: torch.dtype) -> None:
     tensor = random_bits(SHAPE, dtype)
     for world_size in (2, 3, 4):
         strategy = style(cut)
-        placement = strategy.placement_on("weight", SHAPE, dtype, world_size)
+        placement = placement_on(strategy, "weight", SHAPE, dtype, world_size)
         assert placement == plain if plain else isinstance(placement, (Explicit, Shard))
         for rank in range(world_size):
             mesh = mesh_of(world_size)
@@ -90,7 +91,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_tracing import CUTS, SHAPE, style
 cut, plain = CUTS["rows"]
-assert style(cut, use_dtensor=True).placement_on("weight", SHAPE, torch.float32, 3) == plain
+assert placement_on(style(cut, use_dtensor=True), "weight", SHAPE, torch.float32, 3) == plain
 assert not torch.distributed.is_initialized()
 """
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], check=True, timeout=120)
@@ -113,12 +114,12 @@ assert not torch.distributed.is_initialized()
 )
 def test_what_cannot_be_planned_is_refused(cut: Any, words: str) -> None:
     with pytest.raises(BadInputError, match=words):
-        style(cut).placement_on("weight", SHAPE, torch.float32, 2)
+        placement_on(style(cut), "weight", SHAPE, torch.float32, 2)
 
 
 def test_a_shape_of_ones_does_not_hide_a_transposition() -> None:
     with pytest.raises(BadInputError, match="reshapes the parameter"):
-        style(lambda p, e, r, m: p.t()).placement_on("weight", (5, 1), torch.float32, 2)
+        placement_on(style(lambda p, e, r, m: p.t()), "weight", (5, 1), torch.float32, 2)
 
 
 def test_converted_verified_and_told(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..errors import BadInputError, VersionError, listed, printable
+from ..errors import BadInputError, VersionError
 from ..files.system import by_errno
+from ..text import listed, printable
 from .source import model_config
 
 __all__ = [

@@ -9,11 +9,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
-from ..errors import UsageError, printable
+from ..errors import UsageError
+from ..text import printable
 from .kinds import CARD, KNOWN, KNOWN_AT_TOP, NEVER, OURS, PARTS, SILENT, WEIGHTS
 
-__all__ = ["Item", "Left", "choose", "included", "walk"]
+__all__ = ["Item", "Left", "choose", "included", "left_report", "walk"]
 
 FILE_LIMIT = 256 << 20  # bytes: the largest vocabularies have 60 MB
 TOTAL_LIMIT = 1 << 30  # bytes
@@ -194,3 +196,8 @@ def walk(look: Callable[[str], tuple[Iterable[Item], Iterable[str]]]) -> Iterato
                 ahead.append(path)
             else:
                 yield Item(path)
+
+
+def left_report(left: Iterable[Left]) -> list[dict[str, Any]]:
+    """The files of a source that are left behind, and why."""
+    return [{"path": entry.path, "why": entry.why, "named_by": list(entry.named_by)} for entry in left]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from ..errors import BadInputError, listed, printable
+from ..errors import BadInputError
 from ..files.header import Header, TensorInfo
+from ..text import listed, printable
 from .weights import Weights
 
 __all__ = ["Read", "join"]

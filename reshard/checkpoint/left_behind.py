@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError, PolicyError, ReshardError, StorageError, listed, printable
+from ..errors import BadInputError, PolicyError, ReshardError, StorageError
 from ..files.untrusted import read_json, vetted_path
+from ..text import listed, printable
 from .companions import Item, Left, choose, walk
 from .kinds import known_by_content
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from ..errors import printable
+from ..text import printable
 
 __all__ = ["Naming", "prefix_mapping", "shared_prefix"]
 

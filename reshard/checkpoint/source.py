@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError, PolicyError, printable
+from ..errors import BadInputError, PolicyError
 from ..files.header import Header, TensorInfo, read_header
 from ..files.system import by_errno
 from ..files.untrusted import read_json, refuse_error_text, vetted_path
+from ..text import printable
 from .companions import Item, Left, choose
 from .indexed import Read, join
 from .left_behind import companions, files_here, left_text

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError, PolicyError, UsageError, listed, printable
+from ..errors import BadInputError, PolicyError, UsageError
 from ..files.untrusted import check_plain_path, read_json, refuse_error_text, vetted_path
+from ..text import listed, printable
 
 __all__ = [
     "AS_FOUND",

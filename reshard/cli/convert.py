@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import printable, without_secrets
+from ..text import printable, without_secrets
 from .common import format_option, no_sync_option, print_report, what_to_cut, workers_option
 from .plan import print_plan
 from .speaking import duration, progress_bar, say
@@ -66,7 +66,7 @@ def convert(
         return
     began = time.monotonic()
     from .. import convert as run
-    from ..planning.report import left_report
+    from ..checkpoint.companions import left_report
 
     manifest = run(
         source,
@@ -135,7 +135,7 @@ def next_command(
 def _is_origin(source: str, manifest: Manifest) -> bool:
     """Whether `source` is the checkpoint itself, as far as can be told: not a resharded folder, here or elsewhere."""
     from ..checkpoint.source import is_resharded
-    from ..storage.hub.place import Place
+    from ..storage.hub.address import Place
     from ..storage.stores import is_url
 
     if Path(source).is_dir():

@@ -30,7 +30,7 @@ def env(style: str) -> None:
 
 
 def _text(found: Mapping[str, Any]) -> str:
-    from ..planning.report import gigabytes
+    from ..showing.tables import gigabytes
 
     def size(value: int | None) -> str:
         return "unknown" if value is None else gigabytes(value)
@@ -59,7 +59,7 @@ def _text(found: Mapping[str, Any]) -> str:
 
 
 def _gpus(devices: Mapping[str, Any]) -> str:
-    from ..planning.report import gigabytes
+    from ..showing.tables import gigabytes
 
     kinds = [f"{gpu['name']} ({gigabytes(gpu['memory'])}, {gpu['capability']})" for gpu in devices["gpus"]]
     counted = [f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds)]

@@ -21,7 +21,7 @@ def inspect(out: str, revision: str | None, style: str) -> None:
       reshard inspect llama-tp4
     """
     from .. import inspect as run
-    from ..planning.report import manifest_text
+    from ..showing.texts import manifest_text
 
     found = run(out, revision=revision).to_dict()
     print_report(found, style, lambda report: manifest_text(report, terminal_width()))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..errors import printable, without_secrets
+from ..text import printable, without_secrets
 from .common import format_option, no_sync_option, print_report, revision_option, workers_option
 from .speaking import progress_bar
 

@@ -37,6 +37,6 @@ def plan(source: str, style: str, **cut: Any) -> None:
 def print_plan(source: str, style: str, **cut: Any) -> None:
     """Print the plan of SOURCE on stdout."""
     from .. import plan as run
-    from ..planning.report import plan_text
+    from ..showing.texts import plan_text
 
     print_report(run(source, say=say, **cut).to_dict(), style, lambda r: plan_text(r, terminal_width()))

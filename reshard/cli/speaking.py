@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import click
 
-from ..errors import printable
 from ..launch.switches import is_quiet
-from ..progress import Advance, silent
+from ..process import Advance, silent
+from ..text import printable
 
 __all__ = ["progress_bar", "say"]
 
@@ -29,7 +29,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Advance]:
-    """Progress (see `reshard.progress`): a bar on a terminal, a line every half minute elsewhere."""
+    """Progress (see `reshard.process.Progress`): a bar on a terminal, a line every half minute elsewhere."""
     if is_quiet():
         shown = silent(total, what)
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -84,7 +84,7 @@ def _lines(total: int, what: str) -> Iterator[Advance]:
 
 def _progress_text(what: str, done: int, total: int, rate: float) -> str:
     """`rate` in bytes per second."""
-    from ..planning.report import gigabytes  # not before: `--help` needs none of it
+    from ..showing.tables import gigabytes  # not before: `--help` needs none of it
 
     parts = [f"{what}: {gigabytes(done)}"]
     if total:

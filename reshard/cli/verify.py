@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..errors import printable
+from ..text import printable
 from .common import format_option, print_report, where_the_weights_are
 from .speaking import progress_bar
 

@@ -13,16 +13,16 @@ from typing import Protocol
 from ..checkpoint.kinds import is_weights
 from ..checkpoint.source import MANIFEST_NAME
 from ..checkpoint.weights import INDEX_NAME, SINGLE_NAME
-from ..errors import DestinationExistsError, IntegrityError, ReshardError, StorageError, UsageError, listed, printable
+from ..errors import DestinationExistsError, IntegrityError, ReshardError, StorageError, UsageError
 from ..files.digest import digest_of
 from ..files.system import walked
-from ..progress import Progress, silent
+from ..process import Progress, silent
 from ..resharded.manifest import read_manifest
 from ..resharded.strangers import missing_and_strange
-from ..storage.disk import EXCHANGE, NOREPLACE, move
-from ..storage.hub.place import is_hub_url
-from ..storage.output import sync_folder
+from ..storage.disk import EXCHANGE, NOREPLACE, move, sync_folder
+from ..storage.hub.address import is_hub_url
 from ..storage.stores import PROBE_NAME, as_text, cache_folder, is_url, open_store
+from ..text import listed, printable
 from .journal import JOURNAL_NAME
 
 __all__ = ["Destination", "destination"]

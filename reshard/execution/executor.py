@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoint.source import Source, SourceFile
-from ..files.digest import DigestsAhead, FileRecord, new_digest, tree_digest
-from ..process import worker_count
+from ..files.digest import DigestsAhead, new_digest, tree_digest
+from ..process import BLOCK_BYTES, worker_count
 from ..resharded.layout import FileLayout, Slot
-from ..resharded.rank_file import check_digests
+from ..resharded.rank_file import FileRecord, check_digests
 from ..resharded.targets import LocalTensor
-from ..storage.output import begin_writeback, digest_in, pwrite, write_error
-from ..storage.outputs import OutputFiles
+from ..storage.disk import pwrite, write_error
+from ..storage.outputs import OutputFiles, begin_writeback, digest_in
 from ..storage.prefetch import Arrivals, in_order
 from .jobs import Job, run_jobs
 from .journal import Journal
-from .reader import BLOCK_BYTES, SourceReader, tensor_blocks
+from .reader import SourceReader, tensor_blocks
 
 __all__ = ["write_files"]
 

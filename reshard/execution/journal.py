@@ -12,8 +12,9 @@ import os
 import threading
 from pathlib import Path
 
-from ..errors import StorageError, printable
+from ..errors import StorageError
 from ..files.digest import digest_of
+from ..text import printable
 
 __all__ = ["JOURNAL_NAME", "Journal"]
 

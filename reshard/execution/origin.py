@@ -11,13 +11,14 @@ from pathlib import Path
 from ..checkpoint.companions import included
 from ..checkpoint.source import Source, SourceFile, is_resharded, open_source
 from ..checkpoint.weights import AS_FOUND, Choice
-from ..errors import StorageError, UsageError, printable
+from ..errors import StorageError, UsageError
 from ..files.digest import DigestsAhead
 from ..resharded.as_source import Resharded, open_resharded
 from ..resharded.manifest import read_manifest
 from ..storage.locate import away, look_at, of_hub
 from ..storage.prefetch import AHEAD, Arrivals
-from ..storage.remote import Remote, open_remote, remote_files
+from ..storage.remote import Remote, headers_of_absent, open_remote, remote_files
+from ..text import printable
 from .reader import equal_tensors
 from .staging import Stage
 
@@ -121,7 +122,7 @@ def open_origin(
         return Origin(made.source, made=made)
     files = away(found, version)
     if is_resharded(root):
-        made = open_resharded(root, files)
+        made = open_resharded(root, absent=partial(headers_of_absent, root, files))
         return Origin(made.source, made=made, remote=remote_files(made.held, files))
     repo_id, commit = of_hub(found, version)
     remote = open_remote(root, files, items, choice=choice, repo_id=repo_id, commit=commit, include=include)

@@ -12,14 +12,14 @@ import torch
 from ..checkpoint.source import Source
 from ..files.dtypes import itemsize, torch_name
 from ..files.mapped import MappedFile, check_unchanged
+from ..process import BLOCK_BYTES
 from ..resharded.targets import LocalTensor
 from ..sharding.placement import Piece
 from ..sharding.regions import Box, Region, boxes, cut, is_run
 from ..storage.prefetch import Arrivals
 
-__all__ = ["BLOCK_BYTES", "SourceReader", "equal_tensors", "tensor_blocks"]
+__all__ = ["SourceReader", "equal_tensors", "tensor_blocks"]
 
-BLOCK_BYTES = 4 << 20
 _FILE_PIECE = 64 << 20
 # Data is moved as integers of the same width: bits survive whatever they mean, and every dtype has a copy kernel.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

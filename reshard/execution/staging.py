@@ -5,27 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import itertools
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 
-from ..errors import BusyError, StorageError, printable
-from ..files.digest import FileRecord, new_digest
-from ..files.system import by_errno, walked
-from ..storage.disk import locked, renamed
-from ..storage.output import pwrite, sync_folder
+from ..errors import BusyError, StorageError
+from ..files.system import by_errno
+from ..storage.disk import locked, renamed, sync_folder
+from ..text import printable
 from .destination import Destination
 from .journal import JOURNAL_NAME
 
-__all__ = ["Stage", "check_free_space", "copy_file", "make_folders", "staged_folder", "write_file"]
+__all__ = [
+    "Stage",
+    "staged_folder",
+]
 
 _WORK, _OWNER = 16, 8  # hex digits: of the digest of the work, and of a number drawn by each run
 _REFUSE = "0" * _WORK  # the work of what is only there to be removed
-_BLOCK = 4 << 20  # bytes
 _ATTEMPTS = 9  # to remove a folder while its former owner makes a last file in it
 
 
@@ -170,15 +170,6 @@ def _discard(folder: Path, out: Path) -> None:
                 raise
 
 
-def make_folders(folder: Path, names: Iterable[str]) -> None:
-    """The folders inside `folder` in which files of these paths will be. Raises StorageError."""
-    for inside in sorted({parent for name in names for parent in PurePosixPath(name).parents[:-1]}):
-        try:
-            (folder / inside).mkdir(exist_ok=True)  # and not `folder` itself, which another process may have taken
-        except OSError as error:
-            raise StorageError(f"{printable(folder / inside)}: {error.strerror}") from None
-
-
 @contextlib.contextmanager
 def _existing(folder: Path) -> Iterator[None]:
     """Make a folder and those above it, if need be; remove those again in which nothing is in the end."""
@@ -197,60 +188,3 @@ def _existing(folder: Path) -> Iterator[None]:
             for path in missing:
                 path.rmdir()
         raise
-
-
-def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write a small file, whole or not at all, over one that an earlier run left; with `sync`, through to the disk."""
-    _write(path, [memoryview(data)], sync)
-
-
-def copy_file(source: Path, folder: Path, name: str, *, sync: bool = True) -> FileRecord:
-    """Copy a small file into `folder` as `write_file` writes it; with "/" in its name, into a folder of it."""
-    digest, size = new_digest(), 0
-
-    def blocks() -> Iterator[memoryview]:
-        nonlocal size
-        buffer = memoryview(bytearray(_BLOCK))
-        with open(source, "rb", buffering=0) as file:
-            while found := file.readinto(buffer):
-                digest.update(buffer[:found])
-                size += found
-                yield buffer[:found]
-
-    make_folders(folder, [name])
-    _write(folder / name, blocks(), sync)
-    return FileRecord(name, size, digest.hexdigest(), {})
-
-
-def _write(path: Path, blocks: Iterable[memoryview], sync: bool) -> None:
-    part, at = path.with_name(f".{path.name}.part"), 0
-    try:
-        part.unlink(missing_ok=True)
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            for block in blocks:
-                pwrite(fd, block, at)
-                at += len(block)
-            if sync:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(part, path)
-    except OSError as error:
-        raise StorageError(f"{printable(error.filename or path)}: {error.strerror}") from None
-
-
-def check_free_space(folder: Path, needed: int, *others: Path) -> None:
-    """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` bytes in the folder,
-    and in `others` on the same disk, what is in them already included."""
-    there = 0
-    try:
-        for root, _, names in itertools.chain(*map(walked, filter(os.path.lexists, (folder, *others)))):
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):  # what arrives meanwhile gets other names
-                    there += os.lstat(os.path.join(root, name)).st_blocks * 512
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise StorageError(f"{printable(folder)}: {error.strerror}") from None
-    if free + there < needed:
-        raise StorageError(f"{printable(folder)}: needs {needed - there:,} bytes, but only {free:,} are free")

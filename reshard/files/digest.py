@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from ..errors import IntegrityError, printable
+from ..errors import IntegrityError
+from ..text import printable
 from .system import by_errno
 
-__all__ = ["ALGORITHM", "DigestsAhead", "FileRecord", "digest_file", "digest_of", "new_digest", "tree_digest"]
+__all__ = ["ALGORITHM", "DigestsAhead", "digest_file", "digest_of", "new_digest", "tree_digest"]
 
 ALGORITHM = "xxh3-128"
 _BLOCK = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file that was written: size in bytes, digest, and the digest of each of its tensors if it holds any."""
-
-    name: str
-    size: int
-    digest: str
-    tensors: dict[str, str]
 
 
 def new_digest() -> Any:

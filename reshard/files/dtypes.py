@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..errors import BadInputError, printable
+from ..errors import BadInputError
+from ..text import printable
 from .header import DTYPE_BITS
 
 __all__ = [

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BadInputError, printable
+from ..errors import BadInputError
+from ..text import printable
 from .mapped import MappedFile
 from .mistaken import FIRST_BYTES, mistaken
 from .system import by_errno

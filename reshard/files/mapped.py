@@ -33,7 +33,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from ..errors import IntegrityError, printable
+from ..errors import IntegrityError
+from ..text import printable
 from .system import by_errno
 
 __all__ = ["MappedFile", "check_unchanged", "mapped"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..errors import printable
+from ..text import printable
 
 __all__ = ["FIRST_BYTES", "mistaken"]
 

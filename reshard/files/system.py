@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import ReshardError, StorageError, printable
+from ..errors import ReshardError, StorageError
+from ..text import printable
 
 __all__ = ["LOCAL", "by_errno", "descriptors", "explained", "walked"]
 

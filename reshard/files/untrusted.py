@@ -6,15 +6,29 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import BadInputError, PolicyError, printable
+from ..errors import BadInputError, PolicyError
+from ..text import printable
 from .mistaken import FIRST_BYTES, mistaken
 from .system import by_errno
 
-__all__ = ["check_plain_name", "check_plain_path", "read_json", "refuse_error_text", "vetted_path"]
+__all__ = [
+    "UnknownError",
+    "check_plain_name",
+    "check_plain_path",
+    "count",
+    "counts",
+    "maybe",
+    "one_of",
+    "read_json",
+    "refuse_error_text",
+    "text",
+    "texts",
+    "vetted_path",
+]
 
 _JSON_LIMIT = 256 << 20  # bytes of JSON, which in memory are twenty times as many at worst
 
@@ -115,3 +129,48 @@ def refuse_error_text(content: Any, name: str) -> None:
     said = fields.get("error", fields.get("message"))
     if isinstance(said, str):
         raise BadInputError(f"{name}: is an error message of a server ({printable(said, 80)})", hint="fetch it again")
+
+
+_T = TypeVar("_T")
+
+
+class UnknownError(ValueError):
+    """What a newer release may have written, and know. The message goes on from the name of the file."""
+
+
+def text(value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {value!r}")
+    return value
+
+
+def texts(value: Any) -> dict[str, str]:
+    """An object whose values are strings."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {value!r}")
+    return {key: text(item) for key, item in value.items()}
+
+
+def count(value: Any) -> int:
+    """A whole number that is not negative."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a number of at least 0, got {value!r}")
+    return value
+
+
+def counts(value: Any) -> tuple[int, ...]:
+    """A list of such numbers."""
+    return tuple(map(count, value))
+
+
+def one_of(known: Collection[str], value: Any) -> str:
+    """One of the known strings."""
+    if text(value) not in known:
+        raise ValueError(f"unknown {value!r}")
+    return value
+
+
+def maybe(read: Callable[[Any], _T], value: Any) -> _T | None:
+    """What `read` makes of it, or None where it is null."""
+    return None if value is None else read(value)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.source import open_source
-from ..errors import UsageError, printable
+from ..errors import UsageError
 from ..resharded.manifest import Manifest, reference_record
 from ..resharded.rank_file import written_file
 from ..storage.locate import find_resharded, locate
+from ..text import printable
 from .prompts import STDIN, prompt_lines
 
 __all__ = [

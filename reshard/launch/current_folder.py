@@ -12,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from ..errors import UsageError, printable
+from ..errors import UsageError
+from ..text import printable
 
 __all__ = ["check_runtime", "keep_children_out", "leave"]
 

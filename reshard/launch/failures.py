@@ -17,8 +17,9 @@ from typing import Any
 
 import click
 
-from ..errors import ReshardError, printable
+from ..errors import ReshardError
 from ..files.system import explained
+from ..text import printable
 from .switches import in_colour
 
 __all__ = ["Terminated", "json_text", "report_failure", "terminate", "wants_json", "wants_traceback"]

@@ -6,8 +6,9 @@ import re
 import sys
 from pathlib import Path
 
-from ..errors import BadInputError, printable
+from ..errors import BadInputError
 from ..files.system import by_errno
+from ..text import printable
 
 __all__ = ["STDIN", "decoded", "prompt_lines"]
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from ..errors import UsageError, printable
+from ..errors import UsageError
 from ..files.dtypes import floating_dtype
+from ..text import printable
 
 __all__ = ["CHECKS", "checked"]
 
@@ -115,7 +116,7 @@ def _rules(value: Any) -> Any:
 
 
 def _strategies(value: Any) -> Any:
-    from ..strategies import ParallelInterface
+    from ..strategies.registry import ParallelInterface
 
     words = "the Python file that registers them, or a ParallelInterface"
     if isinstance(value, ParallelInterface):
@@ -146,7 +147,7 @@ def _folders(value: Any) -> tuple[str | Path, ...]:
 
 
 def _function(value: Any) -> Any:
-    _known(callable(value), "a function; reshard.progress says what it is called with")
+    _known(callable(value), "a function; reshard.process.Progress says what it is called with")
     return value
 
 

@@ -9,127 +9,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..checkpoint.left_behind import refuse_keys
 from ..checkpoint.source import MANIFEST_NAME, Source
 from ..checkpoint.weights import chosen
-from ..errors import UsageError, printable
 from ..execution.destination import destination
 from ..execution.executor import write_files
 from ..execution.journal import Journal
 from ..execution.origin import Origin, open_origin
-from ..execution.staging import check_free_space, copy_file, staged_folder, write_file
-from ..files.digest import ALGORITHM, FileRecord, new_digest
+from ..execution.staging import staged_folder
+from ..files.digest import ALGORITHM, new_digest
 from ..files.untrusted import vetted_path
-from ..planning.model import read_model
-from ..planning.plan import ReshardPlan, build_plan, smallest_fit
-from ..planning.rules import AUTO, read_rules
-from ..progress import Progress, silent
-from ..resharded.layout import FileLayout, plan_layouts
+from ..planning.plan import ReshardPlan
+from ..planning.rules import AUTO
+from ..process import Progress, silent
+from ..resharded.layout import FileLayout
 from ..resharded.manifest import REFERENCE_NAME, Manifest
+from ..resharded.rank_file import FileRecord
 from ..sharding.topology import Topology
-from ..storage.prefetch import Arrivals
+from ..storage.disk import check_free_space, copy_file, write_file
 from ..storage.stores import as_text
-from ..strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
+from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from .arguments import checked
 from .reference import fetch_whole, store_reference
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["convert", "plan"]
+from .plan import announced, plan_files
+
+__all__ = [
+    "convert",
+]
 
 _MANIFEST_SHARE = 1 << 20  # bytes kept free for the manifest and the folder itself
-
-
-@checked
-def plan(
-    source: str | Path,
-    *,
-    tp_size: int | None = None,
-    gpu_memory: int | None = None,
-    ep_size: int = 1,
-    tp_plan: Mapping[str, str] | str | Path = AUTO,
-    strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
-    revision: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    drop_unused: bool = False,
-    weights: str | None = None,
-    links_into: Sequence[str | Path] = (),
-    include: Sequence[str] = (),
-    say: Callable[[str], object] = lambda _: None,
-) -> ReshardPlan:
-    """Plan a checkpoint (folder, Hub id or URL) for `tp_size` ranks, from its headers alone.
-
-    A resharded folder is planned as the checkpoint that it was made from. Of one elsewhere, only the small files and
-    ranges are fetched. With `gpu_memory` in bytes instead of `tp_size`, for the fewest ranks of which each holds at
-    most so many bytes of weights.
-
-    `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
-    "auto" for the model's own, or rules (pattern → style) or the file that holds them; with `"extends": "auto"` among
-    them they are added to the model's own. `strategies` says what the styles mean: a Python file of yours that
-    registers them, which is run, or what `load_strategies` returned. `dtype` (`torch.bfloat16`, "bfloat16" or "bf16",
-    and so on for float16 and float32) stores every floating parameter in that dtype, except those the model keeps in
-    fp32. `include` are shell patterns of files beside the weights that are to go along though their kind is not known,
-    such as `assets/*`. `say` is called with a line of words when the work begins; the remarks are the `notes` of the
-    plan.
-
-    The weights are found as transformers finds them; `weights` says otherwise: a subfolder of the source, a variant
-    (`fp16` for `model.fp16.safetensors`), or a file of weights or its index. `links_into` are folders that links among
-    the weights may lead into; any other link out of the source is refused.
-
-    Raises a `ReshardError`: UsageError for an argument that makes no sense.
-    """
-    if (tp_size is None) == (gpu_memory is None):
-        raise UsageError(
-            "give either the number of ranks (--tp-size) or what each can hold (--gpu-memory)",
-            hint="--tp-size 2, or --gpu-memory 24GB",
-        )
-    say(_announced(source, Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
-    planned, _ = _plan(
-        open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into), include=include),
-        Topology(tp_size or ep_size, ep_size),
-        tp_plan=tp_plan,
-        strategies=strategies,
-        dtype=dtype,
-        drop_unused=drop_unused,
-        gpu_memory=gpu_memory,
-    )
-    return planned
-
-
-def _announced(source: str | Path, ranks: object) -> str:
-    return f"planning {printable(as_text(source))} for {ranks}"
-
-
-def _plan(
-    origin: Origin,
-    topology: Topology,
-    *,
-    tp_plan: Mapping[str, str] | str | Path,
-    strategies: ParallelInterface | str | Path,
-    dtype: str | None,
-    drop_unused: bool,
-    gpu_memory: int | None = None,
-    arrivals: Arrivals | None = None,
-) -> tuple[ReshardPlan, list[FileLayout]]:
-    """The plan, and the files to fill from what is read."""
-    refuse_keys(origin.source.root)
-    strategies = as_strategies(strategies)
-    rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
-    model = read_model(origin.source, dtype=dtype, tp_plan=rules, experts=topology.ep > 1)
-    if gpu_memory is not None:
-        topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory)
-    planned = build_plan(
-        origin.source,
-        model,
-        topology,
-        cast=dtype is not None,
-        drop_unused=drop_unused,
-        strategies=strategies,
-        equal=origin.equal(arrivals),
-    )
-    layouts, made = plan_layouts(planned), origin.made
-    return planned, [made.relocated(layout) for layout in layouts] if made else layouts
 
 
 @checked
@@ -166,21 +77,21 @@ def convert(
     `reference_logits` stores what the single-process model computes on a few fixed tokens, for `reshard check`. That
     alone loads the model: it needs memory for it (see `store_reference`), and in the cache all files of one elsewhere.
     `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
-    `progress` is told of bytes written, and sent (see `reshard.progress`). `say` is called with lines of words: when
-    planning begins, then with each of the plan's `notes`.
+    `progress` is told of bytes written, and sent (see `reshard.process.Progress`). `say` is called with lines of words:
+    when planning begins, then with each of the plan's `notes`.
 
     Raises:
         ReshardError: its subclass and exit code say which kind of failure.
     """
     topology, choice = Topology(tp_size, ep_size), chosen(weights, links_into)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
-        say(_announced(source, topology))
+        say(announced(source, topology))
         if reference_logits:
             whole, revision = fetch_whole(as_text(source), revision=revision, choice=choice)
         origin = open_origin(as_text(source), revision=revision, choice=choice, include=include)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
-            planned, layouts = _plan(  # imports transformers: time for a few gigabytes
+            planned, layouts = plan_files(  # imports transformers: time for a few gigabytes
                 origin,
                 topology,
                 tp_plan=tp_plan,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..errors import printable, without_secrets
+from ..text import printable, without_secrets
 
 __all__ = ["environment"]
 

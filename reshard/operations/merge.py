@@ -10,20 +10,22 @@ from pathlib import Path
 
 from ..checkpoint.source import MANIFEST_NAME
 from ..checkpoint.weights import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, weights_named_by
-from ..errors import BadInputError, IntegrityError, PolicyError, UsageError, listed, printable
+from ..errors import BadInputError, IntegrityError, PolicyError, UsageError
 from ..execution.destination import destination
 from ..execution.executor import write_files
 from ..execution.journal import Journal
-from ..execution.staging import check_free_space, copy_file, make_folders, staged_folder, write_file
+from ..execution.staging import staged_folder
 from ..files.digest import ALGORITHM, digest_file, digest_of
 from ..files.dtypes import torch_name
-from ..progress import Advance, Progress, silent
+from ..process import Advance, Progress, silent
 from ..resharded.as_source import Resharded, open_resharded
 from ..resharded.layout import FileLayout, Slot, file_layout
 from ..resharded.manifest import REFERENCE_NAME
 from ..resharded.rank_file import written_file
+from ..storage.disk import check_free_space, copy_file, make_folders, write_file
 from ..storage.locate import fetch
 from ..storage.stores import as_text
+from ..text import listed, printable
 from .arguments import checked
 
 __all__ = ["LAYOUTS", "merge"]
@@ -49,7 +51,7 @@ def merge(
     Every file is digested in the end, and must be the one that was recorded. With `layout` "hf" they are files of the
     same names with headers of their own: a checkpoint that any tool opens, also of what was cast or dropped in part.
     The small files are copied; an index is written anew. `dest` appears in one step, and an interrupted merge goes on,
-    as with `convert`. `progress` is told of bytes written (see `reshard.progress`). Returns the names of the files.
+    as with `convert`. `progress` is told of bytes written (see `reshard.process.Progress`). Returns the files' names.
 
     Raises:
         BadInputError: what was done cannot be undone: tensors were cast, or dropped.

@@ -16,17 +16,17 @@ from ..errors import (
     ReshardError,
     TopologyError,
     UsageError,
-    printable,
 )
-from ..files.digest import FileRecord
-from ..progress import Progress, silent
+from ..process import Progress, silent
 from ..resharded.manifest import Manifest
-from ..storage.hub.place import Place, discard
+from ..resharded.rank_file import FileRecord, check_file
+from ..storage.disk import discard
+from ..storage.hub.address import Place
 from ..storage.locate import Found, away, fetch_files, find_resharded, local_folder
 from ..storage.remote import sha256_of
 from ..storage.stores import is_url
+from ..text import printable
 from .arguments import checked
-from .verify import check_file
 
 __all__ = ["pull"]
 

@@ -20,13 +20,14 @@ from ..checkpoint.architecture import decoding_as_told, model_class, on_meta, qu
 from ..checkpoint.naming import Naming, prefix_mapping
 from ..checkpoint.source import is_resharded, open_source
 from ..checkpoint.weights import AS_FOUND, Choice, arguments_for
-from ..errors import BadInputError, IntegrityError, TopologyError, UsageError, printable
-from ..execution.staging import write_file
-from ..files.digest import FileRecord, digest_file, digest_of
+from ..errors import BadInputError, IntegrityError, TopologyError, UsageError
+from ..files.digest import digest_file, digest_of
 from ..files.system import by_errno
 from ..resharded.manifest import REFERENCE_NAME, Manifest, reference_record
-from ..resharded.rank_file import written_file
+from ..resharded.rank_file import FileRecord, written_file
+from ..storage.disk import write_file
 from ..storage.locate import fetch
+from ..text import printable
 
 __all__ = [
     "ELSEWHERE",

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.weights import AS_FOUND, chosen
-from ..errors import IntegrityError, UsageError, printable
-from ..files.digest import FileRecord, digest_file, digest_of
-from ..files.mapped import MappedFile
-from ..progress import Advance, Progress, silent
+from ..errors import IntegrityError, UsageError
+from ..process import Progress, silent
 from ..resharded.manifest import Manifest, read_manifest
-from ..resharded.rank_file import check_digests, read_rank_header, written_file
+from ..resharded.rank_file import check_file
 from ..resharded.strangers import missing_and_strange
 from ..storage.locate import local_folder
 from ..storage.stores import as_text
+from ..text import printable
 from .arguments import checked
 
-__all__ = ["Report", "check_file", "verify"]
+__all__ = ["Report", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ def verify(
 ) -> Report:
     """Check a resharded folder: no file missing, extra or altered. With `against`, compare every element with the
     source checkpoint (folder, Hub id or URL) it was made from; `weights` and `links_into` are those of `convert`.
-    `progress` is told of bytes checked, and compared (see `reshard.progress`).
+    `progress` is told of bytes checked, and compared (see `reshard.process.Progress`).
 
     Raises:
         IntegrityError: naming the file, and the tensor where it is one.
@@ -82,22 +81,3 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             f"{printable(folder / name)}: does not belong to this folder",
             hint="if it is yours, keep it elsewhere: a resharded folder holds what its manifest lists and no more",
         )
-
-
-def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: None) -> None:
-    """Check one file of a resharded folder, every byte; `report` is told of them. Raises IntegrityError, naming the
-    tensor where it is one."""
-    path = written_file(folder, record)
-    if not record.tensors and not record.name.endswith(".safetensors"):
-        if digest_file(path) != record.digest:
-            raise IntegrityError(f"{printable(path)}: its content was altered")
-        report(record.size)
-        return
-    with MappedFile(path, size=record.size) as mapped:
-        header = read_rank_header(path, record)
-        found = {}
-        for info in header.tensors:
-            found[info.name] = digest_of(mapped.data[info.start : info.end])
-            report(info.nbytes)
-        check_digests(path, record, header, found)
-        report(record.size - sum(info.nbytes for info in header.tensors))

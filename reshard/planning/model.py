@@ -17,10 +17,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..checkpoint.architecture import KV_GROUPS, class_note, expected_dtypes, meta_model
 from ..checkpoint.naming import Naming
 from ..checkpoint.source import Source
-from ..errors import BadInputError, TopologyError, listed, printable
+from ..errors import BadInputError, TopologyError
 from ..files.dtypes import FLOATING, torch_name
 from ..sharding.regions import Region, covers
 from ..strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
+from ..text import listed, printable
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 
 __all__ = ["Model", "Parameter", "read_model"]

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from ..checkpoint.companions import left_report
 from ..checkpoint.source import Source
-from ..errors import BadInputError, TopologyError, listed, printable
-from ..files.dtypes import is_floating, itemsize, widest
-from ..resharded.targets import Target, partly_used
-from ..sharding.placement import Nested, PackedShard, Placement, Replicate, Shard, is_box, local_shape, shared
+from ..errors import BadInputError, TopologyError
+from ..files.dtypes import is_floating, widest
+from ..process import BLOCK_BYTES, worker_count
+from ..resharded.layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
+from ..resharded.report import replicated_bytes, rows
+from ..resharded.targets import Target, partly_used, rank_tensors, unused_tensors
+from ..sharding.placement import Placement, Replicate, is_box
 from ..sharding.regions import Region
 from ..sharding.topology import Topology
-from ..strategies import ALL_PARALLEL_STYLES, ParallelInterface, TensorParallelLayer
+from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
+from ..text import listed, printable
+from .cuts import does_cut, placement_of
 from .model import Model, Parameter
 from .remarks import dtypes_of, mixed_note, partly_note
+from .sizes import has_plan, legal_sizes, refusal_of
 
-__all__ = ["ReshardPlan", "build_plan", "legal_sizes", "smallest_fit"]
-
-_LEAST_MEANT = 1 << 20  # bytes of a GPU: fewer are a number without its unit
-_LARGEST = 64  # ranks looked at when listing the legal sizes
+__all__ = ["ReshardPlan", "build_plan", "plan_layouts"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -54,9 +55,29 @@ class ReshardPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """What `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
-        from .report import plan_report
-
-        return plan_report(self)
+        layouts, sizes = plan_layouts(self), legal_sizes(self.model)
+        return {
+            "architecture": self.model.architecture,
+            "dtype": self.model.dtype,
+            "world_size": self.world_size,
+            "mesh": self.topology.to_json(),
+            "parameters": rows(self.targets, self.world_size),
+            "rank_bytes": [layout.size for layout in layouts[: self.world_size]],
+            "replicated_bytes": replicated_bytes(self.targets),
+            "disk_bytes": sum(layout.size for layout in layouts),
+            "memory_bytes": worker_count() * BLOCK_BYTES,
+            "tied": self.tied,
+            "unused": list(self.unused),
+            "dropped": list(self.dropped),
+            "unused_rules": list(self.model.unused_rules),
+            "corrected_rules": list(self.model.corrected_rules),
+            "custom_strategies": self.custom,
+            "runtime_only": list(self.runtime_only),
+            "notes": list(self.notes),
+            "left_behind": left_report(self.source.left),
+            "ep_sizes": [size for size in range(2, self.model.experts + 1) if self.model.experts % size == 0],
+            "tp_sizes": {str(size): why for size, why in sizes.items()},
+        }
 
     def __repr__(self) -> str:
         of = f"{self.model.architecture} ({self.model.dtype})"
@@ -88,14 +109,14 @@ def build_plan(
             hint="; ".join(model.notes) or None,
         )
     _check_styles(model, strategies)
-    reason = _refusal(model, strategies, topology)
+    reason = refusal_of(model, strategies, topology)
     if reason:
         sizes = [size for size, why in legal_sizes(model, strategies=strategies).items() if why is None]
         raise TopologyError(
             f"{topology} do not fit {model.architecture}: {reason}",
-            hint=f"legal sizes: {_join(sizes)}" if _has_plan(model) else "give it a plan with --plan FILE",
+            hint=f"legal sizes: {_join(sizes)}" if has_plan(model) else "give it a plan with --plan FILE",
         )
-    placements = {parameter.name: _placement(parameter, strategies, topology) for parameter in model.parameters}
+    placements = {parameter.name: placement_of(parameter, strategies, topology) for parameter in model.parameters}
     regions, tied, duplicates, apart = _tie(model, placements, equal)
     targets = tuple(
         _target(parameter, placements[parameter.name], regions[parameter.name], source, topology, cast)
@@ -123,62 +144,11 @@ def _check_styles(model: Model, strategies: ParallelInterface) -> None:
     holders = {parameter.name.rpartition(".")[0] for parameter in model.parameters}
     for module, style in model.hooks.items():
         strategy = strategies.find(style)
-        if module in model.manual and module not in holders and _cuts(strategy):
+        if module in model.manual and module not in holders and does_cut(strategy):
             raise BadInputError(
                 f"the rule {printable(module)} → {printable(style)} cuts nothing: it has no parameters of its own",
                 hint="name the modules inside it",
             )
-
-
-def _cuts(strategy: TensorParallelLayer) -> bool:
-    try:
-        return not isinstance(strategy.placement("weight", (8, 8)), Replicate)
-    except ValueError:  # blocks that 8 does not hold
-        return True
-
-
-def _placement(parameter: Parameter, strategies: ParallelInterface, topology: Topology) -> Placement:
-    try:
-        if parameter.expert_style and topology.ep > 1:
-            return _expert_placement(parameter, parameter.expert_style, strategies, topology)
-        if parameter.style is None or topology.tp == 1 < topology.world_size:
-            return Replicate()
-        copies = _copies(parameter, topology.tp)
-        placement = _cut(parameter, parameter.style, strategies, parameter.shape, topology.tp // copies)
-        return shared(placement, topology.tp_row * copies)
-    except ValueError as error:
-        raise BadInputError(f"{printable(parameter.name)}: {parameter.style}: {error}") from None
-
-
-def _cut(
-    parameter: Parameter, style: str, strategies: ParallelInterface, shape: tuple[int, ...], ranks: int
-) -> Placement:
-    own_name = parameter.name.rpartition(".")[2]
-    return strategies.find(style).placement_on(own_name, shape, getattr(torch, parameter.dtype), ranks)
-
-
-def _expert_placement(
-    parameter: Parameter, expert_style: str, strategies: ParallelInterface, topology: Topology
-) -> Placement:
-    """Cut by expert over the ep axis; where ranks share their experts, by the tensor-parallel rule among them."""
-    outer = _cut(parameter, expert_style, strategies, parameter.shape, topology.ep)
-    if topology.ep_row == 1 or not isinstance(outer, Shard):
-        return outer
-    held = local_shape(outer, parameter.shape, rank=0, world_size=topology.ep)
-    inner = _cut(parameter, parameter.style, strategies, held, topology.ep_row) if parameter.style else Replicate()
-    if not isinstance(inner, (Shard, PackedShard)):
-        raise TopologyError(
-            f"{topology}: {printable(parameter.name)} has no rule that cuts it for the {topology.ep_row} ranks that"
-            " would share its experts",
-            hint=f"use --ep-size {topology.world_size}",
-        )
-    return Nested(outer, inner, topology.ep_row)
-
-
-def _copies(parameter: Parameter, tp: int) -> int:
-    """How many ranks in a row hold the same KV head: one, or where there are more ranks than heads, their share."""
-    heads = parameter.heads if parameter.shared else None
-    return tp // heads if heads and tp > heads and tp % heads == 0 else 1
 
 
 def _target(
@@ -245,67 +215,21 @@ def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size
     return reasons
 
 
-def _has_plan(model: Model) -> bool:
-    return any(parameter.style for parameter in model.parameters)
-
-
-def _refusal(model: Model, strategies: ParallelInterface, topology: Topology) -> str | None:
-    """Why the model cannot run on these ranks, or None."""
-    if topology.tp > 1 and not _has_plan(model):
-        return "it has no tensor-parallel plan, so every rank would hold all of it"
-    for parameter in model.parameters:
-        heads, experts = parameter.heads, parameter.shape[:1] if parameter.expert_style else ()
-        if heads and heads % (topology.tp // _copies(parameter, topology.tp)):
-            return f"the {heads} heads of {printable(parameter.name)} do not divide"
-        if experts and experts[0] % topology.ep:
-            return f"the {experts[0]} experts of {printable(parameter.name)} do not divide"
-        if parameter.style == "embedding_rowwise":
-            last = {"rank": topology.world_size - 1, "world_size": topology.world_size}
-            if not local_shape(_placement(parameter, strategies, topology), parameter.shape, **last)[0]:
-                return f"the {parameter.shape[0]} rows of {printable(parameter.name)} leave a rank without any"
-    return None
-
-
-def legal_sizes(
-    model: Model, *, strategies: ParallelInterface = ALL_PARALLEL_STYLES, most: int = _LARGEST
-) -> dict[int, str | None]:
-    """For each number of tensor-parallel ranks up to `most`: None where it fits, else why it does not."""
-    return {size: _refusal(model, strategies, Topology(size)) for size in range(1, most + 1)}
-
-
-def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory: int) -> Topology:
-    """The fewest tensor-parallel ranks with `ep` that the model allows, none of which holds more than `memory` bytes of
-    weights. Raises TopologyError where there are none."""
-    least = None
-    for tp in range(1, _LARGEST + 1):
-        if tp % ep and ep % tp:
-            continue
-        topology = Topology(tp, ep)
-        if _refusal(model, strategies, topology) is None:
-            least = _largest_part(model, strategies, topology)
-            if least <= memory:
-                return topology
-    if least is None:
-        raise TopologyError(f"no number of ranks with ep {ep} fits {model.architecture}")
-    raise TopologyError(
-        f"{model.architecture}: no number of ranks up to {_LARGEST} brings the weights of each under {memory:,} bytes;"
-        f" the most have {least:,}",
-        hint="what is whole on every rank is listed by reshard plan --tp-size N"
-        if memory >= _LEAST_MEANT
-        else "24 GB are 24e9 bytes, or --gpu-memory 24GB",
-    )
-
-
-def _largest_part(model: Model, strategies: ParallelInterface, topology: Topology) -> int:
-    """Bytes of the parameters of rank 0, which has the largest part of each, as torch.chunk cuts."""
-    first = {"rank": 0, "world_size": topology.world_size}
-    return sum(
-        math.prod(local_shape(_placement(parameter, strategies, topology), parameter.shape, **first))
-        * itemsize(parameter.dtype)
-        for parameter in model.parameters
-        if parameter.name not in model.tied
-    )
-
-
 def _join(sizes: Iterable[int]) -> str:
     return ", ".join(map(str, sizes))
+
+
+def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
+    """Every file the plan writes: one for each rank, and the unused tensors' if there are any."""
+    rectangles = frozenset(target.name for target in plan.targets if plan.world_size == 1 or is_box(target.placement))
+    layouts = [
+        file_layout(
+            rank_file_name(rank),
+            rank_tensors(plan.targets, rank=rank, world_size=plan.world_size),
+            boxes=rectangles,
+        )
+        for rank in range(plan.world_size)
+    ]
+    if plan.unused:
+        layouts.append(file_layout(UNUSED_NAME, unused_tensors(plan.source, plan.unused)))
+    return layouts

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..checkpoint.source import Source
-from ..errors import listed
 from ..files.dtypes import torch_name
 from ..resharded.targets import Target
 from ..sharding.regions import Region
+from ..text import listed
 
 __all__ = ["dtypes_of", "mixed_note", "partly_note"]
 

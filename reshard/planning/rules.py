@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from ..errors import BadInputError, listed, printable
+from ..errors import BadInputError
 from ..files.system import by_errno
 from ..files.untrusted import read_json
+from ..text import listed, printable
 from .corrections import corrected, has_expert_plan
 
 __all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]

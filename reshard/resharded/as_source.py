@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..checkpoint.source import MANIFEST_NAME, Source, SourceFile, model_config
 from ..checkpoint.weights import INDEX_NAME
-from ..errors import BadInputError, IntegrityError, listed, printable
-from ..files.digest import FileRecord, digest_file
+from ..errors import BadInputError, IntegrityError
+from ..files.digest import digest_file
 from ..files.dtypes import holds, torch_name
 from ..files.header import Header, TensorInfo, parse_header
 from ..files.untrusted import check_plain_name, check_plain_path
 from ..sharding.inverse import invert, once, refined_shape, through
 from ..sharding.regions import Region, covers, whole
-from ..storage.remote import Away, read_headers
+from ..text import listed, printable
 from .layout import FileLayout
 from .manifest import Manifest, read_manifest
-from .rank_file import check_rank_header, read_rank_header, written_file
+from .rank_file import FileRecord, read_rank_header, written_file
 from .targets import LocalTensor, rank_tensors
 
 __all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]
@@ -80,15 +80,21 @@ class Resharded:
         return replace(tensor, regions=tuple(found))
 
 
-def open_resharded(folder: Path, away: Away | None = None) -> Resharded:
+def _none_absent(_: Sequence[FileRecord]) -> Mapping[str, Header]:
+    return {}
+
+
+def open_resharded(
+    folder: Path, *, absent: Callable[[Sequence[FileRecord]], Mapping[str, Header]] = _none_absent
+) -> Resharded:
     """Read a resharded folder, through its manifest and headers; of the small files, also the bytes.
 
-    Of rank files that are not in it, but `away`, the headers are read by ranges.
+    `absent` gives the headers of those rank files that are not in the folder but elsewhere.
 
     Raises:
         BadInputError: not a resharded folder, or its manifest makes no sense.
         IntegrityError: files are missing, or are not those that were written.
-        NetworkError: what is away cannot be had.
+        NetworkError: `absent` has no answer.
         VersionError: made by a newer release.
     """
     manifest = read_manifest(folder)
@@ -107,7 +113,7 @@ def open_resharded(folder: Path, away: Away | None = None) -> Resharded:
         manifest.repo_id,
         manifest.commit,
     )
-    held = _rank_files(folder, away, manifest, headers)
+    held = _rank_files(folder, absent, manifest, headers)
     return Resharded(manifest, source, held, source_tensors(manifest, headers))
 
 
@@ -148,14 +154,19 @@ def _by_name(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
     return {info.name: info for header in headers.values() for info in header.tensors}
 
 
-def _rank_files(folder: Path, away: Away | None, manifest: Manifest, headers: Mapping[str, Header]) -> Source:
+def _rank_files(
+    folder: Path,
+    absent: Callable[[Sequence[FileRecord]], Mapping[str, Header]],
+    manifest: Manifest,
+    headers: Mapping[str, Header],
+) -> Source:
     expected = list(_expected(manifest, headers))
-    absent = _headers_away(folder, away, [record for record, _ in expected]) if away else {}
+    elsewhere = absent([record for record, _ in expected])
     files: list[SourceFile] = []
     tensors: dict[str, TensorInfo] = {}
     for record, held in expected:
         check_plain_name(record.name, what=MANIFEST_NAME)
-        path, header, mtime_ns = folder / record.name, absent.get(record.name), 0
+        path, header, mtime_ns = folder / record.name, elsewhere.get(record.name), 0
         if header is None:
             mtime_ns = os.stat(written_file(folder, record)).st_mtime_ns
             header = read_rank_header(path, record)
@@ -163,29 +174,6 @@ def _rank_files(folder: Path, away: Away | None, manifest: Manifest, headers: Ma
         files.append(SourceFile(record.name, path, record.size, mtime_ns, header))
         tensors |= {_held(record.name, info.name): info for info in header.tensors}
     return Source(folder, tuple(files), tensors, {}, ())
-
-
-def _headers_away(folder: Path, away: Away, records: Sequence[FileRecord]) -> dict[str, Header]:
-    """Those of the files that are not in the folder."""
-    absent = {record.name: record for record in records if not os.path.lexists(folder / record.name)}
-    for name in absent:
-        check_plain_name(name, what=MANIFEST_NAME)
-    try:
-        entries = away.entries(list(absent))
-    except BadInputError as error:  # there is none of a name that the manifest has
-        raise IntegrityError(error.message) from None
-    for entry in entries:
-        if entry.size != absent[entry.name].size:
-            raise IntegrityError(
-                f"{away}: {printable(entry.name)}: expected {absent[entry.name].size} bytes, got {entry.size}"
-            )
-    try:
-        headers = dict(zip(absent, read_headers(away, entries)))
-    except BadInputError as error:
-        raise IntegrityError(error.message) from None
-    for name, header in headers.items():
-        check_rank_header(folder / name, absent[name], header)
-    return headers
 
 
 def _expected(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[tuple[FileRecord, Held]]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..files.dtypes import CODES, itemsize
-from ..sharding.placement import is_box
-from .targets import LocalTensor, rank_tensors, unused_tensors
+from .targets import LocalTensor
 
 if TYPE_CHECKING:  # a plan comes with torch
-    from ..planning.plan import ReshardPlan
+    pass
 
-__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "plan_layouts", "rank_file_name"]
+__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "rank_file_name"]
 
 ALIGNMENT = 4096  # bytes: tensor data starts on a page, so a file can be mapped or read directly
 UNUSED_NAME = "unused.safetensors"
@@ -73,19 +72,3 @@ def file_layout(name: str, tensors: Iterable[LocalTensor], *, boxes: frozenset[s
         slots.append(Slot(tensor, offset))
         offset += tensor.nbytes
     return FileLayout(name, head, tuple(slots), offset)
-
-
-def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
-    """Every file the plan writes: one for each rank, and the unused tensors' if there are any."""
-    rectangles = frozenset(target.name for target in plan.targets if plan.world_size == 1 or is_box(target.placement))
-    layouts = [
-        file_layout(
-            rank_file_name(rank),
-            rank_tensors(plan.targets, rank=rank, world_size=plan.world_size),
-            boxes=rectangles,
-        )
-        for rank in range(plan.world_size)
-    ]
-    if plan.unused:
-        layouts.append(file_layout(UNUSED_NAME, unused_tensors(plan.source, plan.unused)))
-    return layouts

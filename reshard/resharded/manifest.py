@@ -10,14 +10,16 @@ from typing import Any
 
 from ..checkpoint.companions import Left
 from ..checkpoint.source import MANIFEST_NAME
-from ..errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError, printable
-from ..files.digest import ALGORITHM, FileRecord, digest_of
+from ..errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError
+from ..files.digest import ALGORITHM, digest_of
 from ..files.dtypes import CODES, FLOATING
-from ..files.fields import UnknownError, count, counts, maybe, one_of, text, texts
-from ..files.untrusted import read_json, vetted_path
+from ..files.untrusted import UnknownError, count, counts, maybe, one_of, read_json, text, texts, vetted_path
 from ..sharding.regions import Region, covers, whole
 from ..sharding.topology import Topology
+from ..text import printable
 from .placement_json import placement_from_json, placement_to_json
+from .rank_file import FileRecord
+from .report import replicated_bytes, rows
 from .targets import Target
 from .versions import check_known, check_version, version_members
 
@@ -65,9 +67,23 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """What `reshard inspect --format json` prints: names, numbers, lists and dicts of them."""
-        from ..planning.report import manifest_report
-
-        return manifest_report(self)
+        return {
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "world_size": self.world_size,
+            "mesh": self.topology.to_json(),
+            "source": {"repo_id": self.repo_id, "commit": self.commit},
+            "tool": self.tool,
+            "parameters": rows(self.parameters, self.world_size),
+            "replicated_bytes": replicated_bytes(self.parameters),
+            "ranks": [{"file": f.name, "size": f.size, "digest": f.digest} for f in self.rank_files],
+            "extras": [record.name for record in self.extras],
+            "tied": self.tied,
+            "unused": list(self.unused_file.tensors) if self.unused_file else [],
+            "dropped": list(self.dropped),
+            "custom_strategies": self.custom,
+            "runtime_only": list(self.runtime_only),
+        }
 
     def __repr__(self) -> str:
         size = sum(record.size for record in self.rank_files)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import printable
-from ..files.fields import UnknownError, count, counts, one_of, text
+from ..files.untrusted import UnknownError, count, counts, one_of, text
 from ..sharding.placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
 from ..sharding.regions import Region, covers
+from ..text import printable
 
 __all__ = ["placement_from_json", "placement_to_json"]
 

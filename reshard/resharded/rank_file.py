@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.source import MANIFEST_NAME
-from ..errors import BadInputError, IntegrityError, listed, printable
-from ..files.digest import FileRecord, tree_digest
+from ..errors import BadInputError, IntegrityError
+from ..files.digest import digest_file, digest_of, tree_digest
 from ..files.header import Header, TensorInfo, read_header
+from ..files.mapped import MappedFile
 from ..files.untrusted import vetted_path
+from ..process import Advance
+from ..text import listed, printable
 
-__all__ = ["check_digests", "check_rank_header", "largest_first", "read_rank_header", "written_file"]
+__all__ = [
+    "FileRecord",
+    "check_digests",
+    "check_file",
+    "check_rank_header",
+    "largest_first",
+    "read_rank_header",
+    "written_file",
+]
 
 
 def written_file(folder: Path, record: FileRecord) -> Path:
@@ -60,3 +72,32 @@ def check_digests(path: Path, record: FileRecord, header: Header, found: Mapping
             )
     if tree_digest(header.head, (found[info.name] for info in header.tensors)) != record.digest:
         raise IntegrityError(f"{printable(path)}: its header was altered")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file that was written: size in bytes, digest, and the digest of each of its tensors if it holds any."""
+
+    name: str
+    size: int
+    digest: str
+    tensors: dict[str, str]
+
+
+def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: None) -> None:
+    """Check one file of a resharded folder, every byte; `report` is told of them. Raises IntegrityError, naming the
+    tensor where it is one."""
+    path = written_file(folder, record)
+    if not record.tensors and not record.name.endswith(".safetensors"):
+        if digest_file(path) != record.digest:
+            raise IntegrityError(f"{printable(path)}: its content was altered")
+        report(record.size)
+        return
+    with MappedFile(path, size=record.size) as mapped:
+        header = read_rank_header(path, record)
+        found = {}
+        for info in header.tensors:
+            found[info.name] = digest_of(mapped.data[info.start : info.end])
+            report(info.nbytes)
+        check_digests(path, record, header, found)
+        report(record.size - sum(info.nbytes for info in header.tensors))

@@ -6,8 +6,9 @@ from collections.abc import Set
 from pathlib import Path, PurePosixPath
 
 from ..checkpoint.source import MANIFEST_NAME
-from ..errors import IntegrityError, printable
+from ..errors import IntegrityError
 from ..files.system import by_errno, walked
+from ..text import printable
 from .manifest import Manifest
 
 __all__ = ["missing_and_strange"]

@@ -13,8 +13,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import VersionError, listed, printable
-from ..files.fields import UnknownError, text
+from ..errors import VersionError
+from ..files.untrusted import UnknownError, text
+from ..text import listed, printable
 
 if TYPE_CHECKING:
     from .manifest import Manifest

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from ..errors import BadInputError, NetworkError, ReshardError, StorageError, UsageError, printable
+from ..errors import BadInputError, NetworkError, ReshardError, StorageError, UsageError
 from ..files.digest import digest_of
 from ..files.system import LOCAL, by_errno
+from ..text import printable
 
 __all__ = ["check_ranges", "doing", "identified", "listed", "name_in"]
 

@@ -13,13 +13,16 @@ from ..checkpoint.companions import Item
 from ..checkpoint.left_behind import files_here
 from ..checkpoint.source import MANIFEST_NAME, Source, companions_of, is_resharded, open_source
 from ..checkpoint.weights import AS_FOUND, Choice
-from ..errors import BadInputError, IntegrityError, NetworkError, TopologyError, UsageError, listed, printable
-from ..progress import Advance, Progress, silent
+from ..errors import BadInputError, IntegrityError, NetworkError, TopologyError, UsageError
+from ..process import Advance, Progress, silent
 from ..resharded.manifest import Manifest, read_manifest
+from ..text import listed, printable
+from .disk import discard
+from .hub.address import Place, is_hub_url
 from .hub.files import HubFiles
-from .hub.place import Place, discard, is_hub_url, is_offline
-from .hub.place import folders as hub_folders
-from .hub.place import snapshot as hub_snapshot
+from .hub.snapshot import folders as hub_folders
+from .hub.snapshot import is_offline
+from .hub.snapshot import snapshot as hub_snapshot
 from .remote import Away, remote_weights
 from .stores import as_text, is_url, open_store
 from .stores import snapshot as store_snapshot

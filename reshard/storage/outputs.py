@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..errors import StorageError
+from ..files.digest import new_digest
 from ..files.mapped import mapped
 from ..files.system import descriptors
-from ..resharded.layout import FileLayout
-from .output import create
+from ..resharded.layout import FileLayout, Slot
+from ..text import printable
+from .disk import pwrite, write_error
 
-__all__ = ["OutputFiles"]
+__all__ = ["OutputFiles", "begin_writeback", "create", "digest_in"]
 
 
 class OutputFiles:
@@ -90,3 +95,58 @@ class OutputFiles:
                 self._kept[index], _ = mapped(fd, 1)
         finally:
             os.close(fd)
+
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+
+
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
+
+
+_WORTH_BEGINNING = 1 << 20  # bytes
+
+
+def begin_writeback(fd: int, offset: int, size: int) -> None:
+    """Let the disk begin on what was just written, while the next block is made: less is left for fsync at the end.
+
+    A hint: it promises nothing, so that nothing is lost where it fails or is not known.
+    """
+    if _sync_file_range is not None and size >= _WORTH_BEGINNING:
+        _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size), _WRITE)
+
+
+def digest_in(fd: int, slot: Slot, block: memoryview) -> str:
+    """Digest of what stands in a file in a tensor's place."""
+    digest, at, end = new_digest(), slot.offset, slot.offset + slot.tensor.nbytes
+    while at < end:
+        size = os.preadv(fd, [block[: end - at]], at)
+        if not size:
+            break
+        digest.update(block[:size])
+        at += size
+    return digest.hexdigest()
+
+
+def create(path: Path, layout: FileLayout, *, anew: bool) -> int:
+    """A file of its full size, with its header in place: a new one, or with `anew` false one that may be there."""
+    flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if anew else 0) | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise StorageError(f"{printable(path)}: {error.strerror}") from None
+    try:
+        try:
+            there = os.fstat(fd)
+            if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:  # somebody put it there, and it may be another's
+                raise StorageError(f"{printable(path)}: Is not a file of this command")
+            if there.st_size > layout.size:
+                os.ftruncate(fd, layout.size)
+            if layout.size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, layout.size)
+            pwrite(fd, memoryview(layout.head), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise write_error(path, error) from None
+    return fd

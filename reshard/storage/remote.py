@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,17 +12,21 @@ from pathlib import Path
 from typing import Protocol
 
 from ..checkpoint.companions import Item
-from ..checkpoint.source import Elsewhere, Source, SourceFile, open_source, weights_of
+from ..checkpoint.source import MANIFEST_NAME, Elsewhere, Source, SourceFile, open_source, weights_of
 from ..checkpoint.weights import AS_FOUND, Choice, Weights
-from ..errors import BadInputError, IntegrityError, printable
+from ..errors import BadInputError, IntegrityError
 from ..files.header import Header, header_length, parse_header
-from .hub.place import discard
+from ..files.untrusted import check_plain_name
+from ..resharded.rank_file import FileRecord, check_rank_header
+from ..text import printable
+from .disk import discard
 
 __all__ = [
     "Away",
     "Entry",
     "GivenUp",
     "Remote",
+    "headers_of_absent",
     "lacking",
     "never",
     "open_remote",
@@ -190,3 +195,31 @@ def sha256_of(path: Path) -> str:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
+
+
+def headers_of_absent(folder: Path, away: Away, records: Sequence[FileRecord]) -> dict[str, Header]:
+    """The headers of those rank files that are not in the folder, read by ranges.
+
+    Raises:
+        IntegrityError: a file is not there either, or is not the one that was written.
+        NetworkError: there is no answer.
+    """
+    absent = {record.name: record for record in records if not os.path.lexists(folder / record.name)}
+    for name in absent:
+        check_plain_name(name, what=MANIFEST_NAME)
+    try:
+        entries = away.entries(list(absent))
+    except BadInputError as error:  # there is none of a name that the manifest has
+        raise IntegrityError(error.message) from None
+    for entry in entries:
+        if entry.size != absent[entry.name].size:
+            raise IntegrityError(
+                f"{away}: {printable(entry.name)}: expected {absent[entry.name].size} bytes, got {entry.size}"
+            )
+    try:
+        headers = dict(zip(absent, read_headers(away, entries)))
+    except BadInputError as error:
+        raise IntegrityError(error.message) from None
+    for name, header in headers.items():
+        check_rank_header(folder / name, absent[name], header)
+    return headers

@@ -17,13 +17,14 @@ from typing import Any
 
 from ..checkpoint.companions import Item, walk
 from ..checkpoint.source import MANIFEST_NAME
-from ..errors import BadInputError, IntegrityError, NetworkError, RemoteMovedError, StorageError, UsageError, printable
+from ..errors import BadInputError, IntegrityError, NetworkError, RemoteMovedError, StorageError, UsageError
 from ..files.digest import digest_of
 from ..files.untrusted import check_plain_path
-from ..progress import Advance
+from ..process import Advance
+from ..text import printable
+from .disk import pwrite
 from .filesystems import check_ranges, doing, identified, listed, name_in
-from .hub.place import is_hub_url
-from .output import pwrite
+from .hub.address import is_hub_url
 from .remote import Entry, GivenUp, lacking, never
 
 __all__ = ["PROBE_NAME", "Store", "as_text", "cache_folder", "is_url", "open_store", "snapshot"]

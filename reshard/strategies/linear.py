@@ -15,7 +15,15 @@ from .base import LocalLayer
 from .collectives import all_gather, all_reduce, largest_only, split
 from .sequence import split_sequence_of
 
-__all__ = ["ONLY_ARGMAX", "ColwiseParallel", "PackedColwiseParallel", "PackedRowwiseParallel", "RowwiseParallel"]
+__all__ = [
+    "ONLY_ARGMAX",
+    "ColwiseParallel",
+    "Conv1DColwiseParallel",
+    "Conv1DRowwiseParallel",
+    "PackedColwiseParallel",
+    "PackedRowwiseParallel",
+    "RowwiseParallel",
+]
 
 ONLY_ARGMAX = "_only_argmax"  # the attribute of a module from whose gathered output only the argmax is wanted
 
@@ -115,3 +123,31 @@ class PackedRowwiseParallel(RowwiseParallel):
         if len(shape) < 2:
             return plan.Replicate()
         return PackedShard(len(shape) - 1, block_sizes(shape[-1], self.blocks))
+
+
+class Conv1DColwiseParallel(ColwiseParallel):
+    """Output features are split: weight `Shard(1)`, bias `Shard(0)`."""
+
+    features = "nf"
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(len(shape) - 1) if shape else plan.Replicate()
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        handles = super().prepare_module_tp(module, device_mesh)
+        module.nf = module.weight.shape[-1]  # its forward gives the output that many features
+        return handles
+
+
+class Conv1DRowwiseParallel(RowwiseParallel):
+    """Input features are split: weight `Shard(0)`. `addmm` adds zeros; the bias is added once, after the reduction."""
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(0) if len(shape) > 1 else plan.Replicate()
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        bias = module.bias
+        handles = super().prepare_module_tp(module, device_mesh)
+        # One element, repeated: torch refuses to write to it, which nothing would hear of.
+        module.__dict__["bias"] = bias.new_zeros(()).expand(bias.shape)
+        return handles

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..errors import BadInputError, printable
+from ..errors import BadInputError
 from ..sharding.placement import Explicit, PackedShard, Piece, Placement, Replicate, Shard, local_shape, pieces
 from ..sharding.regions import Region, contiguous_strides
+from ..text import printable
+from .base import TensorParallelLayer
 from .symbolic import NotACopyError, RegionTensor
 
-if TYPE_CHECKING:
-    from .base import TensorParallelLayer
+__all__ = ["placement_on"]
 
-__all__ = ["traced_placement"]
+
+def placement_on(
+    strategy: TensorParallelLayer, param_type: str, shape: Sequence[int], dtype: torch.dtype, world_size: int
+) -> Placement:
+    """How a strategy places a parameter of this shape on so many ranks: its `placement`, or where `partition_tensor` is
+    its own, what that makes of the parameter.
+
+    Raises:
+        BadInputError: `partition_tensor` computes values, rearranges elements inside a rank, loses some, or fails.
+    """
+    if type(strategy).partition_tensor is TensorParallelLayer.partition_tensor:
+        return strategy.placement(param_type, shape)
+    return _traced_placement(strategy, param_type, shape, dtype, world_size)
 
 
 class _OfflineMesh(DeviceMesh):
@@ -31,14 +44,10 @@ class _OfflineMesh(DeviceMesh):
         return self._place
 
 
-def traced_placement(
+def _traced_placement(
     strategy: TensorParallelLayer, param_type: str, shape: Sequence[int], dtype: torch.dtype, world_size: int
 ) -> Placement:
-    """The placement that `partition_tensor` makes of a parameter: a plain one where it is one, else box by box.
-
-    Raises:
-        BadInputError: it computes values, rearranges elements inside a rank, loses some, or fails.
-    """
+    """The placement that `partition_tensor` makes of a parameter: a plain one where it is one, else box by box."""
     name = type(strategy).__name__
     parts = []
     for rank in range(world_size):

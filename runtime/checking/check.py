@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reshard.errors import IntegrityError, printable
+from reshard.errors import IntegrityError
 from reshard.launch.asked import check_per_layer
 from reshard.operations.reference import (
     ELSEWHERE,
@@ -31,6 +31,7 @@ from reshard.operations.reference import (
 )
 from reshard.resharded.manifest import read_manifest
 from reshard.storage.locate import resolve_source
+from reshard.text import printable
 
 from ..distributed.agreement import Deadline, from_first, spoken, words_of
 from ..distributed.mesh import connect

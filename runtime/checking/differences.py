@@ -18,10 +18,11 @@ from reshard.operations.reference import EXACT, distance, largest, rounding
 from reshard.resharded.manifest import Manifest, read_manifest
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import pieces, shard_bounds
-from reshard.strategies import ALL_PARALLEL_STYLES, AllReduceParallel
+from reshard.strategies import AllReduceParallel
+from reshard.strategies.registry import ALL_PARALLEL_STYLES
 
-from ..distributed.replicas import replicas_of
 from ..model.placing import owners
+from ..model.shares import replicas_of
 from .traces import Moment, Trace
 
 __all__ = ["Altered", "Difference", "Layers", "altered_in", "first_difference"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reshard.errors import printable
+from reshard.text import printable
 
 from .check import Parity
 from .differences import Altered, Difference

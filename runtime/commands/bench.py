@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
-from reshard.errors import ReshardError, UsageError, printable
+from reshard.errors import ReshardError, UsageError
 from reshard.launch.benchmark.measured import Measured, Settings
 from reshard.launch.benchmark.runs import report_of
 from reshard.launch.benchmark.start import bench_folders, report_text
 from reshard.launch.options import bench_options, job_options
 from reshard.storage.locate import find_resharded, resolve_source
+from reshard.text import printable
 
 from ..benchmark.engines import Engine, peer
 from ..benchmark.measure import measure

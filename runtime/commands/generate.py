@@ -15,11 +15,11 @@ from reshard.checkpoint.architecture import quiet_transformers
 from reshard.launch.asked import check_generation
 from reshard.launch.options import generate_options
 
-from ..distributed.replicas import gather, replicas_of, share
 from ..generation.generate import Decoding, Generated, Memory, generate_texts
 from ..generation.limits import Limits, check_decoding
 from ..generation.prompts import Prompt, chat_turns, in_chat, load_tokenizer, of_first_rank, plain, read_prompts
 from ..model.kernels import check_compile, check_sdpa, sdpa
+from ..model.shares import gather, replicas_of, share
 from .options import is_first, load_model, say
 
 __all__ = ["generate"]

@@ -9,7 +9,7 @@ import click
 
 from reshard.launch.asked import check_model_options
 from reshard.launch.switches import is_quiet
-from reshard.strategies import ALL_PARALLEL_STYLES, load_strategies
+from reshard.strategies.registry import ALL_PARALLEL_STYLES, load_strategies
 
 from ..distributed.mesh import pick_device
 from ..distributed.ranks import this_rank

@@ -17,8 +17,9 @@ from typing import Any
 import torch.distributed as dist
 
 from reshard import errors
-from reshard.errors import RemoteMovedError, ReshardError, TopologyError, printable
+from reshard.errors import RemoteMovedError, ReshardError, TopologyError
 from reshard.files.system import explained
+from reshard.text import printable
 
 from .ranks import RankInfo
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from reshard.errors import TopologyError, UsageError, printable
+from reshard.errors import TopologyError, UsageError
+from reshard.text import printable
 
 from .agreement import Deadline, UnansweredError, first_line
 from .ranks import RankInfo

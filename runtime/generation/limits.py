@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.errors import BadInputError, UsageError, printable
+from reshard.errors import BadInputError, UsageError
+from reshard.text import printable
 
 from .prompts import Prompt
 

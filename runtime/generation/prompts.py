@@ -12,9 +12,10 @@ import click
 import torch
 
 from reshard.checkpoint.architecture import quiet_transformers
-from reshard.errors import BadInputError, listed, printable
+from reshard.errors import BadInputError
 from reshard.files.system import by_errno
 from reshard.launch.prompts import STDIN, decoded, prompt_lines
+from reshard.text import listed, printable
 
 from ..distributed.agreement import Deadline, from_first
 from ..distributed.mesh import connect

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from reshard.checkpoint.architecture import model_class, on_meta, quiet_transformers
 from reshard.checkpoint.source import MANIFEST_NAME
-from reshard.errors import BadInputError, IntegrityError, UsageError, printable
+from reshard.errors import BadInputError, IntegrityError, UsageError
 from reshard.files.digest import digest_of
 from reshard.files.system import by_errno
 from reshard.operations.arguments import checked
@@ -26,7 +26,8 @@ from reshard.resharded.layout import rank_file_name
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.rank_file import written_file
 from reshard.storage.stores import as_text
-from reshard.strategies import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
+from reshard.strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
+from reshard.text import printable
 
 from ..distributed.agreement import Deadline, agree
 from ..distributed.mesh import backend_of, connect, make_mesh, pick_device

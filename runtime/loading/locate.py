@@ -12,11 +12,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from reshard.checkpoint.source import MANIFEST_NAME
-from reshard.errors import IntegrityError, TopologyError, printable
-from reshard.operations.verify import check_file
+from reshard.errors import IntegrityError, TopologyError
 from reshard.resharded.manifest import Manifest, read_manifest
-from reshard.storage.hub.place import discard
+from reshard.resharded.rank_file import check_file
+from reshard.storage.disk import discard
 from reshard.storage.locate import fetch_files, find_resharded, locate
+from reshard.text import printable
 
 from ..distributed.agreement import Deadline, UnansweredError, spoken, words_of
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from reshard.errors import IntegrityError, printable
-from reshard.files.digest import FileRecord, digest_of
+from reshard.errors import IntegrityError
+from reshard.files.digest import digest_of
 from reshard.files.dtypes import torch_name
 from reshard.files.header import TensorInfo
 from reshard.files.system import by_errno
-from reshard.resharded.rank_file import check_digests, largest_first, read_rank_header
+from reshard.resharded.rank_file import FileRecord, check_digests, largest_first, read_rank_header
+from reshard.text import printable
 
 __all__ = ["map_rank_file"]
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from reshard.errors import IntegrityError, TopologyError, printable
-from reshard.files.digest import FileRecord, new_digest
+from reshard.errors import IntegrityError, TopologyError
+from reshard.files.digest import new_digest
 from reshard.files.dtypes import torch_name
 from reshard.files.header import Header, TensorInfo
 from reshard.files.system import by_errno
-from reshard.resharded.rank_file import check_digests, largest_first, read_rank_header
+from reshard.resharded.rank_file import FileRecord, check_digests, largest_first, read_rank_header
+from reshard.text import printable
 
 __all__ = ["ALIGNMENT", "BUFFER_BYTES", "offsets", "read_rank_file"]
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from reshard.checkpoint.architecture import expected_dtypes
-from reshard.errors import VersionError, listed, printable
+from reshard.errors import VersionError
 from reshard.files.dtypes import FLOATING, holds, is_floating, torch_name
 from reshard.files.header import parse_header
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import Target
+from reshard.text import listed, printable
 
 __all__ = ["adapted"]
 

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from reshard.errors import UsageError, listed, printable
+from reshard.errors import UsageError
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import Placement, Replicate, local_shape, pieces
+from reshard.text import listed, printable
 
 from .keeping import check_views
 from .methods import given

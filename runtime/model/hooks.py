@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from reshard.sharding.topology import Topology
-from reshard.strategies import ParallelInterface, rows_of
+from reshard.strategies import rows_of
+from reshard.strategies.registry import ParallelInterface
 
 __all__ = ["install_hooks", "tp_axis"]
 

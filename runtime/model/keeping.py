@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.tensor import DTensor
 
-from reshard.errors import UsageError, printable
+from reshard.errors import UsageError
+from reshard.text import printable
 
 from .methods import give_method
 from .parameters import Kept

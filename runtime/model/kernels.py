@@ -13,9 +13,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from reshard.errors import ReshardError, UsageError, listed, printable
+from reshard.errors import ReshardError, UsageError
 from reshard.launch.asked import check_attention_takes
 from reshard.launch.options import SDPA_BACKENDS
+from reshard.text import listed, printable
 
 __all__ = [
     "SDPA_KERNELS",

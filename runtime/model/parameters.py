@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from reshard.errors import UsageError, printable
+from reshard.errors import UsageError
+from reshard.text import printable
 
 __all__ = ["Kept", "LoadedParameter", "face_of"]
 

@@ -10,10 +10,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from reshard.checkpoint.architecture import KV_GROUPS
-from reshard.errors import IntegrityError, printable
+from reshard.errors import IntegrityError
 from reshard.resharded.manifest import Manifest
 from reshard.sharding.placement import Nested, Replicate, local_shape
-from reshard.strategies import ParallelInterface, as_dtensor
+from reshard.strategies import as_dtensor
+from reshard.strategies.registry import ParallelInterface
+from reshard.text import printable
 
 from .parameters import face_of
 

@@ -15,21 +15,22 @@ import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from reshard.checkpoint.weights import INDEX_NAME
-from reshard.errors import DestinationExistsError, StorageError, UsageError, printable
+from reshard.errors import DestinationExistsError, StorageError, UsageError
 from reshard.files.system import by_errno
 from reshard.resharded.layout import Slot, file_layout
 from reshard.resharded.targets import LocalTensor
+from reshard.storage.disk import pwrite
 from reshard.storage.locate import local_folder
-from reshard.storage.output import pwrite
 from reshard.storage.outputs import OutputFiles
+from reshard.text import printable
 
 from ..distributed.agreement import Deadline, from_first, spoken, words_of
 from ..distributed.mesh import connect
 from ..distributed.ranks import RankInfo, this_rank
-from ..distributed.replicas import replicas_of
 from .full_tensor import whole_of
 from .keeping import check_views
 from .placing import owners
+from .shares import replicas_of
 from .source_tensors import Bundle, bundles
 
 __all__ = ["save_pretrained"]

@@ -11,17 +11,18 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from reshard.errors import BadInputError, printable
+from reshard.errors import BadInputError
 from reshard.strategies import (
     AllReduceParallel,
     ColwiseParallel,
-    ParallelInterface,
     RowwiseParallel,
     SequenceParallel,
     SplitSequence,
     TensorParallelLayer,
     follow,
 )
+from reshard.strategies.registry import ParallelInterface
+from reshard.text import printable
 
 __all__ = ["SplitPoints", "split_points", "split_sequence"]
 

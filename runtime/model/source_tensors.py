@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from reshard.errors import IntegrityError, printable
+from reshard.errors import IntegrityError
 from reshard.files.dtypes import torch_name, widest
 from reshard.files.header import TensorInfo, parse_header
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import LocalTensor, Target
 from reshard.sharding.regions import Region, is_run
+from reshard.text import printable
 
 __all__ = ["Bundle", "bundles"]
 

@@ -12,20 +12,20 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import runtime.loading
+import runtime.loading.load
 from reshard.errors import IntegrityError
 from reshard.strategies import ALL_PARALLEL_STYLES, ColwiseParallel
 
 PHASES = {
     "handshake": (dist, "rendezvous"),
-    "open": (runtime.loading, "locate_together"),
-    "import": (runtime.loading, "model_class"),
-    "build": (runtime.loading, "on_meta"),
-    "read": (runtime.loading, "_begin"),
-    "agree": (runtime.loading, "agree"),
-    "mesh": (runtime.loading, "make_mesh"),
+    "open": (runtime.loading.load, "locate_together"),
+    "import": (runtime.loading.load, "model_class"),
+    "build": (runtime.loading.load, "on_meta"),
+    "read": (runtime.loading.load, "_begin"),
+    "agree": (runtime.loading.load, "agree"),
+    "mesh": (runtime.loading.load, "make_mesh"),
     "group": (dist, "init_process_group"),
-    "wrap": (runtime.loading, "distribute"),
+    "wrap": (runtime.loading.load, "distribute"),
 }
 
 

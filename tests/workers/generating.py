@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runtime.kernels
 import torch
 import torch.distributed as dist
 import transformers.generation.stopping_criteria as criteria_module
 from transformers import GenerationConfig
 
 import runtime
+import runtime.model.kernels
 from reshard.errors import UsageError
 from reshard.strategies import linear
 from runtime.generation.argmax import joins_logits
@@ -241,14 +241,14 @@ def compiled(model: Any, single: Any, rank: int) -> None:
         made += 1
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    real = runtime.kernels.compile_config
-    runtime.kernels.compile_config = lambda mode: setattr_on(real(mode), backend=backend, fullgraph=True)
+    real = runtime.model.kernels.compile_config
+    runtime.model.kernels.compile_config = lambda mode: setattr_on(real(mode), backend=backend, fullgraph=True)
     expected = [Letters().decode(tokens, True) for tokens in alone(single)]
     for how in (Decoding(NEW, compiled="default"), Decoding(NEW, compiled="default", stops=("no",))):
         found = generate_texts(model, Letters(), PROMPTS, how)
         assert [one.text for one in found] == expected
     assert made == 1
-    runtime.kernels.compile_config = real
+    runtime.model.kernels.compile_config = real
 
 
 def setattr_on(value: Any, **attributes: Any) -> Any:

@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...errors import UsageError, printable
+from ...errors import UsageError
+from ...text import printable
 
 __all__ = ["check_chart", "draw"]
 

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from ...errors import ReshardError, printable
+from ...errors import ReshardError
+from ...text import printable
 from ..agent import launch
 from ..asked import look_at_folder
 from ..switches import switches_of

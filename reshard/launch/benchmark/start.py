@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from ...errors import UsageError, printable
+from ...errors import UsageError
 from ...storage.locate import resolve_source
+from ...text import printable
 from ..asked import check_model_options
 from ..failures import json_text
 from ..switches import words_of

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...checkpoint.kinds import is_licence
-from ...errors import printable
 from ...files.dtypes import torch_name
-from ...planning.report import gigabytes
 from ...resharded.as_source import source_headers
 from ...resharded.manifest import Manifest
+from ...showing.tables import gigabytes
+from ...text import printable
 from .licence import Terms
 
 __all__ = ["is_ours", "render"]

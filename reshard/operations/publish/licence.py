@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...errors import BadInputError, PolicyError, UsageError, printable
+from ...errors import BadInputError, PolicyError, UsageError
 from ...resharded.manifest import Manifest
+from ...storage.hub.address import Place
 from ...storage.hub.errors import explain
-from ...storage.hub.place import Place
 from ...storage.hub.session import again, is_unreachable
+from ...text import printable
 
 __all__ = ["Terms", "agreed", "agreed_by_hand", "check_public", "source_terms"]
 

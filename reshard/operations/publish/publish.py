@@ -9,23 +9,16 @@ from typing import Any
 
 from ...checkpoint.kinds import is_weights
 from ...checkpoint.source import MANIFEST_NAME
-from ...errors import (
-    BadInputError,
-    DestinationExistsError,
-    IntegrityError,
-    PolicyError,
-    RemoteMovedError,
-    UsageError,
-    listed,
-    printable,
-)
-from ...progress import Progress, silent
+from ...errors import BadInputError, DestinationExistsError, IntegrityError, PolicyError, RemoteMovedError, UsageError
+from ...process import Progress, silent
 from ...resharded.manifest import Manifest, read_manifest
+from ...storage.disk import discard
+from ...storage.hub.address import Place
 from ...storage.hub.errors import doing
-from ...storage.hub.place import Place, discard
 from ...storage.hub.session import RETRIES, again
 from ...storage.locate import local_folder
 from ...storage.stores import is_url
+from ...text import listed, printable
 from ..arguments import checked
 from ..verify import verify
 from .card import is_ours, render

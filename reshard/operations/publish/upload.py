@@ -9,9 +9,10 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
-from ...errors import IntegrityError, listed, printable
+from ...errors import IntegrityError
 from ...storage.hub.errors import doing
 from ...storage.hub.session import again
+from ...text import listed, printable
 
 __all__ = ["Change", "LocalFile", "holds", "upload"]
 

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ...errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError, printable
+from ...errors import BadInputError, NetworkError, RemoteMovedError, ReshardError, StorageError
 from ...files.system import LOCAL
+from ...text import printable
 from .session import BUSY, answer_of, client, is_unreachable
 
 __all__ = ["doing", "explain"]

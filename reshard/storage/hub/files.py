@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.companions import Item
-from ...errors import NetworkError, printable
+from ...errors import NetworkError
+from ...text import printable
 from ..remote import Entry, GivenUp, lacking, never
+from .address import Place
 from .errors import explain
-from .place import Place, files
 from .session import RETRIES, again, client
+from .snapshot import files
 
 __all__ = ["HubFiles"]
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ...progress import Advance
+from ...process import Advance
 
 __all__ = ["BUSY", "RETRIES", "again", "answer_of", "bar_that_tells", "client", "is_unreachable"]
 

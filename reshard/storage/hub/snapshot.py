@@ -1,4 +1,4 @@
-"""A repo of the Hub or a folder of one, what of it is fetched, and its cache."""
+"""The files of a Hub repo that match patterns, at one commit, in the cache or a folder."""
 
 from __future__ import annotations
 
@@ -7,56 +7,20 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ...errors import BadInputError, NetworkError, UsageError, printable
-from ...progress import Advance
+from ...errors import NetworkError
+from ...process import Advance
+from ...text import printable
+from .address import Place
 from .errors import explain
 from .session import again, bar_that_tells, client, is_unreachable
 
-__all__ = ["Place", "discard", "files", "folders", "is_hub_url", "is_offline", "snapshot"]
+__all__ = ["files", "folders", "is_offline", "snapshot"]
 
-_NAME = r"[A-Za-z0-9][\w.-]*"
-_PLACE = re.compile(rf"({_NAME}(?:/{_NAME})?)((?:/{_NAME})*)")
-_SCHEME = "hf://"
-_NO_MODELS = ("datasets", "spaces", "buckets")  # where the path of a URL begins so
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A Hub repo, or a folder of one: `org/name`, or `org/name/path`."""
-
-    repo_id: str
-    path: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Place:
-        """Also of the address of its page, or of `hf://org/name`.
-
-        Raises:
-            BadInputError: it is not one.
-            UsageError: the address is that of a revision, or of a file.
-        """
-        match = _PLACE.fullmatch(_address(text) if is_hub_url(text) else text.rstrip("/"))
-        if match is None or (is_hub_url(text) and match[1].split("/")[0] in _NO_MODELS):
-            raise BadInputError(f"{printable(text)}: no such folder, and not a Hub id such as org/name")
-        return cls(match[1], match[2].lstrip("/"))
-
-    def inside(self, name: str) -> str:
-        """A file's path in the repo."""
-        return f"{self.path}/{name}" if self.path else name
-
-    def __str__(self) -> str:
-        return f"{self.repo_id}/{self.path}" if self.path else self.repo_id
-
-
-def is_hub_url(text: str) -> bool:
-    """Whether a text is a URL of the Hub, and so says the same as a Hub id."""
-    return text.startswith(_SCHEME) or (text.startswith("http") and text.startswith(_endpoints()))
 
 
 def is_offline() -> bool:
@@ -64,25 +28,6 @@ def is_offline() -> bool:
     from huggingface_hub import constants
 
     return constants.is_offline_mode()
-
-
-def _endpoints() -> tuple[str, ...]:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT.rstrip('/')}/", "https://huggingface.co/", "https://hf.co/"
-
-
-def _address(url: str) -> str:
-    """The id in a URL of the Hub. Raises UsageError where it says more than a place."""
-    start = next(start for start in (_SCHEME, *_endpoints()) if url.startswith(start))
-    path = re.sub(r"[?#].*", "", url.removeprefix(start), flags=re.DOTALL).strip("/")
-    path = re.sub(rf"^({_NAME}/{_NAME})/tree/main(?=/|$)", r"\1", path)
-    further = re.match(rf"({_NAME}/{_NAME})(?:@|/(?:tree|blob|resolve|commit)/)", path)
-    if further:
-        raise UsageError(
-            f"{printable(url)}: names a revision, or a file", hint=f"give {further[1]}, and a branch with --revision"
-        )
-    return path
 
 
 def snapshot(
@@ -211,13 +156,3 @@ def files(where: Place, commit: str | None) -> dict[str, int]:
         for entry in entries
         if hasattr(entry, "size") and entry.path.startswith(start)
     }
-
-
-def discard(path: Path) -> None:
-    """Remove a file of the cache and what it links to, so that it is fetched again."""
-    while True:
-        target = path.parent / path.readlink() if path.is_symlink() else None
-        path.unlink(missing_ok=True)
-        if target is None:
-            return
-        path = target

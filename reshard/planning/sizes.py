@@ -1,0 +1,84 @@
+"""Which numbers of ranks a model allows, and the fewest whose parts fit a GPU."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import TopologyError
+from ..files.dtypes import itemsize
+from ..sharding.placement import local_shape
+from ..sharding.topology import Topology
+from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
+from ..text import printable
+from .cuts import copies_of, placement_of
+from .model import Model
+
+__all__ = ["has_plan", "legal_sizes", "refusal_of", "smallest_fit"]
+
+
+_LEAST_MEANT = 1 << 20  # bytes of a GPU: fewer are a number without its unit
+
+
+_LARGEST = 64  # ranks looked at when listing the legal sizes
+
+
+def has_plan(model: Model) -> bool:
+    return any(parameter.style for parameter in model.parameters)
+
+
+def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) -> str | None:
+    """Why the model cannot run on these ranks, or None."""
+    if topology.tp > 1 and not has_plan(model):
+        return "it has no tensor-parallel plan, so every rank would hold all of it"
+    for parameter in model.parameters:
+        heads, experts = parameter.heads, parameter.shape[:1] if parameter.expert_style else ()
+        if heads and heads % (topology.tp // copies_of(parameter, topology.tp)):
+            return f"the {heads} heads of {printable(parameter.name)} do not divide"
+        if experts and experts[0] % topology.ep:
+            return f"the {experts[0]} experts of {printable(parameter.name)} do not divide"
+        if parameter.style == "embedding_rowwise":
+            last = {"rank": topology.world_size - 1, "world_size": topology.world_size}
+            if not local_shape(placement_of(parameter, strategies, topology), parameter.shape, **last)[0]:
+                return f"the {parameter.shape[0]} rows of {printable(parameter.name)} leave a rank without any"
+    return None
+
+
+def legal_sizes(
+    model: Model, *, strategies: ParallelInterface = ALL_PARALLEL_STYLES, most: int = _LARGEST
+) -> dict[int, str | None]:
+    """For each number of tensor-parallel ranks up to `most`: None where it fits, else why it does not."""
+    return {size: refusal_of(model, strategies, Topology(size)) for size in range(1, most + 1)}
+
+
+def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory: int) -> Topology:
+    """The fewest tensor-parallel ranks with `ep` that the model allows, none of which holds more than `memory` bytes of
+    weights. Raises TopologyError where there are none."""
+    least = None
+    for tp in range(1, _LARGEST + 1):
+        if tp % ep and ep % tp:
+            continue
+        topology = Topology(tp, ep)
+        if refusal_of(model, strategies, topology) is None:
+            least = _largest_part(model, strategies, topology)
+            if least <= memory:
+                return topology
+    if least is None:
+        raise TopologyError(f"no number of ranks with ep {ep} fits {model.architecture}")
+    raise TopologyError(
+        f"{model.architecture}: no number of ranks up to {_LARGEST} brings the weights of each under {memory:,} bytes;"
+        f" the most have {least:,}",
+        hint="what is whole on every rank is listed by reshard plan --tp-size N"
+        if memory >= _LEAST_MEANT
+        else "24 GB are 24e9 bytes, or --gpu-memory 24GB",
+    )
+
+
+def _largest_part(model: Model, strategies: ParallelInterface, topology: Topology) -> int:
+    """Bytes of the parameters of rank 0, which has the largest part of each, as torch.chunk cuts."""
+    first = {"rank": 0, "world_size": topology.world_size}
+    return sum(
+        math.prod(local_shape(placement_of(parameter, strategies, topology), parameter.shape, **first))
+        * itemsize(parameter.dtype)
+        for parameter in model.parameters
+        if parameter.name not in model.tied
+    )

@@ -1,0 +1,58 @@
+"""Parameters as the rows of a report, those of all layers that look the same together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ..sharding.placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
+from ..text import printable
+
+__all__ = ["placement_text", "replicated_bytes", "rows"]
+
+
+def placement_text(placement: Placement) -> str:
+    """A placement as torch would write it."""
+    if isinstance(placement, Replicate):
+        return "Replicate()"
+    if isinstance(placement, Shard):
+        return f"Shard({placement.dim})"
+    if isinstance(placement, Explicit):
+        return f"{sum(map(len, placement.boxes))} boxes"
+    if isinstance(placement, Nested):
+        outer = placement_text(placement.outer)
+        if isinstance(placement.inner, Replicate):
+            return f"{outer}, {placement.row} copies"
+        return f"{outer}, {placement_text(placement.inner)}"
+    blocks = placement.blocks
+    packed = f"{len(blocks)}×{blocks[0]}" if len(set(blocks)) == 1 else "|".join(map(str, blocks))
+    return f"PackedShard({placement.dim}, {packed})"
+
+
+def rows(parameters: Iterable[Any], world_size: int) -> list[dict[str, Any]]:
+    """One row for each kind of parameter: those of all layers that look the same stand together."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for parameter in parameters:
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", parameter.name)
+        placement = placement_text(parameter.placement)
+        row = found.setdefault(
+            (pattern, parameter.shape, parameter.dtype, parameter.style, placement),
+            {
+                "parameter": printable(pattern),
+                "count": 0,
+                "shape": list(parameter.shape),
+                "dtype": parameter.dtype,
+                "style": parameter.style,
+                "placement": placement,
+                "rank_0_shape": list(local_shape(parameter.placement, parameter.shape, rank=0, world_size=world_size)),
+                "reason": parameter.reason,
+            },
+        )
+        row["count"] += 1
+    return list(found.values())
+
+
+def replicated_bytes(parameters: Iterable[Any]) -> int:
+    """Bytes that every rank file repeats."""
+    return sum(parameter.nbytes for parameter in parameters if isinstance(parameter.placement, Replicate))

@@ -1,0 +1,108 @@
+"""The reports of plans and manifests in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..sharding.topology import Topology
+from ..text import printable
+from .tables import gigabytes, table
+
+__all__ = ["manifest_text", "plan_text", "sizes_text"]
+
+
+_NOTE = 1000  # characters shown of a remark
+
+
+def _parameter_table(found: Sequence[Mapping[str, Any]], dtype: str, width: int | None) -> str:
+    """Every row's dtype is `dtype` but where it says another."""
+    lines: list[Sequence[Any]] = [("parameter", "×", "shape", "dtype", "style, or why whole", "placement", "on rank 0")]
+    for row in found:
+        lines.append(
+            (
+                row["parameter"],
+                str(row["count"]),
+                "×".join(map(str, row["shape"])) or "scalar",
+                "" if row["dtype"] == dtype else row["dtype"],
+                row["reason"] or row["style"],
+                row["placement"],
+                "×".join(map(str, row["rank_0_shape"])) or "scalar",
+            )
+        )
+    return table(lines, width=width, shorten=((4, 12), (5, 12), (0, 21)))
+
+
+def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
+    """The legal numbers of ranks, and for the usual others why not."""
+    legal = [size for size, why in sizes.items() if why is None]
+    lines = ["legal tp sizes: " + ", ".join(map(str, legal))]
+    usual = [size for size in sizes if size & (size - 1) == 0 and sizes[size] is not None]
+    return lines + [f"  not {size}: {sizes[size]}" for size in usual[:3]]
+
+
+def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:
+    """The plan's report in words; its table in at most `width` characters."""
+    lines = [
+        f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}",
+        "",
+        _parameter_table(report["parameters"], report["dtype"], width),
+        "",
+    ]
+    ranks = report["rank_bytes"]
+    lines.append(f"rank files: {gigabytes(max(ranks))} each at most, {gigabytes(sum(ranks))} in all")
+    lines.append(f"replicated in every file: {gigabytes(report['replicated_bytes'])}")
+    lines.append(
+        f"disk needed: {gigabytes(report['disk_bytes'])}, memory: {gigabytes(report['memory_bytes'])} of blocks"
+    )
+    lines += _notes(report)
+    if report["ep_sizes"]:
+        lines.append("legal ep sizes: " + ", ".join(map(str, report["ep_sizes"])))
+    lines += sizes_text({int(size): why for size, why in report["tp_sizes"].items()})
+    return "\n".join(lines)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(printable, names))
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    lines = [f"tied: {printable(name)} → {printable(owner)}" for name, owner in report["tied"].items()]
+    for key, words in (("unused", "not used by the model, kept apart"), ("dropped", "not used by the model, dropped")):
+        if report[key]:
+            some = ", ".join(printable(name) for name in report[key][:3])
+            lines.append(f"{words}: {len(report[key])} tensors ({some}{' …' if len(report[key]) > 3 else ''})")
+    if report.get("unused_rules"):
+        lines.append("rules that match nothing here: " + _listed(report["unused_rules"]))
+    if report.get("corrected_rules"):
+        lines.append("rules of the model that cannot be right, put right: " + _listed(report["corrected_rules"]))
+    for name, strategy in report["custom_strategies"].items():
+        lines.append(f"custom strategy: {printable(name)} ({printable(strategy)})")
+    reasons = [printable(reason) for reason in report["runtime_only"]]
+    lines.append("opens in plain transformers: " + (f"no, {'; '.join(reasons)}" if reasons else "yes"))
+    return lines + [printable(note, _NOTE) for note in report.get("notes", ())]
+
+
+def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
+    """The manifest's report in words; its tables in at most `width` characters."""
+    origin = report["source"]["repo_id"]
+    source = f" from {origin}@{report['source']['commit']}" if origin else ""
+    tool = ", ".join(f"{name} {version}" for name, version in report["tool"].items())
+    lines = [
+        printable(f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}{source}"),
+        printable(f"made by {tool}"),
+        "",
+        _parameter_table(report["parameters"], report["dtype"], width),
+        "",
+        table(
+            [("rank file", "size", "digest")]
+            + [(r["file"], gigabytes(r["size"]), r["digest"]) for r in report["ranks"]],
+            width=width,
+            shorten=((2, 16), (0, 16)),
+        ),
+        "",
+        f"replicated in every file: {gigabytes(report['replicated_bytes'])}",
+        f"copied along: {', '.join(printable(name) for name in report['extras']) or 'nothing'}",
+        *_notes(report),
+    ]
+    return "\n".join(lines)
