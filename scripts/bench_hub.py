@@ -22,7 +22,7 @@ import click
 from bench_common import in_turn, same_memory
 from big_checkpoints import LLAMA_1B, write
 
-TESTS = Path(__file__).parent.parent / "tests"  # where the stand-in for the Hub is
+TESTS = Path(__file__).parent.parent / "tests" / "tools"  # where the stand-in for the Hub is
 RESHARD = [sys.executable, "-P", "-m", "reshard"]
 DOWNLOAD = """
 import sys

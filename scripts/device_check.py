@@ -52,7 +52,7 @@ class Case:
         job["compiler"] = "inductor" if self.gpus else "aot_eager"
         job |= {name: str(folder / name) for name in ("source", "fp32", "bf16")}
         (folder / "job.json").write_text(json.dumps(job))
-        worker = ROOT / "tests" / "workers" / "on_device.py"
+        worker = ROOT / "tests" / "tools" / "workers" / "on_device.py"
         return [str(worker), str(folder / "job.json"), str(folder / "found.json")]
 
 
@@ -175,7 +175,12 @@ def main() -> int:
         say(f"this environment lacks: {', '.join(missing)}. Unpacked elsewhere, it is found by PYTHONPATH.")
         return 2
     # Those whom this starts find reshard and runtime here, ask no network, and leave nothing behind.
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [
+        str(ROOT),
+        str(ROOT / "tests" / "tools"),
+        str(ROOT / "scripts"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     sys.path[:0] = paths[:2]  # scripts is there
     quiet = dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "PYTHONDONTWRITEBYTECODE"), "1")
     os.environ.update({**quiet, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"})

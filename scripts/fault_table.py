@@ -65,13 +65,15 @@ def marks(path: Path) -> Iterator[tuple[int, str, bool]]:
         slow = "pytest.mark.slow" in decorators
         for item in node.decorator_list:
             if isinstance(item, ast.Call) and ast.unparse(item.func) == "pytest.mark.fault":
-                yield from ((ast.literal_eval(number), f"{path.stem}::{node.name}", slow) for number in item.args)
+                yield from (
+                    (ast.literal_eval(number), f"{path.relative_to(TESTS)}::{node.name}", slow) for number in item.args
+                )
 
 
 def table() -> str:
     """The text of the file. Raises ValueError where a fault has no test, or a test is of a fault unknown."""
     tests: dict[int, list[str]] = defaultdict(list)
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py")):
         for fault, name, slow in marks(path):
             tests[fault].append(name + (" (slow)" if slow else ""))
     if tests.keys() != FAULTS.keys():

@@ -1,0 +1,254 @@
+"""A format that can grow: what a reader does not know it refuses and names, and what needs nothing new is as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import old_reader
+import pico
+import pytest
+from cli_tools import reseal
+from golden import VERSIONS as GOLDEN
+from jsonschema import Draft202012Validator
+from places import DATA
+
+import reshard
+from reshard.checkpoint.source import MANIFEST_NAME
+from reshard.errors import IntegrityError, VersionError
+from reshard.resharded import versions
+from reshard.resharded.manifest import Manifest, read_manifest
+from reshard.resharded.versions import CLOSED, FEATURES, OPEN, version_members
+
+SCHEMA = json.loads((files("reshard") / "manifest.schema.json").read_text())
+CHECK = Draft202012Validator(SCHEMA)
+FAMILIES = {"mixtral": {"tp_size": 2}, "gemma2": {"tp_size": 2, "dtype": "bfloat16"}, "qwen3_moe": {"tp_size": 4}}
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DATA / "golden-2.0", tmp_path / "golden"))
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_bytes())
+    return content
+
+
+# --- the reader ---
+
+
+def twisted(content: dict[str, Any]) -> None:
+    content["parameters"][0]["placement"] = {"type": "twist", "turns": 3}
+
+
+def unit(content: dict[str, Any]) -> None:
+    cut = next(p for p in content["parameters"] if p["placement"]["type"] == "shard")
+    cut["placement"]["unit"] = 8
+
+
+def within(content: dict[str, Any]) -> None:
+    nested = next(p for p in content["parameters"] if p["placement"]["type"] == "nested")
+    nested["placement"]["outer"]["unit"] = 8
+
+
+# Of any version: what says which part a rank holds.
+CUTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a placement": (twisted, "a placement twist"),
+    "a placement's member": (unit, "a placement shard with unit"),
+    "one within another": (within, "a placement shard with unit"),
+    "an axis of the mesh": (lambda content: content["mesh"].update(pp=2), "a mesh axis pp"),
+}
+# Of 2.x, which has no word for what can be passed over.
+MEMBERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "of the manifest": (lambda content: content.update(cuts=[]), "has cuts"),
+    "requires": (lambda content: content.update(requires=[]), "has requires"),
+    "of the model": (lambda content: content["model"].update(heads=4), "has model.heads"),
+    "of the source": (lambda content: content["source"].update(etag="x"), "has source.etag"),
+    "of a source file": (lambda content: content["source"]["files"][-1].update(part=1), "has source.files.part"),
+    "of a parameter": (lambda content: content["parameters"][-1].update(bundle="b"), "has parameters.bundle"),
+    "of a rank file": (lambda content: content["ranks"][1].update(blocks=[]), "has ranks.blocks"),
+    "of the unused file": (lambda content: content["unused"].update(blocks=[]), "has unused.blocks"),
+    "of a copied file": (lambda content: content["extras"][0].update(kind="x"), "has extras.kind"),
+}
+
+
+def version(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        content["format_version"] = name
+        if name.startswith("3"):
+            content.setdefault("requires", [])
+
+    return change
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("number", ["2.0", "2.1", "3.0", "3.9"])
+@pytest.mark.parametrize("what", CUTS)
+def test_a_cut_that_is_not_known_is_refused_in_every_version(what: str, number: str, golden: Path) -> None:
+    change, words = CUTS[what]
+    reseal(golden, lambda content: (version(number)(content), change(content)))
+    with pytest.raises(VersionError, match=rf"format version {number} has {words}, which this release") as caught:
+        read_manifest(golden)
+    assert caught.value.hint == "upgrade reshard"
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("number", ["2.0", "2.1"])
+@pytest.mark.parametrize("what", MEMBERS)
+def test_of_2_every_other_member_is_refused(what: str, number: str, golden: Path) -> None:
+    change, words = MEMBERS[what]
+    reseal(golden, lambda content: (version(number)(content), change(content)))
+    with pytest.raises(VersionError, match=rf"format version {number} {words}, which this release"):
+        read_manifest(golden)
+
+
+@pytest.mark.parametrize("what", set(MEMBERS) - {"requires"})
+def test_of_3_only_what_is_required(what: str, golden: Path) -> None:
+    before = read_manifest(golden)
+    reseal(golden, lambda content: (version("3.0")(content), MEMBERS[what][0](content)))
+    assert read_manifest(golden) == before
+    reseal(golden, lambda content: content.update(requires=["zoom", "bundles", "cuts"]))
+    with pytest.raises(VersionError, match=r"format version 3\.0 needs bundles, cuts, zoom, which this release"):
+        read_manifest(golden)
+
+
+@pytest.mark.parametrize("requires", [None, "cuts", [1], {}, [None]])
+def test_what_is_required_is_a_list_of_names(requires: Any, golden: Path) -> None:
+    reseal(golden, lambda content: content.update(format_version="3.0", requires=requires))
+    with pytest.raises(IntegrityError, match="incomplete or malformed"):
+        read_manifest(golden)
+
+
+def test_an_altered_manifest_is_no_newer_one(golden: Path) -> None:
+    text = (
+        (golden / MANIFEST_NAME).read_text().replace('"format_version": "2.0",', '"format_version": "2.0",\n"new": 1,')
+    )
+    (golden / MANIFEST_NAME).write_text(text)
+    with pytest.raises(IntegrityError, match="does not match its seal"):
+        read_manifest(golden)
+
+
+# --- the writer ---
+
+
+def test_what_needs_nothing_new_is_written_as_before(golden: Path) -> None:
+    assert read_manifest(golden).to_bytes() == (golden / MANIFEST_NAME).read_bytes()
+    assert version_members(read_manifest(golden)) == {"format_version": CLOSED}
+
+
+def test_a_feature_adds_its_name_in_one_place(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer finds from the content what is needed; a release without the name refuses what was written."""
+    manifest = read_manifest(golden)
+
+    def has_unused(manifest: Manifest) -> bool:
+        return manifest.unused_file is not None
+
+    with monkeypatch.context() as patch:
+        for name in ("zoom", "remains"):
+            patch.setitem(FEATURES, name, has_unused)
+        patch.setitem(FEATURES, "bundles", lambda _: False)
+        (golden / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+        content = content_of(golden)
+        assert (content["format_version"], content["requires"]) == (OPEN, ["remains", "zoom"])
+        assert read_manifest(golden) == manifest
+        CHECK.validate(content)
+    with pytest.raises(VersionError, match="needs remains, zoom"):
+        read_manifest(golden)
+    assert old_reader.read("2.0", golden)[0] == 8
+
+
+# --- the reader that was released ---
+
+
+@pytest.mark.fault(23)
+def test_the_released_reader_refuses_3(golden: Path) -> None:
+    assert old_reader.read("2.0", golden) == (0, "Qwen3MoeForCausalLM\n")
+    reseal(golden, lambda content: content.update(format_version="3.0", requires=["cuts"]))
+    code, line = old_reader.read("2.0", golden)
+    assert code == 8, line
+    assert "format version 3.0, this release reads 2.0" in line
+
+
+def test_the_released_reader_reads_what_is_written_now(tmp_path: Path) -> None:
+    pico.save("mixtral", tmp_path / "source", num_hidden_layers=1)
+    reshard.convert(tmp_path / "source", tmp_path / "out", tp_size=2)
+    assert old_reader.read("2.0", tmp_path / "out") == (0, "MixtralForCausalLM\n")
+
+
+# --- the schema ---
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("number", GOLDEN)
+def test_golden_folders_fit_the_schema(number: str) -> None:
+    CHECK.validate(content_of(DATA / f"golden-{number}"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp(request.param)
+    pico.save(request.param, root / "source", num_hidden_layers=1, num_key_value_heads=2)
+    reshard.convert(root / "source", root / "out", **FAMILIES[request.param])
+    return content_of(root / "out")
+
+
+def test_fresh_folders_fit_the_schema(fresh: dict[str, Any]) -> None:
+    CHECK.validate(fresh)
+    CHECK.validate({**fresh, "format_version": "3.0", "requires": ["cuts"], "cuts": []})
+
+
+def test_an_explicit_placement_fits_the_schema() -> None:
+    from reshard.resharded.placement_json import placement_to_json
+    from reshard.sharding.placement import Explicit, Piece
+
+    placement = Explicit(((2, 3), (0, 3)), ((Piece((0, 0), (2, 3), (0, 0)),), ()))
+    content = content_of(DATA / "golden-2.0")
+    content["parameters"][0]["placement"] = json.loads(json.dumps(placement_to_json(placement)))
+    CHECK.validate(content)
+
+
+@pytest.mark.parametrize("what", {**CUTS, **MEMBERS})
+def test_the_schema_knows_no_more_than_the_reader(what: str) -> None:
+    content = content_of(DATA / "golden-2.0")
+    {**CUTS, **MEMBERS}[what][0](content)
+    assert not CHECK.is_valid(content)
+    version("3.0")(content)
+    assert CHECK.is_valid(content) == (what in MEMBERS)
+
+
+def test_nor_does_it_want_less(fresh: dict[str, Any]) -> None:
+    """Without a member that the reader wants, it does not fit."""
+    content = copy.deepcopy(fresh)
+    optional = {"tensors", "compute_dtype", "reason", "ep"}
+    places = [content, *(content[name] for name in ("model", "source", "mesh")), content["source"]["files"][0]]
+    places += [content["parameters"][0], content["parameters"][0]["placement"], content["ranks"][0]]
+    for place in places:
+        for key in set(place) - optional:
+            kept = place.pop(key)
+            assert not CHECK.is_valid(content), key
+            place[key] = kept
+    CHECK.validate(content)
+
+
+def test_the_members_are_those_of_the_schema() -> None:
+    """Two lists of them, one that any tool reads and one that costs a reader nothing: they are the same."""
+    defined = SCHEMA["$defs"]
+    where = {
+        (): "manifest",
+        ("model",): "model",
+        ("source",): "source",
+        ("source", "files"): "source_file",
+        ("parameters",): "parameter",
+        **dict.fromkeys([("ranks",), ("unused",), ("extras",)], "file"),
+    }
+    assert {way: set(defined[name]["properties"]) for way, name in where.items()} == versions._MEMBERS
+    assert set(defined["mesh"]["properties"]) == versions._AXES

@@ -1,0 +1,108 @@
+"""A folder of every format version stays readable: it was made once, by the release that wrote that version.
+
+What it holds of the format: several source files, fused experts (regions), packed blocks and a KV head that two ranks
+share (placements), a tensor that the model does not use, and copied files; that of 3.0 also what is required in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+from cli_tools import INDEX, Cli, rewrite, weight_map
+from golden import VERSIONS
+from places import DATA, WORKERS
+from torchrun_tools import on_ranks
+
+import reshard
+from reshard.resharded.versions import CLOSED, FEATURES, OPEN
+from reshard.sharding.placement import Nested, PackedShard, Replicate, Shard
+
+PARITY = WORKERS / "parity.py"
+IDS = [[3, 14, 15, 9], [2, 6, 5, 20]]
+NEW_TOKENS = 4
+
+
+def make(folder: Path) -> None:
+    """How a golden folder is made, with what is expected of it beside. Once for each format version."""
+    sizes = {"vocab_size": 21, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = {"num_experts": 2, "moe_intermediate_size": 6, "num_key_value_heads": 1, "head_dim": 4}
+    source = folder.with_name("golden-source")
+    pico.save("qwen3_moe", source, shard_bytes=4000, mlp_only_layers=[], **sizes, **experts)
+    (source / "LICENSE").write_text("do as you please\n")
+    if folder.name.endswith(OPEN):
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "brief.jinja").write_text("{{ messages[0].content }}\n")
+    last = max(source.glob("*.safetensors"))
+    rewrite(last, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(2)}))
+    weight_map(source, lambda names: names.update({"model.rotary_emb.inv_freq": last.name}))
+    reshard.convert(source, folder, tp_size=2)
+    computed = compute(folder, folder.parent)
+    expected = {
+        "logits": computed["logits"].tolist(),
+        "tokens": computed["tokens"],
+        "sha256": digests(source),
+    }
+    folder.with_suffix(f"{folder.suffix}.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the index, which is no original: merging writes another that says the same."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def compute(folder: Path, scratch: Path) -> dict:
+    """Logits and greedy tokens of the folder, on two processes."""
+    jobs, out = scratch / "jobs.json", scratch / "out.json"
+    jobs.write_text(json.dumps([{"name": "golden", "folder": str(folder), "ids": IDS, "new_tokens": NEW_TOKENS}]))
+    done = on_ranks(2, str(PARITY), str(jobs), str(out))
+    assert done.returncode == 0, done.stderr
+    return {**torch.load(f"{out}.golden.pt"), "tokens": json.loads(out.read_text())["golden"]["tokens"]}
+
+
+@pytest.fixture(params=VERSIONS)
+def golden(request: pytest.FixtureRequest) -> Path:
+    return DATA / f"golden-{request.param}"
+
+
+def expected(golden: Path) -> dict:
+    return json.loads((DATA / f"{golden.name}.json").read_text())
+
+
+def test_the_current_version_has_one() -> None:
+    assert [CLOSED, *([OPEN] if FEATURES else [])] == VERSIONS
+
+
+@pytest.mark.fault(23)
+def test_inspect(golden: Path, cli: Cli) -> None:
+    result = cli("inspect", golden, "--format", "json")
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out)["world_size"] == 2
+    manifest = reshard.inspect(golden)
+    assert {type(target.placement) for target in manifest.parameters} == {Shard, Replicate, PackedShard, Nested}
+    assert manifest.unused_file is not None
+    assert max(len(target.regions) for target in manifest.parameters) > 1
+
+
+@pytest.mark.fault(23)
+def test_verify(golden: Path, cli: Cli) -> None:
+    assert cli("verify", golden).code == 0
+
+
+@pytest.mark.fault(23)
+def test_merge_gives_the_original_files(golden: Path, tmp_path: Path) -> None:
+    reshard.merge(golden, tmp_path / "merged")
+    assert digests(tmp_path / "merged") == expected(golden)["sha256"]
+
+
+@pytest.mark.fault(23)
+def test_load_computes_what_it_did(golden: Path, tmp_path: Path) -> None:
+    got, wanted = compute(golden, tmp_path), expected(golden)
+    logits = torch.tensor(wanted["logits"])
+    assert (got["logits"] - logits).abs().max() <= 1e-5 * logits.abs().max()
+    assert got["tokens"] == wanted["tokens"]

@@ -1,0 +1,40 @@
+"""Ways to decode that must give the same tokens: without gathering logits, compiled, with a static cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pico
+import pytest
+from places import WORKERS
+
+import reshard
+
+
+@pytest.mark.parametrize(
+    ("family", "gathers", "backend"),
+    [
+        ("llama", "once", "aot_eager"),
+        ("qwen3_moe", "once", "aot_eager"),
+        ("gemma2", "always", "aot_eager"),  # its logits are capped after the head
+        pytest.param("llama", "once", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_every_way_to_decode_gives_the_same_tokens(family: str, gathers: str, backend: str, tmp_path: Path) -> None:
+    source = pico.save(family, tmp_path / "source")
+    reshard.convert(source, tmp_path / "out", tp_size=2, sync=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = WORKERS / "decoding.py"
+    done = subprocess.run(
+        [*command, str(worker), str(source), str(tmp_path / "out"), gathers, backend],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "all ways agree" in done.stdout

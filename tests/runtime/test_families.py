@@ -1,0 +1,132 @@
+"""Whatever family of model transformers can shard: resharded, it computes what one process does.
+
+CI runs a sample that uses every style and every conversion there is; `scripts/families --write` runs all families on
+all meshes and writes the table that is checked here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import families
+import family_report
+import matrix
+import pytest
+import torch
+import transformers
+from places import ROOT
+from safetensors.torch import load_file
+from transformers import conversion_mapping
+
+import reshard
+from reshard.planning.corrections import CORRECTIONS
+
+SAMPLE = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_oss", "deepseek_v2"),
+    *("deepseek_v3", "qwen3_moe", "mixtral", "qwen3_next", "longcat_flash", "mimo_v2_flash", "falcon_h1"),
+    *("llava", "qwen2_5_vl", "gemma3", "mistral3", "llama4", "aria", "t5gemma2"),
+    # upstream is wrong, or refuses
+    *("hrm_text", "step3p7", "qwen3_vl_moe", "inkling2", "inkling_text", "ernie4_5_vl_moe", "minimax_m3_vl"),
+    *("doge", "esmc", "gemma3n_text", "neomme", "glm5_next_text", "diffusion_gemma"),
+    *("dory", "inkling2_loop_text"),  # conversions that 5.24 brought
+)
+# Why a family is not in the walk, where that is not for want of a package.
+UNBUILT = {
+    "diffusion_gemma": "its configuration has no vision part by default (5.17)",
+    "esmfold2": "no small configuration of it is known",
+    "gemma4_assistant": "drafts for another model, from that one's cache",
+    "gemma4_unified_assistant": "as gemma4_assistant",
+    "granite4_vision": "its default configuration is of another text model (5.17)",
+    "qwen2_5_omni": "wants a file of voices beside the weights",
+    "qwen3_omni_moe": "has no forward: its thinker and talker are in the walk",
+}
+TABLES = sorted(path.stem.removeprefix("families-") for path in family_report.DATA.glob("families-*.jsonl"))
+NEWEST = TABLES[-1]
+
+
+def broken(rows: list[matrix.Row]) -> list[matrix.Row]:
+    return [row for row in rows if row.step in ("convert", "run", "parity") and not row.ok]
+
+
+@pytest.mark.parametrize(("tp", "ep"), family_report.MESHES)
+def test_sample(tp: int, ep: int, tmp_path: Path) -> None:
+    rows = matrix.walk(tmp_path, tp, ep, SAMPLE)
+    assert broken(rows) == []
+    assert sum(row.ok for row in rows) >= (10 if ep > 1 else 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "ep"), family_report.MESHES)
+def test_every_family(tp: int, ep: int, tmp_path: Path) -> None:
+    rows = matrix.walk(tmp_path, tp, ep)
+    assert broken(rows) == []
+    assert sum(row.ok for row in rows) >= (80 if ep > 1 else 190)
+
+
+@pytest.fixture(params=TABLES)
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The written table of one release of transformers."""
+    return family_report.read(request.param)
+
+
+def test_there_is_a_table_of_both_ends() -> None:
+    assert TABLES == ["5.17", "5.23"]
+
+
+def test_every_family_of_the_table_is_exact_or_explained(table: list[dict[str, Any]]) -> None:
+    unexplained = []
+    for record in table:
+        lacks = re.search(r"requires the \w+ library|does not export", record["reason"])
+        if not family_report.is_exact(record) and not lacks and record["family"] not in UNBUILT:
+            unexplained.append(record)
+    assert unexplained == []
+
+
+def test_the_sample_uses_every_style_and_every_conversion() -> None:
+    def used(records: list[dict[str, Any]]) -> set[str]:
+        return {name for record in records for name in (*record["styles"], *record["conversions"])}
+
+    everything = family_report.read(NEWEST)
+    assert used([record for record in everything if record["family"] in SAMPLE]) == used(everything)
+
+
+@pytest.mark.skipif("molmo2_text" not in families.MODEL_TYPES, reason="not in this transformers")
+def test_a_conversion_that_no_family_with_a_plan_uses(tmp_path: Path) -> None:
+    """Molmo2 has no plan, and the only `Split`: with it and the walk, every registered conversion has been run."""
+    config = families.small_config("molmo2_text")
+    model = transformers.AutoModel.from_config(config)
+    reshard.convert(families.save(model, tmp_path / "source"), tmp_path / "out", tp_size=1)
+    stored = load_file(tmp_path / "out" / "shard-00001-model-00001-of-00001.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stored[name], tensor), name
+    registered = {
+        type(operation).__name__
+        for entries in conversion_mapping._build_checkpoint_conversion_mapping().values()
+        for entry in entries
+        for operation in getattr(entry, "operations", ())
+    }
+    records = family_report.read(NEWEST)
+    walked = {name for record in records for name in record["conversions"]}
+    for family in set(SAMPLE) & set(families.MODEL_TYPES) - {record["family"] for record in records}:
+        walked |= set(matrix.conversions(families.build(family)))
+    assert registered <= walked | {"Split"}
+
+
+def test_plans_put_right_are_wrong_upstream() -> None:
+    """A correction that no supported release has need of would only cost speed."""
+    wrong = set()
+    for record in (record for version in TABLES for record in family_report.read(version)):
+        error = record.get("upstream", 0.0)
+        if isinstance(error, str) or error > matrix.EXACT:
+            wrong |= {record["family"], f"{record['family']}_text"}
+    assert set(CORRECTIONS) <= wrong
+
+
+def test_the_readme_says_what_the_tables_say() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for version in TABLES:
+        records = family_report.read(version)
+        exact, built = sum(map(family_report.is_exact, records)), sum(bool(r["meshes"]) for r in records)
+        assert f"{exact} of the {built} families" in readme, version

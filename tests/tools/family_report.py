@@ -1,0 +1,106 @@
+"""The table of families: printed for one mesh, or written for all of them as data that the tests read."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import families
+import matrix
+import transformers
+from places import DATA
+
+# (tp, ep) of the written table; transformers' own tensor parallelism is run for the first.
+MESHES = ((2, 1), (4, 1), (2, 2))
+
+
+def release() -> str:
+    """The installed transformers, as the data is named."""
+    return ".".join(transformers.__version__.split(".")[:2])
+
+
+def read(version: str) -> list[dict[str, Any]]:
+    """The written table: one record for each family."""
+    return [json.loads(line) for line in (DATA / f"families-{version}.jsonl").read_text().splitlines()]
+
+
+def is_exact(record: dict[str, Any]) -> bool:
+    """Whether a family was run on some mesh, and computed on all what one process does."""
+    return bool(record["meshes"]) and all(
+        result.get("error", 1) <= matrix.EXACT and result.get("tokens") is not False
+        for result in record["meshes"].values()
+    )
+
+
+@click.command()
+@click.option("--tp", type=int, default=2)
+@click.option("--ep", type=int, default=1)
+@click.option("--upstream", is_flag=True, help="Also run transformers' own tensor parallelism.")
+@click.option("--write", is_flag=True, help="Walk all meshes and write the table into tests/data.")
+@click.argument("model_types", nargs=-1)
+def main(tp: int, ep: int, upstream: bool, write: bool, model_types: tuple[str, ...]) -> None:
+    """Walk the families and say how far each came."""
+    chosen = model_types or families.MODEL_TYPES
+    if write:
+        records = _records({mesh: _walk(*mesh, chosen, upstream=mesh == MESHES[0]) for mesh in MESHES})
+        DATA.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (DATA / f"families-{release()}.jsonl").write_text(lines)
+        click.echo(f"{sum(map(is_exact, records))} of {len(records)} families are exact on every mesh")
+        return
+    rows = _walk(tp, ep, chosen, upstream=upstream)
+    for row in rows:
+        click.echo(f"{row.family:36} {'ok' if row.ok else row.step:10} {_said(row)}")
+    steps = Counter("compute what one process does" if row.ok else f"end at: {row.step}" for row in rows)
+    click.echo(f"tp {tp}, ep {ep}: " + ", ".join(f"{count} {words}" for words, count in steps.most_common()))
+
+
+def _walk(tp: int, ep: int, model_types: tuple[str, ...], *, upstream: bool) -> list[matrix.Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        return matrix.walk(Path(folder), tp, ep, model_types, upstream=upstream)
+
+
+def _said(row: matrix.Row) -> str:
+    if row.error is None:
+        return row.detail
+    tokens = {True: "tokens equal", False: "tokens differ", None: row.detail}[row.equal_tokens]
+    theirs = f"{row.upstream:.1e}" if isinstance(row.upstream, float) else row.upstream
+    return f"max rel {row.error:.1e}, {tokens}; {' '.join(row.styles)}" + (f"; upstream {theirs}" if theirs else "")
+
+
+def _records(walks: dict[tuple[int, int], list[matrix.Row]]) -> list[dict[str, Any]]:
+    """One record for each family: what it uses, how far it came on each mesh, and how far upstream came."""
+    found: dict[str, dict[str, Any]] = {}
+    for (tp, ep), rows in walks.items():
+        for row in rows:
+            record = found.setdefault(
+                row.family, {"family": row.family, "styles": [], "conversions": [], "meshes": {}, "reason": ""}
+            )
+            record["styles"] = sorted({*record["styles"], *row.styles})
+            record["conversions"] = list(row.conversions) or record["conversions"]
+            if row.step in ("not built", "single"):
+                record["reason"] = f"{row.step}: {row.detail}"
+                continue
+            mesh = f"tp{tp}" if ep == 1 else f"tp{tp} ep{ep}"
+            record["meshes"][mesh] = _result(row)
+            if row.upstream is not None:
+                record["upstream"] = _short(row.upstream)
+    return list(found.values())
+
+
+def _result(row: matrix.Row) -> dict[str, Any]:
+    if row.error is None:
+        return {"failed": f"{row.step}: {row.detail}"}
+    return {"error": _short(row.error), **({} if row.equal_tokens is None else {"tokens": row.equal_tokens})}
+
+
+def _short(error: float | str) -> float | str:
+    return float(f"{error:.1e}") if isinstance(error, float) else error
+
+
+if __name__ == "__main__":
+    main()

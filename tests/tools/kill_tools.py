@@ -1,0 +1,127 @@
+"""End a conversion at any system call it makes, as kill -9 would, and count what it writes.
+
+Jobs run in a fork server that has the libraries imported, so that a sweep over hundreds of calls takes seconds.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reshard.execution.journal import Journal
+
+__all__ = ["KILLED", "convert_until", "interrupted_after", "server"]
+
+KILLED = 77
+_CALLS = ("pwrite", "write", "open", "fsync", "ftruncate", "posix_fallocate", "mkdir", "unlink", "replace", "rename")
+
+
+@contextlib.contextmanager
+def interrupted_after(claims: int) -> Iterator[None]:
+    """Ctrl-C in this process, once the journal has so many claims."""
+    real, count = Journal.add, itertools.count(1)
+
+    def add(self: Journal, *arguments: str) -> None:
+        real(self, *arguments)
+        if next(count) == claims:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["kill_tools", "reshard.operations.convert", "transformers.models.llama.modeling_llama"]
+    )
+    return context
+
+
+def convert_until(context: Any, source: Path, out: Path, *, call: int | None = None, after: bool = False) -> Any:
+    """Convert for 2 ranks in a process of its own. It ends at the `call`-th call, before it is made or `after`.
+
+    Returns (exit code, calls made, bytes of tensor data written); of a killed process, only the code.
+    """
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_job, args=(sender, str(source), str(out), call, after))
+    process.start()
+    sender.close()
+    try:
+        calls, written = receiver.recv()
+    except EOFError:
+        calls = written = None
+    process.join(60)
+    return process.exitcode, calls, written
+
+
+def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> None:
+    import torch
+
+    import reshard.execution.destination
+    import reshard.execution.executor
+    from reshard.operations.convert import convert
+
+    torch.set_num_threads(1)
+    lock = threading.Lock()
+    made = 0
+    written = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def once(*arguments: Any, **options: Any) -> Any:
+            nonlocal made
+            with lock:  # the thread that reads ahead makes calls too
+                made += 1
+                mine = made
+            if mine == call and not after:
+                os._exit(KILLED)
+            try:
+                return real(*arguments, **options)
+            finally:  # a call that fails is one too
+                if mine == call:
+                    os._exit(KILLED)
+
+        return once
+
+    def progress(size: int) -> None:
+        nonlocal written
+        written += size
+
+    real_pwrite = reshard.execution.executor.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> None:
+        progress(len(data))
+        real_pwrite(fd, data, offset)
+
+    reshard.execution.executor.pwrite = pwrite
+    for name in _CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    builtins.open = counted(builtins.open)
+    reshard.execution.destination.move = counted(reshard.execution.destination.move)
+    convert(source, out, tp_size=2, workers=1)
+    sender.send((made, written))
+    sender.close()
+    os._exit(0)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
+    """Ctrl-C when that many tensors are written."""
+    real, count = Journal.add, itertools.count(1)
+
+    def add(self: Journal, *arguments: str) -> None:
+        real(self, *arguments)
+        if next(count) == tensors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", add)

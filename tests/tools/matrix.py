@@ -1,0 +1,225 @@
+"""The family matrix: every family with a plan, built small, resharded, run under torchrun, compared with one process;
+and, where asked, what transformers' own tensor parallelism computes of the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import families
+import torch
+from family_inputs import inputs, main_output
+from places import WORKERS
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+import reshard
+from reshard.planning.rules import expert_rules
+
+NEW_TOKENS = 4
+TIMEOUT = 90  # seconds without a further result after which a torchrun job is given up
+EXACT = 1e-5  # largest relative error in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How far a family came: `step` is not built, single (one process cannot run it), convert, run, or parity.
+
+    `styles` are those of the plan's parameters and modules, `conversions` the operations that its checkpoint may go
+    through. `equal_tokens` is None where the model generates no text. `upstream` is the error of transformers' own
+    tensor parallelism, or its last words.
+    """
+
+    family: str
+    step: str
+    detail: str
+    styles: tuple[str, ...] = ()
+    conversions: tuple[str, ...] = ()
+    error: float | None = None  # largest relative error of the output
+    equal_tokens: bool | None = None
+    upstream: float | str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is not None and self.error <= EXACT and self.equal_tokens is not False
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one process computed, and the row so far."""
+
+    output: torch.Tensor
+    tokens: list[list[int]] | None
+    row: Row
+
+
+def walk(
+    root: Path,
+    tp_size: int,
+    ep_size: int = 1,
+    model_types: tuple[str, ...] = families.MODEL_TYPES,
+    *,
+    upstream: bool = False,
+) -> list[Row]:
+    """One row for each family that has a plan; for experts, where `ep_size` asks for it. `root` is an empty folder."""
+    rows: dict[str, Row] = {}
+    jobs: dict[str, _Job] = {}
+    for family in model_types:
+        try:
+            model = families.build(family)
+        except Exception as error:
+            rows[family] = Row(family, "not built", _line(error))
+            continue
+        if model is None or not (expert_rules(model) if ep_size > 1 else model.tp_plan):
+            continue
+        prepared = _prepare(family, model, root, tp_size if model.tp_plan else 1, ep_size)
+        if isinstance(prepared, Row):
+            rows[family] = prepared
+        else:
+            jobs[family] = prepared
+    ranks = max(tp_size, ep_size)
+    for family, result in _run_all("parity.py", root, ranks, jobs).items():
+        rows[family] = _compare(family, root, result, jobs[family])
+    if upstream:
+        for family, result in _run_all("upstream.py", root, ranks, jobs).items():
+            rows[family] = replace(rows[family], upstream=_upstream(family, root, result, jobs[family]))
+    return [rows[family] for family in model_types if family in rows]
+
+
+def _prepare(family: str, model: Any, root: Path, tp_size: int, ep_size: int) -> Row | _Job:
+    """Write the family's checkpoint, run it in this process and reshard it. A row where one of these fails."""
+    source, out = root / f"{family}.source", root / family
+    try:
+        single = type(model).from_pretrained(families.save(model, source)).eval()
+        arguments = inputs(single)
+        torch.save(arguments, root / f"{family}.inputs")
+        with torch.inference_mode():
+            output = main_output(single(**arguments))
+            again = main_output(single(**arguments))
+        if not torch.equal(output, again):
+            raise ValueError("its output is another every time")
+        if not output.isfinite().all() or not output.any():
+            raise ValueError("its output is zero or not finite")
+        tokens, remark = _generate(single, arguments)
+    except Exception as error:
+        return Row(family, "single", _line(error))
+    try:
+        manifest = reshard.convert(source, out, tp_size=tp_size, ep_size=ep_size)
+        reshard.verify(out, against=source)
+    except Exception as error:
+        return Row(family, "convert", _line(error))
+    styles = {target.style for target in manifest.parameters if target.style} | set(manifest.hooks.values())
+    return _Job(output, tokens, Row(family, "run", remark, tuple(sorted(styles)), conversions(model)))
+
+
+def conversions(model: Any) -> tuple[str, ...]:
+    entries = get_model_conversion_mapping(model)
+    return tuple(sorted({type(operation).__name__ for entry in entries for operation in _operations(entry)}))
+
+
+def _operations(entry: Any) -> list[Any]:
+    return entry.operations if isinstance(entry, WeightConverter) else []
+
+
+def _generate(model: Any, arguments: dict[str, Any]) -> tuple[list[list[int]] | None, str]:
+    """Greedy tokens, or None and why there are none."""
+    if not model.can_generate() or "input_ids" not in arguments:
+        return None, "no tokens: generates no text"
+    arguments = {"attention_mask": torch.ones_like(arguments["input_ids"]), **arguments}
+    try:
+        return model.generate(**arguments, max_new_tokens=NEW_TOKENS, do_sample=False).tolist(), ""
+    except Exception as error:
+        return None, f"no tokens: {_line(error)}"
+
+
+def _run_all(worker: str, root: Path, ranks: int, jobs: dict[str, _Job]) -> dict[str, dict[str, Any]]:
+    """The worker's result for each job; {"error": its last words} where it has none."""
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < len(jobs):
+        waiting = {family: job for family, job in jobs.items() if family not in found}
+        done, words = _run(worker, root, ranks, waiting)
+        found |= done
+        if len(done) < len(waiting) and not any("error" in result for result in done.values()):
+            # The first without a result ended the job: go on behind it.
+            found[next(family for family in waiting if family not in done)] = {"error": words}
+    return found
+
+
+def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple[dict[str, Any], str]:
+    """Results of the families that one torchrun job came through, and its last words if it ended early."""
+    entries = [
+        {
+            "name": family,
+            "folder": str(root / family),
+            "source": str(root / f"{family}.source"),
+            "inputs": str(root / f"{family}.inputs"),
+            "new_tokens": NEW_TOKENS if job.tokens is not None else None,
+        }
+        for family, job in waiting.items()
+    ]
+    out, log = root / f"{worker}.json", root / f"{worker}.log"
+    out.unlink(missing_ok=True)
+    (root / "jobs.json").write_text(json.dumps(entries))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [*command, str(WORKERS / worker), str(root / "jobs.json"), str(out)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,  # so that its ranks can be ended with it
+        )
+        in_time = _wait(process, out)
+    lines = log.read_text(errors="replace").splitlines()
+    said = [line for line in lines if "Error: " in line and "ChildFailed" not in line] if in_time else []
+    words = said[0][-160:] if said else "ended early" if in_time else f"no result within {TIMEOUT} s"
+    return json.loads(out.read_text()) if out.exists() else {}, words
+
+
+def _wait(process: subprocess.Popen[bytes], out: Path) -> bool:
+    """Wait for the job's end; False where it is ended here, because results stopped coming."""
+    last, seen = time.monotonic(), 0.0
+    while process.poll() is None:
+        time.sleep(0.1)
+        written = out.stat().st_mtime if out.exists() else 0.0
+        if written != seen:
+            last, seen = time.monotonic(), written
+        if time.monotonic() - last > TIMEOUT:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return False
+    return True
+
+
+def _compare(family: str, root: Path, result: dict[str, Any], job: _Job) -> Row:
+    if "error" in result:
+        return replace(job.row, detail=result["error"])
+    equal = None if job.tokens is None else result["tokens"] == job.tokens
+    return replace(job.row, step="parity", error=_error(root / f"parity.py.json.{family}.pt", job), equal_tokens=equal)
+
+
+def _upstream(family: str, root: Path, result: dict[str, Any], job: _Job) -> float | str:
+    if "error" in result:
+        return result["error"]
+    error = _error(root / f"upstream.py.json.{family}.pt", job)
+    return error if math.isfinite(error) else "an output of another shape, or not finite"
+
+
+def _error(path: Path, job: _Job) -> float:
+    got = torch.load(path)["logits"]
+    if got.shape != job.output.shape:
+        return math.inf
+    return ((got - job.output).abs().max() / job.output.abs().max()).item()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

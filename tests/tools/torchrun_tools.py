@@ -1,0 +1,23 @@
+"""Start a job of several ranks on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import warm_ranks
+
+
+def on_ranks(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` on every rank, as torchrun does it but within milliseconds (see `warm_ranks`)."""
+    return warm_ranks.run(world_size, *arguments, timeout=timeout)
+
+
+def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`torchrun ARGUMENTS`: for what is about the launcher, or needs processes that nothing was done in before."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
