@@ -85,6 +85,7 @@ def plan(
 
 
 def announced(source: str | Path, ranks: object) -> str:
+    """The line to say when planning begins."""
     return f"planning {printable(as_text(source))} for {ranks}"
 
 

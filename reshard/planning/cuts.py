@@ -17,6 +17,7 @@ __all__ = ["copies_of", "does_cut", "placement_of"]
 
 
 def does_cut(strategy: TensorParallelLayer) -> bool:
+    """Whether a strategy cuts a weight at all."""
     try:
         return not isinstance(strategy.placement("weight", (8, 8)), Replicate)
     except ValueError:  # blocks that 8 does not hold
@@ -24,6 +25,7 @@ def does_cut(strategy: TensorParallelLayer) -> bool:
 
 
 def placement_of(parameter: Parameter, strategies: ParallelInterface, topology: Topology) -> Placement:
+    """How a parameter lies on the ranks, by its style. Raises BadInputError or TopologyError where that cannot be."""
     try:
         if parameter.expert_style and topology.ep > 1:
             return _expert_placement(parameter, parameter.expert_style, strategies, topology)

@@ -23,6 +23,7 @@ _LARGEST = 64  # ranks looked at when listing the legal sizes
 
 
 def has_plan(model: Model) -> bool:
+    """Whether any parameter has a style."""
     return any(parameter.style for parameter in model.parameters)
 
 

@@ -16,61 +16,44 @@ import pytest
 from places import ROOT
 
 MAX_LINES = 330
+MOST_ENTRIES = 12  # of a room; the command line has a file for each command
 FILES = sorted(path for package in ("reshard", "runtime") for path in (ROOT / package).rglob("*.py"))
-TORCH_FREE = [
-    "reshard",
-    *(
-        f"reshard.{name}"
-        for name in (
-            *("placement", "regions", "layout", "manifest", "source", "weights", "untrusted", "header"),
-            *(
-                "targets",
-                "report",
-                "verification",
-                "cli.main",
-                "topology",
-                "fields",
-                "placement_json",
-                "guard",
-                "system",
-            ),
-            *("hub.snapshot", "hub.publishing", "hub.card", "pulling", "places", "stores", "destination"),
-            *("launch.agent", "launch.asked", "launch.bench", "launch.rank", "system"),
-        )
-    ),
-]
-RUNTIME_MAY_IMPORT = {
-    *("layout", "output", "outputs", "system"),
-    *(
-        "arguments",
-        "architecture",
-        "digest",
-        "dtypes",
-        "errors",
-        "failures",
-        "header",
-        "hub",
-        "manifest",
-        "placement",
-        "places",
-    ),
-    *(
-        "output",
-        "process",
-        "rank_file",
-        "reference",
-        "regions",
-        "source",
-        "stores",
-        "strategies",
-        "switches",
-        "targets",
-        "topology",
-        "verification",
-        "weights",
-    ),
-    "launch",  # the benchmark starts itself on the ranks of each folder
+# Every module of reshard may take from these.
+SHARED = {"errors", "text", "process", "_version"}
+# The floors of each package, from the ground up: a room, and the rooms below it that it may take from.
+ROOMS: dict[str, set[str]] = {
+    "files": set(),
+    "sharding": set(),
+    "showing": {"sharding"},
+    "checkpoint": {"files"},
+    "strategies": {"files", "sharding"},
+    "resharded": {"files", "sharding", "checkpoint"},
+    "planning": {"files", "sharding", "checkpoint", "strategies", "resharded"},
+    "storage": {"files", "checkpoint", "resharded"},
+    "execution": {"files", "sharding", "checkpoint", "resharded", "storage"},
+    "operations": {
+        *("files", "sharding", "showing", "checkpoint", "strategies", "resharded", "planning", "storage", "execution"),
+    },
+    "launch": {"files", "checkpoint", "resharded", "storage"},
+    "cli": {"files", "showing", "checkpoint", "resharded", "storage", "operations", "launch"},
 }
+RUNTIME_ROOMS: dict[str, set[str]] = {
+    "distributed": set(),
+    "model": {"distributed"},
+    "generation": {"distributed", "model"},
+    "loading": {"distributed", "model", "generation"},
+    "checking": {"distributed", "model", "generation"},
+    "benchmark": {"distributed", "generation"},
+    "commands": {"distributed", "model", "generation", "loading", "checking", "benchmark"},
+}
+FRONT = {"cli": {""}}  # the commands call what the package `reshard` itself exports
+# What the runtime may take of reshard: these rooms, and two modules.
+RUNTIME_MAY_TAKE = {"files", "sharding", "checkpoint", "resharded", "strategies", "storage", "launch"}
+RUNTIME_MAY_TAKE_TOO = {"reshard.operations.arguments", "reshard.operations.reference"}
+HEAVY = {"torch", "transformers", "numpy"}
+NEEDS_TORCH = {"reshard.checkpoint.architecture"}  # it imports transformers' model classes
+TORCH_FREE_ROOMS = ["files", "sharding", "showing", "checkpoint", "resharded", "storage", "launch", "cli"]
+TORCH_FREE = ["reshard", *(f"reshard.operations.{name}" for name in ("publish.publish", "pull", "verify", "inspect"))]
 
 
 def module_name(path: Path) -> str:
@@ -116,10 +99,28 @@ def python(code: str) -> str:
     return done.stdout
 
 
+def room(module: str) -> str:
+    """The room of its package that a module is in; its own name where it is in none."""
+    return (*module.split("."), "")[1]
+
+
+def in_rooms(package: str) -> list[str]:
+    return [
+        module for module, path in MODULES.items() if module.split(".")[0] == package and path.parent.parent != ROOT
+    ]
+
+
+@pytest.mark.parametrize("name", TORCH_FREE_ROOMS)
+def test_these_rooms_cost_no_torch(name: str) -> None:
+    there = [module for module in in_rooms("reshard") if room(module) == name and module not in NEEDS_TORCH]
+    assert len(there) > 1
+    lines = "\n".join(f"import {module}" for module in there)
+    assert python(f"import sys\n{lines}\nprint(sorted({HEAVY} & set(sys.modules)))").strip() == "[]"
+
+
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_importing_it_costs_no_torch(module: str) -> None:
-    heavy = python(f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))")
-    assert heavy.strip() == "[]"
+    assert python(f"import sys, {module}; print(sorted({HEAVY} & set(sys.modules)))").strip() == "[]"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["verify", "--help"]])
@@ -143,12 +144,38 @@ def test_reshard_never_imports_runtime() -> None:
             assert not [name for name in imported(module, at_import=False) if name.split(".")[0] == "runtime"], module
 
 
-def test_runtime_imports_only_the_shared_half_of_reshard() -> None:
+@pytest.mark.parametrize(("package", "rooms"), [("reshard", ROOMS), ("runtime", RUNTIME_ROOMS)])
+def test_a_room_takes_only_from_rooms_below_it(package: str, rooms: dict[str, set[str]]) -> None:
+    """So no import runs up, and no circle is left, not even of imports that functions make."""
+    below: set[str] = set()
+    for name, taken in rooms.items():
+        assert taken <= below, f"{package}.{name} would take from a room above it"
+        below.add(name)
+    assert {room(module) for module in in_rooms(package)} == below
+    for module in in_rooms(package):
+        own = room(module)
+        taken = {room(name) for name in imported(module, at_import=False) if name.split(".")[0] == package}
+        assert taken <= rooms[own] | {own} | SHARED | FRONT.get(own, set()), module
+
+
+def test_what_all_take_from_takes_from_no_room() -> None:
+    for name in SHARED:
+        names = imported(f"reshard.{name}", at_import=False)
+        assert {room(taken) for taken in names if taken.split(".")[0] == "reshard"} <= SHARED
+
+
+def test_runtime_takes_only_what_both_halves_share() -> None:
     for module in MODULES:
-        if module.startswith("runtime"):
-            names = [name.split(".") for name in imported(module, at_import=False)]
-            taken = {parts[1] if len(parts) > 1 else "" for parts in names if parts[0] == "reshard"}
-            assert taken <= RUNTIME_MAY_IMPORT, f"{module}: {taken - RUNTIME_MAY_IMPORT}"
+        if module.split(".")[0] == "runtime":
+            names = {name for name in imported(module, at_import=False) if name.split(".")[0] == "reshard"}
+            foreign = {name for name in names if room(name) not in RUNTIME_MAY_TAKE | SHARED}
+            assert foreign <= RUNTIME_MAY_TAKE_TOO, module
+
+
+def test_a_room_is_seen_at_a_glance() -> None:
+    for folder in {path.parent for path in FILES} - {ROOT / "reshard", ROOT / "runtime", ROOT / "reshard" / "cli"}:
+        entries = {entry.name for entry in folder.iterdir()} - {"__init__.py", "__pycache__", "README.md"}
+        assert len(entries) <= MOST_ENTRIES, f"{folder}: {sorted(entries)}"
 
 
 @pytest.mark.parametrize("package", ["reshard", "runtime"])

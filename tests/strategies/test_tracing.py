@@ -46,6 +46,7 @@ def test_a_dtensor_is_made_without_a_process_group() -> None:
 import sys, torch
 sys.path[:0] = sys.argv[1:]
 from own_styles import CUTS, SHAPE, style
+from reshard.strategies.tracing import placement_on
 cut, plain = CUTS["rows"]
 assert placement_on(style(cut, use_dtensor=True), "weight", SHAPE, torch.float32, 3) == plain
 assert not torch.distributed.is_initialized()
