@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from transformers import InfNanRemoveLogitsProcessor
 
 from ..model.methods import give_method
 from .argmax import joins_logits
@@ -97,8 +98,12 @@ class _FirstRanksWord:
         return done.bool()
 
 
-class _FirstRanksLogits:
-    """A logits processor that gives rank 0's, on every rank."""
+class _FirstRanksLogits(InfNanRemoveLogitsProcessor):
+    """A logits processor that gives rank 0's, on every rank.
+
+    Some models' `generate` admits only classes of transformers that work on the scores alone, as this does: so it is of
+    one of them.
+    """
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group

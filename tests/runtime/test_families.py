@@ -27,18 +27,23 @@ SAMPLE = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_oss", "deepseek_v2"),
     *("deepseek_v3", "qwen3_moe", "mixtral", "qwen3_next", "longcat_flash", "mimo_v2_flash", "falcon_h1"),
     *("llava", "qwen2_5_vl", "gemma3", "mistral3", "llama4", "aria", "t5gemma2"),
+    "higgs_audio_v2",  # its generate admits some processors of logits only
     # upstream is wrong, or refuses
     *("hrm_text", "step3p7", "qwen3_vl_moe", "inkling2", "inkling_text", "ernie4_5_vl_moe", "minimax_m3_vl"),
     *("doge", "esmc", "gemma3n_text", "neomme", "glm5_next_text", "diffusion_gemma"),
-    *("dory", "inkling2_loop_text"),  # conversions that 5.24 brought
+    *("dory", "inkling2_loop_text", "sarvam_moe"),  # conversions that 5.24 brought
 )
 # Why a family is not in the walk, where that is not for want of a package.
 UNBUILT = {
     "diffusion_gemma": "its configuration has no vision part by default (5.17)",
+    "apertus1p5": "no small configuration of it is known",
     "esmfold2": "no small configuration of it is known",
     "gemma4_assistant": "drafts for another model, from that one's cache",
     "gemma4_unified_assistant": "as gemma4_assistant",
     "granite4_vision": "its default configuration is of another text model (5.17)",
+    "hy_v4_vl": "no small configuration of it is known",
+    "llama4": "its wrapper fails in one process (5.24)",
+    "omniasr": "no small configuration of it is known",
     "qwen2_5_omni": "wants a file of voices beside the weights",
     "qwen3_omni_moe": "has no forward: its thinker and talker are in the walk",
 }
@@ -72,7 +77,7 @@ def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 def test_there_is_a_table_of_both_ends() -> None:
-    assert TABLES == ["5.17", "5.23"]
+    assert TABLES == ["5.17", "5.24"]
 
 
 def test_every_family_of_the_table_is_exact_or_explained(table: list[dict[str, Any]]) -> None:
@@ -93,25 +98,24 @@ def test_the_sample_uses_every_style_and_every_conversion() -> None:
 
 
 @pytest.mark.skipif("molmo2_text" not in families.MODEL_TYPES, reason="not in this transformers")
-def test_a_conversion_that_no_family_with_a_plan_uses(tmp_path: Path) -> None:
-    """Molmo2 has no plan, and the only `Split`: with it and the walk, every registered conversion has been run."""
+def test_a_conversion_of_a_family_without_a_plan(tmp_path: Path) -> None:
+    """Molmo2 splits fused projections, on one rank."""
     config = families.small_config("molmo2_text")
     model = transformers.AutoModel.from_config(config)
     reshard.convert(families.save(model, tmp_path / "source"), tmp_path / "out", tp_size=1)
     stored = load_file(tmp_path / "out" / "shard-00001-model-00001-of-00001.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(stored[name], tensor), name
+
+
+def test_the_walk_runs_every_conversion() -> None:
     registered = {
         type(operation).__name__
         for entries in conversion_mapping._build_checkpoint_conversion_mapping().values()
         for entry in entries
         for operation in getattr(entry, "operations", ())
     }
-    records = family_report.read(NEWEST)
-    walked = {name for record in records for name in record["conversions"]}
-    for family in set(SAMPLE) & set(families.MODEL_TYPES) - {record["family"] for record in records}:
-        walked |= set(matrix.conversions(families.build(family)))
-    assert registered <= walked | {"Split"}
+    assert registered <= {name for record in family_report.read(NEWEST) for name in record["conversions"]}
 
 
 def test_plans_put_right_are_wrong_upstream() -> None:
