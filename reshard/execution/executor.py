@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +22,31 @@ from .jobs import Job, run_jobs
 from .journal import Journal
 from .reader import SourceReader, tensor_blocks
 
-__all__ = ["write_files"]
+__all__ = ["Inputs", "write_files"]
 
 _SOURCE = ""  # in the journal, where an output file is named: no file has this name
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What files are written from: the `source` files, and what is known of them.
+
+    Files that `ahead` has begun are not digested again. Files still to come are taken from `arrivals`, each for as long
+    as it is needed; a file of which nothing is missing is not asked for. If there are `records`, the source files are
+    rank files themselves: every tensor is checked against its record, and no digest of a file is made.
+    """
+
+    source: Source
+    ahead: DigestsAhead | None = None
+    arrivals: Arrivals | None = None
+    records: Mapping[str, FileRecord] | None = None
 
 
 def write_files(
     folder: Path,
     layouts: Sequence[FileLayout],
-    source: Source,
+    inputs: Inputs,
     *,
-    ahead: DigestsAhead | None = None,
-    arrivals: Arrivals | None = None,
-    records: Mapping[str, FileRecord] | None = None,
     journal: Journal | None = None,
     workers: int | None = None,
     sync: bool = True,
@@ -44,15 +57,13 @@ def write_files(
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
     Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With
     `sync`, every file is on disk on return. With a journal, what an earlier run wrote is kept where it still has the
-    digest claimed there. Source files that `ahead` has begun are not digested again; of those with `records`, which
-    are rank files themselves, every tensor is checked instead. Those that are still to come are taken from `arrivals`,
-    each for as long as it is needed, and not asked for where nothing of them is missing. Returns what was written, and
-    the digests of the source files by name.
+    digest claimed there. Returns what was written, and the digests of the source files by name.
 
     Raises:
         StorageError: the disk refused.
         IntegrityError: a source file changed meanwhile, or is not as it was recorded.
     """
+    source, ahead, arrivals, records = inputs.source, inputs.ahead, inputs.arrivals, inputs.records
     digests: list[dict[str, str]] = [{} for _ in layouts]
     source_digests: dict[str, str] = {}
     if ahead:

@@ -12,7 +12,7 @@ from .._version import __version__
 from ..checkpoint.source import MANIFEST_NAME, Source
 from ..checkpoint.weights import chosen
 from ..execution.destination import destination
-from ..execution.executor import write_files
+from ..execution.executor import Inputs, write_files
 from ..execution.journal import Journal
 from ..execution.origin import Origin, open_origin
 from ..execution.staging import staged_folder
@@ -107,14 +107,12 @@ def convert(
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             staged = 0 if keep_cache else origin.staged_bytes()
             check_free_space(folder, total + staged + extras_size + _MANIFEST_SHARE, origin.staged(stage))
+            inputs = Inputs(origin.held, ahead, arrivals, made.records if made else None)
             with progress(total, "writing") as report, contextlib.closing(Journal(folder)) as journal:
                 written, source_digests = write_files(
                     folder,
                     layouts,
-                    origin.held,
-                    ahead=ahead,
-                    arrivals=arrivals,
-                    records=made.records if made else None,
+                    inputs,
                     journal=journal,
                     workers=workers,
                     sync=sync,

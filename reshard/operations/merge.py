@@ -12,7 +12,7 @@ from ..checkpoint.source import MANIFEST_NAME
 from ..checkpoint.weights import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, weights_named_by
 from ..errors import BadInputError, IntegrityError, PolicyError, UsageError
 from ..execution.destination import destination
-from ..execution.executor import write_files
+from ..execution.executor import Inputs, write_files
 from ..execution.journal import Journal
 from ..execution.staging import staged_folder
 from ..files.digest import ALGORITHM, digest_file, digest_of
@@ -73,8 +73,7 @@ def merge(
             write_files(
                 part,
                 layouts,
-                made.held,
-                records=made.records,
+                Inputs(made.held, records=made.records),
                 journal=journal,
                 workers=workers,
                 sync=sync,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +11,30 @@ from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from reshard.checkpoint.architecture import model_class, on_meta, quiet_transformers
-from reshard.checkpoint.source import MANIFEST_NAME
-from reshard.errors import BadInputError, IntegrityError, UsageError
-from reshard.files.digest import digest_of
+from reshard.checkpoint.architecture import quiet_transformers
+from reshard.errors import BadInputError, UsageError
 from reshard.files.system import by_errno
 from reshard.operations.arguments import checked
-from reshard.process import patient_collector, worker_count
-from reshard.resharded.layout import rank_file_name
-from reshard.resharded.manifest import Manifest
-from reshard.resharded.rank_file import written_file
+from reshard.process import patient_collector
 from reshard.storage.stores import as_text
-from reshard.strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
+from reshard.strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from reshard.text import printable
 
 from ..distributed.agreement import Deadline, agree
-from ..distributed.mesh import backend_of, connect, make_mesh, pick_device
+from ..distributed.mesh import backend_of, connect, make_mesh
 from ..distributed.ranks import this_rank
 from ..distributed.replicas import TP, on_mesh, side_by_side, span
 from ..model.hooks import install_hooks, tp_axis
 from ..model.keeping import keep_model
-from ..model.kernels import check_attention, check_attention_of, check_sdpa_of, shares_gpu
+from ..model.kernels import shares_gpu
 from ..model.methods import give_method
-from ..model.placing import check_held, distribute, fill
+from ..model.placing import distribute, fill
 from ..model.save import save_pretrained
-from ..model.sequence import split_points, split_sequence
-from .locate import Located, locate_together
-from .mapped import map_rank_file
+from ..model.sequence import split_sequence
 from .phases import Phases
-from .pinned import read_rank_file
-from .versions import adapted
+from .prepare import Asked, Ranks, Ready, prepare
 
 __all__ = ["load"]
-
-_log = logging.getLogger(__name__)
 
 
 @checked
@@ -102,132 +88,66 @@ def load(
         VersionError: made by a newer release, for a model the installed transformers does not know, or with another
             transformers whose model has other parameters. Other differences are made right, or told in a line.
     """
-    deadline = Deadline.after(timeout)
-    info = this_rank()
-    if mesh is None:
-        replicas = side_by_side(info, dp_size)
-    elif dp_size != 1:
-        raise UsageError("dp_size is for a load without a mesh: the mesh has its own axes")
-    else:
-        info, replicas = on_mesh(mesh, info)
-    phases = Phases()
-    store = connect(info, deadline)
-    if mesh is not None:  # other ranks may load on a mesh of their own at the same time
-        store = PrefixStore(f"mesh {mesh.mesh.tolist()}", store)
+    deadline, phases = Deadline.after(timeout), Phases()
+    asked = Asked(
+        as_text(place), revision, device, check_digests, attn_implementation, strategies, dp_size, sequence_parallel
+    )
+    ranks = _ranks(mesh, dp_size, deadline)
     phases.end("handshake")
     failure: Exception | None = None
-    found: Located | None = None
-    seal = ""
-    pool = ThreadPoolExecutor(worker_count(info.local_world_size), thread_name_prefix="reshard")
+    ready: Ready | None = None
     try:
-        known = as_strategies(strategies)
-        where = _device_of(mesh, device, info.local_rank)
-        if where.type == "cuda":
-            torch.cuda.set_device(where)  # kernels and collectives without a device of their own go by it
-        found = locate_together(
-            as_text(place),
-            revision=revision,
-            first=info.rank == 0,
-            rank=replicas.rank,
-            world_size=replicas.size,
-            digests=check_digests,
-            store=store,
-            deadline=deadline,
-        )
-        folder, manifest = found.folder, found.manifest
-        _check_custom(manifest, known)
-        check_attention(attn_implementation, where, manifest.dtype)
-        seal = digest_of((folder / MANIFEST_NAME).read_bytes())
-        arriving = _begin(folder, manifest, replicas.rank, where, pool, digests=check_digests)
-        phases.end("open")  # from here the file is read while the model is made
-        family, config = model_class(folder)
-        check_attention_of(family, attn_implementation)
-        phases.end("import")
-        model = on_meta(family, config, dtype=manifest.dtype, attn_implementation=attn_implementation)
-        manifest, difference = adapted(manifest, model)
-        if difference and info.rank == 0:
-            _log.warning("%s: %s", printable(folder), difference)
-        check_sdpa_of(model, where)
-        points = split_points(model, manifest.hooks, known) if sequence_parallel else None
-        phases.end("build")
-        tensors = arriving()
-        check_held(manifest, replicas.rank, tensors)
-        phases.end("read")
+        ready = prepare(asked, mesh, ranks, deadline, phases)
     except Exception as error:  # whatever it is, the others must hear of it before they wait in a collective
         failure = error
-        if found and isinstance(error, IntegrityError):
-            found.damaged([rank_file_name(replicas.rank)])
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not keep a failure to itself
-    deadline = agree(store, info, failure, deadline, what="loading", value=seal)
+    deadline = agree(ranks.store, ranks.info, failure, deadline, what="loading", value=ready.seal if ready else "")
+    assert ready is not None  # else `agree` has raised
     phases.end("agree")
     try:
-        backend = backend_of(device, where, info.world_size)
-        mesh = mesh or make_mesh(info, where, store, deadline, backend=backend, replicas=dp_size)
-        replicas = span(replicas, mesh)
-        mesh = mesh if mesh.ndim == 1 else mesh[TP]
-        phases.end("mesh")
-        fill(model, manifest, tensors, where)
-        distribute(model, manifest, mesh, known)
-        if manifest.world_size > 1:
-            install_hooks(model, manifest.hooks, mesh, manifest.topology, known)
-        if points is not None:
-            split_sequence(model, points, tp_axis(mesh, manifest.topology))
-        _finish(model, folder, mesh)
-        model._reshard_replicas = replicas
-        give_method(model, "save_pretrained", save_pretrained)  # its own would write this rank's tensors
-        keep_model(model)
-        phases.end("wrap")
+        _connect(asked, mesh, ranks, ready, deadline, phases)
     except Exception as error:
         failure = error
-    agree(store, info, failure, deadline, what="connecting")
+    agree(ranks.store, ranks.info, failure, deadline, what="connecting")
     phases.end("ready")
+    model = ready.model
     model.reshard_seconds = phases.seconds
-    model.reshard_bytes = manifest.rank_files[replicas.rank].size
+    model.reshard_bytes = ready.manifest.rank_files[ranks.replicas.rank].size
     return model
 
 
-def _device_of(mesh: DeviceMesh | None, wanted: str | None, local_rank: int) -> torch.device:
-    """The device that is wanted; with a mesh, one of the mesh's kind."""
-    if mesh and wanted and wanted.partition(":")[0] != mesh.device_type:
-        raise UsageError(f"the mesh is of {mesh.device_type}, and device is {printable(wanted)}", hint="leave it out")
-    return pick_device(wanted or (mesh.device_type if mesh else None), local_rank)
+def _ranks(mesh: DeviceMesh | None, dp_size: int, deadline: Deadline) -> Ranks:
+    """Find this rank's place, and meet the others."""
+    info = this_rank()
+    if mesh is None:
+        return Ranks(info, side_by_side(info, dp_size), connect(info, deadline))
+    if dp_size != 1:
+        raise UsageError("dp_size is for a load without a mesh: the mesh has its own axes")
+    info, replicas = on_mesh(mesh, info)
+    # Other ranks may load on a mesh of their own at the same time.
+    return Ranks(info, replicas, PrefixStore(f"mesh {mesh.mesh.tolist()}", connect(info, deadline)))
 
 
-def _check_custom(manifest: Manifest, strategies: ParallelInterface) -> None:
-    """Every style means here what it meant when the folder was made."""
-    used = {*manifest.hooks.values(), *(target.style for target in manifest.parameters if target.style)}
-    known = strategies.custom(used)
-    for style in sorted(manifest.custom.keys() | known.keys()):
-        if manifest.custom.get(style) != known.get(style):
-            made, here = (of.get(style, "the built-in one") for of in (manifest.custom, known))
-            raise BadInputError(
-                f"the folder was made with a style {printable(style)} that is {printable(made)}; here it is"
-                f" {printable(here) if style in strategies else 'not known'}",
-                hint="give the file that registers it: --strategies FILE.py",
-            )
-
-
-def _begin(
-    folder: Path, manifest: Manifest, rank: int, device: torch.device, pool: Executor, *, digests: bool
-) -> Callable[[], dict[str, torch.Tensor]]:
-    """Begin to map this rank's file, or to read it onto a device. Call what is returned for the tensors."""
-    path, record = _own_file(folder, manifest, rank), manifest.rank_files[rank]
-    if device.type == "cpu":
-        return map_rank_file(path, record, pool, digests=digests)
-    return read_rank_file(path, record, device, pool, digests=digests)
-
-
-def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
-    """This rank's file. The other ranks' need not be here, but those that are must have their size, and no more be."""
-    known = {record.name for record in manifest.rank_files}
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        if path.name not in known:
-            raise IntegrityError(f"{printable(path)}: does not belong to this folder")
-    for number, record in enumerate(manifest.rank_files):
-        if number == rank or os.path.lexists(folder / record.name):
-            written_file(folder, record)
-    return written_file(folder, manifest.rank_files[rank])
+def _connect(
+    asked: Asked, mesh: DeviceMesh | None, ranks: Ranks, ready: Ready, deadline: Deadline, phases: Phases
+) -> None:
+    """Put the tensors into the model, and the collectives around its modules."""
+    model, manifest = ready.model, ready.manifest
+    backend = backend_of(asked.device, ready.device, ranks.info.world_size)
+    mesh = mesh or make_mesh(ranks.info, ready.device, ranks.store, deadline, backend=backend, replicas=asked.dp_size)
+    replicas = span(ranks.replicas, mesh)
+    mesh = mesh if mesh.ndim == 1 else mesh[TP]
+    phases.end("mesh")
+    fill(model, manifest, ready.tensors, ready.device)
+    distribute(model, manifest, mesh, ready.strategies)
+    if manifest.world_size > 1:
+        install_hooks(model, manifest.hooks, mesh, manifest.topology, ready.strategies)
+    if ready.points is not None:
+        split_sequence(model, ready.points, tp_axis(mesh, manifest.topology))
+    _finish(model, ready.folder, mesh)
+    model._reshard_replicas = replicas
+    give_method(model, "save_pretrained", save_pretrained)  # its own would write this rank's tensors
+    keep_model(model)
+    phases.end("wrap")
 
 
 def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:

@@ -22,7 +22,7 @@ from object_store import contents as objects
 
 import reshard
 from reshard.execution import executor
-from reshard.execution.executor import write_files
+from reshard.execution.executor import Inputs, write_files
 from reshard.files.mapped import MappedFile
 from reshard.resharded.layout import file_layout
 from reshard.storage import outputs
@@ -139,7 +139,13 @@ def test_a_source_file_is_mapped_while_it_is_needed(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", *tensors)
     most: list[int] = []
     layout = file_layout("out.safetensors", taken_whole(source))
-    write_files(tmp_path, [layout], source, workers=1, progress=lambda _: most.append(mappings_of(tmp_path / "source")))
+    write_files(
+        tmp_path,
+        [layout],
+        Inputs(source),
+        workers=1,
+        progress=lambda _: most.append(mappings_of(tmp_path / "source")),
+    )
     assert len(most) == 40
     assert max(most) <= 2
     assert mappings_of(tmp_path / "source") == 0
@@ -174,7 +180,7 @@ def test_so_many_outputs_are_open_at_a_time(
             return fd
 
     monkeypatch.setattr(executor, "OutputFiles", Counted)
-    write_files(tmp_path, layouts, source, workers=workers)
+    write_files(tmp_path, layouts, Inputs(source), workers=workers)
     assert max(most) == min(20, limit // 2)
     assert opened_in(tmp_path) == 0
     expected = load(source.files[0].path)

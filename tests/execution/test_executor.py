@@ -23,7 +23,7 @@ from reshard.checkpoint.source import open_source
 from reshard.errors import IntegrityError
 from reshard.execution import executor
 from reshard.execution import reader as reader_module
-from reshard.execution.executor import write_files
+from reshard.execution.executor import Inputs, write_files
 from reshard.execution.reader import equal_tensors
 from reshard.files import digest as digest_module
 from reshard.files.digest import DigestsAhead, digest_file, digest_of
@@ -79,7 +79,7 @@ def test_bytes_are_torchs(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor, "BLOCK_BYTES", data.draw(st.sampled_from([8, 24, 64, 100, 1 << 20])))
-        written, digests = write_files(root, layouts, source, workers=data.draw(st.integers(1, 3)))
+        written, digests = write_files(root, layouts, Inputs(source), workers=data.draw(st.integers(1, 3)))
 
     for rank, evidence in enumerate(written):
         path = root / evidence.name
@@ -118,7 +118,7 @@ def test_casts_are_those_of_tensor_to(
         LocalTensor("turned", (11, 37), want, (0, 0), turned.regions),
         shard,
     ]
-    write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
+    write_files(tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source))
     found = load(tmp_path / "out.safetensors")
     expected = tensor.to(getattr(torch, want))
     assert same(found["plain"], expected)
@@ -133,7 +133,7 @@ def test_a_fusion_of_sources_of_several_dtypes_is_cast(tmp_path: Path) -> None:
     regions = (*whole("one", (3, 4)), Region("other", 0, (4, 1), (2, 4), (3, 0)))
     assert covers(regions, (5, 4))
     layout = file_layout("out.safetensors", [LocalTensor("fused", (5, 4), "float32", (0, 0), regions)])
-    write_files(tmp_path, [layout], source)
+    write_files(tmp_path, [layout], Inputs(source))
     assert same(load(tmp_path / "out.safetensors")["fused"], torch.cat([one, other.float()]))
 
 
@@ -142,7 +142,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path, dtype: str) -> None:
     shapes = [(), (0,), (1,), (3, 0, 2), (1, 1, 1)]
     tensors = {str(shape): random_bits(shape, getattr(torch, dtype)) for shape in shapes}
     source = make_source(tmp_path, tensors)
-    (evidence,), _ = write_files(tmp_path, [file_layout("out.safetensors", taken_whole(source))], source)
+    (evidence,), _ = write_files(tmp_path, [file_layout("out.safetensors", taken_whole(source))], Inputs(source))
     found = load(tmp_path / "out.safetensors")
     assert set(evidence.tensors) == set(found) == set(tensors)
     for name, tensor in tensors.items():
@@ -169,7 +169,7 @@ def test_unaligned_source_data(tmp_path: Path) -> None:
         LocalTensor("turned", (6, 5), "float64", (0, 0), turned),
         LocalTensor("cast", (5, 6), "bfloat16", (0, 0), whole("x", (5, 6))),
     ]
-    write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
+    write_files(tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source))
     found = load(tmp_path / "out.safetensors")
     assert same(found["x"], tensor)
     assert same(found["turned"], tensor.T)
@@ -187,7 +187,7 @@ def test_every_dtype_is_gathered(tmp_path: Path, code: str, monkeypatch: pytest.
     (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + raw.numpy().tobytes())
     turned = RegionTensor.of_source("x", (7, 6), torch.int8).transpose(0, 1).regions
     layout = file_layout("out.safetensors", [LocalTensor("t", (6, 7), NAMES[code], (0, 0), turned)])
-    write_files(tmp_path, [layout], open_source(tmp_path))
+    write_files(tmp_path, [layout], Inputs(open_source(tmp_path)))
     content = (tmp_path / "out.safetensors").read_bytes()
     assert content[layout.slots[0].offset :] == raw.transpose(0, 1).contiguous().numpy().tobytes()
 
@@ -200,7 +200,7 @@ def test_worker_count_does_not_change_bytes(tmp_path: Path, monkeypatch: pytest.
     for workers in (1, 2, 7):
         out = tmp_path / str(workers)
         out.mkdir()
-        evidence = write_files(out, [file_layout("out.safetensors", tensors)], source, workers=workers)
+        evidence = write_files(out, [file_layout("out.safetensors", tensors)], Inputs(source), workers=workers)
         results.append((evidence, (out / "out.safetensors").read_bytes()))
     assert results[0] == results[1] == results[2]
 
@@ -208,7 +208,7 @@ def test_worker_count_does_not_change_bytes(tmp_path: Path, monkeypatch: pytest.
 def test_progress_adds_up_to_the_data(tmp_path: Path) -> None:
     source, tensors = simple_job(tmp_path)
     told: list[int] = []
-    write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, workers=1, progress=told.append)
+    write_files(tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source), workers=1, progress=told.append)
     assert sum(told) == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -262,7 +262,7 @@ def convert_big(folder: Path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    write_files(folder, layouts, source)
+    write_files(folder, layouts, Inputs(source))
     stop.set()
     watcher.join()
     assert len(seen) > 10
@@ -307,7 +307,7 @@ def test_digests_made_ahead_are_those_of_the_files(tmp_path: Path) -> None:
                 assert ahead.get(name) == digest_file(paths[name])
             folder = tmp_path / str(count)
             folder.mkdir()
-            _, found = write_files(folder, [file_layout("out.safetensors", tensors)], source, ahead=ahead)
+            _, found = write_files(folder, [file_layout("out.safetensors", tensors)], Inputs(source, ahead=ahead))
         assert found == {name: digest_file(path) for name, path in paths.items()}
 
 

@@ -17,7 +17,7 @@ from executor_tools import load, simple_job
 
 from reshard.errors import IntegrityError, StorageError
 from reshard.execution import executor
-from reshard.execution.executor import write_files
+from reshard.execution.executor import Inputs, write_files
 from reshard.resharded.layout import file_layout
 
 
@@ -59,7 +59,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, change: Call
         write_files(
             tmp_path,
             [file_layout("out.safetensors", tensors)],
-            source,
+            Inputs(source),
             workers=1,
             progress=once(lambda: change(source.files[0].path)),
         )
@@ -71,7 +71,7 @@ def test_a_source_that_changed_before_is_noticed(tmp_path: Path, change: Callabl
     source, tensors = simple_job(tmp_path)
     change(source.files[0].path)
     with pytest.raises(IntegrityError, match=r"model\.safetensors"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
+        write_files(tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source))
 
 
 @pytest.mark.fault(15)
@@ -86,7 +86,13 @@ def test_a_source_file_that_vanishes_after_it_was_digested_is_named(tmp_path: Pa
             first.path.unlink()
 
     with pytest.raises(IntegrityError, match=first.name):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, workers=1, progress=progress)
+        write_files(
+            tmp_path,
+            [file_layout("out.safetensors", tensors)],
+            Inputs(source),
+            workers=1,
+            progress=progress,
+        )
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -104,7 +110,9 @@ def test_the_first_failure_stops_the_rest(tmp_path: Path, workers: int) -> None:
         time.sleep(0.01)
 
     with pytest.raises(RuntimeError, match="no more"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, workers=workers, progress=fail_once)
+        write_files(
+            tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source), workers=workers, progress=fail_once
+        )
     assert len(calls) < 20  # each other worker ends the tensor it is at
 
 
@@ -117,7 +125,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(executor, "pwrite", full)
     with pytest.raises(StorageError, match="No space left"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
+        write_files(tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source))
 
 
 def test_a_failure_leaks_no_file_descriptor(tmp_path: Path) -> None:
@@ -126,7 +134,7 @@ def test_a_failure_leaks_no_file_descriptor(tmp_path: Path) -> None:
     (tmp_path / "2.safetensors").touch()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(StorageError, match="File exists"):
-        write_files(tmp_path, layouts, source)
+        write_files(tmp_path, layouts, Inputs(source))
     assert len(os.listdir("/proc/self/fd")) == before
     assert (tmp_path / "2.safetensors").read_bytes() == b""
 
@@ -140,7 +148,7 @@ def test_a_disk_too_small_leaks_no_file_descriptor(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(StorageError, match="No space left"):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
+        write_files(tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -149,7 +157,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source, tensors = simple_job(tmp_path)
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:7], offset))
-    write_files(tmp_path, [file_layout("out.safetensors", tensors)], source)
+    write_files(tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source))
     monkeypatch.undo()
     expected = load(source.files[0].path)
     found = load(tmp_path / "out.safetensors")
@@ -174,5 +182,10 @@ def test_a_thread_that_the_pool_does_not_know_is_waited_for(tmp_path: Path, monk
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
     with pytest.raises(KeyboardInterrupt):
-        write_files(tmp_path, [file_layout("out.safetensors", tensors)], source, progress=progress)
+        write_files(
+            tmp_path,
+            [file_layout("out.safetensors", tensors)],
+            Inputs(source),
+            progress=progress,
+        )
     assert seen == ["written"]

@@ -28,12 +28,12 @@ from kill_tools import server
 import reshard
 from reshard.errors import IntegrityError
 from reshard.execution import origin, reader
-from reshard.execution.executor import write_files
+from reshard.execution.executor import Inputs, write_files
 from reshard.execution.journal import Journal
 from reshard.execution.reader import equal_tensors
 from reshard.files.mapped import MappedFile
 from reshard.operations import compare
-from reshard.operations import convert as conversion
+from reshard.operations import plan as planning
 from reshard.resharded.layout import file_layout
 from reshard.resharded.targets import LocalTensor
 from reshard.sharding.regions import Region
@@ -210,7 +210,7 @@ def test_writing(tensor: LocalTensor, workers: int, share: float, tmp_path: Path
                 cut(path, share)
 
     with pytest.raises(IntegrityError, match=r"model\.safetensors: changed while it was being read"):
-        write_files(tmp_path, layouts, source, journal=journal, workers=workers, progress=progress)
+        write_files(tmp_path, layouts, Inputs(source), journal=journal, workers=workers, progress=progress)
     assert sum(done) < 8 * tensor.nbytes or share > 0.9  # it ends at the next block, and not at the end of all
     journal.close()
     assert Journal(tmp_path).claimed == {}
@@ -303,7 +303,7 @@ def test_merge(workers: int, root: Path) -> None:
 @pytest.mark.parametrize("digested", [True, False], ids=["digested before", "not digested"])
 def test_convert_while_it_plans(digested: bool, share: float, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that reads ahead uses read(2), which says nothing of the end coming early."""
-    real = conversion.read_model
+    real = planning.read_model
 
     def read_model(*arguments: Any, **options: Any) -> Any:
         if digested:
@@ -320,7 +320,7 @@ def test_convert_while_it_plans(digested: bool, share: float, root: Path, monkey
         return ahead
 
     monkeypatch.setattr(origin, "DigestsAhead", remember)
-    monkeypatch.setattr(conversion, "read_model", read_model)
+    monkeypatch.setattr(planning, "read_model", read_model)
     with pytest.raises(IntegrityError, match=f"{SOURCES[2]}: changed while it was being read"):
         reshard.convert(root / "source", root / "new", tp_size=2)
     assert sorted(os.listdir(root)) == ["out", "source"]
@@ -345,7 +345,7 @@ def _job(arguments: list[str], folder: Path) -> None:
     verified, makes it long enough; the first one leaves `begun` behind."""
     import reshard.cli.main
     import reshard.execution.executor
-    import reshard.operations.verify
+    import reshard.resharded.rank_file
 
     def slow(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -360,7 +360,7 @@ def _job(arguments: list[str], folder: Path) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     reshard.execution.executor.pwrite = slow(reshard.execution.executor.pwrite)
-    reshard.operations.verify.digest_of = slow(reshard.operations.verify.digest_of)
+    reshard.resharded.rank_file.digest_of = slow(reshard.resharded.rank_file.digest_of)
     reshard.cli.main.main(arguments)
 
 

@@ -15,7 +15,7 @@ import torch
 from executor_tools import load, make_source, taken_whole
 
 from reshard.errors import IntegrityError, TopologyError
-from reshard.execution.executor import write_files
+from reshard.execution.executor import Inputs, write_files
 from reshard.files.header import TensorInfo
 from reshard.resharded.layout import file_layout
 from reshard.resharded.rank_file import FileRecord, check_digests, read_rank_header
@@ -71,7 +71,7 @@ def written(tmp_path: Path) -> tuple[Path, FileRecord]:
     }
     source = make_source(tmp_path / "source", tensors)
     layout = file_layout("rank.safetensors", taken_whole(source))
-    [record], _ = write_files(tmp_path, [layout], source, sync=False)
+    [record], _ = write_files(tmp_path, [layout], Inputs(source), sync=False)
     return tmp_path / "rank.safetensors", record
 
 

@@ -20,6 +20,7 @@ from torchrun_tools import on_ranks
 import reshard
 from reshard.errors import IntegrityError
 from reshard.resharded.targets import Target
+from reshard.sharding.placement import Replicate
 from reshard.sharding.regions import Region
 from runtime.model.source_tensors import bundles
 
@@ -131,7 +132,7 @@ def test_a_source_tensor_that_is_not_all_there_is_refused(regions: list[Region])
     header = '{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
     file = {"file": "model.safetensors", "size": 8 + len(header) + 16, "header": header}
     size = sum(region.size for region in regions)
-    target = Target("w", (size,), "float32", reshard.placement.Replicate(), tuple(regions))
+    target = Target("w", (size,), "float32", Replicate(), tuple(regions))
     manifest = SimpleNamespace(source_files=(file,), parameters=(target,), duplicates={})
     with pytest.raises(IntegrityError, match="w: not every element of it is in the model"):
         bundles(manifest)  # type: ignore[arg-type]

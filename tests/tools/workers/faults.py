@@ -13,15 +13,16 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import runtime.loading.load
+import runtime.loading.prepare
 from reshard.errors import IntegrityError
 from reshard.strategies import ALL_PARALLEL_STYLES, ColwiseParallel
 
 PHASES = {
     "handshake": (dist, "rendezvous"),
-    "open": (runtime.loading.load, "locate_together"),
-    "import": (runtime.loading.load, "model_class"),
-    "build": (runtime.loading.load, "on_meta"),
-    "read": (runtime.loading.load, "_begin"),
+    "open": (runtime.loading.prepare, "locate_together"),
+    "import": (runtime.loading.prepare, "model_class"),
+    "build": (runtime.loading.prepare, "on_meta"),
+    "read": (runtime.loading.prepare, "_begin"),
     "agree": (runtime.loading.load, "agree"),
     "mesh": (runtime.loading.load, "make_mesh"),
     "group": (dist, "init_process_group"),
