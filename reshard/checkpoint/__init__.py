@@ -1,1 +1,4 @@
-"""TODO"""
+"""A checkpoint as people publish it: where its weights are, what goes along beside them, and which model class it is.
+
+It ends at the source: how tensors are cut is decided in `planning`.
+"""

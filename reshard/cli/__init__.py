@@ -1,1 +1,1 @@
-"""The `reshard` command, one file a command. Each parses, makes one library call and prints the result."""
+"""The `reshard` command, one file a command: it parses, makes one library call, and prints the result."""

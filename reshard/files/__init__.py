@@ -1,1 +1,4 @@
-"""One file at a time: read strictly, mapped safely, digested, and never trusted. Nothing here knows what a model is."""
+"""One file and its bytes: headers read strictly, mappings that survive a cut, digests, data that nobody vouches for.
+
+Whatever is true of a single file, whoever wrote it, belongs here. Nothing here knows what a model or a rank is.
+"""

@@ -1,1 +1,1 @@
-"""Results as people read them: tables and texts. Takes names, numbers, lists and dicts; knows no plan and no file."""
+"""Results as people read them: tables and texts, made of names, numbers, lists and dicts."""

@@ -1,1 +1,1 @@
-"""The command line of the runtime: what each command prints, and on which rank."""
+"""The commands of a rank: what each prints, and on which rank."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Text from prompts, with the same tokens on every rank."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""`publish`: one commit of a Hub repo, with its card and licence."""

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub, through huggingface_hub alone: what is there, and how a folder gets there."""
+"""The Hugging Face Hub, through huggingface_hub alone: its names, its files and its failures in our words."""
