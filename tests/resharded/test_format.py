@@ -108,7 +108,7 @@ def test_of_2_every_other_member_is_refused(what: str, number: str, golden: Path
         read_manifest(golden)
 
 
-@pytest.mark.parametrize("what", set(MEMBERS) - {"requires"})
+@pytest.mark.parametrize("what", [what for what in MEMBERS if what != "requires"])
 def test_of_3_only_what_is_required(what: str, golden: Path) -> None:
     before = read_manifest(golden)
     reseal(golden, lambda content: (version("3.0")(content), MEMBERS[what][0](content)))
