@@ -62,8 +62,8 @@ class Stage:
 
         The name is this run's alone, and what was left is renamed before anything else is done to it. So if locks do
         nothing, a run that is alive loses its folder in one step, notices (BusyError), and can put nothing into the
-        folder of another run; the last to begin loses to none. It may go on writing to files that it has open, but the
-        same bytes: only the same work keeps them.
+        folder of another run; the last to begin loses to none. The loser may go on writing to files it has open, but
+        the same bytes: only the same work keeps them.
         """
         folder, kept = _part(self._out, work), False
         try:
