@@ -1,4 +1,4 @@
-"""Carries out a plan: regions are read, written and digested block by block, in a staged folder that appears at once.
+"""The execution of a plan: regions are read, written and digested by blocks, in a staged folder that appears at once.
 
-There is one executor. What is to be moved is decided in `planning`.
+There is one executor. `planning` decides what is to be moved.
 """

@@ -1,4 +1,4 @@
-"""Where a finished folder goes: its place on this machine's disk, or an object store."""
+"""The destinations of a finished folder: a path on this machine's disk, or an object store."""
 
 from __future__ import annotations
 
@@ -29,31 +29,36 @@ __all__ = ["Destination", "destination"]
 
 _SMALL = 8 << 20  # bytes: files up to this size are sent several at a time, larger ones in several parts
 _AT_ONCE = 8
-_LAST = (MANIFEST_NAME, INDEX_NAME, SINGLE_NAME)  # the first that there is says that the others are there
+_LAST = (MANIFEST_NAME, INDEX_NAME, SINGLE_NAME)  # the first that a folder has goes last: it says the others are there
 
 
 class Destination(Protocol):
-    """Where a folder goes when it is whole. It is filled beside `local`, under another name."""
+    """The destination of a folder, which is filled beside `local`, under another name, and put there when complete."""
 
     @property
     def local(self) -> Path:
         """A path on this machine."""
 
     def check(self) -> None:
-        """Raises DestinationExistsError where something is in the way, StorageError where there is no way."""
+        """Raise DestinationExistsError if something is in the way, StorageError if there is no way."""
 
     def try_out(self) -> None:
-        """Before any work: raises a ReshardError where `commit` could put nothing there. Under the lock."""
+        """Raise a ReshardError if `commit` could put nothing there. Called before any work, under the lock."""
 
     def commit(self, folder: Path) -> None:
-        """Put a whole folder there. What is at its old place afterwards is nobody's. Raises a ReshardError."""
+        """Put a complete folder there. Raises a ReshardError.
+
+        Whatever is at the folder's old path afterwards is ours to delete.
+        """
 
 
 def destination(
     out: str | Path, *, overwrite: bool | None = None, sync: bool = True, progress: Progress = silent
 ) -> Destination:
-    """That of a path or a URL. `overwrite` is None where there is no such choice; `progress` is for what is sent.
-    Raises UsageError for a place on the Hub."""
+    """Return the destination for a path or a URL. Raises UsageError for a place on the Hub.
+
+    `overwrite` is None if there is no such choice; `progress` is told of what is sent.
+    """
     out = as_text(out)
     if is_hub_url(out):
         raise UsageError(
@@ -64,8 +69,11 @@ def destination(
 
 @dataclass(frozen=True, slots=True)
 class _OnDisk:
-    """A path: it takes the folder in one step, which never replaces anything, unless `overwrite` and a folder of ours
-    is there; then the two are exchanged. With `sync`, folder and move are on disk when it is done."""
+    """A path: it takes the folder in one step, which never replaces anything.
+
+    Only if `overwrite` is set and a resharded folder is there, the two are exchanged. With `sync`, folder and move are
+    on disk when it is done.
+    """
 
     local: Path
     overwrite: bool | None
@@ -95,30 +103,30 @@ class _OnDisk:
         if around is not None:
             raise UsageError(
                 f"{printable(self.local)}: is inside a resharded folder, which holds nothing else",
-                hint=f"choose a place outside {printable(around)}",
+                hint=f"choose a folder outside {printable(around)}",
             )
 
     def _check_inside(self) -> None:
-        """Weights and folders that are somebody else's must not go with it: a source could be in there."""
+        """Refuse to replace weights and folders that are somebody else's: a source could be in there."""
         try:
             manifest = read_manifest(self.local)
-        except ReshardError:  # no manifest says what is ours
+        except ReshardError:  # without a manifest nothing says what is ours
             return
         _, found = missing_and_strange(self.local, manifest)
         strange = [name for name in found if is_weights(name) or (self.local / name).is_dir()]
         if strange:
             raise DestinationExistsError(
-                f"{printable(self.local)}: holds what is not of it, and --overwrite would remove: {listed(strange)}",
+                f"{printable(self.local)}: holds what is not part of it; --overwrite would remove: {listed(strange)}",
                 hint="move that elsewhere, or choose another name",
             )
 
     def try_out(self) -> None:
-        pass  # the folder that is filled stands in the same one
+        pass  # the folder is filled in the same parent folder
 
     def commit(self, folder: Path) -> None:
         out = self.local
         try:
-            # Without its journal it is no longer gone on with, only put there.
+            # Without its journal, no later run goes on with the folder: it can only be put there.
             (folder / JOURNAL_NAME).unlink(missing_ok=True)
             if self.sync:
                 for inside, _, _ in walked(folder, topdown=False):
@@ -140,8 +148,10 @@ class _OnDisk:
 
 @dataclass(frozen=True, slots=True)
 class _InStore:
-    """A URL: the files are sent, and last of all the one that makes a whole of them. Nothing that is there is replaced.
-    What an earlier run has sent, as what is kept on this machine shows, is compared and stays."""
+    """A URL: the files are sent, last of all the one that completes the folder. Nothing that is there is replaced.
+
+    Files that an earlier run has sent, as what it kept on this machine shows, are compared and stay.
+    """
 
     url: str
     overwrite: bool | None
@@ -172,9 +182,9 @@ class _InStore:
 
     def commit(self, folder: Path) -> None:
         found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        # Weights first: a checkpoint that is around it takes a folder of small files for its own.
+        # Weights first: a checkpoint in a folder above would take a folder of small files for its own.
         names = sorted({*found} - {JOURNAL_NAME}, key=lambda name: (not is_weights(name), name))
-        last = next((name for name in _LAST if name in names), names[-1])  # where config.json names its weights
+        last = next((name for name in _LAST if name in names), names[-1])  # if config.json names the weights
         names.remove(last)
         sizes = {name: (folder / name).stat().st_size for name in names}
         strange = sorted(open_store(self.url).files.keys() - {*names, last, PROBE_NAME})
@@ -195,7 +205,7 @@ class _InStore:
             try:
                 store.put(path, name, report)
                 return
-            except FileExistsError:  # it was sent twice: the answer to the first time was lost, or it is another's
+            except FileExistsError:  # we sent it before and lost the answer, or it is another's
                 store = open_store(self.url)
         if not store.holds(path, name):
             raise DestinationExistsError(
@@ -208,5 +218,5 @@ class _InStore:
         wrong = [name for name, size in sizes if (store.find(name) or (None,))[0] != size]
         if wrong:
             raise IntegrityError(
-                f"{store}: not as it was sent: {listed(wrong)}", hint="remove what is there of them, and run it again"
+                f"{store}: not as it was sent: {listed(wrong)}", hint="remove these files there, and run it again"
             )

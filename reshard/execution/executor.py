@@ -1,4 +1,4 @@
-"""Carry out a plan: fill each target tensor block by block from its regions, digest it while hot, write it once."""
+"""The executor of a plan: each target tensor is filled from its regions by blocks, digested while hot, written once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .reader import SourceReader, tensor_blocks
 
 __all__ = ["Inputs", "write_files"]
 
-_SOURCE = ""  # in the journal, where an output file is named: no file has this name
+_SOURCE = ""  # stands in the journal for the name of an output file: no file has this name
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What files are written from: the `source` files, and what is known of them.
+    """The inputs of a conversion: the `source` files, and what is known of them.
 
     Files that `ahead` has begun are not digested again. Files still to come are taken from `arrivals`, each for as long
     as it is needed; a file of which nothing is missing is not asked for. If there are `records`, the source files are
@@ -55,9 +55,9 @@ def write_files(
     """Write every file of a plan into `folder`; also digest the source files. `progress` is told of bytes written.
 
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
-    Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With
-    `sync`, every file is on disk on return. With a journal, what an earlier run wrote is kept where it still has the
-    digest claimed there. Returns what was written, and the digests of the source files by name.
+    Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With `sync`,
+    every file is on disk on return. With a journal, a tensor that an earlier run wrote is kept if it still has the
+    digest claimed there. Returns the record of each file, and the digests of the source files by name.
 
     Raises:
         StorageError: the disk refused.
@@ -90,7 +90,7 @@ def write_files(
                 if sync:
                     begin_writeback(fd, slot.offset + offset, len(block))
                 progress(len(block))
-        reader.check(slot.tensor)  # before the journal has it
+        reader.check(slot.tensor)  # before the journal claims it
         digests[index][tensor] = digest.hexdigest()
         if journal:
             journal.add(name, tensor, digest.hexdigest())
@@ -104,12 +104,12 @@ def write_files(
         return digest.hexdigest()
 
     def digest_source(file: SourceFile) -> None:
-        if records is not None:  # also what comes a second time, from a store that knows no digests
+        if records is not None:  # also if they come a second time, from a store that knows no digests
             found = {info.name: digest_range(file.name, info.start, info.end) for info in file.header.tensors}
             if not stop.is_set():
                 check_digests(file.path, records[file.name], file.header, found)
             return
-        # Of a file that arrives there is only this one, so that a claim holds.
+        # A file that arrives has no other digest than this one, so a claim holds.
         known = claimed.get((_SOURCE, file.name)) if arrivals else ahead.get(file.name) if ahead else None
         source_digests[file.name] = known or digest_range(file.name, 0, file.size)
         if arrivals and journal and not known and not stop.is_set():
@@ -124,7 +124,7 @@ def write_files(
         Job((file.name,), math.inf, partial(digest_source, file), (_SOURCE, file.name) in claimed)
         for file in source.files
     ]
-    # Of files that are here, each is read once, from its beginning; others are waited for no longer than must be.
+    # Each file that is here is read once, from its beginning. Files to come are waited for no longer than must be.
     jobs.sort(key=lambda job: (job.files[-1 if arrivals else 0] if job.files else "", job.at))
     if arrivals:
         arrivals.expect(in_order(job.files for job in jobs if job.files and not job.done))
@@ -146,7 +146,7 @@ def _evidence(layout: FileLayout, found: dict[str, str]) -> FileRecord:
 
 
 def _reads(tensor: LocalTensor, source: Source) -> tuple[tuple[str, ...], float]:
-    """The source files that a tensor is made of, in order, and the byte where it begins in the first."""
+    """Return the source files that a tensor is made of, in order, and the byte where it begins in the first."""
     infos = [source.tensors[region.source] for region in tensor.regions]
     files = tuple(sorted({info.file for info in infos}))
     return files, float(min((info.start for info in infos if info.file == files[0]), default=0))

@@ -1,4 +1,4 @@
-"""Pieces of work, done by a pool of threads: the first failure ends all, and the last to need a file lets it go."""
+"""A pool of threads that does jobs: the first failure ends all, and a file is let go when no job needs it any more."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ __all__ = ["Job", "run_jobs"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work: the source files that it reads, in order, and the byte where it begins in the first. `done` is
-    whether an earlier run claims to have done it."""
+    """A piece of work: the source files that it reads, in order, and the byte where it begins in the first.
+
+    `done` says whether an earlier run claims to have done it.
+    """
 
     files: tuple[str, ...]
     at: float
@@ -29,8 +31,9 @@ def run_jobs(
 
     `release` is called with each file when the last job that reads it is done.
 
-    On return no thread is at work, whatever happened: the files that they write to can be closed. An interrupt can come
-    while the pool is starting a thread, which the pool then does not know and would not wait for.
+    On return no thread is at work, whatever happened, so the files that they write to can be closed. The pool alone
+    would not ensure this: if an interrupt comes while it is starting a thread, it does not know that thread, nor wait
+    for it.
     """
     waiting = iter(jobs)
     uses = Counter(name for job in jobs for name in job.files)
@@ -57,7 +60,7 @@ def run_jobs(
                     release(name)
         except BaseException as error:
             if isinstance(error, InterruptedError) and stop.is_set():
-                return  # woken from its wait, since another has failed
+                return  # woken from its wait because another job has failed
             stop.set()
             raise
         finally:

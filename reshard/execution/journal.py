@@ -1,7 +1,8 @@
-"""What of an unfinished folder is already written: one line for each tensor, so that an interrupted run can go on.
+"""The journal of an unfinished folder: one line for each tensor that is written, so that an interrupted run can go on.
 
-Lines are appended without waiting for the disk, so after a power loss they can claim more than it holds: whoever goes
-on digests what a line claims before believing it. Each has its own checksum; the first that is torn ends the reading.
+Lines are appended without waiting for the disk, so after a power loss they can claim more than it holds: a run that
+goes on digests what a line claims before believing it. Each line has its own checksum; the first that is torn ends the
+reading.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Journal:
             raise StorageError(f"{printable(self._path)}: {error.strerror}") from None
 
     def _read(self) -> int:
-        """Take the whole lines; where they end."""
+        """Take the whole lines; return the offset where they end."""
         end = 0
         with open(self._path, "rb") as lines:
             for line in lines:
@@ -62,7 +63,7 @@ class Journal:
                 line = line[os.write(self._fd, line) :]
 
     def close(self) -> None:
-        """Let go of the file. If that fails nothing is lost: whoever believes a claim checks it."""
+        """Let go of the file. If that fails nothing is lost: whoever believes a claim checks it first."""
         with contextlib.suppress(OSError):
             os.close(self._fd)
 

@@ -1,4 +1,4 @@
-"""Where a conversion reads from: a checkpoint that is here, one that a resharded folder was made of, or one to come."""
+"""The origin of a conversion: a checkpoint that is here, one that a resharded folder was made from, or one to come."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from .staging import Stage
 
 __all__ = ["Origin", "open_origin"]
 
-_FETCHED = "fetched-"  # and the version: files of another are not gone on with
+_FETCHED = "fetched-"  # followed by the version: files of another version are not used
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The checkpoint that is planned, and what there is of it: its files, or else a resharded folder that was `made`
-    of it; of either, files that are still to come from a `remote` place."""
+    """The checkpoint that is planned, and what there is of it: its files, or a resharded folder `made` from it.
+
+    If there is a `remote` place, files of either are still to come from there.
+    """
 
     source: Source
     made: Resharded | None = None
@@ -38,44 +40,48 @@ class Origin:
 
     @property
     def held(self) -> Source:
-        """What is read."""
+        """The files that are read: those of the resharded folder, or of the source itself."""
         return self.made.held if self.made else self.source
 
     @property
     def version(self) -> str:
-        """Of what is still to come: which state of it that is."""
+        """The version of the files that are still to come; empty if there is no remote place."""
         return self.remote.away.version if self.remote else ""
 
     def ahead(self) -> DigestsAhead:
-        """Digests of the files that are here as the source has them."""
+        """Return digests, made ahead, of the files that are here as the source has them."""
         here = () if self.made or self.remote else self.source.files  # rank files are checked by tensor instead
         return DigestsAhead({file.name: file.path for file in here})
 
     def equal(self, arrivals: Arrivals | None) -> Callable[[str, str], bool] | None:
-        """How to tell whether two tensors hold the same bytes. None for a remote one none of whose files arrive."""
+        """Return a test whether two tensors hold the same bytes; None if the source is remote and no files arrive."""
         if self.made:
             return self.made.equal
         return partial(equal_tensors, self.source, arrivals=arrivals) if arrivals or not self.remote else None
 
     def coming(self) -> list[SourceFile]:
-        """The files that are still to come, in order."""
+        """Return the files that are still to come, in order."""
         return [file for file in self.held.files if self.remote and file.name not in self.remote.cached]
 
     def staged_bytes(self) -> int:
-        """What files that are still to come take at once, beside what is made of them: of rank files, all can be
-        needed together."""
+        """Return the bytes that files still to come take at once, beside the output.
+
+        If the source is a resharded folder, all its rank files can be needed together.
+        """
         sizes = sorted(file.size for file in self.coming())
         return sum(sizes if self.made else sizes[-AHEAD:])
 
     def staged(self, stage: Stage) -> Path:
-        """Where they are meanwhile."""
+        """Return the folder that has the fetched files meanwhile."""
         return stage.beside(_FETCHED + self.version)
 
     @contextlib.contextmanager
     def arrivals(self, stage: Stage, *, keep_cache: bool) -> Iterator[Arrivals | None]:
-        """The files that are still to come, if any: each beside the output for as long as it is needed, or else in the
-        cache. Where nothing of an earlier run is gone on with, the first are under way at once. What has come stays for
-        the next run if the work has begun."""
+        """Give the files that are still to come, if any.
+
+        Each is beside the output for as long as it is needed, or else in the cache. If no earlier run left anything,
+        the first files are under way at once. What has come stays for the next run if the work has begun.
+        """
         if self.remote is None:
             yield None
             return
@@ -92,7 +98,7 @@ class Origin:
                     arrivals.expect({file.name: 1 for file in self.coming()[:AHEAD]})
                 yield arrivals
             done = True
-        except StorageError:  # a disk that is too full is not left fuller
+        except StorageError:  # do not leave a full disk fuller
             done = not stage.begun
             raise
         finally:
@@ -103,9 +109,9 @@ class Origin:
 def open_origin(
     place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, include: Sequence[str] = ()
 ) -> Origin:
-    """A checkpoint folder, a resharded one, or a Hub id or URL of either. Raises a `ReshardError`.
+    """Open a checkpoint folder, a resharded folder, or a Hub id or URL of either. Raises a `ReshardError`.
 
-    `include` are patterns of files that are to go along too; of a resharded one, all do.
+    `include` are patterns of files that are to go along too; from a resharded folder, all do.
     """
     root, found, version, items = look_at(place, revision=revision, choice=choice, include=include)
     if is_resharded(root):

@@ -31,10 +31,10 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable", ca
 class SourceReader:
     """The source files, mapped. Mapped pages belong to the page cache: they are not this process's memory.
 
-    Files that are still to come are waited for in `arrivals`, until the work is `given_up`; they are nobody else's.
+    Files that are still to come are waited for in `arrivals`, until the work is `given_up`; nobody else uses them.
 
-    Leaving the context raises IntegrityError where a source file is not what it was when it was opened, in place of any
-    other error: that would be about bytes nobody wrote.
+    Leaving the context raises IntegrityError if a source file has changed since it was opened. It replaces any other
+    error, which would be about bytes nobody wrote.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SourceReader:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         maps = list(self._maps.values())
-        self._maps.clear()  # views may still be alive: each map closes with its last one
+        self._maps.clear()  # views may still be alive: each map closes with its last view
         if kind is None or issubclass(kind, Exception):
             for mapped in maps:
                 mapped.check()
@@ -66,12 +66,12 @@ class SourceReader:
                     path, size=file.size, mtime_ns=None if self._arrivals else file.mtime_ns
                 )
                 self._maps[name] = mapped
-        if mapped.shrunk:  # what is left to do would be in vain
+        if mapped.shrunk:  # the rest of the work would be in vain
             mapped.check()
         return mapped.data
 
     def release(self, name: str) -> None:
-        """Nobody reads this file any more: its mapping can go, and so can a file that came for this."""
+        """Let go of a file that nobody reads any more: its mapping, and the file too if it came for this."""
         with self._lock:
             mapped = self._maps.pop(name, None)
         if mapped is not None:
@@ -80,7 +80,7 @@ class SourceReader:
             self._arrivals.done(name)
 
     def view(self, region: Region, *, bits: bool) -> torch.Tensor:
-        """The region's elements as a strided view of the mapped file; as same-width integers where `bits`."""
+        """Return the region's elements as a strided view of the mapped file; if `bits`, as same-width integers."""
         info = self._source.tensors[region.source]
         name = torch_name(info.dtype, tensor=info.name)
         width = itemsize(name)
@@ -92,19 +92,19 @@ class SourceReader:
         return flat.as_strided(region.extent, region.strides)
 
     def bytes_of(self, region: Region) -> memoryview:
-        """The bytes of a region that is one contiguous run."""
+        """Return the bytes of a region that is one contiguous run."""
         info = self._source.tensors[region.source]
         width = itemsize(torch_name(info.dtype, tensor=info.name))
         start = info.start + region.offset * width
         return self._map(info.file)[start : start + region.size * width]
 
     def pieces_of_file(self, name: str, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes of a source file from `start` to `end`, in order."""
+        """Yield the bytes of a source file from `start` to `end`, in order."""
         for at in range(start, end, _FILE_PIECE):
             yield self._map(name)[at : min(at + _FILE_PIECE, end)]
 
     def check(self, tensor: LocalTensor) -> None:
-        """Raises IntegrityError where a file that `tensor` is made of is not what it was when it was opened."""
+        """Raise IntegrityError if a file that `tensor` is made of has changed since it was opened."""
         for name in {self._source.tensors[region.source].file for region in tensor.regions}:
             if (mapped := self._maps.get(name)) is not None:
                 mapped.check()
@@ -115,10 +115,10 @@ class SourceReader:
 
 
 def tensor_blocks(tensor: LocalTensor, reader: SourceReader, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of a tensor in order: (offset in bytes, block). A block lives until the next one is asked for.
+    """Yield the bytes of a tensor in order: (offset in bytes, block). A block lives until the next one is asked for.
 
-    Contiguous runs of the source come straight from its mapping; what must be gathered or cast uses `buffer`, so
-    memory is `len(buffer)` whatever the tensor's size.
+    Contiguous runs of the source come straight from its mapping; what must be gathered or cast uses `buffer`, so memory
+    is `len(buffer)` whatever the tensor's size.
     """
     width = itemsize(tensor.dtype)
     for box in boxes(tensor.shape, len(buffer) // width):
@@ -133,7 +133,7 @@ def tensor_blocks(tensor: LocalTensor, reader: SourceReader, buffer: memoryview)
 
 
 def _near(regions: Sequence[Region], box: Box) -> Sequence[Region]:
-    """The regions that the box's first dim can meet: fused experts have hundreds, and a block spans few."""
+    """Return the regions that can meet the box's first dim: fused experts have hundreds, and a block spans few."""
     if len(regions) == 1 or not box.start:
         return regions
     low, high = box.start[0], box.start[0] + box.extent[0]

@@ -1,4 +1,4 @@
-"""The output folder: built beside its place, and moved there in one step when it is whole."""
+"""The output folder: built beside its final path, and moved there in one step when it is complete."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
 ]
 
 _WORK, _OWNER = 16, 8  # hex digits: of the digest of the work, and of a number drawn by each run
-_REFUSE = "0" * _WORK  # the work of what is only there to be removed
+_REFUSE = "0" * _WORK  # in place of the work: the folder is only there to be removed
 _ATTEMPTS = 9  # to remove a folder while its former owner makes a last file in it
 
 
 class Stage:
-    """The folder that is to become `out`, once it is known what work is done in it."""
+    """The folder that is to become `out`. It exists once `begin` is told what work is done in it."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -38,7 +38,7 @@ class Stage:
 
     @property
     def fresh(self) -> bool:
-        """Whether nothing is there that an earlier run left."""
+        """Whether no earlier run left anything there."""
         return not _unfinished(self._out)
 
     @property
@@ -47,28 +47,29 @@ class Stage:
         return self.folder is not None and _has_claims(self.folder)
 
     def beside(self, name: str) -> Path:
-        """A place beside the output for what the work needs on the way."""
+        """Return a path beside the output for what the work needs on the way."""
         return self._out.with_name(f"{self._out.name}.part-{name}")
 
     def clear(self, prefix: str) -> None:
-        """Remove every such place whose name begins so, of earlier runs too."""
+        """Remove every such path whose name begins with `prefix`, of earlier runs too."""
         for path in self._out.parent.glob(f"{glob.escape(self._out.name)}.part-{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, work: str) -> Path:
-        """The folder to fill, named after `work`, the digest of all that goes into it: of the same work, what an
-        earlier run left is kept; of other work, it is removed. Raises StorageError.
+        """Return the folder to fill, named after `work`, the digest of all that goes into it. Raises StorageError.
 
-        The name is this run's alone, and what was left is renamed before anything else is done to it. So where locks
-        do nothing, a run that is alive loses its folder in one step, notices (BusyError), and can put nothing into
-        that of another; the last to begin loses to none. Files that it has open it may go on writing, but with the same
-        bytes: only the same work keeps them.
+        What an earlier run left of the same work is kept; what is left of other work is removed.
+
+        The name is this run's alone, and what was left is renamed before anything else is done to it. So if locks do
+        nothing, a run that is alive loses its folder in one step, notices (BusyError), and can put nothing into the
+        folder of another run; the last to begin loses to none. The loser may go on writing to files it has open, but
+        the same bytes: only the same work keeps them.
         """
         folder, kept = _part(self._out, work), False
         try:
             for left in _unfinished(self._out):
                 if not kept and left.name[:-_OWNER] == folder.name[:-_OWNER] and renamed(left, folder):
-                    # Without a journal it is what --overwrite replaced, or is half removed.
+                    # A folder without a journal is what --overwrite replaced, or is half removed.
                     kept = not folder.is_symlink() and (folder / JOURNAL_NAME).exists()
                     left = folder
                 if not kept or left != folder:
@@ -92,12 +93,11 @@ def _unfinished(out: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def staged_folder(to: Destination) -> Iterator[Stage]:
-    """Give a stage whose folder is to be filled; put that where it goes when the block ends well.
+    """Give a stage whose folder is to be filled; put that at its destination if the block ends well.
 
-    The folders above it are made too. When the block does not end well, what is there stays for the next run of the
-    same work; when bytes that were used are not what they should be (`error.lost`), nothing stays, nor a folder above
-    it that was made for it. One process at a time: `OUT.lock` is held meanwhile; where locks do nothing, see
-    `Stage.begin`.
+    The folders above it are made too. If the block fails, what is there stays for the next run of the same work. If
+    bytes that were used are not what they should be (`error.lost`), nothing stays, nor a folder above that was made for
+    it. One process at a time works on it: `OUT.lock` is held meanwhile. If locks do nothing, see `Stage.begin`.
 
     Raises:
         DestinationExistsError: something is in the way (now, or when the work is done).
@@ -107,7 +107,7 @@ def staged_folder(to: Destination) -> Iterator[Stage]:
     out = to.local
     to.check()
     with _existing(out.parent), locked(out.with_name(out.name + ".lock")):
-        to.check()  # who held the lock before may have made it
+        to.check()  # the process that held the lock before may have made it
         to.try_out()
         stage = Stage(out)
         try:
@@ -124,13 +124,13 @@ def staged_folder(to: Destination) -> Iterator[Stage]:
 
 
 def _taken(folder: Path, error: BaseException) -> bool:
-    """Whether an error comes of another process having taken the folder, where there are no locks."""
+    """Whether an error arose because another process has taken the folder, where there are no locks."""
     gone = getattr(error.__context__, "errno", None) in (errno.ENOENT, errno.ESTALE)
     return gone and not os.path.lexists(folder)
 
 
 def _leave(folder: Path, out: Path, error: BaseException) -> None:
-    """After a failure: keep what the next run can go on with, and say so where the error has no hint of its own."""
+    """Keep what the next run can go on with after a failure, and say so if the error has no hint of its own."""
     with contextlib.suppress(OSError):
         if getattr(error, "lost", False) or not _has_claims(folder):
             _discard(folder, out)
@@ -146,7 +146,7 @@ def _has_claims(folder: Path) -> bool:
 
 
 def _clear_away(folder: Path, out: Path) -> None:
-    """Of what was replaced, or sent away, nothing stays: no power loss puts it back any more."""
+    """Remove the folder that was replaced, or sent away: no power loss puts it back any more."""
     try:
         if os.path.lexists(folder):
             _discard(folder, out)
@@ -157,7 +157,7 @@ def _clear_away(folder: Path, out: Path) -> None:
 
 
 def _discard(folder: Path, out: Path) -> None:
-    """Remove a folder, from where no other process can put it in place meanwhile. Raises OSError."""
+    """Remove a folder, first renamed so that no other process can put it in place meanwhile. Raises OSError."""
     refuse = _part(out, _REFUSE)
     if not renamed(folder, refuse):
         return
@@ -172,7 +172,7 @@ def _discard(folder: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _existing(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it, if need be; remove those again in which nothing is in the end."""
+    """Make a folder and those above it, if need be; after a failure, remove those again that are empty."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         try:

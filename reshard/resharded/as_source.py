@@ -1,4 +1,4 @@
-"""A resharded folder as the checkpoint it was made from: each of its tensors, and where in the rank files it is now."""
+"""A resharded folder as a source: the tensors of the checkpoint it was made from, as regions of the rank files."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ Held = dict[str, tuple[str, tuple[int, ...]]]  # tensor → dtype and shape
 
 @dataclass(frozen=True, slots=True)
 class Resharded:
-    """A resharded folder. `source` is what it was made from: headers, and files that are no more.
+    """A resharded folder, to be read as a source.
 
-    `held` are the rank files, and the unused one; a tensor is named after its file too, since every rank has each.
-    `tensors` are those of the source, in their dtype, or the one that they were cast to if that has lost bits: regions
-    of `held` fill each. Dropped ones are left out.
+    `source` is the checkpoint that it was made from: its headers, and paths of files that are not there any more.
+    `held` are the rank files and the file of unused tensors. A tensor's name in it begins with the file's name, since
+    every rank file has the same tensors. `tensors` are the tensors of the source that were not dropped; regions of
+    `held` fill each. Each has its dtype in the source, or the dtype that it was cast to if the cast lost bits.
     """
 
     manifest: Manifest
@@ -44,7 +45,7 @@ class Resharded:
 
     @property
     def records(self) -> dict[str, FileRecord]:
-        """What was written of each file of `held`."""
+        """The record of every file that the manifest lists, by name."""
         return {record.name: record for record in self.manifest.files()}
 
     def equal(self, one: str, other: str) -> bool:
@@ -53,10 +54,10 @@ class Resharded:
         return owners.get(one, one) == owners.get(other, other)
 
     def relocated(self, layout: FileLayout) -> FileLayout:
-        """A file planned from the source, to be filled from the rank files.
+        """Return a file planned from the source, to be filled from the rank files instead.
 
         Raises:
-            BadInputError: of what it wants, a tensor was dropped, or cast to a third dtype.
+            BadInputError: a tensor that it needs was dropped, or was cast to a third dtype.
         """
         return replace(layout, slots=tuple(replace(slot, tensor=self._relocated(slot.tensor)) for slot in layout.slots))
 
@@ -87,15 +88,15 @@ def _none_absent(_: Sequence[FileRecord]) -> Mapping[str, Header]:
 def open_resharded(
     folder: Path, *, absent: Callable[[Sequence[FileRecord]], Mapping[str, Header]] = _none_absent
 ) -> Resharded:
-    """Read a resharded folder, through its manifest and headers; of the small files, also the bytes.
+    """Read the manifest and headers of a resharded folder, and check the bytes of its small files.
 
-    `absent` gives the headers of those rank files that are not in the folder but elsewhere.
+    `absent` gives the headers of the rank files that are elsewhere instead of in the folder.
 
     Raises:
-        BadInputError: not a resharded folder, or its manifest makes no sense.
+        BadInputError: it is not a resharded folder, or its manifest makes no sense.
         IntegrityError: files are missing, or are not those that were written.
         NetworkError: `absent` has no answer.
-        VersionError: made by a newer release.
+        VersionError: a newer release made it.
     """
     manifest = read_manifest(folder)
     headers = source_headers(manifest)
@@ -118,9 +119,9 @@ def open_resharded(
 
 
 def source_headers(manifest: Manifest) -> dict[str, Header]:
-    """The source files' headers by path, as the manifest has them: data that nobody vouches for.
+    """Return the source files' headers by path, as the manifest has them: untrusted data, checked here.
 
-    A tensor can be in two files, if it is the same in both.
+    A tensor may be in two files if its dtype and shape are the same in both.
     """
     taken = {MANIFEST_NAME, INDEX_NAME, *(extra.name for extra in manifest.extras)}
     headers: dict[str, Header] = {}
@@ -177,7 +178,7 @@ def _rank_files(
 
 
 def _expected(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[tuple[FileRecord, Held]]:
-    """Each file, and the dtype and shape of every tensor that it must hold."""
+    """Yield each file with the dtype and shape of every tensor that it must hold."""
     for rank, record in enumerate(manifest.rank_files):
         tensors = rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size)
         yield record, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
@@ -188,7 +189,7 @@ def _expected(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[tup
 
 
 def _check_held(path: Path, header: Header, expected: Held) -> None:
-    """Regions are offsets, which mean nothing in tensors of other shapes."""
+    """Check dtypes and shapes: regions are offsets, which mean nothing in tensors of other shapes."""
     found = {info.name: (torch_name(info.dtype, tensor=info.name), info.shape) for info in header.tensors}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -200,9 +201,9 @@ def _held(file: str, tensor: str) -> str:
 
 
 def source_tensors(manifest: Manifest, headers: Mapping[str, Header]) -> dict[str, LocalTensor]:
-    """Every source tensor that was not dropped, filled from the rank files: each element once.
+    """Return every source tensor that was not dropped, filled from the rank files: each element once.
 
-    Shapes are refined ones (see `refined_shape`). Raises IntegrityError where elements are nowhere.
+    Shapes are refined ones (see `refined_shape`). Raises IntegrityError if an element is in no file.
     """
     wanted = _by_name(headers)
     taken: dict[str, list[Region]] = defaultdict(list)
@@ -232,8 +233,11 @@ def _filled(
     found: Mapping[str, Mapping[str, list[Region]]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> LocalTensor:
-    """A source tensor from what is found of its owner, itself or one that is equal: rather as it was than cast. What
-    was cast to a dtype that holds its values is given back in its own, as no bit was lost."""
+    """Fill a source tensor from the regions of its owner: itself, or an equal tensor that is kept for both.
+
+    Regions in the source's dtype are preferred to cast ones. A tensor that was cast to a dtype that holds all its
+    values is given back in its own dtype, as no bit was lost.
+    """
     shape, stored = shapes[owner], torch_name(wanted[name].dtype, tensor=name)
     for dtype in dict.fromkeys((stored, *found[owner])):
         regions = once(found[owner].get(dtype, ()), shape)

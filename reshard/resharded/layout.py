@@ -1,4 +1,4 @@
-"""Where every byte of a rank file stands: its safetensors header, and the offset of each tensor. No files, no torch."""
+"""The layout of a rank file: its safetensors header, and the byte offset of each tensor. No files, no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNUSED_NAME = "unused.safetensors"
 
 
 def rank_file_name(rank: int) -> str:
-    """The name torch's `HuggingFaceStorageWriter` gives to a rank's only file (`_hf_utils._gen_file_name`)."""
+    """Return the name that torch's `HuggingFaceStorageWriter` gives a rank's only file (`_hf_utils._gen_file_name`)."""
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
@@ -43,10 +43,10 @@ class FileLayout:
 
 
 def file_layout(name: str, tensors: Iterable[LocalTensor], *, boxes: frozenset[str] | None = None) -> FileLayout:
-    """Lay out one file: larger elements first so that all are aligned, else in the order given.
+    """Lay out one file: larger elements first so that all are aligned, otherwise in the order given.
 
-    `boxes` names the tensors that are plain boxes of the global one; they are described to torch's distributed
-    checkpoint. One that is not described cannot be misread there: it is refused. None leaves that metadata out.
+    `boxes` names the tensors that are plain boxes of the global tensor; the metadata describes them to torch's
+    distributed checkpoint, which refuses the others instead of misreading them. None leaves that metadata out.
     """
     ordered = sorted(tensors, key=lambda tensor: -itemsize(tensor.dtype))
     metadata = {"format": "pt"}

@@ -1,4 +1,4 @@
-"""`reshard.json`: what a resharded folder holds. Written last, so a folder that has one is whole. No torch."""
+"""The manifest, `reshard.json`. It is written last, so a folder that has one is complete. No torch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .versions import check_known, check_version, version_members
 
 __all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "sealed_text"]
 
-REFERENCE_NAME = "reference.logits"  # among the extras; a safetensors file that no reader is to take for weights
+REFERENCE_NAME = "reference.logits"  # one of the extras: a safetensors file that no reader may take for weights
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Manifest:
-    """The whole of `reshard.json`. `source_files` keep each source file's size, digest and header text.
+    """The content of `reshard.json`. `source_files` keep the size, digest and header text of each source file.
 
-    `hooks` are styles by module. `custom` names the classes of the styles that are not built in. `runtime_only` says
-    why plain transformers cannot open the folder; empty where it can. `extras` are named by path. `left`, files of the
-    source that were left behind, is known when the folder is made, and not written.
+    `hooks` maps each module to its style. `custom` names the classes of the styles that are not built in.
+    `runtime_only` says why plain transformers cannot open the folder; it is empty if it can. `extras` are named by
+    path. `left` are the source files that were left behind: known when the folder is made, but not written.
     """
 
     tool: dict[str, str]
@@ -62,11 +62,11 @@ class Manifest:
         return self.topology.world_size
 
     def files(self) -> tuple[FileRecord, ...]:
-        """Every file of the folder but the manifest itself."""
+        """Return the record of every file of the folder except the manifest."""
         return (*self.rank_files, *((self.unused_file,) if self.unused_file else ()), *self.extras)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `reshard inspect --format json` prints: names, numbers, lists and dicts of them."""
+        """Return what `reshard inspect --format json` prints: names, numbers, lists and dicts of them."""
         return {
             "architecture": self.architecture,
             "dtype": self.dtype,
@@ -91,7 +91,7 @@ class Manifest:
         return f"<Manifest of {printable(of)} for {self.topology}: {len(self.parameters)} parameters, {size:,} bytes>"
 
     def to_bytes(self) -> bytes:
-        """The file's text: the same for the same content, and sealed with its own digest."""
+        """Return the file's text: the same for the same content, and sealed with its own digest."""
         content = {
             "format": "reshard",
             **version_members(self),
@@ -115,18 +115,18 @@ class Manifest:
 
 
 def sealed_text(content: Mapping[str, Any]) -> bytes:
-    """The text of a manifest: a member a line, the last of them the digest of all before it."""
+    """Return the text of a manifest: one member a line, the last of them the digest of all before it."""
     lines = [f"{json.dumps(key)}: {_lines(value)}" for key, value in content.items()]
     return _close(("{\n" + ",\n".join(lines) + ",\n").encode())
 
 
 def _close(body: bytes) -> bytes:
-    """No byte can change unnoticed: `body` is everything but the seal, which stands last."""
+    """Append the seal to `body`, which is everything before it, so that no byte can change unnoticed."""
     return body + f'"seal": "{digest_of(body)}"\n}}\n'.encode()
 
 
 def _lines(value: Any) -> str:
-    """JSON with one line for each item of a list of records, so that two manifests can be compared by eye."""
+    """Return JSON, one line for each item of a list of records, so that two manifests can be compared by eye."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
     return json.dumps(value)
@@ -154,7 +154,7 @@ def _parameter_to_json(record: Target) -> dict[str, Any]:
 
 
 def _regions_to_json(record: Target) -> Any:
-    """A source tensor's name where it is taken as it is, else every region."""
+    """Return a source tensor's name if it is taken as it is, otherwise every region."""
     if len(record.regions) == 1 and record.regions == whole(record.regions[0].source, record.shape):
         return record.regions[0].source
     return [[r.source, r.offset, list(r.strides), list(r.extent), list(r.target_start)] for r in record.regions]
@@ -164,9 +164,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a resharded folder's manifest.
 
     Raises:
-        BadInputError: there is none, or it is not one of ours.
-        VersionError: written in a newer format, or it holds what this release does not know.
-        IntegrityError: its content does not match its seal.
+        BadInputError: there is no such folder, or no manifest in it.
+        VersionError: it is in a newer format, or holds what this release does not know.
+        IntegrityError: it is not a manifest of ours, does not match its seal, or is malformed.
     """
     if not folder.is_dir():
         raise BadInputError(f"{printable(folder)}: no such folder", hint="reshard pull fetches one from elsewhere")
@@ -203,7 +203,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
-    """The manifest, every value checked for its type: a seal shows who wrote last, not that they wrote sense."""
+    """Build the manifest and check the type of every value: a seal shows who wrote last, not that they wrote sense."""
     model, source, mesh = content["model"], content["source"], content["mesh"]
     ranks = tuple(_file(item) for item in content["ranks"])
     topology = Topology(count(mesh["tp"]), count(mesh.get("ep", 1)))
@@ -263,7 +263,7 @@ def _parameter(content: dict[str, Any], world_size: int) -> Target:
 
 
 def reference_record(folder: Path, manifest: Manifest) -> FileRecord:
-    """The file of reference logits that was written with a folder. Raises UsageError where none was."""
+    """Return the record of a folder's reference logits. Raises UsageError if it was written without them."""
     for extra in manifest.extras:
         if extra.name == REFERENCE_NAME:
             return extra

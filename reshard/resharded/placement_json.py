@@ -12,7 +12,7 @@ from ..text import printable
 
 __all__ = ["placement_from_json", "placement_to_json"]
 
-# Each kind and its members. Another member could say where to cut, so none is passed over, in any version.
+# Each kind and its members. An unknown member could say where to cut, so none is ignored, in any version.
 _KINDS = {
     "replicate": {"type"},
     "shard": {"type", "dim"},
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def placement_to_json(placement: Placement) -> dict[str, Any]:
-    """A placement as a JSON object."""
+    """Return a placement as a JSON object."""
     if isinstance(placement, Replicate):
         return {"type": "replicate"}
     if isinstance(placement, Shard):
@@ -41,11 +41,11 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
 
 
 def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_size: int) -> Placement:
-    """The placement of a tensor of `shape` on `world_size` ranks.
+    """Return the placement of a tensor of `shape` on `world_size` ranks.
 
     Raises:
-        UnknownError: its kind, or a member of it, is unknown to this release.
-        ValueError, TypeError, KeyError or IndexError: it is not one that such a tensor can have.
+        UnknownError: this release does not know its kind, or a member of it.
+        ValueError, TypeError, KeyError or IndexError: a tensor of this shape cannot have it.
     """
     kind = text(content["type"])
     if kind not in _KINDS:
@@ -63,7 +63,7 @@ def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_siz
         outer = placement_from_json(content["outer"], shape, world_size // row)
         inner = placement_from_json(content["inner"], shape, row)
         nested = Nested(outer, inner, row)  # type: ignore[arg-type]
-        for rank in range(world_size):  # the inner one must fit what its row holds
+        for rank in range(world_size):  # the inner placement must fit what its row holds
             pieces(nested, shape, rank=rank, world_size=world_size)
         return nested
     if kind == "replicate":

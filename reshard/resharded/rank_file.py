@@ -1,4 +1,4 @@
-"""A file of a resharded folder: there, its header as the manifest says, and its bytes as they were written."""
+"""Checks of one file of a resharded folder: it exists, its header fits the manifest, its bytes are as written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def written_file(folder: Path, record: FileRecord) -> Path:
-    """The path of a file of a resharded folder. Raises IntegrityError where it is missing, or of another size."""
+    """Return the path of a file of a resharded folder. Raises IntegrityError if it is missing, or of another size."""
     path = folder / record.name
     if not os.path.lexists(path):
         raise IntegrityError(f"{printable(path)}: is missing")
@@ -36,11 +36,11 @@ def written_file(folder: Path, record: FileRecord) -> Path:
     size = os.stat(real).st_size
     if size != record.size:
         raise IntegrityError(f"{printable(path)}: expected {record.size} bytes, got {size}")
-    return path  # and not what it links to: the cache's names say nothing
+    return path  # not what it links to: the cache's names say nothing
 
 
 def read_rank_header(path: Path, record: FileRecord) -> Header:
-    """The file's header. Raises IntegrityError where it does not hold the tensors of its record."""
+    """Read the file's header. Raises IntegrityError if it does not hold the tensors of its record."""
     try:
         header = read_header(path, file=record.name)
     except BadInputError as error:
@@ -50,7 +50,7 @@ def read_rank_header(path: Path, record: FileRecord) -> Header:
 
 
 def check_rank_header(path: Path, record: FileRecord, header: Header) -> None:
-    """Raises IntegrityError where a header, of what is or will be at `path`, is not of the record's tensors."""
+    """Raise IntegrityError if the header of a file, which is or will be at `path`, does not fit its record."""
     wrong = sorted({info.name for info in header.tensors} ^ record.tensors.keys())
     if wrong:
         names = listed(wrong)
@@ -58,12 +58,12 @@ def check_rank_header(path: Path, record: FileRecord, header: Header) -> None:
 
 
 def largest_first(header: Header) -> list[TensorInfo]:
-    """The tensors in the order that keeps threads busy to the end, one tensor each."""
+    """Return the tensors in the order that keeps threads busy to the end, one tensor each."""
     return sorted(header.tensors, key=lambda info: -info.nbytes)
 
 
 def check_digests(path: Path, record: FileRecord, header: Header, found: Mapping[str, str]) -> None:
-    """Raises IntegrityError, naming the tensor, where the digests found are not those of the record."""
+    """Raise IntegrityError, naming the tensor or the header, if the digests found are not those of the record."""
     for info in header.tensors:
         if found[info.name] != record.tensors[info.name]:
             raise IntegrityError(
@@ -76,7 +76,7 @@ def check_digests(path: Path, record: FileRecord, header: Header, found: Mapping
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file that was written: size in bytes, digest, and the digest of each of its tensors if it holds any."""
+    """A file that was written: its size in bytes, its digest, and the digest of each of its tensors if it holds any."""
 
     name: str
     size: int
@@ -85,8 +85,10 @@ class FileRecord:
 
 
 def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: None) -> None:
-    """Check one file of a resharded folder, every byte; `report` is told of them. Raises IntegrityError, naming the
-    tensor where it is one."""
+    """Check every byte of one file of a resharded folder; `report` is told of the bytes.
+
+    Raises IntegrityError, which names the tensor if one was altered.
+    """
     path = written_file(folder, record)
     if not record.tensors and not record.name.endswith(".safetensors"):
         if digest_file(path) != record.digest:

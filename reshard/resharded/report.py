@@ -1,4 +1,4 @@
-"""Parameters as the rows of a report, those of all layers that look the same together."""
+"""Parameters as the rows of a report: one row for those that look the same in all layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["placement_text", "replicated_bytes", "rows"]
 
 
 def placement_text(placement: Placement) -> str:
-    """A placement as torch would write it."""
+    """Write a placement as torch would."""
     if isinstance(placement, Replicate):
         return "Replicate()"
     if isinstance(placement, Shard):
@@ -31,7 +31,7 @@ def placement_text(placement: Placement) -> str:
 
 
 def rows(parameters: Iterable[Any], world_size: int) -> list[dict[str, Any]]:
-    """One row for each kind of parameter: those of all layers that look the same stand together."""
+    """Return one row for each kind of parameter: those that look the same in all layers share a row."""
     found: dict[tuple, dict[str, Any]] = {}
     for parameter in parameters:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", parameter.name)
@@ -54,5 +54,5 @@ def rows(parameters: Iterable[Any], world_size: int) -> list[dict[str, Any]]:
 
 
 def replicated_bytes(parameters: Iterable[Any]) -> int:
-    """Bytes that every rank file repeats."""
+    """Return the bytes that every rank file repeats: those of the replicated parameters."""
     return sum(parameter.nbytes for parameter in parameters if isinstance(parameter.placement, Replicate))

@@ -1,4 +1,4 @@
-"""What is in a resharded folder besides what its manifest lists."""
+"""The files that a resharded folder lacks, and those in it that its manifest does not list."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ __all__ = ["missing_and_strange"]
 
 
 def missing_and_strange(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """The files, by path, that the manifest lists and the folder lacks; and files and folders that are there and are
-    not listed. Hidden ones are none: tools leave them. Raises a ReshardError where one cannot be listed."""
+    """Return the paths of listed files that are missing, and of files and folders there that are not listed.
+
+    Hidden ones are ignored, since tools leave them, except safetensors files. Raises a ReshardError if a folder cannot
+    be listed.
+    """
     known = {record.name for record in manifest.files()} | {MANIFEST_NAME}
     present, foreign = _present(folder, {str(parent) for name in known for parent in PurePosixPath(name).parents})
     strange = [
@@ -28,7 +31,7 @@ def missing_and_strange(folder: Path, manifest: Manifest) -> tuple[list[str], li
 
 
 def _present(folder: Path, folders: Set[str]) -> tuple[set[str], set[str]]:
-    """The files of a folder and of the `folders` in it, by path; and the folders there that are none of those."""
+    """Return, by path, the files of a folder and of its `folders`, and the other folders that are in these."""
     files, foreign = set(), set()
     try:
         for inside, below, names in walked(folder):

@@ -1,4 +1,4 @@
-"""What the files hold: whole parameters with their placement, and each rank's part of them. Frozen data, no torch."""
+"""The tensors of the files: parameters with their placement, and each rank's part of them. Frozen data, no torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["LocalTensor", "Target", "partly_used", "rank_tensors", "unused_tenso
 class Target:
     """A parameter of the model, and how the rank files hold it.
 
-    `shape` is the global one, `dtype` the stored one (torch names). `compute_dtype` is what the model wants on load,
-    where that differs. `reason` says why a parameter is whole on every rank.
+    `shape` is the global shape, `dtype` the stored one (torch names). `compute_dtype` is what the model wants on load,
+    if that differs. `reason` says why a parameter is replicated.
     """
 
     name: str
@@ -44,7 +44,7 @@ class LocalTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    start: tuple[int, ...]  # of its first piece in the global tensor
+    start: tuple[int, ...]  # where its first piece begins in the global tensor
     regions: tuple[Region, ...]
 
     @property
@@ -53,7 +53,10 @@ class LocalTensor:
 
 
 def rank_tensors(targets: Iterable[Target], *, rank: int, world_size: int) -> tuple[LocalTensor, ...]:
-    """What `rank`'s file holds, in the order of the model. Cut from the whole parameters: convert first, then shard."""
+    """Return the tensors of `rank`'s file, in the order of the model.
+
+    They are cut from the converted parameters: convert first, then cut.
+    """
     return tuple(_local(target, rank, world_size) for target in targets)
 
 
@@ -66,7 +69,7 @@ def _local(target: Target, rank: int, world_size: int) -> LocalTensor:
 
 
 def partly_used(source: Source, regions: Iterable[Region]) -> tuple[str, ...]:
-    """Source tensors of which `regions` take elements, but not all: without padded rows, for one."""
+    """Return the source tensors that `regions` use only in part, for example without padded rows."""
     taken: Counter[str] = Counter()
     for region in regions:
         taken[region.source] += math.prod(e for e, stride in zip(region.extent, region.strides) if stride or e == 1)
@@ -74,7 +77,7 @@ def partly_used(source: Source, regions: Iterable[Region]) -> tuple[str, ...]:
 
 
 def unused_tensors(source: Source, names: Iterable[str]) -> tuple[LocalTensor, ...]:
-    """Source tensors that the model does not take, or not all of, as they are."""
+    """Return these source tensors, of which the model takes nothing or only a part, as they are."""
     found = []
     for name in names:
         info = source.tensors[name]

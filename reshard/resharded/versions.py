@@ -1,10 +1,10 @@
-"""Versions of the manifest's format, and what a reader must know to read one.
+"""The versions of the manifest's format, and the checks that this release can read one.
 
-2.0 is closed: whatever it does not have is in 3.0, which names in `requires` what it needs. So a folder that needs
-nothing new is read by every release. A release that does not know a cut, a unit or a bundle refuses the folder, and
-loads no wrong data in silence.
+2.0 is closed: a manifest that has anything more is 3.0, and names in `requires` what its reader needs. So every release
+reads a folder that needs nothing new. A release that does not know a cut, a unit or a bundle refuses the folder
+instead of loading wrong data in silence.
 
-A later feature adds its name to `FEATURES`, and nothing else here.
+A new feature adds its name to `FEATURES`, and nothing else here.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ CLOSED, OPEN = "2.0", "3.0"
 
 
 def _has_subfolders(manifest: Manifest) -> bool:
-    """A reader of 2.0 takes the name of a file in a folder for one that leads out, or the file for missing."""
+    """Whether a file is in a subfolder: a reader of 2.0 finds that its path leads out, or that the file is missing."""
     names = [record.name for record in manifest.files()] + [file["file"] for file in manifest.source_files]
     return any("/" in name for name in names)
 
 
 def _has_copies(manifest: Manifest) -> bool:
-    """A reader of 2.0 gives a tensor back to one source file, and refuses a manifest that has it in two."""
+    """Whether a tensor is in two source files: a reader of 2.0 gives it back to one, and refuses such a manifest."""
     names = [name for file in manifest.source_files for name in json.loads(file["header"]) if name != "__metadata__"]
     return len(set(names)) < len(names)
 
 
-# What 3.0 can require: name → whether a manifest needs it. The writer names those that it does.
+# The features that 3.0 can require: name → whether a manifest needs it. The writer names those that it needs.
 FEATURES: dict[str, Callable[[Manifest], bool]] = {"copies": _has_copies, "subfolders": _has_subfolders}
 
 _FILE = {"file", "size", "digest", "tensors"}
-# Every member of 2.0, by the way to the objects that have it. Those of placements are where placements are read, and a
-# mesh may have no other axis in any version.
+# Every member of 2.0, by the path of keys to the objects that have it. `placement_json` has the members of placements.
+# A mesh may have no other axis in any version.
 _MEMBERS = {
     (): {
         *("format", "format_version", "tool", "model", "mesh", "source", "parameters", "hooks", "custom_strategies"),
@@ -60,16 +60,16 @@ _AXES = {"tp", "ep"}
 
 
 def version_members(manifest: Manifest) -> dict[str, Any]:
-    """The members of a manifest that say how it is to be read: the lowest version that can hold it."""
+    """Return the members that say how to read a manifest: the lowest version that can hold it."""
     requires = sorted(name for name, needed in FEATURES.items() if needed(manifest))
     return {"format_version": OPEN, "requires": requires} if requires else {"format_version": CLOSED}
 
 
 def check_version(version: Any, *, where: str) -> None:
-    """Raises VersionError, which names both, where this release does not read that version of the format at all.
+    """Raise VersionError, naming both versions, if this release does not read `version` of the format.
 
-    A later 3.x is read, since `requires` says what it needs. So is a later 2.x, though nobody writes one, if it has no
-    member that 2.0 has not (see `check_known`): what such a member means cannot be told, and it may be a cut.
+    A later 3.x is read, since `requires` says what it needs. A later 2.x, though nobody writes one, is read if it has
+    only members of 2.0 (see `check_known`): nobody can tell what another member means, and it may be a cut.
     """
     major, _, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
     if f"{major}.0" not in (CLOSED, OPEN) or not (minor.isascii() and minor.isdigit()):
@@ -80,9 +80,9 @@ def check_version(version: Any, *, where: str) -> None:
 
 
 def check_known(content: Mapping[str, Any]) -> None:
-    """Raises UnknownError, which names it, where a manifest holds what this release cannot read.
+    """Raise UnknownError, naming it, if a manifest holds something that this release cannot read.
 
-    Raises ValueError, TypeError, KeyError or AttributeError where it is malformed.
+    Raise ValueError, TypeError, KeyError or AttributeError if it is malformed.
     """
     if content["format_version"].startswith(OPEN[:2]):
         requires = content["requires"]
@@ -100,7 +100,7 @@ def check_known(content: Mapping[str, Any]) -> None:
 
 
 def _nodes(node: Any, way: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The objects at the end of a way, through every item of a list."""
+    """Yield the objects at the end of `way`, a path of keys that leads through every item of a list."""
     if node is None:
         return
     for item in node if isinstance(node, list) else (node,):

@@ -1,4 +1,4 @@
-"""Where folders are, and how bytes get there and back: this machine's disk, the Hub, object stores.
+"""Storage: this machine's disk, the Hub and object stores, and how bytes get there and back.
 
-It knows of files, not of tensors: what is in them is decided above.
+This package knows files, not tensors: other packages decide what is in a file.
 """

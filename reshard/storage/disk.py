@@ -1,4 +1,4 @@
-"""This machine's disk: whole writes, durable folders and free space; locks, and moves of folders in one step."""
+"""This machine's disk: whole writes, durable folders, free space, locks, and moves of folders in one step."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ __all__ = [
 ]
 
 _AT_FDCWD, NOREPLACE, EXCHANGE = -100, 1, 2  # renameat2(2)
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what network file systems say
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what network file systems without locks say
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold `path` locked, on a file system that has locks. The lock ends with the process; its holder removes the file,
-    and one that stays is free. Raises BusyError, StorageError."""
+    """Hold a lock on `path`, if the file system has locks. Raises BusyError, StorageError.
+
+    The lock ends with the process. Its holder removes the file; a file that stays behind is not locked.
+    """
     with contextlib.ExitStack() as held:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -70,14 +72,14 @@ def _lock(fd: int, path: Path) -> bool:
             return False
         raise
     try:
-        # The last holder may have removed the file between our open and our lock: then it protects nothing.
+        # The last holder may have removed the file between our open and our lock: then our lock protects nothing.
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
 
 
 def renamed(old: Path, new: Path) -> bool:
-    """Rename, unless another process was first. Raises OSError."""
+    """Rename a file or folder; return False if another process was first. Raises OSError."""
     try:
         os.rename(old, new)
     except FileNotFoundError:
@@ -86,9 +88,10 @@ def renamed(old: Path, new: Path) -> bool:
 
 
 def move(old: Path, new: Path, flag: int) -> None:
-    """rename(2) that never replaces, or that exchanges: where the system has it; else the nearest plain steps.
+    """Move `old` to `new`: NOREPLACE never replaces anything, EXCHANGE swaps the two. Raises OSError.
 
-    Raises OSError."""
+    This is one call of renameat2(2) if the system has it, otherwise the nearest plain steps.
+    """
     code = errno.EINTR
     while code == errno.EINTR:
         code = _renameat2(old, new, flag)
@@ -108,7 +111,7 @@ def move(old: Path, new: Path, flag: int) -> None:
 
 
 def _renameat2(old: Path, new: Path, flag: int) -> int:
-    """Error number; 0 when it is done."""
+    """Return the error number; 0 if the move is done."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return errno.ENOSYS
@@ -117,7 +120,7 @@ def _renameat2(old: Path, new: Path, flag: int) -> int:
     return ctypes.get_errno()
 
 
-# For a larger write Linux takes page cache in pieces so large that finding them can cost more than the write: in a
+# Linux takes page cache for a larger write in pieces so large that finding them can cost more than the write: in a
 # virtual machine, 2.3 s for 3 GB in writes of 4 MiB, and 0.8 s in these.
 _WRITE_BYTES = 256 << 10
 
@@ -129,17 +132,17 @@ def pwrite(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data`, however little the system takes at a time. Raises OSError."""
     while data:
         written = os.pwrite(fd, data[:_WRITE_BYTES], offset)
-        if not written:  # or this would go on for ever
+        if not written:  # otherwise this would go on for ever
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         data, offset = data[written:], offset + written
 
 
 def write_error(path: Path, error: OSError, *, synced: bool = False) -> ReshardError:
-    """What to raise when the disk refuses a write, or with `synced` to have kept what was written.
+    """Return the error to raise if the disk refuses a write or, with `synced`, to keep what was written.
 
-    Of a disk that failed, the cache goes on showing what was written, not what was kept, and the next fsync says that
-    all is well. A disk that was full when it was written to has lost nothing, and of what the system has too little of
-    only this process knows.
+    `lost` says whether data written earlier may be lost. If a disk failed, the cache goes on showing what was written,
+    not what was kept, and the next fsync says that all is well. If the disk was full, or this process was short of a
+    resource, nothing is lost.
     """
     failure = by_errno(error, f"{printable(path)}: {error.strerror}", StorageError)
     failure.lost = synced or error.errno not in _NOTHING_LOST
@@ -162,10 +165,10 @@ _BLOCK = 4 << 20  # bytes
 
 
 def make_folders(folder: Path, names: Iterable[str]) -> None:
-    """The folders inside `folder` in which files of these paths will be. Raises StorageError."""
+    """Make the folders inside `folder` that files of these paths need. Raises StorageError."""
     for inside in sorted({parent for name in names for parent in PurePosixPath(name).parents[:-1]}):
         try:
-            (folder / inside).mkdir(exist_ok=True)  # and not `folder` itself, which another process may have taken
+            (folder / inside).mkdir(exist_ok=True)  # never `folder` itself: another process may have taken it
         except OSError as error:
             raise StorageError(f"{printable(folder / inside)}: {error.strerror}") from None
 
@@ -176,7 +179,7 @@ def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 def copy_file(source: Path, folder: Path, name: str, *, sync: bool = True) -> FileRecord:
-    """Copy a small file into `folder` as `write_file` writes it; with "/" in its name, into a folder of it."""
+    """Copy a small file into `folder` as `write_file` writes it, into a subfolder if its name has a "/"."""
     digest, size = new_digest(), 0
 
     def blocks() -> Iterator[memoryview]:
@@ -212,13 +215,16 @@ def _write(path: Path, blocks: Iterable[memoryview], sync: bool) -> None:
 
 
 def check_free_space(folder: Path, needed: int, *others: Path) -> None:
-    """Raises StorageError, with bytes needed and free, where `folder`'s disk cannot hold `needed` bytes in the folder,
-    and in `others` on the same disk, what is in them already included."""
+    """Raise StorageError, with bytes needed and free, if `folder`'s disk has no room for `needed` bytes.
+
+    `needed` counts all bytes that are to be in `folder`, and in `others` on the same disk. What is in them already is
+    included.
+    """
     there = 0
     try:
         for root, _, names in itertools.chain(*map(walked, filter(os.path.lexists, (folder, *others)))):
             for name in names:
-                with contextlib.suppress(FileNotFoundError):  # what arrives meanwhile gets other names
+                with contextlib.suppress(FileNotFoundError):  # a file that arrives meanwhile is renamed
                     there += os.lstat(os.path.join(root, name)).st_blocks * 512
         free = shutil.disk_usage(folder).free
     except OSError as error:

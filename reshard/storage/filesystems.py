@@ -1,4 +1,4 @@
-"""What the file systems of fsspec differ in: how they fail, list, and tell one content of a file from another."""
+"""Differences between the file systems of fsspec: their errors, their lists, and how they identify a file's content."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..text import printable
 
 __all__ = ["check_ranges", "doing", "identified", "listed", "name_in"]
 
-# In the names of what tells one content of a file from another: digests, versions, times of a change.
+# The names of entries that change with a file's content have one of these: digests, versions, times of a change.
 _TELLING = re.compile(
     r"etag|md5|sha\d*$|crc|digest|checksum|hash|^hex$|generation|version|modif|mtime|updated|created|date.?time|write.?time"
 )
-_NO_ANSWER = re.compile("Connect|Timeout|HTTPClient|Disconnect|Payload")  # names of errors, of each kind of store
+_NO_ANSWER = re.compile("Connect|Timeout|HTTPClient|Disconnect|Payload")  # in the error names of the kinds of store
 _DONE = {"list": "listed", "read": "read", "write": "written to"}
 
 
 @contextlib.contextmanager
 def doing(what: str, url: str) -> Iterator[None]:
-    """What a file system raises inside is raised as an error of ours, but that something exists."""
+    """Raise what a file system raises inside as an error of ours, except FileExistsError."""
     try:
         yield
     except (ReshardError, FileExistsError):
@@ -44,12 +44,12 @@ def _explained(error: Exception, what: str, place: str) -> ReshardError:
     if isinstance(error, NotImplementedError):
         return UsageError(f"{place}: a store of this kind cannot be {_DONE[what]}: {words}")
     if isinstance(error, FileNotFoundError):
-        return BadInputError(f"{place}: no such place, or a file of it has gone: {words}")
+        return BadInputError(f"{place}: no such folder, or a file of it has gone: {words}")
     if isinstance(error, ValueError) and "rotocol" in words:
         return UsageError(
             f"{place}: {words}", hint="give a folder, a Hub id such as org/name, or a URL that fsspec opens"
         )
-    if isinstance(error, OSError) and error.errno in LOCAL - {errno.EIO}:  # which s3fs says of what S3 refuses
+    if isinstance(error, OSError) and error.errno in LOCAL - {errno.EIO}:  # s3fs raises EIO for what S3 refuses
         return by_errno(error, f"{place}: {error.strerror}", StorageError)
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return NetworkError(
@@ -64,7 +64,7 @@ def _explained(error: Exception, what: str, place: str) -> ReshardError:
 
 
 def listed(system: Any, root: str) -> list[dict[str, Any]]:
-    """What is in a folder now; nothing where there is none."""
+    """Return what is in a folder now; nothing if there is no such folder."""
     system.invalidate_cache()
     try:
         found: list[dict[str, Any]] = system.ls(root, detail=True)
@@ -74,14 +74,14 @@ def listed(system: Any, root: str) -> list[dict[str, Any]]:
 
 
 def name_in(info: Mapping[str, Any]) -> str:
-    """The name of a listed file or folder in its folder."""
+    """Return the name that a listed file or folder has in its folder."""
     return str(info["name"]).rstrip("/").rpartition("/")[2]
 
 
 def identified(system: Any, info: Mapping[str, Any]) -> tuple[int, str]:
-    """Size and identity of a file that was listed. Where a list does not tell them (of HTTP), the file is asked for.
+    """Return size and identity of a listed file. If the list lacks them (HTTP), the store is asked for the file.
 
-    Raises UsageError where nothing would tell another content from this one.
+    Raises UsageError if nothing would tell another content from this one.
     """
     if info.get("size") is None or not _telling(info):
         info = {**info, **system.info(info["name"])}
@@ -94,13 +94,16 @@ def identified(system: Any, info: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _telling(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What changes with a file's content, and not with a look at it: each kind of store has names of its own."""
+    """Return the entries that change with a file's content, not with a look at it; stores name them differently."""
     return sorted((key, str(value)) for key, value in info.items() if _TELLING.search(key.lower()) and value)
 
 
 @lru_cache
 def check_ranges(system: Any, path: str, size: int) -> None:
-    """Before anything large is asked for: a server that ignores the range would send all of the file, every time."""
+    """Check that a server sends parts of a file, before anything large is asked for. Raises UsageError.
+
+    A server that ignores the range would send the whole file every time.
+    """
     try:
         with system.open(path, block_size=1, size=size, cache_type="none") as file:
             file.seek(size - 1)

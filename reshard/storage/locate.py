@@ -1,4 +1,4 @@
-"""Where a checkpoint or a resharded folder is, here, on the Hub or in an object store, and what of it is here."""
+"""Checkpoints and resharded folders by name: found here, on the Hub or in an object store, and fetched from there."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ __all__ = [
     "resolve_source",
 ]
 
-# What says which other files there are (shell patterns).
+# The files that say which other files there are (shell patterns).
 FIRST_FILES = ("config.json", "*.index.json", "*.index.*.json", MANIFEST_NAME)
 _NO_FOLDERS = ("*/*",)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A resharded folder: what to call it by, where its manifest is, and its version if it is not of this machine."""
+    """A resharded folder: what to call it, where its manifest is, and its version if it is not on this machine."""
 
     place: str
     folder: Path
@@ -64,18 +64,17 @@ def locate(
     to: Path | None = None,
     report: Advance | None = None,
 ) -> tuple[Path, str | None, str | None]:
-    """A local folder, or what is fetched of another place: (folder, place, version). The last two are None for one that
-    is here.
+    """Return a local folder, or fetch one from elsewhere: (folder, place, version).
 
     `place` is a folder, `org/name` on the Hub, a folder of a repo, `org/name/path`, or the URL of a folder in an object
-    store. Of those, only the files that match `patterns` are fetched, into the cache unless `to` says where; those
-    already there are used. A version is a commit of the Hub, or tells one state of a store's folder from another, and
-    can be given as `revision`.
+    store. If it is a local folder, the last two results are None. Otherwise only the files that match `patterns` are
+    fetched, into `to` or else the cache; those already there are used. A version is a commit of the Hub, or tells one
+    state of a store's folder from another. Either can be given as `revision`.
 
     Raises:
         NetworkError: the place cannot be reached, or does not give it.
         BadInputError: `place` is none of these, or there is nothing.
-        UsageError: a revision of what has none.
+        UsageError: `place` has no revisions, and one is given.
         RemoteMovedError: a store's folder is not at that version any more.
     """
     if is_url(place):
@@ -83,7 +82,7 @@ def locate(
             place, version=revision, patterns=patterns, ignored=ignored, to=to, report=report
         )
         return folder, place, version
-    if os.path.exists(place):  # not Path's, which fails where the name is too long for one
+    if os.path.exists(place):  # Path's `exists` fails if the name is too long
         if revision is not None:
             raise UsageError(f"{printable(place)}: a local folder has no revisions", hint="leave out --revision")
         return Path(place), None, None
@@ -93,18 +92,19 @@ def locate(
 
 
 def away(place: str, version: str) -> Away:
-    """The files of what `locate` has found elsewhere."""
+    """Return the files of a folder that `locate` has found elsewhere."""
     return open_store(place, version) if is_url(place) else HubFiles(Place.parse(place), version)
 
 
 def find_resharded(place: str, *, revision: str | None = None, world_size: int | None = None) -> Found:
-    """The resharded folder at `place`; or where that is not for `world_size`, its folder `tpN`, if there is one.
+    """Find the resharded folder at `place` or, if that is not for `world_size` ranks, its folder `tpN`.
 
-    Of what is elsewhere, only manifests are fetched.
+    If neither is for `world_size` ranks, the first that exists is returned. If `place` is elsewhere, only manifests are
+    fetched.
 
     Raises:
         BadInputError: there is none.
-        TopologyError: there are such folders, but none of them is `tpN`.
+        TopologyError: there are resharded folders inside, but none of them is `tpN`.
         IntegrityError: the manifest was altered; it is not kept in the cache.
     """
     choices = [""] if world_size is None else ["", f"tp{world_size}"]
@@ -120,7 +120,7 @@ def find_resharded(place: str, *, revision: str | None = None, world_size: int |
             if world_size in (None, found.manifest.world_size):
                 return found
             for_others = for_others or found
-    if for_others:  # which whoever asked can say more about
+    if for_others:  # the caller can say more about it
         return for_others
     there = _folders(place, revision)
     if there:
@@ -138,8 +138,8 @@ def find_resharded(place: str, *, revision: str | None = None, world_size: int |
 def _candidates(
     place: str, revision: str | None, choices: Sequence[str]
 ) -> Iterator[tuple[str, Path, bool, str | None]]:
-    """Each choice of a folder below `place`: (place, folder, whether it was fetched, version)."""
-    if is_url(place):  # a version is that of one folder
+    """Yield each choice of a folder below `place`: (place, folder, whether it was fetched, version)."""
+    if is_url(place):  # each folder has a version of its own
         for choice in choices:
             name = f"{place.rstrip('/')}/{choice}".rstrip("/")
             try:
@@ -157,7 +157,7 @@ def _candidates(
 
 
 def _folders(place: str, revision: str | None) -> list[str]:
-    """The folders inside that hold a manifest, by the number in their names."""
+    """Return the folders inside that hold a manifest, sorted by the number in their names."""
     if is_url(place):
         store = open_store(place)
         found = [name for name in store.folders if MANIFEST_NAME in open_store(f"{store.url}/{name}").files]
@@ -176,8 +176,9 @@ def fetch_files(
     to: Path | None = None,
     report: Advance | None = None,
 ) -> Path:
-    """Fetch files of a resharded folder that is elsewhere, by names of its manifest, as `locate` does. Returns the
-    folder that they are in.
+    """Fetch files of a resharded folder elsewhere, as `locate` does, and return the folder that they are in.
+
+    `names` are those in its manifest.
 
     Raises:
         IntegrityError: some are not there.
@@ -195,7 +196,7 @@ def fetch_files(
 
 
 def local_folder(place: str | Path) -> Path:
-    """The path of a folder that is to be on this machine. Raises UsageError for a URL."""
+    """Return the path of a folder that must be on this machine. Raises UsageError for a URL."""
     text = as_text(place)
     if is_url(text) or is_hub_url(text):
         raise UsageError(
@@ -207,9 +208,10 @@ def local_folder(place: str | Path) -> Path:
 def look_at(
     place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, include: Sequence[str] = ()
 ) -> tuple[Path, str | None, str | None, tuple[Item, ...]]:
-    """`locate` a checkpoint, or a resharded one, with all its files but the weights: (folder, place, version, items).
+    """Find a checkpoint or a resharded folder, and fetch all but the weights: (folder, place, version, items).
 
-    The last are all its files, as they are elsewhere; none for one that is here, or is resharded.
+    `items` are all its files, as they are elsewhere. They are empty if it is on this machine, or resharded. See
+    `locate`.
     """
     root, found, version = locate(place, revision=revision)
     if found is None or version is None:
@@ -226,7 +228,7 @@ def look_at(
 
 
 def _items(there: Away, root: Path) -> tuple[Item, ...]:
-    """The files of a place; where nothing is to be asked and no list was kept, those that are in the cache."""
+    """Return the files of a place; offline, if no list was kept, those that are in the cache."""
     try:
         return tuple(there.items())
     except NetworkError:
@@ -238,8 +240,10 @@ def _items(there: Away, root: Path) -> tuple[Item, ...]:
 def fetch(
     place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, progress: Progress = silent
 ) -> tuple[Path, str | None, str | None]:
-    """`look_at` a checkpoint, or a resharded one, and fetch its weights too, of which `progress` is told: (folder,
-    place, version)."""
+    """Find and fetch a checkpoint or a resharded folder, weights too: (folder, place, version).
+
+    `progress` is told of the weights. See `look_at`.
+    """
     root, found, version, items = look_at(place, revision=revision, choice=choice)
     if found is not None and is_resharded(root):
         records = read_manifest(root).files()
@@ -256,12 +260,12 @@ def fetch(
 def resolve_source(
     place: str, *, revision: str | None = None, choice: Choice = AS_FOUND, progress: Progress = silent
 ) -> Source:
-    """Open a checkpoint: a local folder, or one elsewhere, whose files are fetched to the cache."""
+    """Open a checkpoint. If it is elsewhere, its files are fetched to the cache."""
     root, found, version = fetch(place, revision=revision, choice=choice, progress=progress)
     repo_id, commit = of_hub(found, version)
     return open_source(root, choice=choice, repo_id=repo_id, commit=commit)
 
 
 def of_hub(place: str | None, version: str | None) -> tuple[str | None, str | None]:
-    """Repo id and commit of what `locate` has found, if it is of the Hub."""
+    """Return repo id and commit of what `locate` has found; None for both unless it is on the Hub."""
     return (None, None) if place is None or is_url(place) else (place, version)

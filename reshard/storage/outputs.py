@@ -1,4 +1,4 @@
-"""The output files of a plan. However many they are, only so many are open at a time."""
+"""The output files of a plan, of which a limited number are open at a time."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["OutputFiles", "begin_writeback", "create", "digest_in"]
 class OutputFiles:
     """Files made at their full size, with their headers in place. They are new, unless `anew` is false.
 
-    At most half of the descriptors that the process may have are open at a time: the one that was used longest ago is
-    closed for another. `most` is their number, and that of the threads that may write at once. The methods raise
+    At most half of the descriptors that the process may have are open at a time: to open another file, the one used
+    longest ago is closed. `most` is that number, and that of the threads that may write at once. The methods raise
     OSError; making a file raises StorageError.
     """
 
@@ -51,7 +51,7 @@ class OutputFiles:
         self.close()
 
     def close(self) -> None:
-        """Close those that are open."""
+        """Close the files that are open."""
         with contextlib.ExitStack() as closing:
             for fd in self._open.values():
                 closing.callback(os.close, fd)
@@ -59,7 +59,7 @@ class OutputFiles:
 
     @contextlib.contextmanager
     def opened(self, index: int) -> Iterator[int]:
-        """The descriptor of a file, which stays open meanwhile."""
+        """Give the descriptor of a file, which stays open until the block ends."""
         with self._lock:
             fd = self._descriptor(index)
             self._users[index] += 1
@@ -89,15 +89,15 @@ class OutputFiles:
         index = next(index for index in self._open if not self._users[index])
         fd = self._open.pop(index)
         try:
-            # While something of a file is mapped the system does not forget it, nor that writing it back has failed:
-            # fsync says so also to a descriptor that is opened later.
+            # While a part of a file is mapped the system remembers the file, and that writing it back has failed:
+            # fsync tells that also to a descriptor that is opened later.
             if index not in self._kept and os.fstat(fd).st_size:
                 self._kept[index], _ = mapped(fd, 1)
         finally:
             os.close(fd)
 
 
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # only Linux has it
 
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
@@ -107,16 +107,16 @@ _WORTH_BEGINNING = 1 << 20  # bytes
 
 
 def begin_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin on what was just written, while the next block is made: less is left for fsync at the end.
+    """Let the disk begin on what was just written, while the next block is made: fsync then has less to do.
 
-    A hint: it promises nothing, so that nothing is lost where it fails or is not known.
+    This is a hint that promises nothing, so nothing is lost if it fails or the system lacks it.
     """
     if _sync_file_range is not None and size >= _WORTH_BEGINNING:
         _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size), _WRITE)
 
 
 def digest_in(fd: int, slot: Slot, block: memoryview) -> str:
-    """Digest of what stands in a file in a tensor's place."""
+    """Return the digest of what a file holds in a tensor's place."""
     digest, at, end = new_digest(), slot.offset, slot.offset + slot.tensor.nbytes
     while at < end:
         size = os.preadv(fd, [block[: end - at]], at)
@@ -128,7 +128,7 @@ def digest_in(fd: int, slot: Slot, block: memoryview) -> str:
 
 
 def create(path: Path, layout: FileLayout, *, anew: bool) -> int:
-    """A file of its full size, with its header in place: a new one, or with `anew` false one that may be there."""
+    """Make a file of its full size, with its header in place; it must be new if `anew`. Return its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if anew else 0) | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, 0o644)
@@ -137,7 +137,7 @@ def create(path: Path, layout: FileLayout, *, anew: bool) -> int:
     try:
         try:
             there = os.fstat(fd)
-            if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:  # somebody put it there, and it may be another's
+            if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:  # somebody put it there; it may be another's
                 raise StorageError(f"{printable(path)}: Is not a file of this command")
             if there.st_size > layout.size:
                 os.ftruncate(fd, layout.size)

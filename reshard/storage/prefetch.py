@@ -1,4 +1,4 @@
-"""Source files that arrive one after another while those that are here are cut: a few ahead, gone when done with."""
+"""Source files that arrive while those that are here are cut: a few ahead, each removed when it is done with."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 __all__ = ["AHEAD", "Arrivals", "Fetch", "in_order"]
 
-AHEAD = 2  # files, the one that is being cut among them
+AHEAD = 2  # files, including the one that is being cut
 
-_LOOK_UP = 0.1  # seconds between looks whether the work is given up
-_TO_STOP = 3.0  # seconds for what is under way then
+_LOOK_UP = 0.1  # seconds between checks whether the work is given up
+_TO_STOP = 3.0  # seconds that fetches under way get to stop then
 
-Fetch = Callable[[str, Callable[[], bool]], Path]  # of a file, by name, until the work is given up
+Fetch = Callable[[str, Callable[[], bool]], Path]  # fetches a file by name, until its callback says given up
 
 
 def in_order(together: Iterable[Collection[str]]) -> dict[str, int]:
-    """The files of many pieces of work, by name, each with how many must be here at once when it has come.
+    """Return the files by name, in order, each with how many must be here at once when it has come.
 
     `together` are the files that one piece of work reads; it is done when the last of them has come.
     """
@@ -30,11 +30,10 @@ def in_order(together: Iterable[Collection[str]]) -> dict[str, int]:
 
 
 class Arrivals:
-    """Files fetched in order, each on a thread of its own, `ahead` of them here or under way at a time.
+    """Files fetched in order by `ahead` threads, `ahead` of them here or under way at a time.
 
-    A file that is asked for out of its turn is fetched at once, and does not count. `discard` is called with each
-    file that everybody is done with. Leaving the context ends it, and what is under way where that
-    can be broken off.
+    A file that is asked for out of its turn is fetched next, and does not count. `discard` is called with each file
+    that nobody needs any more. Leaving the context ends the fetching, also what is under way if that can be broken off.
     """
 
     def __init__(self, fetch: Fetch, *, discard: Callable[[Path], object], ahead: int = AHEAD) -> None:
@@ -42,8 +41,8 @@ class Arrivals:
         self._threads: list[threading.Thread] = []
         self._queue: dict[str, int] = {}
         self._urgent: list[str] = []
-        self._begun: set[str] = set()  # in order, and not done with
-        self._asked: set[str] = set()  # out of order
+        self._begun: set[str] = set()  # in their turn, and not done with
+        self._asked: set[str] = set()  # out of their turn
         self._here: dict[str, Path | BaseException] = {}
         self._stop = False
         self._change = threading.Condition()
@@ -63,8 +62,11 @@ class Arrivals:
             thread.join(max(0.0, until - time.monotonic()))
 
     def expect(self, needs: Mapping[str, int]) -> None:
-        """Fetch these in this order, and no others that nobody has asked for. With each goes how many must be here at
-        once when it has come, itself included: so many may be, or everybody would wait."""
+        """Fetch these files in this order, and no others that nobody has asked for.
+
+        `needs` maps each file to how many must be here at once when it has come, itself included. So many may be here:
+        with fewer, everybody would wait.
+        """
         with self._change:
             self._queue = {name: most for name, most in needs.items() if name not in self._begun | self._asked}
             self._change.notify_all()
@@ -82,7 +84,10 @@ class Arrivals:
             self._change.notify_all()
 
     def wait(self, name: str, given_up: Callable[[], bool] = lambda: False) -> Path:
-        """The file, when it is here. Raises what fetching it raised; InterruptedError once it is `given_up`."""
+        """Wait for a file and return its path.
+
+        Raises what fetching it raised, or InterruptedError once the work is `given_up`.
+        """
         with self._change:
             if name not in self._queue:
                 self._ask(name)
@@ -96,7 +101,7 @@ class Arrivals:
         return found
 
     def done(self, name: str) -> None:
-        """Nobody needs the file any more."""
+        """Let go of a file that nobody needs any more."""
         with self._change:
             found = self._here.pop(name, None)
             self._begun.discard(name)
@@ -107,7 +112,7 @@ class Arrivals:
             self._discard(found)
 
     def _next(self) -> str | None:
-        """What to fetch now. The lock is held."""
+        """Return the name of the file to fetch now, if any. The caller holds the lock."""
         if self._urgent:
             return self._urgent.pop(0)
         for name, most in self._queue.items():

@@ -45,13 +45,13 @@ GivenUp = Callable[[], bool]
 
 
 def never() -> bool:
-    """That nothing is given up."""
+    """Never give up."""
     return False
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file that is elsewhere: its size in bytes, and its SHA-256 where that is known there."""
+    """A file that is elsewhere: its size in bytes, and its SHA-256 if it is known there."""
 
     name: str
     size: int
@@ -59,34 +59,36 @@ class Entry:
 
 
 def lacking(place: object, name: str) -> BadInputError:
-    """The error to raise where a place has no file of that name."""
+    """Return the error to raise if a place has no file of that name."""
     return BadInputError(f"{place}: has no {printable(name)}")
 
 
 class Away(Protocol):
-    """A folder that is elsewhere, in one version. Any call raises a ReshardError where it cannot be done."""
+    """A folder that is elsewhere, in one version. Any call raises a ReshardError if it fails."""
 
     @property
     def version(self) -> str:
-        """What tells it from any other state of the folder."""
+        """An identifier of this state of the folder."""
 
     def items(self) -> Iterable[Item]:
-        """All its files, those of the folders in it too where something of them can belong to it."""
+        """Return all its files; those of a subfolder only if some of them can belong to the checkpoint."""
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
-        """Each of some files, by path, which all must be there."""
+        """Return an entry for each of these files, by path; all of them must be there."""
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end` of a file."""
+        """Return the bytes from `start` to `end` of a file."""
 
     def get(self, name: str, folder: Path | None, given_up: GivenUp = never) -> Path:
-        """Fetch a file whole, into `folder`, or the cache where that is None. InterruptedError once it is given up."""
+        """Fetch a whole file into `folder`, or the cache if that is None. Raises InterruptedError if given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A checkpoint that is elsewhere. `digests` are the SHA-256 of those of its files of which one is known; the files
-    of `cached` are in the cache already."""
+    """A checkpoint that is elsewhere. `cached` names its files that are in the cache already.
+
+    `digests` are the SHA-256 of its files, as far as they are known.
+    """
 
     source: Source
     away: Away
@@ -94,11 +96,11 @@ class Remote:
     cached: frozenset[str]
 
     def fetch(self, name: str, given_up: GivenUp = never, *, folder: Path | None) -> Path:
-        """One file, whole, into `folder`, or the cache where that is None.
+        """Fetch a whole file into `folder`, or the cache if that is None. A cached one is used as it is.
 
         Raises:
             InterruptedError: the work was given up meanwhile.
-            NetworkError: it does not come.
+            NetworkError: the file does not come.
             IntegrityError: what came is not what is there; it is not kept.
         """
         file = self.source.file(name)
@@ -111,13 +113,13 @@ class Remote:
             damaged = IntegrityError(
                 f"{self.away}: {printable(name)} did not arrive intact", hint="try again: it is fetched anew"
             )
-            damaged.lost = False  # nothing was made of it
+            damaged.lost = False  # nothing was made from it
             raise damaged
         return path
 
 
 def remote_weights(root: Path, away: Away, items: Iterable[Item], choice: Choice = AS_FOUND) -> Weights:
-    """Where the weights are of the checkpoint `away` whose small files are in `root`, and which consists of `items`.
+    """Return where the weights of the checkpoint `away` are. `items` are all its files, `root` has the small ones.
 
     An index that is not in `root` yet is fetched. Raises NetworkError, and what `weights_of` does.
     """
@@ -139,8 +141,9 @@ def open_remote(
     commit: str | None,
     include: Sequence[str] = (),
 ) -> Remote:
-    """The checkpoint `away` whose small files are in `root` already: of others, only headers are read. `items` are all
-    its files; `choice` and `include` are those of `open_source`.
+    """Open the checkpoint `away` whose small files are in `root` already: of others, only headers are read.
+
+    `items` are all its files; `choice` and `include` are those of `open_source`.
 
     Raises:
         NetworkError: there is no answer.
@@ -159,7 +162,7 @@ def open_remote(
 
 
 def remote_files(source: Source, away: Away) -> Remote:
-    """A source whose headers have been read, and whose files are `away` where they are not in the cache.
+    """Return a source, its headers read already, with the files `away` that are not in the cache.
 
     Raises:
         NetworkError: there is no answer.
@@ -175,7 +178,7 @@ def _digests(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def read_headers(away: Away, entries: Sequence[Entry]) -> list[Header]:
-    """The headers of safetensors files, by ranges. Raises BadInputError where one is not such a file."""
+    """Read the headers of safetensors files by ranges. Raises BadInputError if a file is not safetensors."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(partial(_read_header, away), entries))
 
@@ -189,7 +192,7 @@ def _read_header(away: Away, entry: Entry) -> Header:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -198,10 +201,10 @@ def sha256_of(path: Path) -> str:
 
 
 def headers_of_absent(folder: Path, away: Away, records: Sequence[FileRecord]) -> dict[str, Header]:
-    """The headers of those rank files that are not in the folder, read by ranges.
+    """Read by ranges the headers of those rank files that are not in the folder.
 
     Raises:
-        IntegrityError: a file is not there either, or is not the one that was written.
+        IntegrityError: a file is not elsewhere either, or is not the one that was written.
         NetworkError: there is no answer.
     """
     absent = {record.name: record for record in records if not os.path.lexists(folder / record.name)}
@@ -209,7 +212,7 @@ def headers_of_absent(folder: Path, away: Away, records: Sequence[FileRecord]) -
         check_plain_name(name, what=MANIFEST_NAME)
     try:
         entries = away.entries(list(absent))
-    except BadInputError as error:  # there is none of a name that the manifest has
+    except BadInputError as error:  # a file that the manifest names is not there
         raise IntegrityError(error.message) from None
     for entry in entries:
         if entry.size != absent[entry.name].size:

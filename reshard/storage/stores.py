@@ -29,29 +29,29 @@ from .remote import Entry, GivenUp, lacking, never
 
 __all__ = ["PROBE_NAME", "Store", "as_text", "cache_folder", "is_url", "open_store", "snapshot"]
 
-PROBE_NAME = ".reshard-probe"  # of `Store.try_out`; what is there of that name is nobody's
+PROBE_NAME = ".reshard-probe"  # made by `Store.try_out`; a file of that name belongs to nobody
 
 _RANGE = 8 << 20  # bytes of one request
 _AT_ONCE = 8  # requests
 _ATTEMPTS = 3
-_PART = {"chunksize": 16 << 20, "max_concurrency": 4}  # of S3's multipart uploads: what is held in memory meanwhile
+_PART = {"chunksize": 16 << 20, "max_concurrency": 4}  # S3's multipart uploads: what they hold in memory
 _MOST_PARTS = 10_000  # S3's own limit
 
 
 def is_url(place: object) -> bool:
-    """Whether a place is a URL, and not a folder or a Hub id, which can have the form of one too."""
+    """Whether a place is the URL of a store: not a folder, and not a Hub id, which can have the form of a URL too."""
     return re.match(r"[A-Za-z][\w+.-]*(::|://)", str(place)) is not None and not is_hub_url(str(place))
 
 
 def as_text(place: str | Path) -> str:
-    """A place in words: the URL that a Path was made of, which has lost one of two slashes by that."""
+    """Return a place as text. A Path that was made from a URL has lost one of two slashes, which is put back."""
     text = str(place)
     scheme = re.match(r"([A-Za-z][\w+.-]+):/(?!/)", text) if isinstance(place, Path) else None
     return text if scheme is None or os.path.lexists(f"{scheme[1]}:") else text.replace(":/", "://", 1)
 
 
 def cache_folder() -> Path:
-    """Where what was fetched from stores is kept: `reshard` in the user's cache folder."""
+    """Return the folder that keeps what was fetched from stores: `reshard` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reshard"
 
 
@@ -60,8 +60,9 @@ Listing = tuple[Mapping[str, tuple[int, str]], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of a store, as it was listed: the size in bytes and the identity of each of its files, and the names of
-    the folders in it. An identity is another one when the content is. Folders in it are listed when they are asked for.
+    """A folder of a store, as it was listed: size in bytes and identity of each file, and the names of its subfolders.
+
+    The identity changes if and only if the content does. Subfolders are listed when they are asked for.
     """
 
     url: str
@@ -73,7 +74,7 @@ class Store:
 
     @cached_property
     def version(self) -> str:
-        """What tells this state of the folder from any other. A resharded one has digests of what is in its folders."""
+        """An identifier of this state of the folder, subfolders included: a manifest has digests of their files."""
         known = dict(self.files)
         if MANIFEST_NAME not in self.files:
             paths = (item.path for item in self.items() if "/" in item.path[:-1] and not item.odd)
@@ -81,7 +82,7 @@ class Store:
         return digest_of(repr(sorted(known.items())).encode())
 
     def find(self, name: str) -> tuple[int, str] | None:
-        """Size and identity of a file, also of one in a folder. None where there is none."""
+        """Return size and identity of a file, also of one in a subfolder; None if there is none."""
         folder, _, last = name.rpartition("/")
         return self._look(folder)[0].get(last)
 
@@ -93,12 +94,12 @@ class Store:
         return self._below[folder]
 
     def items(self) -> list[Item]:
-        """All its files, those of the folders in it too where something of them can go along with a checkpoint."""
+        """Return all its files; those of a subfolder only if some of them can go along with a checkpoint."""
 
         def look(folder: str) -> tuple[list[Item], Iterable[str]]:
             try:
                 files, folders = self._look(folder.rstrip("/"))
-            except UsageError as error:  # a change of them would not be noticed
+            except UsageError as error:  # a change of its files would not be noticed
                 return [Item(folder, odd=error.message)], ()
             return [Item(folder + name, size) for name, (size, _) in files.items()], folders
 
@@ -108,15 +109,15 @@ class Store:
         return printable(self.url)
 
     def path(self, name: str) -> str:
-        """A file's path, as the file system takes it."""
+        """Return a file's path as the file system takes it."""
         return f"{self.root}/{name}"
 
     def cached(self) -> Path:
-        """The folder of this machine in which the files of this version are kept."""
+        """Return the folder of this machine that keeps the files of this version."""
         return cache_folder() / digest_of(self.url.encode()) / self.version
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
-        """Size of each file. Raises BadInputError where there is none of that name."""
+        """Return the size of each file. Raises BadInputError if there is none of that name."""
         return [Entry(name, self._known(name)[0], None) for name in names]
 
     def _known(self, name: str) -> tuple[int, str]:
@@ -126,7 +127,7 @@ class Store:
         return found
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end` of a file. Raises NetworkError."""
+        """Return the bytes from `start` to `end` of a file. Raises NetworkError."""
         if start == end:
             return b""
         path, size = self.path(name), self._known(name)[0]
@@ -135,18 +136,18 @@ class Store:
                 if size > _RANGE and "http" in self.system.protocol:
                     check_ranges(self.system, path, size)
                 found: bytes = self.system.cat_file(path, start=start, end=end)
-            if len(found) == size:  # also from a server that gives no ranges
+            if len(found) == size:  # the whole file, from a server that ignores ranges
                 found = found[start:end]
             if len(found) == end - start:
                 return found
         raise NetworkError(f"{self}: {printable(name)}: the connection breaks", hint="try again")
 
     def get(self, name: str, folder: Path | None, given_up: GivenUp = never) -> Path:
-        """Fetch a file whole, by ranges, into `folder`, or else the cache. It appears there in one step.
+        """Fetch a whole file, by ranges, into `folder` or else the cache. It appears there in one step.
 
         Raises:
-            IntegrityError: it was changed meanwhile.
-            InterruptedError: it was given up meanwhile.
+            IntegrityError: the file was changed meanwhile.
+            InterruptedError: the work was given up meanwhile.
         """
         check_plain_path(name, what=str(self))
         size, target = self.entries([name])[0].size, (folder or self.cached()) / name
@@ -166,12 +167,12 @@ class Store:
         except OSError as error:
             raise StorageError(f"{printable(target)}: {error.strerror}") from None
         finally:
-            with contextlib.suppress(OSError):  # which is not to be said in place of what went wrong
+            with contextlib.suppress(OSError):  # a failure here must not hide what went wrong before
                 part.unlink(missing_ok=True)
         return target
 
     def _now(self, name: str) -> tuple[int, str] | None:
-        """Size and identity of a file as it is listed now. None where it has gone."""
+        """Return size and identity of a file as it is listed now; None if it is gone."""
         folder, _, last = self.path(name).rpartition("/")
         with doing("list", self.url):
             found = [info for info in listed(self.system, folder) if name_in(info) == last]
@@ -191,7 +192,7 @@ class Store:
             pool.shutdown(cancel_futures=True)
 
     def holds(self, path: Path, name: str) -> bool:
-        """Whether the file of that name holds the same bytes as the one here, which are read back."""
+        """Whether the store's file of that name holds the same bytes as the local one; both are read."""
         size = path.stat().st_size
         if self._known(name)[0] != size:
             return False
@@ -204,7 +205,7 @@ class Store:
             return all(pool.map(same, range(0, size, _RANGE)))
 
     def put(self, path: Path, name: str, progress: Callable[[int], object] = lambda _: None) -> None:
-        """Send a file, in parts where the store takes such; nobody sees it before it is whole.
+        """Send a file, in parts if the store takes parts; nobody sees it before it is complete.
 
         Raises:
             FileExistsError: there is one of that name.
@@ -222,19 +223,19 @@ class Store:
             self.system.put_file(str(path), self.path(name), callback=Told(), mode="create", **options)
 
     def try_out(self) -> None:
-        """Put a small file there as any other, and remove it. Where that may not be, or in a crash, it stays.
+        """Put a small file there like any other, and remove it. If removing fails, or in a crash, it stays.
 
         Raises:
             UsageError: a store of this kind takes no files.
-            NetworkError: it refuses.
+            NetworkError: the store refuses.
             StorageError: a small file cannot be made here, in the cache.
         """
         try:
             with tempfile.NamedTemporaryFile(dir=cache_folder()) as file:
-                file.write(b"\n")  # not every store takes a file of nothing
+                file.write(b"\n")  # not every store takes an empty file
                 file.flush()
                 self.put(Path(file.name), PROBE_NAME)
-        except FileExistsError:  # an earlier one has stayed
+        except FileExistsError:  # one from an earlier run has stayed
             pass
         except OSError as error:
             raise StorageError(f"{printable(cache_folder())}: {error.strerror}") from None
@@ -243,17 +244,17 @@ class Store:
 
 
 def open_store(url: str, version: str | None = None) -> Store:
-    """The folder at a URL: listed, now. Where there is none, it has no files.
+    """List the folder at a URL, as it is now. If there is no such folder, it has no files.
 
     Raises:
         RemoteMovedError: it is not at `version` any more.
         UsageError: the package for this kind of URL is missing, there is no such kind, or `version` is none of a store.
         NetworkError: the store cannot be reached, or refuses.
     """
-    if version is not None and not re.fullmatch("[0-9a-f]{32}", version):  # as no `Store.version` is
+    if version is not None and not re.fullmatch("[0-9a-f]{32}", version):  # the form of a `Store.version`
         raise UsageError(f"{printable(url)}: a URL has no revision {printable(version)}", hint="leave out --revision")
     if "::" in url:
-        raise UsageError(f"{printable(url)}: chained URLs are not taken", hint="give that of the folder itself")
+        raise UsageError(f"{printable(url)}: chained URLs are not taken", hint="give the URL of the folder itself")
     with doing("list", url):
         import fsspec
 
@@ -268,7 +269,7 @@ def open_store(url: str, version: str | None = None) -> Store:
 
 
 def _listed(system: Any, root: str, url: str) -> Listing:
-    """The files in a folder, and the names of the folders in it, as they are now."""
+    """Return the files in a folder, and the names of its subfolders, as they are now."""
     with doing("list", url):
         found = listed(system, root)
         folders = sorted(name_in(info) for info in found if info["type"] == "directory")
@@ -287,12 +288,13 @@ def snapshot(
     to: Path | None,
     report: Advance | None = None,
 ) -> tuple[Path, str]:
-    """The files of a store's folder whose names match `patterns`, fetched into `to` or the cache: (folder, version).
-    `report` is told of the bytes of each that has come.
+    """Fetch the files of a store's folder that match `patterns` into `to` or the cache: (folder, version).
+
+    `report` is told of the bytes of each file that has come.
 
     Raises:
-        BadInputError: there is nothing.
-        RemoteMovedError: it is not at `version` any more.
+        BadInputError: nothing is there.
+        RemoteMovedError: the folder is not at `version` any more.
     """
     store = open_store(url, version)
     if not store.files and not store.folders:

@@ -374,12 +374,12 @@ def test_a_key_in_what_cannot_be_left_behind(source: Path, out: Path, cli: Cli, 
 def test_what_is_not_of_a_folder_is_not_replaced_with_it(source: Path, out: Path, cli: Cli, refused: Refused) -> None:
     again = [*convert(source, out), "--overwrite"]
     assert cli(*convert(source, out)).code == 0
-    refused(2, ["merge", out, out / "mine"], "is inside a resharded folder", hint="choose a place outside")
+    refused(2, ["merge", out, out / "mine"], "is inside a resharded folder", hint="choose a folder outside")
     refused(2, convert(source, out / "mine" / "tp2"), "is inside a resharded folder")
     for name in ("more.safetensors", "mine/notes.txt"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
-        refused(7, again, "holds what is not of it", hint="move that elsewhere")
+        refused(7, again, "holds what is not part of it", hint="move that elsewhere")
         (out / name).unlink()
     (out / "mine").rmdir()
     assert cli(*again).code == 0

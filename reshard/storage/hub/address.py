@@ -1,4 +1,4 @@
-"""The Hub repos and folders that a name or a URL can mean."""
+"""Names and URLs of Hub repos, and of folders in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLACE = re.compile(rf"({_NAME}(?:/{_NAME})?)((?:/{_NAME})*)")
 _SCHEME = "hf://"
 
 
-_NO_MODELS = ("datasets", "spaces", "buckets")  # where the path of a URL begins so
+_NO_MODELS = ("datasets", "spaces", "buckets")  # the path of a URL begins so if it is no model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class Place:
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """Also of the address of its page, or of `hf://org/name`.
+        """Parse an id, the address of its page, or `hf://org/name`.
 
         Raises:
-            BadInputError: it is not one.
+            BadInputError: it is none of these.
             UsageError: the address is that of a revision, or of a file.
         """
         match = _PLACE.fullmatch(_address(text) if is_hub_url(text) else text.rstrip("/"))
@@ -44,7 +44,7 @@ class Place:
         return cls(match[1], match[2].lstrip("/"))
 
     def inside(self, name: str) -> str:
-        """A file's path in the repo."""
+        """Return a file's path in the repo."""
         return f"{self.path}/{name}" if self.path else name
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Place:
 
 
 def is_hub_url(text: str) -> bool:
-    """Whether a text is a URL of the Hub, and so says the same as a Hub id."""
+    """Whether a text is a URL of the Hub, and so means the same as a Hub id."""
     return text.startswith(_SCHEME) or (text.startswith("http") and text.startswith(_endpoints()))
 
 
@@ -63,7 +63,7 @@ def _endpoints() -> tuple[str, ...]:
 
 
 def _address(url: str) -> str:
-    """The id in a URL of the Hub. Raises UsageError where it says more than a place."""
+    """Return the id in a URL of the Hub. Raises UsageError if the URL names more than a repo or a folder."""
     start = next(start for start in (_SCHEME, *_endpoints()) if url.startswith(start))
     path = re.sub(r"[?#].*", "", url.removeprefix(start), flags=re.DOTALL).strip("/")
     path = re.sub(rf"^({_NAME}/{_NAME})/tree/main(?=/|$)", r"\1", path)

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, in our words: which right is missing, and whether trying again can help."""
+"""Errors of the Hub's client, in our words: which right is missing, and whether trying again can help."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_FILES = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDI
 
 @contextlib.contextmanager
 def doing(words: str, place: object) -> Iterator[None]:
-    """What the client raises inside is raised as an error of ours, which says what could not be done."""
+    """Raise what the client raises inside as an error of ours, which says what could not be done."""
     try:
         with client():
             yield
@@ -33,7 +33,7 @@ def doing(words: str, place: object) -> Iterator[None]:
 def explain(
     error: BaseException, place: str, *, revision: str | None = None, writing: str | None = None
 ) -> ReshardError:
-    """The error to raise for one of the client's. `writing` says what was to be done to the repo, if it was that."""
+    """Return the error to raise for one of the client's. `writing` says what was to be done to the repo."""
     if isinstance(error, ReshardError):
         return error
     name = printable(place)
@@ -95,7 +95,7 @@ def explain(
         return NetworkError(
             f"{name}: {here}, and the Hub does not answer{cause}", hint="check the connection, or give a local folder"
         )
-    if isinstance(error, LocalEntryNotFoundError):  # which only says that it is not in the cache either
+    if isinstance(error, LocalEntryNotFoundError):  # it only says that the file is not in the cache either
         error = error.__cause__ or error
     return NetworkError(
         f"{name}: could not {writing or 'be fetched'}: {_kind(error, status)}",
@@ -106,13 +106,13 @@ def explain(
 
 
 def _said_by_disk(error: BaseException | None) -> str | None:
-    """What went wrong with a file of this machine, if it was that."""
+    """Return what went wrong with a file of this machine; None if something else did."""
     while error is not None:
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             return f"{printable(error.filename)}: {error.strerror}"
         if isinstance(error, OSError) and error.errno in LOCAL:
             return error.strerror
-        # hf_xet has only words; those of an answer are the Hub's.
+        # An error of hf_xet has only words; the words of an error with a response are the Hub's.
         found = None if hasattr(error, "response") else re.search(r"\(os error ([0-9]{1,3})\)", str(error))
         if found and int(found[1]) in LOCAL | _OF_FILES:
             return os.strerror(int(found[1]))
@@ -121,7 +121,7 @@ def _said_by_disk(error: BaseException | None) -> str | None:
 
 
 def _refused(name: str, answer: Any, writing: str | None) -> NetworkError | None:
-    """Where the Hub does not let in who asks: why, by what is known of the token."""
+    """Return the error if the Hub does not let in who asks, by what is known of the token; None for another failure."""
     said, code = answer.headers.get("x-error-message"), answer.headers.get("x-error-code")
     if not _of_the_hub(answer) or code == "RepoNotFound":
         return None
@@ -156,7 +156,7 @@ def _has_token(answer: Any) -> bool:
 
 
 def _of_the_hub(answer: Any) -> bool:
-    """Whether it comes from the Hub itself, and not from where it keeps large files."""
+    """Whether an answer comes from the Hub itself, not from where it keeps large files."""
     from huggingface_hub import constants
 
     return str(answer.request.url).startswith(constants.ENDPOINT.rstrip("/") + "/")
@@ -165,7 +165,7 @@ def _of_the_hub(answer: Any) -> bool:
 def _what_helps(error: BaseException | None, answer: Any, kept: str) -> str | None:
     if answer is not None and answer.status_code in BUSY:
         return f"try again later: {kept}"
-    if answer is not None and _of_the_hub(answer):  # it has understood, and will say the same again
+    if answer is not None and _of_the_hub(answer):  # the Hub has understood, and will say the same again
         return None
     while error is not None:
         if is_unreachable(error):
@@ -175,7 +175,7 @@ def _what_helps(error: BaseException | None, answer: Any, kept: str) -> str | No
 
 
 def _kind(error: BaseException, status: int | None) -> str:
-    """An upload's own error only names the file: what it was raised for says why."""
+    """Return what an error says, and its cause: an upload's own error only names the file, its cause says why."""
     if status in BUSY:
         return f"the Hub is too busy (status {status})"
     said = [f"{type(each).__name__}: {_first_line(each)}" for each in (error, error.__cause__) if each is not None]

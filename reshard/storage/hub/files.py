@@ -1,4 +1,4 @@
-"""The files of a checkpoint that stays on the Hub: what there is, any bytes of them, or one of them whole."""
+"""The files of a checkpoint that stays on the Hub: a list of them, any bytes of them, or a whole one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class HubFiles:
-    """The files at a place of the Hub at one commit."""
+    """The files of a Hub repo, or of a folder in it, at one commit."""
 
     place: Place
     version: str
@@ -33,11 +33,11 @@ class HubFiles:
         return str(self.place)
 
     def items(self) -> list[Item]:
-        """The files at the place and in its folders. Raises NetworkError."""
+        """Return the files at the place and in its subfolders. Raises NetworkError."""
         return [Item(path, size) for path, size in files(self.place, self.version).items()]
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
-        """Size and, where the Hub gives one, SHA-256 of each file.
+        """Return the size of each file and, if the Hub gives one, its SHA-256.
 
         Raises:
             BadInputError: there is none of that name.
@@ -56,13 +56,13 @@ class HubFiles:
         entries = []
         for name, path in zip(names, paths):
             info = found.get(path)
-            if info is None or not hasattr(info, "size"):  # a folder can have such a name too
+            if info is None or not hasattr(info, "size"):  # it can also be a folder
                 raise lacking(self, name)
             entries.append(Entry(name, info.size, info.lfs.sha256 if info.lfs else None))
         return entries
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end` of a file. Raises NetworkError."""
+        """Return the bytes from `start` to `end` of a file. Raises NetworkError."""
         if start == end:
             return b""
         for _ in range(_ATTEMPTS):
@@ -76,8 +76,10 @@ class HubFiles:
         raise NetworkError(f"{self}: {printable(name)}: the connection breaks", hint="try again")
 
     def _ask(self, name: str, start: int, end: int) -> bytes:
-        """What comes of the bytes from `start` to `end`: fewer where the connection breaks, and no more of the file
-        also from a server that would send all of it. It is asked for again where there is no answer."""
+        """Request the bytes from `start` to `end`, again if there is no answer, and return what comes.
+
+        There are fewer if the connection breaks, and never more, even if the server would send the whole file.
+        """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
@@ -87,7 +89,7 @@ class HubFiles:
         with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, max_retries=RETRIES) as response:
             hf_raise_for_status(response)
             skip = start if response.status_code == 200 else 0
-            # Not let out of here: the client would take it for a failure to connect, and come back with another answer.
+            # No error may get out of here: the client would take it for a failure to connect, and bring another answer.
             with contextlib.suppress(Exception):
                 for piece in response.iter_bytes():
                     data += piece
@@ -96,14 +98,14 @@ class HubFiles:
         return bytes(data[skip : skip + end - start])
 
     def get(self, name: str, folder: Path | None, given_up: GivenUp = never) -> Path:
-        """Fetch a file whole, into `folder`, or the cache where that is None.
+        """Fetch a whole file into `folder`, or the cache if that is None.
 
-        Raises NetworkError; InterruptedError once it is given up.
+        Raises NetworkError, or InterruptedError once it is given up.
         """
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import tqdm
 
-        class Told(tqdm):  # by every piece that arrives
+        class Told(tqdm):  # told of every piece that arrives
             def update(self, n: float | None = 1) -> Any:
                 if given_up():
                     raise InterruptedError
@@ -121,6 +123,6 @@ class HubFiles:
             )
         except InterruptedError:
             raise
-        except Exception as error:  # which may only say that it is not in the cache either
+        except Exception as error:  # it may only say that the file is not in the cache either
             raise explain(error.__cause__ or error, str(self), revision=self.version) from None
         return Path(path)

@@ -1,4 +1,4 @@
-"""How the Hub's client asks: not for ever, again where that can help, and with no words of its own."""
+"""Requests of the Hub's client: with timeouts, repeated if that can help, and without words of its own."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from ...process import Advance
 __all__ = ["BUSY", "RETRIES", "again", "answer_of", "bar_that_tells", "client", "is_unreachable"]
 
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses of a Hub that may well answer a moment later
-_PAUSES = (1, 2, 4)  # seconds before the same is asked again
+_PAUSES = (1, 2, 4)  # seconds before a request is repeated
 RETRIES = len(_PAUSES)
 
-_PATIENCE = 6  # times the client's own timeout of a download, for what is asked only once
-# Seconds of a pause that the Hub asks for. The client makes five of them for a download, which together outlast the
-# five minutes in which the Hub counts requests.
+_PATIENCE = 6  # times the client's own timeout of a download, for a request that is made only once
+# Seconds, if the Hub asks for a pause. The client makes five pauses for a download, which together outlast the five
+# minutes in which the Hub counts requests.
 _LONGEST_PAUSE = 60
-_FAILED = (500, 502, 503, 504)  # of these, those that end a download of the client's, which breaks and pauses do not
-# What changes nothing, and the client asks only once.
+_FAILED = (500, 502, 503, 504)  # these end a download of the client; broken connections and pauses do not
+# Requests that change nothing, and that the client makes only once.
 _QUESTIONS = "GET /api/models/[^/]+(/[^/]+)?(/revision/[^/]+)?|POST /api/models/.+/paths-info/.+"
-_TREES = "GET /api/models/.+/tree/.+"  # asked for again by the client since huggingface_hub 2
+_TREES = "GET /api/models/.+/tree/.+"  # the client repeats these itself since huggingface_hub 2
 
 _Found = TypeVar("_Found")
 
-# Said by our own error if it comes to that. At import: filters of a while are not for several threads.
+# Our own error says it if the disk is full. Filtered at import, since temporary filters are not safe with threads.
 warnings.filterwarnings("ignore", message="Not enough free disk space to download the file", category=UserWarning)
 
 
 @contextlib.contextmanager
 def client() -> Iterator[None]:
-    """Around calls of huggingface_hub: it is patient but not for ever, and keeps its advice to itself.
+    """Run calls of huggingface_hub with timeouts, and without the warnings that it logs.
 
-    Bars are shown only on a terminal.
+    Progress bars are shown only on a terminal.
     """
     from huggingface_hub.utils import disable_progress_bars
 
@@ -53,14 +53,17 @@ def client() -> Iterator[None]:
 
 
 def again(call: Callable[[], _Found]) -> _Found:
-    """What `call` returns, under `client`. Its questions and downloads are asked again, each `RETRIES` times, where the
-    Hub gives no answer, or one that may be another in a moment, and the client would ask only once."""
+    """Return what `call` returns, under `client`, after repeating requests that failed.
+
+    Each question or download is repeated up to `RETRIES` times if the Hub gives no answer, or one that may be another
+    in a moment, and the client itself would ask only once.
+    """
     failures: Counter[str] = Counter()
     while True:
         try:
             with client():
                 return call()
-        except Exception as error:  # of the client's transport, with httpx before huggingface_hub 2, and httpx2 since
+        except Exception as error:  # of the client's transport: httpx before huggingface_hub 2, httpx2 since
             failed = _to_ask_again(error)
             if failed is None or failures[failed] == RETRIES:
                 raise
@@ -74,13 +77,13 @@ def is_unreachable(error: BaseException) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in BUSY
-    # By name: the client is made with httpx before huggingface_hub 2, and with httpx2 since.
+    # By name: the client uses httpx before huggingface_hub 2, and httpx2 since.
     kinds = {"TimeoutException", "NetworkError", "RemoteProtocolError"}
     return not kinds.isdisjoint(kind.__name__ for kind in type(error).__mro__)
 
 
 def answer_of(error: BaseException | None) -> Any:
-    """The response that an error, or what it was raised for, is about; None if there was none."""
+    """Return the response that an error, or one of its causes, is about; None if there was none."""
     while error is not None:
         if (response := getattr(error, "response", None)) is not None:
             return response
@@ -89,8 +92,10 @@ def answer_of(error: BaseException | None) -> Any:
 
 
 class _Quiet:
-    """No warnings of the client's logger while somebody is inside, in any thread. A level that somebody has chosen, to
-    see more, stays."""
+    """Silences the warnings of the client's logger while any thread is inside.
+
+    A level that somebody has chosen, to see more, stays.
+    """
 
     def __init__(self) -> None:
         self._lock, self._inside, self._raised = threading.Lock(), 0, False
@@ -116,7 +121,7 @@ _preparing = threading.Lock()
 
 
 def _prepare() -> None:
-    """Have the client's session be patient, and the one that it makes where it closes this one."""
+    """Give timeouts to the client's session, and to the one that it makes after closing this one."""
     from huggingface_hub.utils import get_session, set_client_factory
 
     with _preparing:
@@ -126,12 +131,12 @@ def _prepare() -> None:
             return
         if len(asking) == 1 and asking[0].__module__.startswith("huggingface_hub."):
             set_client_factory(functools.partial(_like, session))
-        else:  # of the user's own making, and so will be the next, which is prepared before our next call
+        else:  # the user's own factory made it, and makes the next one too, which our next call prepares
             _make_patient(session)
 
 
 def _like(session: Any) -> Any:
-    """A patient session that is otherwise as one of the client's own making."""
+    """Return a patient session that is otherwise like one of the client's own making."""
     made = type(session)(
         headers=session.headers,
         cookies=session.cookies,
@@ -153,7 +158,7 @@ def _make_patient(session: Any) -> None:
 
 
 def _be_patient(request: Any) -> None:
-    """Before a request is sent: many calls of the client's ask for no timeout at all."""
+    """Set the timeouts of a request before it is sent: many calls of the client have none."""
     from huggingface_hub import constants
 
     timeout = request.extensions.get("timeout", {})
@@ -164,14 +169,14 @@ def _be_patient(request: Any) -> None:
 
 
 def _shorten_pause(response: Any) -> None:
-    """Before the client reads how long it is to pause: it would do so for as long as it is told."""
+    """Shorten the pause that a response asks for: the client would pause for as long as it is told."""
     if response.status_code in BUSY and _asked_pause(response) > _LONGEST_PAUSE:
         response.headers.pop("ratelimit", None)
         response.headers["retry-after"] = str(_LONGEST_PAUSE)
 
 
 def _asked_pause(response: Any) -> int:
-    """Seconds that the Hub wants to be left in peace; 0 if it says nothing, or not in seconds."""
+    """Return the seconds that the Hub wants to be left in peace; 0 if it says nothing, or not in seconds."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     if response is None:
@@ -182,7 +187,7 @@ def _asked_pause(response: Any) -> int:
 
 
 def _to_ask_again(error: BaseException | None) -> str | None:
-    """The request that an error is about, if it may be made again and the client has not done so by itself."""
+    """Return the request that an error is about if it may be repeated and the client has not done so itself."""
     from huggingface_hub import __version__
 
     request = None
@@ -204,19 +209,19 @@ def _to_ask_again(error: BaseException | None) -> str | None:
 def _request_of(error: BaseException) -> Any:
     try:
         return getattr(error, "request", None)
-    except RuntimeError:  # of an error that httpx could have raised for a request, and did not
+    except RuntimeError:  # httpx raised the error without a request
         return None
 
 
 def _asked(request: Any) -> str:
-    """Method and path of a request; of one that is not to the Hub itself, the URL."""
+    """Return method and path of a request; the URL instead of the path if it is not to the Hub itself."""
     from huggingface_hub import constants
 
     return f"{request.method} {str(request.url).partition('?')[0].removeprefix(constants.ENDPOINT)}"
 
 
 def bar_that_tells(report: Advance) -> type:
-    """The class of bars that show nothing, for the client's downloads: they tell of the bytes that have come."""
+    """Return a class of bars for the client's downloads: they show nothing, and report the bytes that have come."""
     from tqdm import tqdm
 
     lock, counts, told = threading.Lock(), Counter[int](), 0
@@ -230,7 +235,7 @@ def bar_that_tells(report: Advance) -> type:
             nonlocal told
             if not self._of_bytes:
                 return
-            with lock:  # the client has two of them, of what is sent and of what is written: the same bytes
+            with lock:  # the client has two bars for the same bytes: one for what is sent, one for what is written
                 counts[id(self)] += int(n or 0)
                 new, told = counts[id(self)] - told, max(told, counts[id(self)])
             if new > 0:

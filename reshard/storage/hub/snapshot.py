@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def is_offline() -> bool:
-    """Whether the user wants the Hub not to be asked: by what is in the cache alone."""
+    """Whether the user wants only the cache used, and the Hub not asked."""
     from huggingface_hub import constants
 
     return constants.is_offline_mode()
@@ -39,10 +39,10 @@ def snapshot(
     to: Path | None,
     report: Advance | None = None,
 ) -> tuple[Path, str | None]:
-    """The files at a place that match `patterns`, at one commit, fetched into `to` or the cache: (folder, commit).
-    `report` is told of bytes that arrive; then the client shows no bars.
+    """Fetch the files of a place that match `patterns`, at one commit, into `to` or the cache: (folder, commit).
 
-    Offline, or where the Hub does not answer, the commit that the cache knows by that name; a log tells the latter.
+    `report` is told of bytes that arrive; the client then shows no bars. Offline, or if the Hub does not answer, the
+    commit is the one that the cache knows by that name; the log tells the latter.
 
     Raises:
         NetworkError: the Hub cannot be reached, or does not give it.
@@ -82,7 +82,7 @@ def _online(where: Place, revision: str | None, to: Path | None, fetch: Callable
             root = Path(fetch(revision=revision, local_files_only=True))
         except LocalEntryNotFoundError as missing:
             raise missing from error
-        if not _is_listed(where.repo_id, revision, to):  # there may be less than was asked for
+        if not _is_listed(where.repo_id, revision, to):  # not all that was asked for may be there
             raise
         _log.warning("%s: the Hub does not answer; using commit %s of the cache", where, root.name)
         return root
@@ -95,7 +95,7 @@ def _online(where: Place, revision: str | None, to: Path | None, fetch: Callable
 
 
 def _commit(repo_id: str, revision: str | None) -> str:
-    """The commit that a branch or tag is now."""
+    """Return the commit that a branch or tag points to now."""
     from huggingface_hub import HfApi
 
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -107,7 +107,7 @@ def _commit(repo_id: str, revision: str | None) -> str:
 
 
 def _is_listed(repo_id: str, revision: str | None, to: Path | None) -> bool:
-    """Whether the client knows all files of a commit. If not, it gives what it finds here of them for all."""
+    """Whether the client knows all files of a commit. If not, it takes what it finds here for all of them."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -119,9 +119,9 @@ def _is_listed(repo_id: str, revision: str | None, to: Path | None) -> bool:
 
 
 def _remember(root: Path, name: str, commit: str) -> None:
-    """Have the cache know by which name a commit was asked for, as the client does: offline it goes by that."""
+    """Note in the cache by which name a commit was asked for, as the client does: offline it goes by that."""
     ref = root.parents[1] / "refs" / name
-    with contextlib.suppress(OSError):  # a cache that is only read
+    with contextlib.suppress(OSError):  # the cache may be read-only
         if ref.exists() and ref.read_text() == commit:
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
@@ -131,14 +131,16 @@ def _remember(root: Path, name: str, commit: str) -> None:
 
 
 def folders(where: Place, commit: str | None, name: str) -> list[str]:
-    """The folders below a place that hold a file `name`. Raises NetworkError."""
+    """Return the folders below a place that hold a file `name`. Raises NetworkError."""
     found = (PurePosixPath(path) for path in files(where, commit))
     return [str(path.parent) for path in found if path.name == name]
 
 
 def files(where: Place, commit: str | None) -> dict[str, int]:
-    """The files below a place and their sizes in bytes, by the listing that `snapshot` has left in the cache, if it
-    could. Raises NetworkError."""
+    """Return the files below a place and their sizes in bytes. Raises NetworkError.
+
+    They come from the list that `snapshot` has left in the cache, or else from the Hub.
+    """
     from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
