@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..files.dtypes import CODES, itemsize
 from .targets import LocalTensor
-
-if TYPE_CHECKING:  # a plan comes with torch
-    pass
 
 __all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "rank_file_name"]
 
