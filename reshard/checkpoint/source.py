@@ -50,7 +50,7 @@ class SourceFile:
 class Source:
     """A checkpoint: its files, its tensors by name, its configuration, and by path the small files that go along.
 
-    `left` are the files left behind. `notes` are remarks for the user, one line each: which files those are, and others.
+    `left` are the files left behind. `notes` are remarks for the user, one line each: on those files, and others.
     """
 
     root: Path
