@@ -81,7 +81,7 @@ class Header:
 
     @property
     def head(self) -> bytes:
-        """Everything in the file before the data: the length of the JSON, and the JSON."""
+        """The bytes of the file before the data: the length of the JSON, and the JSON."""
         return len(self.raw).to_bytes(8, "little") + self.raw
 
     @property
