@@ -43,7 +43,7 @@ def block_sizes(size: int, blocks: int | Sequence[int]) -> tuple[int, ...]:
     `blocks` is their number (equal blocks) or their relative sizes: `[4, 1, 1]` is q|k|v with 4 query heads a group.
 
     Raises:
-        ValueError: `size` is not made of such blocks.
+        ValueError: `blocks` cannot fill `size` elements exactly.
     """
     weights = [1] * blocks if isinstance(blocks, int) else list(blocks)
     if not weights or min(weights) < 0 or sum(weights) == 0 or size % sum(weights):
