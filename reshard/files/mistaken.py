@@ -12,7 +12,7 @@ FIRST_BYTES = 512  # enough to tell
 
 _FETCH = "fetch it again"
 # The beginning of a file, what the file is then, and what can be done. A safetensors file begins with the length of its
-# header. The first eight bytes of each kind here, read as that length, are more than any header may have.
+# header. The first eight bytes of each kind here, read as that length, are 0 or more than any header may have.
 _KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (
         re.compile(rb"version https://git-lfs\.github\.com/"),
