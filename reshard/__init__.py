@@ -1,8 +1,8 @@
 """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
 
-`convert`, `plan`, `inspect`, `verify`, `merge`, `publish` and `pull` are what the commands of the same names call. They
-are imported when first used, so that importing this package, and asking for help, costs nothing. Each raises a
-`ReshardError`; `reshard.errors` says which there are. `plan` returns a `ReshardPlan`, `convert` and `inspect` return a
+The commands call the functions of the same names: `convert`, `plan`, `inspect`, `verify`, `merge`, `publish`, `pull`.
+They are imported when first used, so that importing this package, and asking for help, costs nothing. Each raises a
+`ReshardError`; `reshard.errors` lists them all. `plan` returns a `ReshardPlan`, `convert` and `inspect` return a
 `Manifest`.
 """
 

@@ -36,7 +36,7 @@ class ReshardError(Exception):
     """A failure with one line for the user, an optional hint, and an exit code."""
 
     exit_code = 1
-    lost = False  # whether what was written before it may be wrong, or lost: then it is not gone on with
+    lost = False  # whether the bytes written before it may be wrong or lost, so that a new run must not continue them
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What this process may use, how it behaves, and how it reports progress."""
+"""The process at work: the threads it may use, its signals and garbage collection, and the progress it reports."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ __all__ = [
     "worker_count",
 ]
 
-BLOCK_BYTES = 4 << 20  # of memory that each thread works in
+BLOCK_BYTES = 4 << 20  # memory that each thread works in
 
 
 def worker_count(sharers: int = 1) -> int:
-    """Threads used unless told otherwise: the CPUs this process may use, at most 8, shared with that many others."""
+    """Return the default number of threads: the CPUs this process may use, at most 8, divided by `sharers`."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cpus // sharers))
 
 
 def end_on_interrupt() -> None:
-    """Have Ctrl-C end a rank of torchrun without a word: that is torchrun's to report, and in a collective nobody hears
-    it."""
+    """Have Ctrl-C end a rank of torchrun silently: torchrun reports it, and Python cannot handle it in a collective."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -38,15 +37,15 @@ def end_on_interrupt() -> None:
 def patient_from_now_on() -> None:
     """Look for garbage seldom, in a process that ends soon.
 
-    Importing torch and transformers makes a million objects and no garbage, which is looked for in vain at the usual
-    thresholds: a quarter of the start.
+    Importing torch and transformers makes a million objects and no garbage. At the usual thresholds, looking for it in
+    vain takes a quarter of the start.
     """
     gc.set_threshold(200_000, 50, 100)
 
 
 @contextlib.contextmanager
 def patient_collector() -> Iterator[None]:
-    """The same for a while, in a process that is another's."""
+    """Look for garbage seldom inside the context, in a process that is somebody else's."""
     before = gc.get_threshold()
     patient_from_now_on()
     try:
@@ -62,7 +61,7 @@ Progress = Callable[[int, str], contextlib.AbstractContextManager[Advance]]
 """Progress of long work, as public functions report it: `progress(total, what)` returns a context manager.
 
 It is called once for each part of the work, with the bytes to come and a word for what is done with them ("writing",
-"checking", "sending"). The value of the context manager is an `Advance`. A total of 0 is not known before. With tqdm:
+"checking", "sending"). The value of the context manager is an `Advance`. A total of 0 means not known yet. With tqdm:
 
     @contextlib.contextmanager
     def progress(total, what):
@@ -73,5 +72,5 @@ It is called once for each part of the work, with the bytes to come and a word f
 
 @contextlib.contextmanager
 def silent(_: int, __: str) -> Iterator[Advance]:
-    """The `Progress` that reports nothing."""
+    """Report nothing: a `Progress`."""
     yield lambda _: None

@@ -17,14 +17,14 @@ _SECRETS = (
 
 
 def without_secrets(text: str) -> str:
-    """`text` with its URLs bare of what lets one in: a name and password, and the values of a query that sound so."""
+    """Remove the secrets of URLs in `text`: a name and password, and the values of query keys that sound secret."""
     named, signed = _SECRETS
     return signed.sub(r"\1…", named.sub("", text)) if "://" in text else text
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """`text` made safe to show: control, bidi and unprintable characters escaped, at most `limit` characters, and URLs
-    `without_secrets`. Of a `ReshardError`, without its hint.
+    """Make `text` safe to show: control, bidi and unprintable characters escaped, at most `limit` characters, and URLs
+    `without_secrets`. A `ReshardError` is shown without its hint.
 
     Names of files and tensors come from files that nobody vouches for.
     """
@@ -35,6 +35,6 @@ def printable(text: object, limit: int = 200) -> str:
 
 
 def listed(names: Iterable[str], *, most: int = 5) -> str:
-    """The first of many names, safe to show, and how many more there are."""
+    """Join the first of many names, safe to show, and say how many more there are."""
     found = list(names)
     return ", ".join(map(printable, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")

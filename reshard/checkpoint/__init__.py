@@ -1,4 +1,4 @@
 """A checkpoint as people publish it: where its weights are, what goes along beside them, and which model class it is.
 
-It ends at the source: how tensors are cut is decided in `planning`.
+How tensors are cut is decided in `planning`.
 """

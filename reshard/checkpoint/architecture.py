@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 KV_GROUPS = "num_key_value_groups"  # an attention module's number of query heads for each KV head
-_TASKS = ("CausalLM", "Seq2SeqLM", "ImageTextToText")  # `AutoModelFor…`, asked in turn where none is named
+_TASKS = ("CausalLM", "Seq2SeqLM", "ImageTextToText")  # `AutoModelFor…`, asked in turn if the config names no class
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' advice and bars to itself: what matters is said by our own errors and plan."""
+    """Silence transformers' advice and bars: our own errors and plan say what matters."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -50,9 +50,9 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def decoding_as_told(model: Any) -> Iterator[None]:
-    """For `model.generate`. transformers looks at most of what a generation_config.json says only there.
+    """Surround `model.generate`, where transformers first looks at most values of a generation_config.json.
 
-    Raises BadInputError, naming the file, where its code for decoding stumbles over a value.
+    Raises BadInputError, naming the file, if transformers' code for decoding fails on a value.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def decoding_as_told(model: Any) -> Iterator[None]:
 
 
 def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None) -> Any:
-    """The model of the checkpoint in `root`, built on the meta device: shapes and names, no memory.
+    """Build the model of the checkpoint in `root` on the meta device: shapes and names, no memory.
 
     `dtype` is a torch name. Only classes of the installed transformers are used, whatever the config's `auto_map` says.
 
@@ -80,7 +80,7 @@ def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None
 
 
 def model_class(root: Path) -> tuple[type, Any]:
-    """The class of the model of the checkpoint in `root`, its module imported, and its configuration.
+    """Return the class of the model of the checkpoint in `root`, its module imported, and its configuration.
 
     Raises what `meta_model` does.
     """
@@ -102,7 +102,7 @@ def model_class(root: Path) -> tuple[type, Any]:
 
 
 def on_meta(model_class: Any, config: Any, *, dtype: str, attn_implementation: str | None = None) -> Any:
-    """The model of a class and its configuration on the meta device. Raises BadInputError where it cannot be built."""
+    """Build a model of a class and its configuration on the meta device. Raises BadInputError if that fails."""
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     try:
@@ -125,7 +125,8 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def _model_class(transformers: Any, config: Any) -> tuple[type, Any]:
-    """The class that `architectures` names, where it is one for this configuration; else what `AutoModelFor…` takes."""
+    """Return the class that `architectures` names if it is for this configuration; else the class of `AutoModelFor…`.
+    The configuration is the one that the class takes."""
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadInputError("config.json: architectures is not a list of names")
@@ -149,30 +150,30 @@ def _model_class(transformers: Any, config: Any) -> tuple[type, Any]:
 
 
 def _is_model(transformers: Any, found: Any) -> bool:
-    """Optional backends leave a placeholder class behind, which is not a model; nor is a base class."""
+    """Whether a class is a model: the placeholder of an optional backend that is missing is none, nor a base class."""
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return is_model and bool(getattr(found, "config_class", None))
 
 
 def _of_type(auto: Any, config: Any) -> tuple[Any, ...]:
-    """What one of transformers' `AutoModelFor…` knows for a configuration, the usual one first."""
+    """Return the classes that one of transformers' `AutoModelFor…` knows for a configuration, the usual one first."""
     try:
         found = auto._model_mapping[type(config)]
-    except (AttributeError, KeyError):  # no such task, or it is not one of this model type
+    except (AttributeError, KeyError):  # no such task, or this model type does not have it
         return ()
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
 
 def _own_config(found: Any, config: Any) -> Any:
-    """The configuration that a class is made of: the whole, or the part that is of its kind, as of the text model in
-    one with images. None where neither is."""
+    """Return the configuration that a class takes: `config`, or the part of its kind, such as the text model's in a
+    model with images. None if neither is of its kind."""
     if isinstance(config, found.config_class):
         return config
     return next((getattr(config, key) for key, kind in config.sub_configs.items() if kind is found.config_class), None)
 
 
 def class_note(taken: type, config: Mapping[str, Any]) -> str | None:
-    """Why a class is taken that the `architectures` of a config.json do not name; None where they do, or name none."""
+    """Say why a class is taken that the `architectures` of a config.json do not name; None if they do, or name none."""
     names = config.get("architectures") or []
     if not names or taken.__name__ in names:
         return None
@@ -183,10 +184,10 @@ def class_note(taken: type, config: Mapping[str, Any]) -> str | None:
 
 
 def expected_dtypes(model: Any, dtype: str) -> dict[str, torch.dtype]:
-    """The dtype of every entry of the model's state dict after `from_pretrained(dtype=…)`.
+    """Return the dtype of every entry of the model's state dict after `from_pretrained(dtype=…)`.
 
-    The rule is transformers' own (`convert_and_load_state_dict_in_model`): the meta model's dtype, but fp32 for what
-    `_get_dtype_plan` keeps in fp32.
+    The rule is transformers' own (`convert_and_load_state_dict_in_model`): the meta model's dtype, but fp32 for the
+    entries that `_get_dtype_plan` keeps in fp32.
     """
     from transformers.core_model_loading import build_glob_alternation
 

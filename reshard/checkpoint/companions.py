@@ -1,6 +1,6 @@
-"""Which of the files beside the weights go along with a checkpoint, and why each of the others does not.
+"""Companions: the files beside the weights that go along with a checkpoint, and why each of the others does not.
 
-Names and sizes decide, and nothing is opened: of a folder here, of a repo of the Hub and of a store alike.
+Names and sizes decide, and nothing is opened. A folder here, a repo of the Hub and a store are treated alike.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .kinds import CARD, KNOWN, KNOWN_AT_TOP, NEVER, OURS, PARTS, SILENT, WEIGHT
 
 __all__ = ["Item", "Left", "choose", "included", "left_report", "walk"]
 
-FILE_LIMIT = 256 << 20  # bytes: the largest vocabularies have 60 MB
+FILE_LIMIT = 256 << 20  # bytes; the largest vocabularies have 60 MB
 TOTAL_LIMIT = 1 << 30  # bytes
 MOST_FILES = 1000
 DEEPEST = 4  # folders
-_MOST_LISTED = 20_000  # entries of a folder that are looked at
+_MOST_LISTED = 20_000  # files looked at, of all folders together
 
 _UNSHOWN = ("Cc", "Cf", "Zl", "Zp")  # control characters, marks that turn text around, ends of lines
 
@@ -36,9 +36,9 @@ _UNSEEN = f"not looked at, behind {_MOST_LISTED:,} others"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A file of a checkpoint's folder, or with a "/" at the end a folder of it that was not entered.
+    """A file in a checkpoint's folder, or a folder in it that was not entered, with a "/" at the end.
 
-    `path` is relative, with "/". `size` in bytes, None where it is not known. `odd` says why it can be no companion
+    `path` is relative, with "/". `size` is in bytes, None if it is not known. `odd` says why it can be no companion
     whatever its name is: a link that leads out, a device.
     """
 
@@ -49,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A file that is left behind, or a folder (with a "/" at the end), why, and the files that go along and name it."""
+    """A file or folder ("/" at the end) that is left behind, why, and the files that name it and go along."""
 
     path: str
     why: str
@@ -59,16 +59,16 @@ class Left:
 def choose(
     items: Iterable[Item], *, include: Sequence[str] = (), read: Iterable[str] = ()
 ) -> tuple[tuple[str, ...], tuple[Left, ...]]:
-    """The companions among the files of a folder, and those that are left behind; both sorted, by path.
+    """Return the companions among the files of a folder, and the files that are left behind; both sorted by path.
 
-    `include` are shell patterns of further paths, in which `*` stands for "/" too. `read` are the files that the source
-    consists of, of which nothing is to be said.
+    `include` are shell patterns of further paths; `*` stands for "/" too. `read` are the files that the source
+    consists of: they are in neither result.
 
     Raises UsageError for a pattern that matches nothing.
     """
     items = tuple(items)
     patterns = included(include, [item.path for item in items])
-    # Of names that differ only by case, the one in lower case is what transformers opens.
+    # If names differ only by case, transformers opens the one in lower case, so it comes first.
     ordered = sorted(items, key=lambda item: (item.path.count("/"), item.path != item.path.lower(), item.path))
     skipped = frozenset(read)
     found = [item for item in ordered if item.path not in skipped]
@@ -94,7 +94,7 @@ def choose(
 
 
 def included(include: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """The patterns of what is to go along too, ready for use. Raises UsageError for one that matches no path."""
+    """Return the patterns of further companions, ready for use. Raises UsageError for one that matches no path."""
     patterns, known = [pattern + "*" if pattern.endswith("/") else pattern for pattern in include], list(paths)
     for pattern, given in zip(patterns, include):
         if not any(fnmatchcase(path.rstrip("/"), pattern) for path in known):
@@ -106,7 +106,7 @@ def included(include: Sequence[str], paths: Iterable[str]) -> list[str]:
 
 
 def _parts(items: Iterable[Item]) -> frozenset[str]:
-    """The folders that hold weights or a resharded model themselves."""
+    """Return the folders that hold weights or a resharded model themselves."""
     found = set()
     for item in items:
         folder, _, name = item.path.rpartition("/")
@@ -116,8 +116,8 @@ def _parts(items: Iterable[Item]) -> frozenset[str]:
 
 
 def _never(item: Item, parts: Set[str]) -> tuple[str, str | None]:
-    """Of a file, or of the first folder on the way to it that keeps it: the path, and why it never goes along. "" where
-    it may, None where nothing is to be said of it."""
+    """Return the path of a file, or of the first folder on the way to it that stays behind, and why it never goes
+    along: "" if it may, None if it is passed over in silence."""
     steps = item.path.rstrip("/").split("/")
     for depth, step in enumerate(steps):
         is_folder = depth < len(steps) - 1 or item.path.endswith("/")
@@ -135,7 +135,7 @@ def _never(item: Item, parts: Set[str]) -> tuple[str, str | None]:
 
 
 def _by_name(step: str) -> str | None:
-    """As `_never`, of a name of a file or a folder."""
+    """Say why a file or folder of this name never goes along: "" if it may, None as for `_never`."""
     name = step.lower()
     if name in SILENT:
         return None
@@ -155,7 +155,7 @@ def _prefixes(path: str) -> Iterator[str]:
 
 
 def _folded(path: str) -> str:
-    """What a disk that does not tell cases apart takes for the same name."""
+    """Return a form that two names share if a disk that does not tell cases apart takes them for the same."""
     return unicodedata.normalize("NFKC", path).casefold()
 
 
@@ -174,13 +174,13 @@ def _beyond(item: Item, count: int, total: int) -> str:
 
 
 def walk(look: Callable[[str], tuple[Iterable[Item], Iterable[str]]]) -> Iterator[Item]:
-    """The files of a folder and of the folders in it, the nearest first, and of those that are not entered their names.
+    """Yield the files of a folder and of the folders in it, the nearest first, and the folders that are not entered.
 
-    `look` gives what is in the folder of a path ("" for the first): items, and names of folders. Entered is none from
-    which nothing can go along, and none after a good number of files.
+    `look` returns the content of the folder of a path ("" for the first): items, and names of folders. A folder is not
+    entered if nothing in it can go along, or after `_MOST_LISTED` files.
     """
     ahead, seen = [""], 0
-    for folder in ahead:  # which grows meanwhile
+    for folder in ahead:  # `ahead` grows meanwhile
         if seen >= _MOST_LISTED:
             yield Item(folder, odd=_UNSEEN)
             continue
@@ -188,7 +188,7 @@ def walk(look: Callable[[str], tuple[Iterable[Item], Iterable[str]]]) -> Iterato
         here = list(items)
         seen += len(here)
         yield from here
-        if folder.rstrip("/") in _parts(here):  # what is in it stays with it
+        if folder.rstrip("/") in _parts(here):  # the folders in it stay behind with it
             continue
         for name in sorted(folders):
             path = f"{folder}{name}/"
@@ -199,5 +199,5 @@ def walk(look: Callable[[str], tuple[Iterable[Item], Iterable[str]]]) -> Iterato
 
 
 def left_report(left: Iterable[Left]) -> list[dict[str, Any]]:
-    """The files of a source that are left behind, and why."""
+    """List the files of a source that are left behind, and why, as dicts."""
     return [{"path": entry.path, "why": entry.why, "named_by": list(entry.named_by)} for entry in left]

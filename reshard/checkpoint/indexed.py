@@ -1,4 +1,4 @@
-"""The tensors of several files as one checkpoint, and where the files are at odds with their index: the files hold."""
+"""Tensors of several files as one checkpoint. If the files and their index disagree, the files count."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .weights import Weights
 
 __all__ = ["Read", "join"]
 
-Read = Callable[[str, int, int], bytes]  # of a file, by its path in the folder, from one byte to another
+Read = Callable[[str, int, int], bytes]  # path of a file in the folder, first byte, end → the bytes
 
 _AT_ONCE = 4 << 20  # bytes of each of two tensors that are compared
 
 
 def join(headers: Mapping[str, Header], weights: Weights, read: Read) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """Every tensor of the files, by name, and remarks on what the index has otherwise.
+    """Return every tensor of the files, by name, and remarks on what the index says otherwise.
 
-    transformers reads whole files, and of an index only their names, so that an entry too many, an entry too few and
-    one of another file do no harm. A tensor in two files is compared, byte for byte through `read`, in pieces of 4 MiB:
-    where all its copies are equal, that of the file that the index names is taken.
+    transformers reads whole files and takes only their names from an index, so an entry too many, an entry too few and
+    an entry with another file do no harm. The copies of a tensor in two files are compared byte for byte through
+    `read`, in pieces of 4 MiB. If they are equal, the copy in the file that the index names is taken.
 
-    Raises BadInputError where a tensor is in two files with other bytes.
+    Raises BadInputError if a tensor is in two files with other bytes.
     """
     copies: dict[str, list[TensorInfo]] = {}
     for header in headers.values():

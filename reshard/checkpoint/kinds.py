@@ -1,7 +1,7 @@
 """Kinds of files beside the weights, by name and first bytes: which go along with a checkpoint, and which never do.
 
-What goes along may be published later. So only known kinds do, and what can be code, a secret or a record of somebody's
-work never does, not even where it is asked for.
+A file that goes along may be published later. So only known kinds go along, and a file that can be code, a secret or a
+record of somebody's work never does, not even if the user asks for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What files or folders whose names match a shell pattern are. All patterns here are in lower case."""
+    """A kind of files or folders: `what` they are, and the shell patterns of their names, all in lower case."""
 
     what: str
     names: tuple[str, ...]
@@ -56,7 +56,7 @@ LICENCES = Kind(
     ),
 )
 
-# Never copied, in this order. Names and patterns are of files, and of folders, at any depth.
+# Never copied; the first kind that matches says why. Patterns match files and folders at any depth.
 NEVER = (
     Kind("hidden", (".*",)),
     Kind(
@@ -114,7 +114,7 @@ OURS = Kind(
     ("reshard.json", "shard-*-model-*", "unused.safetensors", "reference.logits"),
 )
 CARD = Kind("the card: publish writes one of its own", ("readme.md",))
-# Of every clone or download, or ours beside an OUT that is being made.
+# Files of every clone or download, and our own beside an OUT that is being made.
 SILENT = Kind(
     "of no checkpoint, so that nothing is said of it",
     (
@@ -122,10 +122,10 @@ SILENT = Kind(
         *("*.lock", "*.part-fetched-*", f"*.part-{'?' * 16}-{'?' * 8}"),
     ),
 )
-# Of a folder that holds a file of these, nothing goes along.
+# If a folder holds a file of this kind, nothing in it goes along.
 PARTS = Kind("another part of a model, or another model", ("reshard.json", "shard-*-model-*", *WEIGHTS.names))
 
-# What goes along. At the top, tokenizers and processors have files of every name in JSON and text.
+# Kinds that go along. At the top, tokenizers and processors have files of every name in JSON and text.
 KNOWN = (
     LICENCES,
     Kind("chat template", ("*.jinja", "*.jinja2", "*.j2")),
@@ -147,7 +147,7 @@ KNOWN = (
 )
 KNOWN_AT_TOP = Kind("configuration or text", ("*.json", "*.txt"))
 
-# What the first bytes give away, whatever the name says.
+# Kinds told by the first bytes, whatever the name says.
 _SIGNS = (
     *((sign, "pickled") for sign in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93NUMPY")),
     *((sign, "an archive") for sign in (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")),
@@ -156,7 +156,7 @@ _SIGNS = (
     (b"-----BEGIN ", _A_KEY),
     (b"version https://git-lfs", "only a pointer of git-lfs: git lfs pull fetches it"),
 )
-# What keys look like inside a text, as those who give them out form them: how each begins, and the whole of it.
+# Keys inside a text, in the form that their issuers give them: how each begins, and the whole of it.
 _KEYS = (
     (b"PRIVATE KEY-----", rb"PRIVATE KEY-----(?:\\[nr]|\s)+[\w+/-]{16}"),
     (b"hf_", rb"\bhf_[A-Za-z]{34}\b"),
@@ -168,7 +168,8 @@ _KEYS = (
     (b"xox", rb"\bxox[abeoprs]-[\w-]{20}"),
     (b"sk-", rb"\bsk-(?:ant-|proj-)?\w{32}"),
 )
-# And a field of JSON with one of these in its name, in lower case. A vocabulary has such words, with numbers.
+# A key is also the text of a JSON field with one of these in its name, in lower case. In a vocabulary these words have
+# numbers.
 _FIELDS = (
     *(b"password", b"passwd", b"passphrase", b"secret", b"apikey", b"privatekey", b"accesskey", b"accesstoken"),
     *(b"api_key", b"private_key", b"access_key", b"access_token", b"auth_token", b"hub_token", b"hf_token", b"api-key"),
@@ -177,7 +178,7 @@ _VALUE = rb'[\w-]{0,32}"\s*:\s*"[^"]'
 
 
 def is_licence(path: str) -> bool:
-    """Whether a file says under which terms the model may be used."""
+    """Whether a file states the terms under which the model may be used."""
     return path.rpartition("/")[2].lower() in LICENCES
 
 
@@ -187,13 +188,13 @@ def is_weights(path: str) -> bool:
 
 
 def known_by_content(content: bytes) -> str:
-    """Why a file that begins with `content` is not copied; empty where it is. The more of it, the surer."""
+    """Say why a file that begins with `content` is not copied; empty if it is. The longer `content` is, the surer."""
     why = next((what for sign, what in _SIGNS if content.startswith(sign)), "")
     return why or (_A_KEY if _holds_key(content) else "")
 
 
 def _holds_key(text: bytes) -> bool:
-    # Looking for a plain word first is a hundred times as fast as one expression of all.
+    # Looking for a plain word first is a hundred times as fast as one expression for all.
     if any(start in text and re.search(whole, text) for start, whole in _KEYS):
         return True
     lower = text.lower()

@@ -1,4 +1,4 @@
-"""The companions of a checkpoint that is here: found, looked into, and what is left behind told in one line."""
+"""The companions of a checkpoint on this machine: found and looked into, and the files left behind told in one line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .kinds import known_by_content
 __all__ = ["companions", "files_here", "left_text", "refuse_keys"]
 
 _JSON_LIMIT = 4 << 20  # bytes of a file that may name others
-_LOOKED_INTO = 1 << 20  # bytes of any file: all of a vocabulary of 60 MB would take seconds
+_LOOKED_INTO = 1 << 20  # bytes of any file: the whole of a vocabulary of 60 MB would take seconds
 
 
 def files_here(root: Path) -> Iterator[Item]:
-    """The files of a folder of this machine. Links are followed as `vetted_path` does; those of folders are not."""
+    """Yield the files of a folder on this machine. Links to files are followed as by `vetted_path`, others are not."""
 
     def look(folder: str) -> tuple[list[Item], list[str]]:
         items, folders = [], []
@@ -58,8 +58,10 @@ def _item(root: Path, path: str, entry: os.DirEntry[str]) -> Item:
 def companions(
     root: Path, items: Iterable[Item], *, include: Sequence[str] = (), read: Iterable[str] = ()
 ) -> tuple[tuple[str, ...], tuple[Left, ...]]:
-    """As `choose` of the `items`. Those that go along are in `root`: what they hold counts too, and so does which of
-    the others they name.
+    """Choose companions among the `items` as `choose` does, and look into them: they must be in `root`.
+
+    A file stays behind for what it holds, too. Each file that is left behind gets the names of the companions that
+    name it.
 
     Raises:
         StorageError: a file cannot be read.
@@ -67,7 +69,7 @@ def companions(
     """
     taken, left = choose(items, include=include, read=read)
     why = {path: known_by_content(_beginning(root, path)) for path in taken}
-    why.pop("config.json", None)  # without it there is no model: see `refuse_keys`
+    why.pop("config.json", None)  # there is no model without it: see `refuse_keys`
     taken = tuple(path for path in taken if not why.get(path))
     found = [*left, *(Left(path, reason) for path, reason in why.items() if reason)]
     named = _named(root, taken, {entry.path for entry in found})
@@ -77,7 +79,7 @@ def companions(
 
 
 def refuse_keys(root: Path) -> None:
-    """Raises PolicyError where `config.json`, which cannot be left behind, is no text, or seems to hold a key."""
+    """Raise PolicyError if `config.json`, which cannot be left behind, is no text, or seems to hold a key."""
     why = known_by_content(_beginning(root, "config.json"))
     if why:
         raise PolicyError(
@@ -96,7 +98,7 @@ def _beginning(root: Path, path: str) -> bytes:
 
 
 def _named(root: Path, taken: Iterable[str], left: set[str]) -> dict[str, list[str]]:
-    """Which of the files that go along name each of those `left`."""
+    """Find the files among those `taken` that name a file `left` behind; by the path of the latter."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in taken:
         folder, slash, name = path.rpartition("/")
@@ -104,7 +106,7 @@ def _named(root: Path, taken: Iterable[str], left: set[str]) -> dict[str, list[s
             continue
         try:
             content = read_json(vetted_path(root, path, what="source"), limit=_JSON_LIMIT)
-        except BadInputError:  # whoever needs it will say so
+        except BadInputError:  # the reader that needs the file reports it
             continue
         there = {f"{folder}{slash}{target}" for target in (_modules if name == "modules.json" else _classes)(content)}
         for entry in left:
@@ -114,7 +116,7 @@ def _named(root: Path, taken: Iterable[str], left: set[str]) -> dict[str, list[s
 
 
 def _classes(config: Any) -> Iterator[str]:
-    """The files of the classes that a configuration of transformers names: `auto_map`, and pipelines of its own."""
+    """Yield the files of the classes that a configuration of transformers names in `auto_map` and custom pipelines."""
     if not isinstance(config, dict):
         return
     classes = [config.get("auto_map"), config.get("custom_pipelines")]
@@ -124,12 +126,12 @@ def _classes(config: Any) -> Iterator[str]:
             classes += [item for key, item in value.items() if key not in ("pt", "tf", "default", "type")]
         elif isinstance(value, list):
             classes += value
-        elif isinstance(value, str) and "--" not in value:  # as those of another repo have
+        elif isinstance(value, str) and "--" not in value:  # "--" is in the classes of another repo
             yield value.rpartition(".")[0].replace(".", "/") + ".py"
 
 
 def _modules(modules: Any) -> Iterator[str]:
-    """The folders and classes that `modules.json` of sentence-transformers names."""
+    """Yield the folders and class files that `modules.json` of sentence-transformers names."""
     for module in modules if isinstance(modules, list) else ():
         if isinstance(module, dict):
             if isinstance(module.get("path"), str) and module["path"]:
@@ -139,7 +141,7 @@ def _modules(modules: Any) -> Iterator[str]:
 
 
 def left_text(taken: Iterable[str], left: Sequence[Left]) -> str:
-    """One line on what is left behind: grouped by why, and a folder of which nothing goes along as one."""
+    """Write one line on the files left behind, grouped by reason. A folder is one entry if nothing in it goes along."""
     kept = {path.split("/")[0] for path in taken}
     groups: dict[str, dict[str, None]] = defaultdict(dict)
     lacking: dict[str, list[str]] = defaultdict(list)

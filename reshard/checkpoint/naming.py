@@ -1,5 +1,4 @@
-"""Which parameter each tensor of a checkpoint is for: transformers' own renamings, and what training left before the
-names."""
+"""The parameter that each tensor of a checkpoint is for: transformers' own renamings, and prefixes left by training."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ _MOST_WORDS = 8  # of a prefix
 class Naming:
     """transformers' renamings and conversions for a model on the meta device.
 
-    `prefix` is what all of `names` begin with and no name of the model does; it is taken off before anything else.
+    All of `names` begin with `prefix`, and no name of the model does. It is taken off before anything else.
     """
 
     def __init__(self, model: Any, names: Collection[str]) -> None:
@@ -34,8 +33,8 @@ class Naming:
         self.prefix = shared_prefix(names, self._is_known)
 
     def target(self, name: str) -> tuple[str | None, str | None]:
-        """The parameter that a source tensor goes into, None where the model has none for it; and the pattern of the
-        conversion that it takes part in."""
+        """Return the parameter that a source tensor goes into, None if the model has none for it; and the pattern of
+        the conversion that it takes part in."""
         return self._target(name.removeprefix(self.prefix))
 
     def _target(self, name: str) -> tuple[str | None, str | None]:
@@ -50,8 +49,7 @@ class Naming:
         return self._target(name)[0] is not None
 
     def notes(self, unused: Collection[str]) -> list[str]:
-        """What is to be said of a prefix: that it was taken off, or that it is before those names that no parameter
-        takes, and not before the others."""
+        """Return remarks on a prefix: it was taken off, or all `unused` names begin with it and the others do not."""
         if self.prefix:
             prefix = printable(self.prefix)
             return [f"all names of the checkpoint begin with {prefix}: taken off to find the model's parameters"]
@@ -62,10 +60,10 @@ class Naming:
 
 
 def shared_prefix(names: Collection[str], is_known: Callable[[str], bool]) -> str:
-    """What training left before all of `names`: `module.` (DataParallel), `_orig_mod.` (torch.compile),
-    `base_model.model.` (PEFT), or several such; "" where a name is known as it is, or none is without a prefix.
+    """Return the prefix that training left on all of `names`: `module.` (DataParallel), `_orig_mod.` (torch.compile),
+    `base_model.model.` (PEFT), or several of them; "" if a name is known as it is, or no prefix makes one known.
 
-    Of the words that all names begin with, as many are taken as make the most names known.
+    The prefix takes as many of the words that all names begin with as make the most names known.
     """
     if any(map(is_known, names)):
         return ""
@@ -78,5 +76,5 @@ def shared_prefix(names: Collection[str], is_known: Callable[[str], bool]) -> st
 
 
 def prefix_mapping(prefix: str) -> dict[str, str] | None:
-    """The `key_mapping` with which `from_pretrained` takes a prefix off."""
+    """Return the `key_mapping` with which `from_pretrained` takes a prefix off, None for an empty prefix."""
     return {f"^{re.escape(prefix)}": ""} if prefix else None

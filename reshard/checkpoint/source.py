@@ -1,4 +1,4 @@
-"""Where tensors come from: a checkpoint folder, read through its headers only."""
+"""The source of tensors: a checkpoint folder, read through its headers only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 MANIFEST_NAME = "reshard.json"
 
-_CONFIG_LIMIT = 4 << 20  # bytes: of one that names 100,000 labels
+_CONFIG_LIMIT = 4 << 20  # bytes, enough for 100,000 labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class SourceFile:
 class Source:
     """A checkpoint: its files, its tensors by name, its configuration, and by path the small files that go along.
 
-    `notes` are remarks for the user, one line each: what is left behind, and the like. `left` are the files behind.
+    `left` are the files left behind. `notes` are remarks for the user, one line each: on those files, and others.
     """
 
     root: Path
@@ -68,7 +68,7 @@ class Source:
 
 
 def model_config(root: Path) -> dict[str, Any]:
-    """The content of `config.json`."""
+    """Return the content of `config.json`."""
     config = read_json(vetted_path(root, "config.json", what="model configuration"), limit=_CONFIG_LIMIT)
     if not isinstance(config, dict):
         raise BadInputError(f"{printable(root / 'config.json')}: not a JSON object")
@@ -79,8 +79,8 @@ def model_config(root: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """A checkpoint of which not all is here: where its weights are, all its files, those of the weights that are not
-    here yet, and how to `read` any bytes of them."""
+    """A checkpoint only partly on this machine: its `weights`, all its files as `items`, the weight `files` that are
+    not here yet, and a function to `read` any bytes of them."""
 
     weights: Weights
     items: Sequence[Item]
@@ -97,9 +97,9 @@ def open_source(
     include: Sequence[str] = (),
     elsewhere: Elsewhere | None = None,
 ) -> Source:
-    """Read a checkpoint folder: `model.safetensors`, or several files and their index, or what is chosen. Headers only,
-    but of a tensor that is in two files both copies (see `join`). `include` are patterns of what is to go along too, as
-    for `choose`.
+    """Read a checkpoint folder: `model.safetensors`, or several files and their index, or what is chosen. Only headers
+    are read, except both copies of a tensor that is in two files (see `join`). `include` are patterns of further files
+    that go along, as for `choose`.
 
     Raises:
         BadInputError: there are no weights, a file is missing, truncated or malformed, or a tensor is in two files with
@@ -133,12 +133,12 @@ def open_source(
 
 
 def companions_of(items: Iterable[Item], weights: Weights, *, include: Sequence[str] = ()) -> list[str]:
-    """Which files of a checkpoint that is elsewhere go along with its weights."""
+    """List the files of a checkpoint elsewhere that go along with its weights."""
     return list(choose(items, include=include, read=_read_of(weights))[0])
 
 
 def _read_of(weights: Weights) -> list[str]:
-    """The files that are read, of which nothing is to be said. An index that is not read has a note of its own."""
+    """List the files that are read, for `choose` to pass over. An index that is not read has a note of its own."""
     return [*weights.files, weights.index or INDEX_NAME]
 
 
@@ -150,10 +150,10 @@ def weights_of(
     choice: Choice = AS_FOUND,
     fetch: Callable[[str], object] = lambda _: None,
 ) -> Weights:
-    """Where the weights are of the checkpoint whose small files are in `root`, and which has files of these paths.
-    `place` is what to call it by, where that is elsewhere.
+    """Find the weights of a checkpoint that has files of the paths `names`, of which the small ones are in `root`.
+    `place` is the name of the checkpoint in messages, if it is elsewhere.
 
-    Raises what `find_weights` does; BadInputError where there are none.
+    Raises what `find_weights` does; BadInputError if there are none.
     """
     found = None
     if "config.json" in names or not adapter_in(names):
@@ -170,7 +170,7 @@ def weights_of(
 
 
 def _is_file(path: Path) -> BadInputError:
-    """What to raise for a file in place of a folder."""
+    """Return the error for a file in place of a folder."""
     hint = f"give its folder: {printable(path.parent)}"
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
         hint += f" (and --weights {printable(path.name)}, if that has others too)"

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder hold its weights: found as transformers finds them, or as the user says."""
+"""The files of a checkpoint folder that hold its weights: found as transformers finds them, or as the user says."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 LINKED = "if that is meant, have such links followed: --links-into"
 
 _SUFFIX = ".safetensors"
-_INDEX_LIMIT = 32 << 20  # bytes: of 300,000 tensors
+_INDEX_LIMIT = 32 << 20  # bytes, enough for 300,000 tensors
 _PICKLES = re.compile(r".*\.(bin|pth|pt|ckpt)")
 _VARIANT = re.compile(r"model\.(?:([\w-]+)\.safetensors|safetensors\.index\.([\w-]+)\.json)")
 _PART = re.compile(r".*-\d+-of-\d+\.safetensors")
@@ -45,8 +45,8 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the user says about the weights of a source: they are in the subfolder, variant or file that is `named`
-    (`--weights`), and links may lead `into` these folders (`--links-into`)."""
+    """The user's choice of weights: the subfolder, variant or file that is `named` (`--weights`), and the folders that
+    links may lead `into` (`--links-into`)."""
 
     named: str | None = None
     into: tuple[Path, ...] = ()
@@ -56,7 +56,8 @@ AS_FOUND = Choice()
 
 
 def chosen(named: str | None, into: Sequence[str | Path]) -> Choice:
-    """What was given as options. Raises UsageError for a name that is none, PolicyError for a path that leads out."""
+    """Return the choice that options make. Raises UsageError for an empty name or a folder that does not exist,
+    PolicyError for a path that leads out."""
     if named is not None:
         named = named.removeprefix("./").rstrip("/")
         if not named:
@@ -70,8 +71,8 @@ def chosen(named: str | None, into: Sequence[str | Path]) -> Choice:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The files that hold a checkpoint's weights, by path in its folder, and where each tensor is as their `index` has
-    it: empty without one. `notes` are remarks for the user."""
+    """The files that hold a checkpoint's weights, by path in its folder. `places` is the file of each tensor as the
+    `index` has it, empty without an index. `notes` are remarks for the user."""
 
     files: tuple[str, ...]
     index: str | None = None
@@ -81,7 +82,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class _Spot:
-    """Where weights can be: one file, or the index of several, whose paths are those in `folder`."""
+    """Paths at which weights can be: a `single` file, or the `index` of several, with paths relative to `folder`."""
 
     single: str | None
     index: str | None
@@ -89,7 +90,7 @@ class _Spot:
 
 
 def weights_named_by(config: Mapping[str, Any]) -> str | None:
-    """The file of weights, or their index, that `config.json` itself names. Raises BadInputError, PolicyError."""
+    """Return the file of weights, or the index, that `config.json` itself names. Raises BadInputError, PolicyError."""
     named = config.get("transformers_weights")
     if named is None:
         return None
@@ -100,7 +101,7 @@ def weights_named_by(config: Mapping[str, Any]) -> str | None:
 
 
 def _spots(choice: Choice, config: Mapping[str, Any]) -> tuple[_Spot, ...]:
-    """In the order of preference."""
+    """List the spots to look at, in the order of preference."""
     named = weights_named_by(config) if choice.named is None else choice.named
     if named is None:
         return (_Spot(SINGLE_NAME, INDEX_NAME),)
@@ -120,10 +121,11 @@ def find_weights(
     choice: Choice = AS_FOUND,
     fetch: Callable[[str], object] = lambda _: None,
 ) -> Weights | None:
-    """The files that transformers would load from the folder `root`: those that the user or `config.json` names, else
-    `model.safetensors`, else those of the index. None where there is nothing of these names.
+    """Find the files that transformers would load from the folder `root`: those that the user or `config.json` names,
+    else `model.safetensors`, else those of the index. None if there is no file of these names.
 
-    `there` tells whether the folder has a file of a path; of those, `fetch` sees to it that an index is in `root`.
+    `there` tells whether the folder has a file of a path. `fetch` is called with the path of an index before it is
+    read, and brings it into `root`.
 
     Raises:
         BadInputError: an index, or what is named, makes no sense.
@@ -148,8 +150,8 @@ def find_weights(
 
 
 def arguments_for(root: Path, choice: Choice) -> dict[str, str]:
-    """What transformers' `from_pretrained` of the folder `root` takes to load what is chosen: `subfolder` or `variant`,
-    or the configuration's `transformers_weights`."""
+    """Return the arguments with which transformers' `from_pretrained` of the folder `root` loads the chosen weights:
+    `subfolder` or `variant`, or the configuration's `transformers_weights`."""
     if choice.named is None:
         return {}
     if choice.named.endswith((_SUFFIX, INDEX_SUFFIX)):
@@ -158,7 +160,7 @@ def arguments_for(root: Path, choice: Choice) -> dict[str, str]:
 
 
 def _read_index(root: Path, name: str, folder: str, choice: Choice) -> dict[str, str]:
-    """File by tensor, as the index has it."""
+    """Read an index: the path of the file of each tensor."""
     path = vetted_path(root, name, what="index", into=choice.into, way_out=LINKED)
     index, shown = read_json(path, limit=_INDEX_LIMIT), printable(name)
     refuse_error_text(index, shown)
@@ -176,14 +178,14 @@ def _read_index(root: Path, name: str, folder: str, choice: Choice) -> dict[str,
 
 
 def adapter_in(names: Collection[str]) -> str | None:
-    """The file that shows that there is an adapter (LoRA and the like) among files of these names."""
+    """Return the file of these names that shows an adapter (LoRA and the like); None if there is none."""
     return next((name for name in _ADAPTER if name in names), None)
 
 
 def no_weights(
     root: object, names: Collection[str], *, choice: Choice = AS_FOUND, base: object = None
 ) -> BadInputError:
-    """What to raise where a folder that holds files of these paths has no weights: what it has, and what can be done.
+    """Return the error for a folder with files of these paths and no weights: what it has, and what can be done.
     `base` is the model that an adapter in it is for."""
     what = f"no {SINGLE_NAME} and no {INDEX_NAME}"
     if choice.named is not None:
@@ -194,7 +196,7 @@ def no_weights(
 
 
 def _instead(names: list[str], base: object) -> Iterator[tuple[str, str]]:
-    """What there is in place of weights, and what can be done; the likeliest first."""
+    """Yield what there is in place of weights, and what can be done; the likeliest first."""
     top = [name for name in names if "/" not in name]
     files = [name for name in top if name.endswith(_SUFFIX) and not _OTHERS.match(name)]
     parts = [name for name in files if _PART.fullmatch(name)]

@@ -20,19 +20,19 @@ _BLOCK = 4 << 20
 
 
 def new_digest() -> Any:
-    """A digest to be fed in blocks: `update(data)`, then `hexdigest()`."""
+    """Return a digest to be fed in blocks: `update(data)`, then `hexdigest()`."""
     return xxhash.xxh3_128()
 
 
 def digest_of(data: Any) -> str:
-    """Digest of one buffer."""
+    """Return the digest of one buffer."""
     return xxhash.xxh3_128(data).hexdigest()
 
 
 def tree_digest(head: bytes, tensor_digests: Iterable[str]) -> str:
-    """Digest of a safetensors file: over its header bytes, then the digests of its tensors in file order.
+    """Return the digest of a safetensors file: over its header bytes, then the digests of its tensors in file order.
 
-    Every byte of the file is covered, and the tensors can be digested in any order, by any number of threads.
+    It covers every byte of the file, and the tensors can be digested in any order, by any number of threads.
     """
     whole = xxhash.xxh3_128(head)
     for digest in tensor_digests:
@@ -41,8 +41,8 @@ def tree_digest(head: bytes, tensor_digests: Iterable[str]) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """Digest of a file's bytes, read in blocks. Raises IntegrityError where it is gone, StorageError where the system
-    does not let it be read."""
+    """Return the digest of a file's bytes, read in blocks. Raises IntegrityError if the file is gone, StorageError if
+    the system does not let it be read."""
     digest, buffer = new_digest(), memoryview(bytearray(_BLOCK))
     try:
         with open(path, "rb", buffering=0) as file:
@@ -54,9 +54,9 @@ def digest_file(path: Path) -> str:
 
 
 class DigestsAhead:
-    """Digests of whole files, in order, on a thread of its own, while the work on them is prepared.
+    """Digests of whole files, in order, on a thread of their own, while the work on the files is prepared.
 
-    What is read is in the page cache then. Leaving the context ends it after the file under way.
+    Reading also puts the files into the page cache. Leaving the context ends the thread after the file under way.
     """
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
@@ -70,9 +70,9 @@ class DigestsAhead:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def no_more(self) -> None:
-        """Begin no other file: whoever works on them now digests them while he has them at hand."""
+        """Begin no other file: the caller now works on the files and digests them as it reads them."""
         self._begun = {name: digest for name, digest in self._begun.items() if not digest.cancel()}
 
     def get(self, name: str) -> str | None:
-        """The digest of a file that was begun, waited for; else None. Raises what `digest_file` does."""
+        """Return the digest of a file once it is done, or None if it was not begun. Raises what `digest_file` does."""
         return self._begun[name].result() if name in self._begun else None

@@ -44,29 +44,28 @@ NAMES = {
     "C64": "complex64",
 }
 CODES = {name: code for code, name in NAMES.items()}
-STORABLE = ("float32", "float16", "bfloat16")  # what floating parameters can be stored in
+STORABLE = ("float32", "float16", "bfloat16")  # the dtypes that floating parameters can be stored in
 _ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-# What --dtype may change, narrow ones first: bits of the exponent and of the fraction.
+# The dtypes that --dtype may change, narrow ones first: bits of the exponent and of the fraction.
 _BITS = {"float16": (5, 10), "bfloat16": (8, 7), "float32": (8, 23), "float64": (11, 52)}
 FLOATING = frozenset(_BITS)
 
 
 def torch_name(code: str, *, tensor: str) -> str:
-    """torch's name of a safetensors dtype. Raises BadInputError for a sub-byte one."""
+    """Return torch's name of a safetensors dtype. Raises BadInputError for a sub-byte one."""
     if code not in NAMES:
         raise BadInputError(f"{printable(tensor)}: dtype {printable(code)} cannot be resharded")
     return NAMES[code]
 
 
 def is_floating(name: str) -> bool:
-    """Whether a dtype (torch's name) is of real numbers: those of 8 bits are stored, but no model computes in them."""
+    """Whether a dtype (torch's name) holds real numbers. Dtypes of 8 bits count: they are stored, not computed in."""
     return name in FLOATING or name.startswith("float8_")
 
 
 def floating_dtype(given: object) -> str:
-    """torch's name of a dtype to store parameters in, given as torch.bfloat16, "torch.bfloat16", "bfloat16" or "bf16".
-
-    Raises ValueError, which says what there is.
+    """Return torch's name of a dtype to store parameters in, given as torch.bfloat16, "torch.bfloat16", "bfloat16" or
+    "bf16". Raises ValueError, which lists the dtypes there are.
     """
     name = str(given).removeprefix("torch.")
     name = _ALIASES.get(name, name)
@@ -76,18 +75,18 @@ def floating_dtype(given: object) -> str:
 
 
 def holds(wide: str, narrow: str) -> bool:
-    """Whether every value of a dtype is one of `wide` too (torch names), so that a cast there and back changes none."""
+    """Whether `wide` has every value of `narrow` (torch names), so that a cast to `wide` and back changes none."""
     if wide == narrow or not {wide, narrow} <= FLOATING:
         return wide == narrow
     return all(most >= least for most, least in zip(_BITS[wide], _BITS[narrow]))
 
 
 def widest(names: Iterable[str]) -> str | None:
-    """The narrowest dtype that holds the values of all (torch names); None where there is none."""
+    """Return the narrowest dtype that holds the values of all `names` (torch's); None if there is none."""
     found = set(names)
     return next((one for one in (*found, *_BITS) if all(holds(one, other) for other in found)), None)
 
 
 def itemsize(name: str) -> int:
-    """Bytes of one element of a torch dtype, by name."""
+    """Return the bytes of one element of a torch dtype, by name."""
     return DTYPE_BITS[CODES[name]] // 8

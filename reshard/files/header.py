@@ -1,9 +1,9 @@
 """Headers of safetensors files, read strictly: nothing that the safetensors library refuses is accepted here.
 
-The rules are those of the format's specification (https://github.com/huggingface/safetensors#format) and of the
-library's own validation. Nobody vouches for these bytes, so they stay where they are, in a mapping of the file, and the
-JSON object is walked one member at a time: the first bad one ends the reading, before a crafted header can take time or
-memory (a second and 64 MB at most, whatever its 100 MB are).
+The rules come from the format's specification (https://github.com/huggingface/safetensors#format) and from the
+library's own validation. Nobody vouches for these bytes, so they stay in a mapping of the file, and the JSON object is
+walked one member at a time. The first bad member ends the reading, before a crafted header can take time or memory (a
+second and 64 MB at most, whatever its 100 MB are).
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ __all__ = [
 
 HEADER_LIMIT = 100_000_000  # bytes of JSON, as in the safetensors library
 ENTRY_LIMIT = 100_000  # tensors, or metadata keys: 2 million tiny ones fit in 100 MB, and would take a gigabyte
-TEXT_LIMIT = 8 << 20  # bytes of all the names, and of one value in the metadata
+TEXT_LIMIT = 8 << 20  # bytes of all names together, and of one value in the metadata
 RANK_LIMIT = 64  # dims: torch's operators take no more
 
 _CODES = {4: "F4", 6: "F6_E2M3 F6_E3M2", 16: "I16 U16 F16 BF16", 32: "I32 U32 F32", 64: "I64 U64 F64 C64"}
 _CODES[8] = "BOOL U8 I8 F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0"  # all that safetensors 0.8 accepts
 DTYPE_BITS: dict[str, int] = {code: bits for bits, codes in _CODES.items() for code in codes.split()}
 
-_SPACE = rb"(?=([ \t\n\r]*))\1"  # all there is of it: no second try with less, which for 99 MB would take a second
+_SPACE = rb"(?=([ \t\n\r]*))\1"  # all the space there is: a second try with less would take a second for 99 MB
 _OPEN, _COLON = re.compile(rb"\{[ \t\n\r]*\}?"), re.compile(_SPACE + rb":[ \t\n\r]*")
 _NEXT, _PADDING = re.compile(_SPACE + rb"(?:,[ \t\n\r]*|\})"), re.compile(rb" *")
-_ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # a legal one nests nothing, and is short even with 64 indented dims
+_ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # a legal entry nests nothing, and is short even with 64 indented dims
 _CLOSE = ord("}")
 _PLAIN = re.compile(rb'"[^"\\\x00-\x1f]*"')  # a string without escapes
 
@@ -73,7 +73,7 @@ class TensorInfo:
 class Header:
     """A whole header: `raw` is its JSON as it stands in the file, padding included; `tensors` are in offset order.
 
-    Its metadata say nothing that is needed: they are checked, and not kept.
+    The metadata are checked and not kept: nothing here needs them.
     """
 
     raw: bytes
@@ -81,7 +81,7 @@ class Header:
 
     @property
     def head(self) -> bytes:
-        """Everything in the file before the data: the length of the JSON, and the JSON."""
+        """The bytes of the file before the data: the length of the JSON, and the JSON."""
         return len(self.raw).to_bytes(8, "little") + self.raw
 
     @property
@@ -91,12 +91,12 @@ class Header:
 
 
 _STRING = json.JSONDecoder()
-# Numbers that no header may hold (1.0, NaN) stay text: as such they are neither an integer nor a known dtype.
+# Numbers that no header may hold (1.0, NaN) stay text: a text is neither an integer nor a known dtype.
 _FLAT = json.JSONDecoder(object_pairs_hook=list, parse_float=str, parse_constant=str)
 
 
 def _show(value: object) -> str:
-    """`value` for a message; cut first, since printable() walks all of it and a name can have megabytes."""
+    """Return `value` for a message. It is cut first: printable() walks all of it, and a name can have megabytes."""
     return printable(value[:200] if isinstance(value, str) else value)
 
 
@@ -112,7 +112,7 @@ def _step(pattern: re.Pattern[bytes], text: memoryview, pos: int, what: str) -> 
 
 
 def _string(text: memoryview, pos: int) -> tuple[str, int]:
-    """The JSON string that starts at text[pos], and where it ends."""
+    """Return the JSON string that starts at text[pos], and the position of its end."""
     match = _PLAIN.match(text, pos)
     if match is not None:
         if match.end() - pos > TEXT_LIMIT:
@@ -120,7 +120,7 @@ def _string(text: memoryview, pos: int) -> tuple[str, int]:
         return str(text[pos + 1 : match.end() - 1], "utf-8"), match.end()
     if text[pos : pos + 1] != b'"':
         raise ValueError(f"expected a string {_here(text, pos)}")
-    for size in (1 << 10, 1 << 16, TEXT_LIMIT):  # most are short: do not copy the rest of the header for each
+    for size in (1 << 10, 1 << 16, TEXT_LIMIT):  # most strings are short: do not copy the rest of the header for each
         window, _ = codecs.utf_8_decode(text[pos : pos + size], "strict", False)  # it may end within a character
         try:
             value, length = _STRING.raw_decode(window)
@@ -133,7 +133,7 @@ def _string(text: memoryview, pos: int) -> tuple[str, int]:
 
 
 def _object(text: memoryview, pos: int, read: Callable[[str, int], int]) -> int:
-    """Where the JSON object that starts at text[pos] ends; `read(key, pos)` takes one value, and tells its end."""
+    """Return the end of the JSON object that starts at text[pos]. `read(key, pos)` takes one value, returns its end."""
     seen: set[str] = set()
     room = TEXT_LIMIT
     pos = _step(_OPEN, text, pos, "an object")
@@ -181,7 +181,7 @@ def _members(text: memoryview, file: str, data_start: int) -> list[TensorInfo]:
                 return _object(text, pos, lambda _, value: _string(text, value)[1])
             end = _step(_ENTRY, text, pos, "a flat object of up to 4096 characters")
             entry = str(text[pos:end], "utf-8")
-            if "-" in entry:  # -0 too: it is a float to serde_json, hence to safetensors
+            if "-" in entry:  # -0 too: serde_json, and so safetensors, takes it for a float
                 raise ValueError(f"expected no minus sign, got {_show(entry)}")
             tensors.append(_tensor(name, _FLAT.raw_decode(entry)[0], file, data_start))
         except (ValueError, RecursionError) as error:
@@ -204,8 +204,8 @@ def _check_layout(tensors: list[TensorInfo], end: int, file_size: int) -> None:
 
 
 def header_length(first: bytes, *, file: str, file_size: int) -> int:
-    """Bytes of a header's JSON, which its file of `file_size` bytes begins with. Raises BadInputError, which says what
-    the file is instead where its `first` bytes tell."""
+    """Return the bytes of the header's JSON of a file of `file_size` bytes that begins with `first`. Raises
+    BadInputError, which says what the file is instead if its first bytes tell."""
     length = int.from_bytes(first[:8], "little")
     try:
         _check_length(length, file, file_size)
@@ -224,7 +224,7 @@ def _check_length(length: int, file: str, file_size: int) -> None:
 
 
 def parse_header(raw: bytes | memoryview, *, file: str, file_size: int) -> Header:
-    """The header whose JSON is `raw`, of a file of `file_size` bytes; `file` names it in messages and in the tensors.
+    """Parse `raw`, the JSON of the header of a file of `file_size` bytes. `file` names it in messages and in tensors.
 
     Raises:
         BadInputError: `raw` breaks a rule of the format, or does not describe a file of that size.
@@ -240,10 +240,10 @@ def parse_header(raw: bytes | memoryview, *, file: str, file_size: int) -> Heade
 
 
 def read_header(path: str | os.PathLike[str], *, file: str) -> Header:
-    """The header of the safetensors file at `path`, without its data; `file` is its name inside the source folder.
+    """Read the header of the safetensors file at `path`, without its data; `file` is its name inside the source folder.
 
     Raises:
-        BadInputError: not a regular file (and a FIFO does not block), or not as the format has it.
+        BadInputError: not a regular file (a FIFO does not block), or the header breaks a rule of the format.
         IntegrityError: it changed meanwhile.
         StorageError: the system does not let it be read.
     """

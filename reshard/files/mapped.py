@@ -1,24 +1,24 @@
-"""Files mapped for reading that somebody may cut short meanwhile: an error then, and not the end of the process.
+"""Files mapped for reading. If somebody cuts one short meanwhile, that is an error and not the end of the process.
 
-To touch a page that the file of a mapping no longer has is a SIGBUS, which kills. Here it has a handler: it maps zeros
-over the rest of that mapping, notes that the file shrank, and the reading goes on, until `check` says what happened.
-Where no file shrinks nothing is paid for it.
+Touching a page that the mapped file no longer has raises SIGBUS, which kills the process. A handler here maps zeros
+over the rest of that mapping and notes that the file shrank. The reading goes on until `check` says what happened. If
+no file shrinks, the handler costs nothing.
 
-Why a handler in Python is sound here, which it is not in general:
+A handler in Python is not sound in general. It is here, because:
 
-- The signal is synchronous. It comes at the instruction that loads from a mapping: in a digest, a copy or a comparison,
-  loops over plain bytes that hold no lock which the handler could want, neither malloc's nor one of Python's.
-- A reader that holds the GIL runs the handler as if it had called it. One without it (a digest, a copy of torch's, also
-  in torch's own threads) waits for the GIL, and nobody who holds it waits for a reader without letting go of it.
-- The kernel saves the registers, vector ones included, and the load is made again when the handler returns.
-- Handlers in several threads at once do the same thing twice. One that is interrupted has done nothing: the load faults
-  again.
+- The signal is synchronous. It comes at the instruction that loads from a mapping: in a digest, a copy or a comparison.
+  These are loops over plain bytes. They hold no lock that the handler could want, neither malloc's nor one of Python's.
+- A reader that holds the GIL runs the handler as if it had called it. A reader without it (a digest, a copy of torch's,
+  also in torch's own threads) waits for the GIL, and no holder of the GIL waits for a reader without releasing it.
+- The kernel saves the registers, vector ones included, and makes the load again when the handler returns.
+- Handlers in several threads at once do the same thing twice. A handler that is interrupted has done nothing: the load
+  faults again.
 
-A fault elsewhere, and a signal that somebody sent, end as they would have. A system call that reads such a mapping gets
-no signal but EFAULT; `check` is the answer to that too. Systems other than Linux have no guard.
+A fault elsewhere, and a signal that somebody sent, end as they would without the handler. A system call that reads a
+mapping of a shortened file gets EFAULT and no signal; `check` finds that too. Systems other than Linux have no guard.
 
-A mapping of Python's own keeps a descriptor open, and a checkpoint can have more files than a process may open. These
-are the system's, and keep none.
+Python's own mappings keep a descriptor open each, and a checkpoint can have more files than a process may open. The
+mappings here are made by the system's mmap, and keep none.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ __all__ = ["MappedFile", "check_unchanged", "mapped"]
 
 
 def check_unchanged(path: Path, *, size: int, mtime_ns: int) -> None:
-    """Raises IntegrityError where a file is not what it was when it was opened; StorageError where the system does not
-    say."""
+    """Raise IntegrityError if a file has changed since it was opened, StorageError if the system does not say."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -53,7 +52,7 @@ def check_unchanged(path: Path, *, size: int, mtime_ns: int) -> None:
 
 
 class _Mapping:
-    """Where in memory a file is. `missing` is the first byte found that the file did not have any more."""
+    """The addresses of a mapped file. `missing` is the first byte found that the file did not have any more."""
 
     __slots__ = ("missing", "size", "start")
 
@@ -62,7 +61,7 @@ class _Mapping:
         self.missing: int | None = None
 
     def put_zeros(self, address: int) -> bool:
-        """Where `address` is in this mapping, have zeros in place of its pages from there on."""
+        """If `address` is in this mapping, put zeros in place of its pages from there on. Returns whether it did."""
         end = self.start + self.size
         if not self.start <= address < end:
             return False
@@ -75,8 +74,8 @@ _guarded: set[_Mapping] = set()
 
 
 def mapped(fd: int, size: int) -> tuple[memoryview, _Mapping]:
-    """The first `size` bytes of an open file, which need not stay open. They are mapped, and guarded, until the last
-    view of them is gone. Raises OSError."""
+    """Map the first `size` bytes of an open file, which need not stay open. They stay mapped, and guarded, until the
+    last view of them is gone. Raises OSError."""
     start = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     if start in (None, _FAILED):
         code = ctypes.get_errno()
@@ -85,27 +84,27 @@ def mapped(fd: int, size: int) -> tuple[memoryview, _Mapping]:
     _guarded.add(mapping)
     _install()
     data = (ctypes.c_char * size).from_address(start)
-    weakref.finalize(data, _unmap, mapping).atexit = False  # the process ends, and its mappings with it
+    weakref.finalize(data, _unmap, mapping).atexit = False  # mappings end with the process
     return memoryview(data).toreadonly().cast("B"), mapping
 
 
 def _unmap(mapping: _Mapping) -> None:
-    _guarded.discard(mapping)  # first, since the addresses may be another mapping's afterwards
+    _guarded.discard(mapping)  # first: after munmap the addresses may belong to another mapping
     _libc.munmap(mapping.start, mapping.size)
 
 
 class MappedFile:
     """A file of a known size, mapped for reading. Its bytes are `data`, also after the file was removed.
 
-    From where the file is cut short they read as zeros, and `shrunk` is set. As a context it checks at the end, also
-    after an error: nothing that was concluded from such bytes holds.
+    If the file is cut short, the missing bytes read as zeros and `shrunk` is set. As a context it checks at the end,
+    also after an error: nothing concluded from missing bytes holds.
     """
 
     def __init__(self, path: Path, *, size: int, mtime_ns: int | None = None) -> None:
-        """The file must be the one last changed at `mtime_ns`, or as it is now.
+        """Map the file. `check` compares the time of its last change with `mtime_ns`, by default its time now.
 
         Raises:
-            IntegrityError: it is not, or is shorter.
+            IntegrityError: the file is shorter, empty or gone.
             StorageError: the system does not let it be read.
         """
         self._path, self._size = path, size
@@ -136,15 +135,16 @@ class MappedFile:
             self.check()
 
     def check(self) -> None:
-        """Raises IntegrityError where the bytes are not, or may not have been, those of the file as it was opened;
-        StorageError where its disk failed."""
+        """Raise IntegrityError if the bytes are not, or may not have been, those of the file as it was opened;
+        StorageError if its disk failed."""
         check_unchanged(self._path, size=self._size, mtime_ns=self._mtime_ns)
         if (missing := self._mapping.missing) is not None:
             self._read_at(missing)
             raise IntegrityError(f"{printable(self._path)}: was cut short while it was being read, and put right again")
 
     def _read_at(self, at: int) -> None:
-        """A disk that failed is the same signal as a file that was cut short: a system call says which it was."""
+        """Raise the disk's error if there is one. A failed disk and a shortened file send the same signal; a system
+        call tells them apart."""
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -169,7 +169,7 @@ class _Action(ctypes.Structure):
 
 _KNOWN = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") and sys.maxsize > 2**32
 _SIGINFO = 4  # SA_SIGINFO
-_CODE, _ADDRESS = 8, 16  # of si_code and si_addr in siginfo_t
+_CODE, _ADDRESS = 8, 16  # offsets of si_code and si_addr in siginfo_t
 _ABSENT = 2  # BUS_ADRERR: the file has no such page
 _ZEROS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED: in place of what is mapped there
 
@@ -187,12 +187,12 @@ def _on_bus_error(_number: int, info: int, _context: int) -> None:
         address = ctypes.c_void_p.from_address(info + _ADDRESS).value or 0
         if code == _ABSENT and any(mapping.put_zeros(address) for mapping in list(_guarded)):
             return
-    except Exception:  # out of memory: then it ends here
+    except Exception:  # out of memory: the signal ends the process, as below
         pass
-    except BaseException:  # Ctrl-C is lost, but so is the file, and with it the run
+    except BaseException:  # Ctrl-C is lost, but the run fails anyway: its file is lost
         return
     _libc.sigaction(signal.SIGBUS, ctypes.byref(_before), None)
-    _before.handler = None  # the default, in case that comes back here
+    _before.handler = None  # the default, in case that handler comes back here
     if code <= 0:  # sent by somebody: it would not come again by itself
         signal.raise_signal(signal.SIGBUS)
 
@@ -203,7 +203,7 @@ _ours = _Action(handler=ctypes.cast(_handler, ctypes.c_void_p), flags=_SIGINFO)
 
 
 def _install() -> None:
-    """At every mapping: somebody may have put a handler in its place since the last one."""
+    """Install the handler. Called at every mapping: somebody may have replaced it since the last one."""
     now = _Action()
     if _KNOWN and _libc.sigaction(signal.SIGBUS, None, ctypes.byref(now)) == 0 and now.handler != _ours.handler:
         ctypes.memmove(ctypes.byref(_before), ctypes.byref(now), ctypes.sizeof(_Action))

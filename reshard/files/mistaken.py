@@ -1,4 +1,4 @@
-"""What a file holds in place of what its name promises, by its first bytes: so that an error names the cause."""
+"""Contents that are not what a file's name promises, told by the first bytes, so that an error names the cause."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["FIRST_BYTES", "mistaken"]
 FIRST_BYTES = 512  # enough to tell
 
 _FETCH = "fetch it again"
-# What a file begins with, what it is then, and what can be done. A safetensors file begins with the length of its
-# header: these eight bytes, taken for one, are longer than any header may be.
+# The beginning of a file, what the file is then, and what can be done. A safetensors file begins with the length of its
+# header. The first eight bytes of each kind here, read as that length, are 0 or more than any header may have.
 _KINDS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (
         re.compile(rb"version https://git-lfs\.github\.com/"),
@@ -42,9 +42,9 @@ _JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\]}]")
 
 
 def mistaken(first: bytes, *, json: bool = False) -> tuple[str, str] | None:
-    """What a file is whose first bytes are `first`, and what can be done; None where nothing is known of it.
+    """Tell what a file is by its `first` bytes (up to FIRST_BYTES), and what can be done; None if that is not known.
 
-    `first` holds up to FIRST_BYTES. With `json` that is what the file should be, else a text in JSON is told too.
+    With `json` the file should be a text in JSON; without it, a text in JSON is told too.
     """
     if not first:
         return "empty", _FETCH

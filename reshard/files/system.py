@@ -1,8 +1,8 @@
-"""What the operating system refuses, as an error of ours. Which one is decided by its number, here alone.
+"""Refusals of the operating system as errors of ours. The error number decides which one, here alone.
 
-That a file is missing, or is a folder, says something of the checkpoint it belongs to: each caller knows what. Any
-other refusal says nothing of any bytes. Too many files are open, memory is short, the disk fails, or the right to read
-is missing: the files may all be as they should, so nothing is concluded of them.
+A file that is missing, or is a folder, says something about the checkpoint it belongs to: each caller knows what. Any
+other refusal says nothing about the bytes. If too many files are open, memory is short, the disk fails, or the right to
+read is missing, the files may all be as they should, so nothing is concluded about them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OF_THE_PATH = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
     *(errno.ENXIO, errno.ENODEV),  # a socket, or a device
 }
-# Those that no network and no name can be the reason of.
+# Errors that no network and no file name can cause.
 LOCAL = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -42,15 +42,15 @@ _HINTS = {
 def by_errno(
     error: BaseException, message: str, otherwise: type[ReshardError], *, hint: str | None = None
 ) -> ReshardError:
-    """The error to raise for one that may be the operating system's: StorageError if it, or what it was raised for,
-    says nothing of the file; else what the caller makes of it, with the caller's hint."""
+    """Return the error to raise for `error`: StorageError if it, or an error it was raised from, is a refusal that says
+    nothing about the file; else `otherwise`, with the caller's hint."""
     if (refusal := _refusal(error)) is None:
         return otherwise(message, hint=hint)
     return StorageError(message, hint=_HINTS.get(refusal.errno or 0))
 
 
 def explained(error: BaseException) -> BaseException:
-    """An error that nobody expected: as a StorageError if it is such a refusal, else as it is."""
+    """Return an unexpected error as a StorageError if it is a refusal of the system, else as it is."""
     if not isinstance(error, OSError) or isinstance(error, ReshardError) or _refusal(error) is not error:
         return error
     of = "" if error.filename is None else f"{printable(error.filename)}: "
@@ -68,12 +68,12 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 
 def _of_this_machine(error: OSError) -> bool:
-    """Of a socket's errors only those that are not the other side's."""
+    """Whether this machine, not the file's name or the other side of a socket, is the cause."""
     return error.errno in LOCAL or (error.filename is not None and error.errno not in _OF_THE_PATH)
 
 
 def walked(folder: Path, *, topdown: bool = True) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk`, which by itself passes over what cannot be listed. Raises OSError."""
+    """Walk as `os.walk`, but raise OSError for a folder that cannot be listed, which `os.walk` passes over."""
 
     def fail(error: OSError) -> NoReturn:
         raise error
@@ -82,6 +82,6 @@ def walked(folder: Path, *, topdown: bool = True) -> Iterator[tuple[str, list[st
 
 
 def descriptors() -> int:
-    """How many files this process may have open at a time."""
+    """Return how many files this process may have open at a time."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return limit if limit != resource.RLIM_INFINITY else 1 << 20

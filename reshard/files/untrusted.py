@@ -1,4 +1,4 @@
-"""Names, links and JSON that nobody vouches for: nothing leads out of its folder, nothing takes memory without end."""
+"""Names, links and JSON that nobody vouches for: none leads out of its folder, none takes memory without end."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
     "vetted_path",
 ]
 
-_JSON_LIMIT = 256 << 20  # bytes of JSON, which in memory are twenty times as many at worst
+_JSON_LIMIT = 256 << 20  # bytes of JSON; in memory they take twenty times as many at worst
 
 
 def check_plain_name(name: str, *, what: str) -> None:
-    """Raises PolicyError where a name could lead out of the folder it is used in, or no file can have it."""
+    """Raise PolicyError if a name could lead out of the folder it is used in, or no file can have it."""
     if not _is_plain(name):
         raise PolicyError(f"{what}: {printable(name)} is not a plain file name")
 
 
 def check_plain_path(path: str, *, what: str) -> None:
-    """Raises PolicyError where a path, with "/" between its names, could lead out of the folder it is used in, or into
-    a hidden one: git, for one, runs what is in its own."""
+    """Raise PolicyError if a path, with "/" between its names, could lead out of the folder it is used in, or into a
+    hidden one: git, for one, runs files in its own hidden folder."""
     names = path.split("/")
     if not all(map(_is_plain, names)) or any(name.startswith(".") for name in names[:-1]):
         raise PolicyError(f"{what}: {printable(path)} is not a plain file name")
@@ -56,10 +56,10 @@ def _is_plain(name: str) -> bool:
 
 
 def vetted_path(root: Path, name: str, *, what: str, into: Iterable[Path] = (), way_out: str | None = None) -> Path:
-    """The path of a regular file inside `root`, by its name or the path there.
+    """Return the real path of a regular file, given by its name or path inside `root`.
 
     A symbolic link is followed only inside `root`, inside a Hub cache, whose snapshots are links, and `into` the
-    folders that the user names. `way_out` is the option to name in a hint where another link leads out.
+    folders that the user names. `way_out` is the option that the hint names if another link leads out.
 
     Raises:
         PolicyError: the name or a link leaves the folder.
@@ -87,8 +87,8 @@ def _real(folder: Path) -> Path:
 
 
 def _inside(root: Path) -> tuple[Path, ...]:
-    """The folders that links may lead into: `root`; or where it is in the `models--…/snapshots` of a Hub cache, the
-    repo's part of that, and the blobs that its repos share."""
+    """Return the folders that links may lead into: `root`; or, if it is in the `models--…/snapshots` of a Hub cache,
+    the repo's part of the cache, and the blobs that its repos share."""
     real = _real(root)
     for folder in real.parents:
         if folder.name == "snapshots" and re.match(r"(models|datasets|spaces)--", folder.parent.name):
@@ -97,7 +97,7 @@ def _inside(root: Path) -> tuple[Path, ...]:
 
 
 def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:
-    """Parse a JSON file of a checkpoint as data nobody vouches for: of `limit` bytes at most, without duplicate keys.
+    """Parse a JSON file that nobody vouches for: of `limit` bytes at most, without duplicate keys.
 
     Raises:
         BadInputError: not JSON, a key twice, nested too deeply, or absurdly large.
@@ -124,7 +124,7 @@ def read_json(path: Path, *, limit: int = _JSON_LIMIT) -> Any:
 
 
 def refuse_error_text(content: Any, name: str) -> None:
-    """Raises BadInputError for JSON that a server sends in place of what it was asked for: `{"error": …}`."""
+    """Raise BadInputError for JSON that a server sends in place of the file it was asked for: `{"error": …}`."""
     fields = content if isinstance(content, dict) else {}
     said = fields.get("error", fields.get("message"))
     if isinstance(said, str):
@@ -135,42 +135,42 @@ _T = TypeVar("_T")
 
 
 class UnknownError(ValueError):
-    """What a newer release may have written, and know. The message goes on from the name of the file."""
+    """A value that a newer release may have written, and knows. The message continues the name of the file."""
 
 
 def text(value: Any) -> str:
-    """A string."""
+    """Return `value`, a string. Raises ValueError, as all readers below do."""
     if not isinstance(value, str):
         raise ValueError(f"expected text, got {value!r}")
     return value
 
 
 def texts(value: Any) -> dict[str, str]:
-    """An object whose values are strings."""
+    """Return `value`, an object whose values are strings."""
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {value!r}")
     return {key: text(item) for key, item in value.items()}
 
 
 def count(value: Any) -> int:
-    """A whole number that is not negative."""
+    """Return `value`, an integer that is not negative."""
     if type(value) is not int or value < 0:
         raise ValueError(f"expected a number of at least 0, got {value!r}")
     return value
 
 
 def counts(value: Any) -> tuple[int, ...]:
-    """A list of such numbers."""
+    """Return `value`, a list of integers that are not negative, as a tuple."""
     return tuple(map(count, value))
 
 
 def one_of(known: Collection[str], value: Any) -> str:
-    """One of the known strings."""
+    """Return `value`, one of the `known` strings."""
     if text(value) not in known:
         raise ValueError(f"unknown {value!r}")
     return value
 
 
 def maybe(read: Callable[[Any], _T], value: Any) -> _T | None:
-    """What `read` makes of it, or None where it is null."""
+    """Return `read(value)`, or None if `value` is None."""
     return None if value is None else read(value)

@@ -1,4 +1,4 @@
-"""What goes where, decided from headers alone: rules, the model's parameters, their cuts, and the plan.
+"""Planning from headers alone: rules, the model's parameters, their cuts, and the plan.
 
 A plan is frozen data. Nothing here writes a file or reads a tensor.
 """

@@ -1,7 +1,7 @@
-"""Plans of transformers that no tensor-parallel run can be right with, and rules that are.
+"""Corrections of transformers' plans that make a tensor-parallel run wrong.
 
 Found by comparing every family with its single-process model (transformers 5.17 to 5.23). Each correction computes the
-attention or activation whole on every rank and cuts only its weights: slower than the plan meant, and exact.
+full attention or activation on every rank and cuts only its weights: slower than the plan intends, and exact.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _WHOLE_ATTENTION = {
 
 # Model type (of a nested configuration too) → the end of a rule's pattern → the style it should have.
 CORRECTIONS: dict[str, dict[str, str]] = {
-    # The decoder, which has no plan, appends its whole heads to the cache that the encoder fills.
+    # The decoder, which has no plan, appends all heads to the cache that the encoder fills.
     "diffusion_gemma_text": _WHOLE_ATTENTION,
-    # dt_proj makes the mask of all heads on every rank, which has only its own heads' keys.
+    # On every rank dt_proj makes the mask of all heads, but the rank has only the keys of its own heads.
     "doge": {**_WHOLE_ATTENTION, "self_attn.dt_proj": "replicate"},
-    # q_norm and k_norm are over all heads together.
+    # q_norm and k_norm normalize over all heads together.
     "esmc": _WHOLE_ATTENTION,
-    # Query, key and value are one behind the other, each with all heads (5.17).
+    # attn.qkv holds query, key and value one after the other, each with all heads (5.17).
     "ernie4_5_vl_moe_vision": {"attn.qkv": "colwise_gather_output", "attn.proj": "rowwise_split_input"},
     # The sparse activation takes the mean and deviation over the whole intermediate size.
     "gemma3n_text": {
@@ -38,7 +38,7 @@ CORRECTIONS: dict[str, dict[str, str]] = {
         "self_attn.kv_b_proj": "colwise_gather_output",
         "self_attn.o_proj": "rowwise_split_input",
     },
-    # The value embeddings and the scale alpha are of all heads.
+    # The value embeddings and the scale alpha have all heads.
     "neomme": {
         **_WHOLE_ATTENTION,
         "output_projection.gate_proj": "colwise_gather_output",
@@ -47,17 +47,17 @@ CORRECTIONS: dict[str, dict[str, str]] = {
 }
 
 
-# Their experts take every token scaled by its router's score, not the routes (5.17 has a plan all the same).
+# The experts of these take every token scaled by its router's score, not the routes (5.17 has a plan all the same).
 _NO_EXPERT_PLAN = ("llama4_text",)
 
 
 def has_expert_plan(config: Any) -> bool:
-    """Whether the model's experts can be reached by route, so that ranks can hold some of them."""
+    """Whether the model sends tokens to its experts by route, so that a rank can hold only some experts."""
     return not set(_model_types(config)) & set(_NO_EXPERT_PLAN)
 
 
 def corrected(rules: Mapping[str, str], config: Any) -> tuple[dict[str, str], tuple[str, ...]]:
-    """A model's own rules with those put right that are wrong, and the patterns of these. `config` is the model's."""
+    """Correct a model's own rules. Returns all rules and the patterns of those corrected. `config` is the model's."""
     fixes = {end: style for kind in _model_types(config) for end, style in CORRECTIONS.get(kind, {}).items()}
     found = dict(rules)
     for pattern in rules:

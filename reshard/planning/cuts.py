@@ -20,12 +20,12 @@ def does_cut(strategy: TensorParallelLayer) -> bool:
     """Whether a strategy cuts a weight at all."""
     try:
         return not isinstance(strategy.placement("weight", (8, 8)), Replicate)
-    except ValueError:  # blocks that 8 does not hold
+    except ValueError:  # 8 elements cannot be packed in its blocks
         return True
 
 
 def placement_of(parameter: Parameter, strategies: ParallelInterface, topology: Topology) -> Placement:
-    """How a parameter lies on the ranks, by its style. Raises BadInputError or TopologyError where that cannot be."""
+    """Return the placement of a parameter, by its style. Raises BadInputError or TopologyError if there is none."""
     try:
         if parameter.expert_style and topology.ep > 1:
             return _expert_placement(parameter, parameter.expert_style, strategies, topology)
@@ -48,7 +48,7 @@ def _cut(
 def _expert_placement(
     parameter: Parameter, expert_style: str, strategies: ParallelInterface, topology: Topology
 ) -> Placement:
-    """Cut by expert over the ep axis; where ranks share their experts, by the tensor-parallel rule among them."""
+    """Cut by expert over the ep axis. If ranks share their experts, the tensor-parallel rule cuts these among them."""
     outer = _cut(parameter, expert_style, strategies, parameter.shape, topology.ep)
     if topology.ep_row == 1 or not isinstance(outer, Shard):
         return outer
@@ -64,6 +64,6 @@ def _expert_placement(
 
 
 def copies_of(parameter: Parameter, tp: int) -> int:
-    """How many ranks in a row hold the same KV head: one, or where there are more ranks than heads, their share."""
+    """Return how many ranks in a row hold the same KV head: `tp` / heads if there are more ranks than heads, else 1."""
     heads = parameter.heads if parameter.shared else None
     return tp // heads if heads and tp > heads and tp % heads == 0 else 1

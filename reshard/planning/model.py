@@ -1,4 +1,4 @@
-"""The transformers side of planning: what the model's parameters are, how its tp_plan cuts them, and which source
+"""The transformers side of planning: the model's parameters, the styles that its tp_plan gives them, and the source
 tensors they are made of."""
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _HEADS = {
     **dict.fromkeys(("q_proj", "query", "q", "query_key_value"), "num_attention_heads"),
     **dict.fromkeys(("k_proj", "key", "k", "v_proj", "value", "v"), "num_key_value_heads"),
 }
-# What an attention calls the size of a head.
+# Names of the size of a head in attention modules.
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
-_PARAMETERS = 20  # for each tensor of the checkpoint: many times what conversions make of one
+_PARAMETERS = 20  # allowed for each tensor of the checkpoint: conversions make far fewer of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Parameter:
     """One entry of the model's state dict: a parameter or a persistent buffer.
 
     `dtype` is what the model computes with (a torch name). `style` cuts it by tensor parallelism, `expert_style` by
-    expert. `heads` counts the attention heads along its cut dim where the module views its output as heads, so that no
-    head may be cut in two. `shared` are heads that several ranks can hold alike: KV heads, each used by the query heads
-    of its group.
+    expert. `heads` counts the attention heads along its cut dim if the module views its output as heads, so that no
+    head may be cut in two. `shared` says that several ranks may hold the same heads: KV heads, each used by the query
+    heads of its group.
     """
 
     name: str
@@ -63,8 +63,8 @@ class Model:
 
     `regions` says for each parameter present in the checkpoint where its elements come from; `unused` are source
     tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
-    modules, `manual` those of them that the user chose. `experts` divides the number of experts of every layer.
-    `unused_rules` of the plan match nothing; `corrected_rules` are those of the model's own that cannot be right.
+    modules, `manual` the modules whose style the user chose. `experts` divides the number of experts of every layer.
+    `unused_rules` of the plan match nothing; `corrected_rules` are wrong rules of the model's own, put right.
     `notes` are remarks for the user, one line each: which class was taken and why, and the like.
     """
 
@@ -93,7 +93,7 @@ def read_model(
     Raises:
         BadInputError: quantized, not buildable, a conversion that computes values, shapes that do not match, or rules
             that match nothing.
-        TopologyError: `experts`, and the model has no rules for them.
+        TopologyError: `experts` is set, and the model has no rules for them.
     """
     _refuse_quantized(source)
     _refuse_absurd(source)
@@ -154,7 +154,7 @@ def read_model(
 
 
 def _tied(model: Any, wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Each tied parameter and the one it shares its tensor with, which is tied to no other itself."""
+    """Return each tied parameter and its owner: the parameter whose tensor it shares, which is tied to no other."""
     pairs: dict[str, str] = model.all_tied_weights_keys
     tied = {}
     for name in pairs:
@@ -179,7 +179,7 @@ def _refuse_quantized(source: Source) -> None:
 
 
 def _refuse_absurd(source: Source) -> None:
-    """A layer without a tensor of its own cannot be, nor a label without a row: refuse what would be built for them."""
+    """Refuse, before it is built, a model with more layers than tensors, or more labels than a tensor has rows."""
     if "configuration_files" in source.config:
         raise BadInputError(
             "config.json: names other files to take its place (configuration_files), which are not read",
@@ -203,7 +203,7 @@ def _refuse_absurd(source: Source) -> None:
 
 @contextlib.contextmanager
 def _few_parameters(source: Source) -> Iterator[None]:
-    """No model has so many more parameters than its checkpoint has tensors: end what a crafted number has begun."""
+    """Stop building a model with far more parameters than its checkpoint has tensors: a crafted number asks for it."""
     most = _PARAMETERS * (len(source.tensors) + 100)
     made = 0
 
@@ -221,7 +221,7 @@ def _few_parameters(source: Source) -> Iterator[None]:
 
 
 def _model_dtype(source: Source) -> str:
-    """The dtype of `from_pretrained(dtype="auto")`: the config's, else that of the first floating tensor."""
+    """Return the dtype of `from_pretrained(dtype="auto")`: the config's, else the first floating tensor's."""
     named = source.config.get("dtype") or source.config.get("torch_dtype")
     text = source.config.get("text_config")
     if named is None and isinstance(text, dict):
@@ -237,14 +237,14 @@ def _pattern(patterns: Any) -> re.Pattern[str] | None:
 
 
 def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> tuple[int | None, bool]:
-    """How many heads a parameter's cut dim holds, and whether ranks may share them."""
+    """Return how many heads a parameter's cut dim holds, and whether ranks may share them."""
     module = name.rpartition(".")[0].removesuffix(".linear")  # gemma4's vision projections wrap a linear layer
     projection = module.rpartition(".")[2]
     if style not in ("colwise", "local_colwise") or projection not in _HEADS:
         return None, False
     config = model.config.get_text_config()
     attention = model.get_submodule(module.rpartition(".")[0])
-    # Each rank then runs fewer query heads for each KV head it holds, which the attention must be told of.
+    # A rank then runs fewer query heads for each KV head it holds, so the attention must have an attribute for that.
     shared = _HEADS[projection] == "num_key_value_heads" and hasattr(attention, KV_GROUPS)
     head_dim = next((getattr(attention, size) for size in _HEAD_SIZES if hasattr(attention, size)), None)
     if projection != "query_key_value" and isinstance(head_dim, int) and shape[0] % head_dim == 0:

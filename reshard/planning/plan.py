@@ -1,4 +1,4 @@
-"""The plan: what every rank file will hold, from which regions. Frozen data, made from headers alone."""
+"""The plan: the content of every rank file, and the regions it comes from. Frozen data, made from headers alone."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class ReshardPlan:
     """Everything `convert` will do. `runtime_only` says why plain transformers cannot open the folder, if it cannot.
 
     `tied` parameters share the tensor of their owner. `duplicates` are source tensors equal to another that is stored.
-    `unused` are kept apart: what no parameter takes, and whole what one takes a part of, so that all can be given back.
-    `custom` styles, by name, are of the named classes. `notes` are remarks for the user, one line each: `plan` and
-    `convert` show them.
+    `unused` source tensors are kept apart, so that all can be given back: those that no parameter takes, and those that
+    parameters take only a part of. `custom` maps the names of custom styles to their classes. `notes` are remarks for
+    the user, one line each: `plan` and `convert` show them.
     """
 
     source: Source
@@ -54,7 +54,7 @@ class ReshardPlan:
         return self.topology.world_size
 
     def to_dict(self) -> dict[str, Any]:
-        """What `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
+        """Return what `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
         layouts, sizes = plan_layouts(self), legal_sizes(self.model)
         return {
             "architecture": self.model.architecture,
@@ -97,7 +97,7 @@ def build_plan(
     """Plan a checkpoint for the ranks of `topology`. Integers only; no tensor data is read, except by `equal`.
 
     `cast` stores every floating tensor in the dtype the model wants (`--dtype`). `equal` compares two source tensors
-    that the model ties though the checkpoint holds both; without it they are taken to be equal.
+    that the model ties, if the checkpoint holds both; without it they are taken to be equal.
 
     Raises:
         TopologyError: the model does not allow this many ranks, or has no plan for more than one.
@@ -140,7 +140,7 @@ def build_plan(
 
 
 def _check_styles(model: Model, strategies: ParallelInterface) -> None:
-    """Every style is known, and a rule the user wrote for a module that only holds others does not cut in vain."""
+    """Raise BadInputError for an unknown style, or a user's rule that would cut a module without own parameters."""
     holders = {parameter.name.rpartition(".")[0] for parameter in model.parameters}
     for module, style in model.hooks.items():
         strategy = strategies.find(style)
@@ -182,10 +182,10 @@ def _why_whole(parameter: Parameter, topology: Topology) -> str:
 def _tie(
     model: Model, placements: Mapping[str, Placement], equal: Callable[[str, str], bool] | None
 ) -> tuple[dict[str, tuple[Region, ...]], dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Store a tied tensor once, under its owner. It stays apart where the checkpoint or the ranks hold it differently.
+    """Store a tied tensor once, under its owner. It stays apart if the checkpoint or the ranks hold it differently.
 
-    transformers ties whichever way the checkpoint allows: if the owner is not there, the first of those tied to it that
-    is gives all of them its data.
+    transformers ties whichever way the checkpoint allows: if the owner is not there, all get the data of the first
+    parameter there that is tied to it.
     """
     regions, tied, duplicates, apart = dict(model.regions), {}, {}, []
     for name, owner in model.tied.items():
@@ -206,7 +206,8 @@ def _tie(
 
 
 def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size: int) -> list[str]:
-    """Why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the folder."""
+    """List the reasons why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the
+    folder."""
     reasons = []
     scattered = [target.name for target in targets if not is_box(target.placement)]
     if scattered and world_size > 1:
@@ -220,7 +221,7 @@ def _join(sizes: Iterable[int]) -> str:
 
 
 def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
-    """Every file the plan writes: one for each rank, and the unused tensors' if there are any."""
+    """Lay out every file the plan writes: one for each rank, and one for the unused tensors if there are any."""
     rectangles = frozenset(target.name for target in plan.targets if plan.world_size == 1 or is_box(target.placement))
     layouts = [
         file_layout(

@@ -1,4 +1,4 @@
-"""Remarks on a plan: what is stored in another way than the checkpoint has it, one line each."""
+"""Remarks on a plan: tensors stored in another way than in the checkpoint, one line each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["dtypes_of", "mixed_note", "partly_note"]
 
 
 def dtypes_of(regions: Iterable[Region], source: Source) -> set[str]:
-    """The dtypes (torch names) of the source tensors that `regions` take from."""
+    """Return the dtypes (torch names) of the source tensors that `regions` take from."""
     return {torch_name(source.tensors[region.source].dtype, tensor=region.source) for region in regions}
 
 
 def mixed_note(targets: Iterable[Target], source: Source) -> list[str]:
-    """Of parameters that are made of tensors of several dtypes: what they are stored in."""
+    """Say in which dtypes parameters are stored that are made of tensors of several dtypes."""
     found = [(target, dtypes_of(target.regions, source)) for target in targets if len(target.regions) > 1]
     mixed = [(target, dtypes) for target, dtypes in found if len(dtypes) > 1]
     if not mixed:
@@ -31,7 +31,7 @@ def mixed_note(targets: Iterable[Target], source: Source) -> list[str]:
 
 
 def partly_note(names: Sequence[str]) -> list[str]:
-    """Of source tensors that the model takes a part of: that they are kept whole too."""
+    """Say that source tensors of which the model takes a part are also kept whole."""
     if not names:
         return []
     return [f"{len(names)} tensors are used in part, and kept whole too, to be given back: {listed(names)}"]

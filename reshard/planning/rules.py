@@ -1,4 +1,4 @@
-"""From a plan's rules (pattern → style) to the style of every parameter and module of a model.
+"""Rules of a plan (pattern → style), and the style that they give every parameter and module of a model.
 
 Patterns are written as transformers writes them: the name of a module or parameter with `*` for every layer number. A
 rule for a module is also the rule of its own parameters, unless they have one.
@@ -25,9 +25,9 @@ from .corrections import corrected, has_expert_plan
 __all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
 
 AUTO = "auto"
-_BASE = "extends"  # the key of a plan file that says what its rules are added to
+_BASE = "extends"  # the key of a plan file that names the rules it adds to
 
-# What a style is called for a module that is not an `nn.Linear`. 5.17 shards embeddings by the linear styles as well.
+# Names of the styles for modules that are not an `nn.Linear`. 5.17 shards embeddings by the linear styles as well.
 _FOR_EMBEDDINGS = {
     "colwise": "embedding_colwise",
     "rowwise": "embedding_rowwise",
@@ -40,10 +40,10 @@ _FOR_CONV1D = {
 
 
 def read_rules(path: str | Path) -> dict[str, str]:
-    """The rules of a plan file, JSON or TOML by its suffix: pattern → style, and perhaps `extends = "auto"`.
+    """Read the rules of a plan file, JSON or TOML by its suffix: pattern → style, and perhaps `extends = "auto"`.
 
     Raises:
-        BadInputError: it cannot be read, or is not such a table.
+        BadInputError: the file cannot be read, or holds no such rules.
     """
     path = Path(path)
     if path.suffix == ".toml":
@@ -73,13 +73,13 @@ def _read_toml(path: Path) -> Any:
 
 
 def wildcard(name: str) -> str:
-    """Layer numbers as `*`, the way plans are written (transformers' `replace_layer_number_by_wildcard`)."""
+    """Replace layer numbers by `*`, as plans are written (transformers' `replace_layer_number_by_wildcard`)."""
     return re.sub(r"\.\d+(\.|$)", lambda match: ".*" + match.group(1), name)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Pattern → style, in full names. `written` are the user's, `corrected` those of the model that were put right."""
+    """Pattern → style, in full names. `written` are the user's patterns, `corrected` those of the model put right."""
 
     styles: dict[str, str]
     written: frozenset[str] = frozenset()
@@ -87,10 +87,10 @@ class Rules:
 
 
 def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
-    """The rules to use for a model.
+    """Return the rules to use for a model.
 
-    `tp_plan` is "auto", for the model's own, or the user's rules, which replace those unless they extend "auto". A
-    pattern may leave out what stands before it, such as `model.`, where only one name ends with it.
+    `tp_plan` is "auto", for the model's own rules, or the user's rules, which replace the model's unless they extend
+    "auto". A pattern may leave out the beginning of a name, such as `model.`, if only one name ends with it.
 
     Raises:
         BadInputError: a rule matches nothing, or several kinds of modules, or two match the same.
@@ -145,14 +145,14 @@ def _full_name(pattern: str, names: list[str]) -> str:
 
 
 def expert_rules(model: Any) -> dict[str, str]:
-    """The model's expert-parallel rules: which modules hold experts, and that their parameters are cut by expert.
+    """Return the model's expert-parallel rules: those of modules that hold experts, and of parameters cut by expert.
 
-    transformers 5.17 masks routes at the router and reduces behind the experts; here both happen around the experts.
+    transformers 5.17 masks routes at the router and reduces after the experts; here both happen around the experts.
     """
     rules = dict(getattr(model, "_ep_plan", None) or {}) if has_expert_plan(model.config) else {}
     if "ep_router" in rules.values():
         rules = {pattern: style.replace("moe_tp_experts", "ep_dispatch_experts") for pattern, style in rules.items()}
-    # Some list the rules of other modules again.
+    # Some models list the rules of other modules again.
     return {pattern: style for pattern, style in rules.items() if style in ("grouped_gemm", "ep_dispatch_experts")}
 
 
@@ -168,9 +168,9 @@ class Styles:
 
 
 def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> Styles:
-    """Concrete styles of every parameter (its own rule, else its module's) and of every module that has a rule.
+    """Find the style of every parameter (by its own rule, else its module's) and of every module that has a rule.
 
-    Where a module has an expert rule, it comes before its other one, and before those of the modules inside it.
+    A module's expert rule takes precedence over its other rule, and over the rules of the modules inside it.
     """
     found, used = Styles(), set()
     inside: list[str] = []  # modules with an expert rule
@@ -199,7 +199,7 @@ def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> 
 
 def _for_module(style: str, module: torch.nn.Module) -> str:
     if isinstance(module, torch.nn.Embedding):
-        if len(module._parameters) > 1:  # t5gemma2's looks for tokens of its own in the ids, which a cut would shift
+        if len(module._parameters) > 1:  # t5gemma2's looks for its own tokens in the ids, and a cut would shift the ids
             return "replicate"
         return _FOR_EMBEDDINGS.get(style, style)
     if style.startswith("embedding_") and not module._parameters:
@@ -210,7 +210,10 @@ def _for_module(style: str, module: torch.nn.Module) -> str:
 
 
 def _for_experts(style: str, module: Any, own: str) -> str:
-    """gate|up side by side are packed. inkling's plan cuts them contiguously, as they alternate in its checkpoint: but
-    they are cut here after the conversion that puts them side by side."""
+    """Return the style of a parameter of experts: gate|up side by side are packed.
+
+    inkling's plan cuts them contiguously, as they alternate in its checkpoint. Here they are cut after the conversion,
+    which puts them side by side.
+    """
     fused = getattr(module, "is_concatenated", False) and own.startswith("gate_up_proj")
     return "packed_colwise" if fused and style == "colwise" else style

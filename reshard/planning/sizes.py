@@ -1,4 +1,4 @@
-"""Which numbers of ranks a model allows, and the fewest whose parts fit a GPU."""
+"""The numbers of ranks that a model allows, and the smallest whose parts fit a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .model import Model
 __all__ = ["has_plan", "legal_sizes", "refusal_of", "smallest_fit"]
 
 
-_LEAST_MEANT = 1 << 20  # bytes of a GPU: fewer are a number without its unit
+_LEAST_MEANT = 1 << 20  # bytes of a GPU; a smaller number lacks its unit
 
 
 _LARGEST = 64  # ranks looked at when listing the legal sizes
@@ -28,7 +28,7 @@ def has_plan(model: Model) -> bool:
 
 
 def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) -> str | None:
-    """Why the model cannot run on these ranks, or None."""
+    """Say why the model cannot run on these ranks; None if it can."""
     if topology.tp > 1 and not has_plan(model):
         return "it has no tensor-parallel plan, so every rank would hold all of it"
     for parameter in model.parameters:
@@ -47,13 +47,13 @@ def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) 
 def legal_sizes(
     model: Model, *, strategies: ParallelInterface = ALL_PARALLEL_STYLES, most: int = _LARGEST
 ) -> dict[int, str | None]:
-    """For each number of tensor-parallel ranks up to `most`: None where it fits, else why it does not."""
+    """Say for each number of tensor-parallel ranks up to `most` why it does not fit; None if it does."""
     return {size: refusal_of(model, strategies, Topology(size)) for size in range(1, most + 1)}
 
 
 def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory: int) -> Topology:
-    """The fewest tensor-parallel ranks with `ep` that the model allows, none of which holds more than `memory` bytes of
-    weights. Raises TopologyError where there are none."""
+    """Find the smallest TP size with `ep` that the model allows and that leaves no rank more than `memory` bytes of
+    weights. Raises TopologyError if there is none."""
     least = None
     for tp in range(1, _LARGEST + 1):
         if tp % ep and ep % tp:
@@ -68,14 +68,14 @@ def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory
     raise TopologyError(
         f"{model.architecture}: no number of ranks up to {_LARGEST} brings the weights of each under {memory:,} bytes;"
         f" the most have {least:,}",
-        hint="what is whole on every rank is listed by reshard plan --tp-size N"
+        hint="reshard plan --tp-size N lists what is replicated"
         if memory >= _LEAST_MEANT
         else "24 GB are 24e9 bytes, or --gpu-memory 24GB",
     )
 
 
 def _largest_part(model: Model, strategies: ParallelInterface, topology: Topology) -> int:
-    """Bytes of the parameters of rank 0, which has the largest part of each, as torch.chunk cuts."""
+    """Return the bytes of rank 0's parameters: torch.chunk gives it the largest part of each."""
     first = {"rank": 0, "world_size": topology.world_size}
     return sum(
         math.prod(local_shape(placement_of(parameter, strategies, topology), parameter.shape, **first))

@@ -1,4 +1,4 @@
-"""Which elements of a tensor are where: placements, regions and their inverse.
+"""The elements of a tensor that each rank holds: placements, regions and their inverse.
 
-Integers only. Nothing here imports torch, opens a file or knows a name of a model.
+Integers only. Nothing here imports torch, opens a file or knows the name of a model.
 """

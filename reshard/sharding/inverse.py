@@ -1,5 +1,5 @@
-"""Regions read the other way, from the tensors of the rank files back to the source tensor they were cut from; and on
-from there, to what else is to be cut from it."""
+"""Regions inverted: from the tensors of the rank files back to the source tensor they were cut from, and on from there
+to another cut of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["invert", "once", "refined_shape", "through"]
 
 
 def refined_shape(shape: tuple[int, ...], regions: Iterable[Region]) -> tuple[int, ...]:
-    """A shape of the same elements in the same order, whose dims are fine enough to say the regions' boxes in.
+    """Return a shape of the same elements in the same order, with dims fine enough to express the regions' boxes.
 
-    A conversion may have seen [64, …] as [2, 32, …]: then the source is written as that, wherever its dims divide.
+    A conversion may have seen [64, …] as [2, 32, …]. Then the source gets that shape, if its dims divide so.
     """
     size = math.prod(shape)
     steps = set(contiguous_strides(shape)) if size else set()
@@ -32,7 +32,7 @@ def refined_shape(shape: tuple[int, ...], regions: Iterable[Region]) -> tuple[in
 
 @dataclass(frozen=True, slots=True)
 class _Box:
-    """A box seen from both sides: `axes` are (extent, stride in the source, stride in the rank's tensor)."""
+    """A box of the source and of the rank's tensor: `axes` are (extent, stride in the source, stride in the latter)."""
 
     axes: tuple[tuple[int, int, int], ...]
     source_at: int
@@ -52,8 +52,8 @@ class _Box:
 
 
 def invert(region: Region, held: str, local_shape: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Region]:
-    """What fills the source tensor, of `shape` (a refined one), from the tensor `held` of `local_shape` that `region`
-    fills a box of. Where the shape has no dim for one of the box's, there is a region for each index."""
+    """Yield the regions that fill the source tensor, of `shape` (a refined one), from the tensor `held` of
+    `local_shape`, a box of which `region` fills. If `shape` lacks a dim of the box, each index there has a region."""
     strides = contiguous_strides(local_shape)
     axes = tuple(
         axis for axis in zip(region.extent, region.strides, strides) if axis[0] > 1 and axis[1]
@@ -65,8 +65,8 @@ def invert(region: Region, held: str, local_shape: tuple[int, ...], shape: tuple
 def through(
     region: Region, local_shape: tuple[int, ...], parts: Sequence[Region], shape: tuple[int, ...]
 ) -> Iterator[Region]:
-    """What fills the box of `region` in a tensor of `local_shape`, not from the source but from the tensors that hold
-    it now: `parts` fill the source tensor, of `shape` (a refined one, fine enough for the region too)."""
+    """Yield the regions that fill the box of `region` in a tensor of `local_shape`, not from the source but from the
+    tensors that hold it now: `parts` fill the source, of `shape` (a refined one, fine enough for the region too)."""
     for one in _unrepeated(region):
         for wanted in invert(one, region.source, local_shape, shape):
             seen = Piece(wanted.target_start, wanted.extent, (0,) * len(shape))
@@ -77,7 +77,7 @@ def through(
 
 
 def _unrepeated(region: Region) -> Iterator[Region]:
-    """A region for each time that it repeats its elements."""
+    """Yield a region for each time that `region` repeats its elements."""
     repeated = [range(e if s == 0 else 1) for e, s in zip(region.extent, region.strides)]
     extent = tuple(1 if s == 0 else e for e, s in zip(region.extent, region.strides))
     for index in itertools.product(*repeated):
@@ -86,7 +86,8 @@ def _unrepeated(region: Region) -> Iterator[Region]:
 
 
 def once(regions: Iterable[Region], shape: tuple[int, ...]) -> tuple[Region, ...]:
-    """The regions of a tensor of `shape` without what an earlier one fills: of copies, the first is taken."""
+    """Return the regions of a tensor of `shape` without the elements that an earlier region fills: the first copy is
+    taken."""
     boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Region] = {}
     for region in regions:
         boxes.setdefault((region.target_start, region.extent), region)
@@ -102,7 +103,7 @@ def once(regions: Iterable[Region], shape: tuple[int, ...]) -> tuple[Region, ...
 
 
 def _without(region: Region, other: Region) -> Iterator[Region]:
-    """What of a region's box lies outside that of another, as boxes: dim by dim, what is before it and what after."""
+    """Yield the parts of a region outside the box of another: dim by dim, the part before it and the part after it."""
     start = list(region.target_start)
     end = [s + e for s, e in zip(region.target_start, region.extent)]
     low = list(map(max, start, other.target_start))

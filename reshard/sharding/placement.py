@@ -1,4 +1,4 @@
-"""Which part of a tensor each rank holds. Integers only: no torch, no files.
+"""Placements: the part of a tensor that each rank holds. Integers only: no torch, no files.
 
 The words are torch's (`torch.distributed.tensor`): a placement says how one tensor lies on the ranks.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def shard_bounds(size: int, *, rank: int, world_size: int) -> tuple[int, int]:
-    """Half-open range of `size` elements held by `rank`: the convention of torch.chunk and DTensor's `Shard`.
+    """Return the half-open range of `size` elements held by `rank`, as torch.chunk and DTensor's `Shard` cut.
 
     Chunks are ceil-sized; later ranks may hold less, or nothing.
     """
@@ -38,12 +38,12 @@ def shard_bounds(size: int, *, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def block_sizes(size: int, blocks: int | Sequence[int]) -> tuple[int, ...]:
-    """Sizes of the blocks packed along a dim of `size` elements.
+    """Return the sizes of the blocks packed along a dim of `size` elements.
 
     `blocks` is their number (equal blocks) or their relative sizes: `[4, 1, 1]` is q|k|v with 4 query heads a group.
 
     Raises:
-        ValueError: `size` is not made of such blocks.
+        ValueError: `blocks` cannot fill `size` elements exactly.
     """
     weights = [1] * blocks if isinstance(blocks, int) else list(blocks)
     if not weights or min(weights) < 0 or sum(weights) == 0 or size % sum(weights):
@@ -77,10 +77,10 @@ class PackedShard:
 
 @dataclass(frozen=True, slots=True)
 class Nested:
-    """Two axes of a mesh whose ranks stand in rows of `row`: `outer` cuts over the rows, `inner` cuts over the ranks
-    of a row what their row holds.
+    """Two axes of a mesh, whose ranks stand in rows of `row` ranks: `outer` cuts over the rows, and `inner` cuts the
+    part of each row over the row's ranks.
 
-    KV heads fewer than ranks: `Nested(Shard(0), Replicate(), row)`. Experts that are cut themselves: `Nested(Shard(0),
+    Fewer KV heads than ranks: `Nested(Shard(0), Replicate(), row)`. Experts that are cut themselves: `Nested(Shard(0),
     PackedShard(1, …), row)`.
     """
 
@@ -110,7 +110,7 @@ Placement: TypeAlias = Replicate | Shard | PackedShard | Nested | Explicit
 
 
 def shared(placement: Placement, copies: int) -> Placement:
-    """The same cut over fewer ranks, where each part is held by `copies` ranks in a row.
+    """Return the same cut over fewer ranks: `copies` ranks in a row hold each part.
 
     Raises:
         ValueError: `placement` is listed rank by rank, or is cut by two axes already.
@@ -125,7 +125,7 @@ def shared(placement: Placement, copies: int) -> Placement:
 
 
 def _ranges(placement: Shard | PackedShard, size: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of the sharded dim that `rank` holds, in local order."""
+    """Yield the ranges of the sharded dim that `rank` holds, in local order."""
     blocks = (size,) if isinstance(placement, Shard) else placement.blocks
     if sum(blocks) != size:
         raise ValueError(f"blocks {blocks} do not fill a dim of {size}")
@@ -137,9 +137,9 @@ def _ranges(placement: Shard | PackedShard, size: int, rank: int, world_size: in
 
 
 def pieces(placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> tuple[Piece, ...]:
-    """The boxes of a tensor of `shape` that `rank` holds: one for a plain shard, one a block where it is packed.
+    """Return the boxes of a tensor of `shape` that `rank` holds: one for a plain shard, one per block for a packed one.
 
-    Boxes that hold nothing are left out, so an empty rank has none.
+    Empty boxes are left out, so an empty rank has none.
     """
     shape = tuple(shape)
     zeros = (0,) * len(shape)
@@ -162,7 +162,7 @@ def pieces(placement: Placement, shape: Sequence[int], *, rank: int, world_size:
 
 
 def _nested_pieces(placement: Nested, shape: tuple[int, ...], rank: int, world_size: int) -> tuple[Piece, ...]:
-    """The outer boxes of the rank's row, met with the inner boxes of what the row holds."""
+    """Intersect the outer boxes of the rank's row with the inner boxes of the row's part."""
     rows = world_size // placement.row
     outer = pieces(placement.outer, shape, rank=rank // placement.row, world_size=rows)
     held = local_shape(placement.outer, shape, rank=rank // placement.row, world_size=rows)
@@ -183,7 +183,7 @@ def _nested_pieces(placement: Nested, shape: tuple[int, ...], rank: int, world_s
 
 
 def local_shape(placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> tuple[int, ...]:
-    """Shape of the rank's tensor."""
+    """Return the shape of the rank's tensor."""
     if isinstance(placement, Replicate):
         return tuple(shape)
     if isinstance(placement, Explicit):
@@ -198,7 +198,7 @@ def local_shape(placement: Placement, shape: Sequence[int], *, rank: int, world_
 
 
 def offset(placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> tuple[int, ...]:
-    """Where the rank's tensor begins in the whole one; past the end of the dim where the rank holds nothing."""
+    """Return where the rank's tensor begins in the whole one; the end of the dim if a `Shard` leaves it nothing."""
     found = pieces(placement, shape, rank=rank, world_size=world_size)
     if found:
         return found[0].start

@@ -1,7 +1,7 @@
 """Regions: which elements of which source tensor stand where in a target tensor. Integers only.
 
-Everything this tool moves is described by regions: a plain shard is one, a packed one several, fused experts one per
-expert and projection, a transposed or interleaved weight one with other strides.
+Regions describe everything this tool moves. A plain shard is one region, a packed shard several; fused experts have one
+per expert and projection; a transposed or interleaved weight is one with other strides.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Box:
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides in elements of a C-ordered tensor of `shape`."""
+    """Return the strides, in elements, of a C-ordered tensor of `shape`."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -58,14 +58,14 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def whole(source: str, shape: Sequence[int]) -> tuple[Region, ...]:
-    """A source tensor taken as it is. Nothing, where it has no elements."""
+    """Return the region of a source tensor taken as it is; none if it has no elements."""
     if 0 in shape:
         return ()
     return (Region(source, 0, contiguous_strides(shape), tuple(shape), (0,) * len(shape)),)
 
 
 def cut(regions: Iterable[Region], piece: Piece) -> tuple[Region, ...]:
-    """What of `regions` lies in the box `piece.start`, `piece.extent`, moved to stand at `piece.local_start`."""
+    """Cut `regions` to the box `piece.start`, `piece.extent`, and move the parts to stand at `piece.local_start`."""
     found = []
     low, high = piece.start, tuple(s + e for s, e in zip(piece.start, piece.extent))
     for region in regions:
@@ -97,7 +97,7 @@ def covers(regions: Sequence[Region], shape: Sequence[int]) -> bool:
 
 
 def _overlap(regions: Sequence[Region]) -> bool:
-    """Sweep over the dim with the most distinct starts, so that only neighbours are compared."""
+    """Whether two boxes overlap. Sweeps over the dim with the most distinct starts, to compare only neighbours."""
     if len(regions) < 2:
         return False
     dim = max(range(len(regions[0].extent)), key=lambda d: len({region.target_start[d] for region in regions}))
@@ -123,7 +123,7 @@ def boxes(shape: Sequence[int], limit: int) -> Iterator[Box]:
         yield Box((), (), 0)
         return
     strides = contiguous_strides(shape)
-    # The outermost dim whose single rows fit: everything inside it is taken whole, everything outside one at a time.
+    # The outermost dim whose single rows fit: dims inside it are taken whole, dims outside it one index at a time.
     dim = next((d for d, row in enumerate(strides) if row <= limit), len(shape) - 1)
     rows = max(1, limit // strides[dim])
     outer = itertools.product(*(range(size) for size in shape[:dim]))

@@ -13,7 +13,7 @@ __all__ = ["reshape"]
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Runs of old and new dims that hold the same elements, as numpy's reshape pairs them."""
+    """Pair runs of old and new dims that hold the same elements, as numpy's reshape does."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
@@ -31,7 +31,7 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
 
 
 def reshape(regions: Sequence[Region], old: tuple[int, ...], new: tuple[int, ...]) -> list[Region]:
-    """Regions of the reshaped tensor: one region becomes several where its elements no longer form one strided box."""
+    """Return the regions of the reshaped tensor. A region whose elements no longer form one strided box is split."""
     if 0 in old:
         return []
     groups = _groups(old, new)
@@ -66,7 +66,7 @@ class _Part:
 
 
 def _flat_runs(region: Region, dims: Sequence[int], shape: tuple[int, ...]) -> list[_Part]:
-    """The region along `dims`, seen as one flattened dim: as few strided runs as its strides allow."""
+    """Flatten `dims` of a region into one dim: as few strided runs as its strides allow."""
     runs = [_Part(0, (0,), (1,), (0,))]
     inner = 1
     for d in reversed(dims):
@@ -87,7 +87,7 @@ def _flat_runs(region: Region, dims: Sequence[int], shape: tuple[int, ...]) -> l
 
 
 def _unflatten(run: _Part, shape: tuple[int, ...]) -> Iterator[_Part]:
-    """A strided run of a flat dim as boxes of `shape`."""
+    """Yield a strided run of a flat dim as boxes of `shape`."""
     (stride,), (extent,), (start,) = run.strides, run.extent, run.start
     strides = tuple(stride * step for step in contiguous_strides(shape))
     for box_start, box_extent in _range_boxes(shape, start, start + extent):
@@ -96,7 +96,7 @@ def _unflatten(run: _Part, shape: tuple[int, ...]) -> Iterator[_Part]:
 
 
 def _range_boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes (start, extent) that tile the flat range `begin`..`end` of a tensor of `shape`."""
+    """Yield boxes (start, extent) that tile the flat range `begin`..`end` of a tensor of `shape`."""
     if begin >= end:
         return
     if not shape:

@@ -1,4 +1,4 @@
-"""How many ranks there are, and how tensor and expert parallelism share them. Integers only."""
+"""The number of ranks, and how tensor and expert parallelism share them. Integers only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Topology"]
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Sizes of the mesh's axes. Both span the same ranks, so the larger is the number of ranks.
+    """Sizes of the mesh's axes. Both axes span the same ranks, so the larger size is the number of ranks.
 
     Ranks in a row belong together: with `tp` 4 and `ep` 2, ranks 0 and 1 hold the same experts, each cut in two. With
     `tp` 2 and `ep` 4, ranks 0 and 1 hold the same part of everything but the experts.
@@ -34,12 +34,12 @@ class Topology:
 
     @property
     def tp_row(self) -> int:
-        """How many ranks in a row hold the same part of what tensor parallelism cuts."""
+        """The number of ranks in a row that hold the same part of a tensor cut by tensor parallelism."""
         return self.world_size // self.tp
 
     @property
     def ep_row(self) -> int:
-        """How many ranks in a row hold the same experts."""
+        """The number of ranks in a row that hold the same experts."""
         return self.world_size // self.ep
 
     def to_json(self) -> dict[str, int]:

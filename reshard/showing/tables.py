@@ -11,7 +11,7 @@ __all__ = ["gigabytes", "table"]
 
 
 def gigabytes(size: int) -> str:
-    """Bytes in the unit that keeps them short: 1000-based, as disks are sold."""
+    """Write bytes in the unit that keeps them short: 1000-based, as disks are sold."""
     value = float(size)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -21,10 +21,10 @@ def gigabytes(size: int) -> str:
 
 
 def table(lines: Sequence[Sequence[Any]], *, width: int | None = None, shorten: Sequence[tuple[int, int]] = ()) -> str:
-    """Left-aligned columns; a column where every cell is empty is left out.
+    """Align columns to the left; a column with no cell filled is left out.
 
-    Where the table is wider than `width` characters, cells lose their middle: first those of the columns that `shorten`
-    names, in that order, each down to so many characters, and then the widest.
+    If the table is wider than `width` characters, cells lose their middle: first those of the columns that `shorten`
+    names, in that order, each down to the number of characters given there, and then the widest.
     """
     cells = [[("" if cell is None else printable(cell)) for cell in line] for line in lines]
     kept = [i for i in range(len(cells[0])) if any(line[i] for line in cells[1:])]
@@ -46,7 +46,7 @@ def table(lines: Sequence[Sequence[Any]], *, width: int | None = None, shorten: 
 
 
 def _middle_out(text: str, width: int) -> str:
-    """`text` in so many characters. Its end says more than its beginning: q_proj.weight."""
+    """Shorten `text` to `width` characters. Its end says more than its beginning: q_proj.weight."""
     if len(text) <= width:
         return text
     end = 2 * (width - 1) // 3

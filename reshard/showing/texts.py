@@ -1,4 +1,4 @@
-"""The reports of plans and manifests in words."""
+"""Reports of plans and manifests in words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from .tables import gigabytes, table
 __all__ = ["manifest_text", "plan_text", "sizes_text"]
 
 
-_NOTE = 1000  # characters shown of a remark
+_NOTE = 1000  # the most characters shown of a remark
 
 
 def _parameter_table(found: Sequence[Mapping[str, Any]], dtype: str, width: int | None) -> str:
-    """Every row's dtype is `dtype` but where it says another."""
-    lines: list[Sequence[Any]] = [("parameter", "×", "shape", "dtype", "style, or why whole", "placement", "on rank 0")]
+    """Write the table of parameters. A row shows its dtype only if it is not `dtype`."""
+    lines: list[Sequence[Any]] = [
+        ("parameter", "×", "shape", "dtype", "style, or why replicated", "placement", "on rank 0")
+    ]
     for row in found:
         lines.append(
             (
@@ -34,7 +36,7 @@ def _parameter_table(found: Sequence[Mapping[str, Any]], dtype: str, width: int 
 
 
 def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
-    """The legal numbers of ranks, and for the usual others why not."""
+    """List the legal numbers of ranks, and why up to three other powers of two are not legal."""
     legal = [size for size, why in sizes.items() if why is None]
     lines = ["legal tp sizes: " + ", ".join(map(str, legal))]
     usual = [size for size in sizes if size & (size - 1) == 0 and sizes[size] is not None]
@@ -42,7 +44,7 @@ def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
 
 
 def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:
-    """The plan's report in words; its table in at most `width` characters."""
+    """Write the plan's report in words; its table in at most `width` characters."""
     lines = [
         f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}",
         "",
@@ -84,7 +86,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
-    """The manifest's report in words; its tables in at most `width` characters."""
+    """Write the manifest's report in words; its tables in at most `width` characters."""
     origin = report["source"]["repo_id"]
     source = f" from {origin}@{report['source']['commit']}" if origin else ""
     tool = ", ".join(f"{name} {version}" for name, version in report["tool"].items())

@@ -1,6 +1,6 @@
-"""One class for each tensor-parallel style, with both halves: how its parameters are cut, and what runs at run time.
+"""Strategies: one class for each tensor-parallel style. It says how parameters are cut, and what runs at run time.
 
-Styles of your own subclass `TensorParallelLayer`, and are registered on `ALL_PARALLEL_STYLES` under their names.
+To add your own, subclass `TensorParallelLayer` and register an instance on `ALL_PARALLEL_STYLES` under its name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a tensor-parallel style is: how its parameters are cut, and what its module does around the forward."""
+"""The base of tensor-parallel strategies: how parameters are cut, and what runs around a module's forward."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = [
 
 
 class TensorParallelLayer:
-    """Base of every style; subclass it to make your own.
+    """Base of every strategy; subclass it to make your own.
 
-    Offline, `partition_tensor` gives a rank's part of a parameter; it may only move elements, and is run once for each
-    rank on a tensor that records where they go. At run time `_prepare_input_fn` and `_prepare_output_fn` run before
-    and after the module's forward. With `use_dtensor` the module sees its parameters as DTensors there, else this
-    rank's local tensors. A cut that is a plain placement can be said through `placement` instead, as the built-in
-    styles do: the default `partition_tensor` makes it.
+    Offline, `partition_tensor` returns a rank's part of a parameter. It may only move elements: it runs once for each
+    rank, on a tensor that records where they go. At run time `_prepare_input_fn` and `_prepare_output_fn` run before
+    and after the module's forward. With `use_dtensor` the module sees its parameters as DTensors there, else as this
+    rank's local tensors. If the cut is a plain placement, override `placement` instead, as the built-in strategies do:
+    the default `partition_tensor` makes that cut.
     """
 
     input_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
@@ -37,7 +37,7 @@ class TensorParallelLayer:
     output_layouts: tuple[TorchPlacement, ...] = (Replicate(),)
     use_local_output = True
     use_dtensor = True
-    over_all_ranks = False  # where expert parallelism spans more ranks than tensor parallelism: which it works on
+    over_all_ranks = False  # if expert parallelism spans more ranks than tensor parallelism: whether it works on all
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class TensorParallelLayer:
         return not self.use_dtensor
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
-        """How a parameter of the full `shape` lies on the ranks. `param_type` is its own name: `weight`, `bias` …"""
+        """Return the placement of a parameter of the full `shape`. `param_type` is its own name: `weight`, `bias` …"""
         return plan.Replicate()
 
     def partition_tensor(
@@ -71,9 +71,9 @@ class TensorParallelLayer:
         rank: int,
         device_mesh: Any,
     ) -> nn.Parameter:
-        """`rank`'s part of `param` (a tensor or lazy slice of `empty_param`'s shape) as a Parameter.
+        """Return `rank`'s part of `param` (a tensor or lazy slice of `empty_param`'s shape) as a Parameter.
 
-        A DTensor where `device_mesh` is a real mesh and the layout has a name there, else the local tensor.
+        It is a DTensor if `device_mesh` is a real mesh and DTensor has a word for the layout, else the local tensor.
         """
         shape = tuple(empty_param.shape)
         placement = self.placement(param_type, shape)
@@ -101,7 +101,7 @@ class TensorParallelLayer:
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         """Install the two functions around `module`'s forward. Returns the handles; `remove()` undoes each.
 
-        A function that a style leaves as it is costs nothing: it is not installed.
+        A function that the strategy does not override is not installed, so it costs nothing.
         """
         handles: list[Any] = []
         if self._prepare_input_fn is not TensorParallelLayer._prepare_input_fn:
@@ -114,9 +114,9 @@ class TensorParallelLayer:
 
 
 class LocalLayer(TensorParallelLayer):
-    """A style whose functions work on local tensors, so that nothing is wrapped at any call.
+    """A strategy whose functions work on local tensors, so that no call wraps anything.
 
-    `use_dtensor` says only whether its parameters are DTensors to others.
+    `use_dtensor` says only whether others see its parameters as DTensors.
     """
 
     local_forward = True

@@ -1,4 +1,4 @@
-"""The collectives the styles need, on local tensors, through c10d. Nothing here changes a tensor's dtype."""
+"""Collectives that the strategies need, on local tensors, through c10d. Nothing here changes a tensor's dtype."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 # Bytes, over all ranks. A reduction on gloo goes round the ranks twice, and each step wakes a thread; gathering goes
-# round once. For more than this, what gathering sends in addition costs more than that.
+# round once. Above this size, the bytes that gathering sends in addition cost more than the second round.
 _SMALL = 1 << 20
 
 
 def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A group of these ranks, made by them alone.
+    """Make a group of these ranks; no other rank takes part.
 
-    Where the default group is bound to a GPU, torch would split the new one off its NCCL communicator, which waits for
-    every rank of that (`_new_process_group_helper`, torch 2.11 to 2.13). Unbound meanwhile, the new one connects itself
-    through the store, with its first collective.
+    If the default group is bound to a GPU, torch splits the new group off its NCCL communicator and waits for all its
+    ranks (`_new_process_group_helper`, torch 2.11 to 2.13). So the default group is unbound meanwhile: the new group
+    then connects itself through the store, with its first collective.
     """
     world = dist.group.WORLD
     bound, world.bound_device_id = world.bound_device_id, None
@@ -38,7 +38,7 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 
 def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Sum over the ranks, in place. Where torch records a graph, it ends here: no other rank's part is in it."""
+    """Sum over the ranks, in place. A graph that torch records ends here: no other rank's part is in it."""
     world_size = mesh.size()
     if world_size == 1:
         return x
@@ -59,7 +59,7 @@ def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.
         return x
     dim %= x.ndim
     chunk = -(-size // world_size)
-    if x.shape[dim] < chunk:  # later ranks are shorter: what is padded here lies past the end of the joined tensor
+    if x.shape[dim] < chunk:  # later ranks are shorter: the padding lies past the end of the joined tensor
         x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, chunk - x.shape[dim]))
     joined = x.new_empty((world_size, *x.shape))
     _all_gather(joined.view(-1), x.reshape(-1), group=mesh.get_group())
@@ -67,7 +67,7 @@ def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
-    """Sum over the ranks, each of which gets its slice of `dim`: what `split` takes of `all_reduce`."""
+    """Sum over the ranks and return this rank's slice of `dim`: the result of `split` after `all_reduce`."""
     world_size = mesh.size()
     if world_size == 1:
         return x
@@ -89,7 +89,7 @@ def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
 
 
 def largest_only(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
-    """What argmax needs of `all_gather(x, -1, size, mesh)`: zeros of that shape, and a one where its largest is.
+    """Return all that argmax needs of `all_gather(x, -1, size, mesh)`: zeros of its shape, and a one at its largest.
 
     Each rank sends 16 bytes for a row. The first of equals is taken, as torch.argmax does.
     """
@@ -97,7 +97,7 @@ def largest_only(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
     if x.shape[-1] == 0:  # a later rank may hold nothing
         x = x.new_full((*x.shape[:-1], 1), -torch.inf)
     value, index = x.max(-1)
-    mine = torch.stack([value.double(), (index + start).double()])  # either is exact in a double
+    mine = torch.stack([value.double(), (index + start).double()])  # both are exact in a double
     found = mine.new_empty((mesh.size(), *mine.shape))
     _all_gather(found.view(-1), mine.view(-1), group=mesh.get_group())
     values, places = found.unbind(1)
@@ -106,6 +106,6 @@ def largest_only(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
 
 
 def split(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
-    """This rank's slice of `dim`."""
+    """Return this rank's slice of `dim`."""
     start, stop = shard_bounds(x.shape[dim], rank=mesh.get_local_rank(), world_size=mesh.size())
     return x.narrow(dim, start, stop - start)

@@ -1,4 +1,4 @@
-"""Embeddings: cut over the vocabulary, or over the hidden size. Token ids are whole on every rank."""
+"""Embeddings: cut over the vocabulary, or over the hidden size. Token ids are replicated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["EmbeddingColwiseParallel", "EmbeddingRowwiseParallel"]
 class EmbeddingRowwiseParallel(LocalLayer):
     """Vocabulary-parallel: weight `Shard(0)`; ids of other ranks look up row 0 and count as zero in the sum.
 
-    An id that no rank has is looked up as it is, so that torch refuses it on each, as it does in one process.
+    An id that no rank has is looked up unmasked, so that torch refuses it on every rank, as it does in one process.
     """
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
@@ -49,7 +49,7 @@ class EmbeddingRowwiseParallel(LocalLayer):
 class EmbeddingColwiseParallel(ColwiseParallel):
     """Hidden-parallel: weight `Shard(1)`; each rank looks up its slice of every vector, and the slices are gathered.
 
-    With `output_layouts=Shard(-1)` they stay apart: a table of each head's own numbers, such as T5's position bias.
+    With `output_layouts=Shard(-1)` the slices stay apart: for a table of numbers per head, such as T5's position bias.
     """
 
     output_layouts = (Replicate(),)

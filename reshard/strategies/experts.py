@@ -1,4 +1,4 @@
-"""Mixtures of experts, and whatever else gives a partial sum when it runs on sharded parameters."""
+"""Mixtures of experts, and other modules whose output on sharded parameters is a partial sum."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = [
 
 
 class AllReduceParallel(LocalLayer):
-    """The module's output (the first, where it gives several) is a partial sum: reduce it.
+    """The module's output (the first, if it has several) is a partial sum: reduce it.
 
-    Its own parameters are whole unless they have a rule.
+    Its own parameters are replicated unless they have a rule.
     """
 
     @staticmethod
@@ -41,11 +41,11 @@ class AllReduceParallel(LocalLayer):
 
 
 class MoeExpertsParallel(AllReduceParallel):
-    """Every rank runs a slice of every expert (`packed_colwise` gate|up, `rowwise` down): reduce the sum."""
+    """Every rank runs a slice of every expert (`packed_colwise` gate|up, `rowwise` down): reduce the output."""
 
 
 class MoeIdentityParallel(LocalLayer):
-    """An expert that returns its input, the same on every rank: divided here, since the experts' sum is reduced."""
+    """An expert that returns its input. Every rank returns the same, so it is divided: the experts' sum is reduced."""
 
     @staticmethod
     def _prepare_input_fn(
@@ -62,10 +62,10 @@ class ExpertShardParallel(LocalLayer):
 
 
 class ExpertsDispatchParallel(AllReduceParallel):
-    """Experts on the ranks by expert (`grouped_gemm`): each runs the routes to its own on all tokens; reduce the sum.
+    """Each rank holds some experts (`grouped_gemm`) and runs the routes to them, for all tokens: reduce the output.
 
     The module's forward takes `(hidden_states, top_k_index, top_k_weights)`. A route to another rank's expert gets
-    weight zero and the id after the last one, which transformers' experts skip; where they do not, that of one of ours.
+    weight zero, and the id after the last expert, which transformers' experts skip. If they do not, it gets id 0.
     """
 
     over_all_ranks = True
@@ -81,7 +81,7 @@ class ExpertsDispatchParallel(AllReduceParallel):
         return hidden_states, index, top_k_weights.masked_fill(elsewhere, 0)
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
-        """Tell the module which experts it has. Ranks in a row share the same ones where experts are cut as well."""
+        """Tell the module which experts it has. If experts are cut as well, ranks in a row share the same ones."""
         fused = next(tensor for tensor in vars(module).values() if isinstance(tensor, torch.Tensor) and tensor.ndim > 1)
         everyone, mine = module.num_experts, fused.shape[0]
         row = device_mesh.size() * mine // everyone
@@ -93,8 +93,8 @@ class ExpertsDispatchParallel(AllReduceParallel):
 
 
 def _skips_past_the_last(module: nn.Module) -> bool:
-    """Whether the experts' forward knows an id after the last, and runs nothing for it. Not all of them do, and asking
-    the forward itself could end a CUDA context, so its source is read: without one, routes elsewhere cost a run."""
+    """Whether the experts' forward knows an id after the last, and runs nothing for it. Not all do. Trying it could end
+    a CUDA context, so its source is read. If there is no source, routes to other ranks cost a run here."""
     try:
         source = inspect.getsource(inspect.unwrap(type(module).forward))
     except OSError:

@@ -25,19 +25,19 @@ __all__ = [
     "RowwiseParallel",
 ]
 
-ONLY_ARGMAX = "_only_argmax"  # the attribute of a module from whose gathered output only the argmax is wanted
+ONLY_ARGMAX = "_only_argmax"  # attribute of a module: only the argmax of its gathered output is wanted
 
 _LAST = Shard(-1)
 
 
 class ColwiseParallel(LocalLayer):
-    """Output features are split: weight `Shard(-2)`, bias `Shard(0)`; the input is whole on every rank.
+    """Output features are split: weight `Shard(-2)`, bias `Shard(0)`; the input is replicated.
 
     The output is this rank's slice of the last dim, or, with `output_layouts=Replicate()`, gathered.
     """
 
     output_layouts = (_LAST,)
-    features = "out_features"  # what the module calls the size of that dim
+    features = "out_features"  # the module's attribute with the size of that dim
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(max(len(shape) - 2, 0)) if shape else plan.Replicate()
@@ -61,8 +61,8 @@ class ColwiseParallel(LocalLayer):
 class RowwiseParallel(LocalLayer):
     """Input features are split: weight `Shard(-1)`; each rank's product is a partial sum, reduced after the forward.
 
-    The bias is whole on every rank and added once, after the reduction. With `input_layouts=Replicate()` the input is
-    whole and each rank takes its slice. Where the model's hidden states are split along the sequence, so is the sum.
+    The bias is replicated and added once, after the reduction. With `input_layouts=Replicate()` the input is replicated
+    and each rank takes its slice. If the model's hidden states are split along the sequence, so is the sum.
     """
 
     input_layouts = (_LAST,)
@@ -98,7 +98,7 @@ class RowwiseParallel(LocalLayer):
 class PackedColwiseParallel(LocalLayer):
     """Fused projections (gate|up): each rank takes its slice of every block of the output features.
 
-    The bias is packed as its weight is. Upstream cuts it contiguously, which does not match the weight.
+    The bias is packed as the weight is. Upstream cuts the bias contiguously, which does not match the weight.
     """
 
     def __init__(self, *, blocks: int | Sequence[int] = 2, **layouts: Any) -> None:
@@ -135,7 +135,7 @@ class Conv1DColwiseParallel(ColwiseParallel):
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         handles = super().prepare_module_tp(module, device_mesh)
-        module.nf = module.weight.shape[-1]  # its forward gives the output that many features
+        module.nf = module.weight.shape[-1]  # its forward shapes the output by nf
         return handles
 
 
@@ -148,6 +148,6 @@ class Conv1DRowwiseParallel(RowwiseParallel):
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         bias = module.bias
         handles = super().prepare_module_tp(module, device_mesh)
-        # One element, repeated: torch refuses to write to it, which nothing would hear of.
+        # One element, repeated: torch refuses to write to it, and a write would otherwise go unnoticed.
         module.__dict__["bias"] = bias.new_zeros(()).expand(bias.shape)
         return handles

@@ -1,4 +1,4 @@
-"""The names of the styles, and the strategy of each: those built in, and those of the user."""
+"""Names of styles and the strategy of each: built-in ones, and the user's."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _BUILT_IN: dict[str, TensorParallelLayer] = {
     "rowwise_rep": _split_rowwise,
     "packed_colwise": PackedColwiseParallel(),
     "packed_rowwise": PackedRowwiseParallel(),
-    # The older guide's names for parameters that are local tensors to everybody, not DTensors.
+    # The older guide's names for parameters that everybody sees as local tensors, not as DTensors.
     "local_colwise": ColwiseParallel(use_dtensor=False),
     "local_rowwise": RowwiseParallel(use_dtensor=False),
     "local_packed_rowwise": PackedRowwiseParallel(use_dtensor=False),
@@ -72,14 +72,14 @@ _BUILT_IN: dict[str, TensorParallelLayer] = {
     "gather": AllReduceParallel(),  # the older guide's name: it sums the module's outputs
     "grouped_gemm": ExpertShardParallel(),
     "ep_dispatch_experts": ExpertsDispatchParallel(),
-    # transformers 5.17 masks the routes behind the router, later ones in front of the experts, as is done here.
+    # transformers 5.17 masks the routes after the router, later releases before the experts, as here.
     "ep_router": _unchanged,
     "replicate": _unchanged,
-    # For training: sums the gradient of a norm that sees only this rank's heads. The forward is the module's own.
+    # For training: sums the gradient of a norm that sees only this rank's heads. The forward stays the module's own.
     "replicated_with_grad_allreduce": _unchanged,
-    # Likewise: the rope part of MLA's compressed keys goes to every rank's heads, which concerns gradients alone.
+    # For training too: the rope part of MLA's compressed keys goes to every rank's heads, which changes only gradients.
     "mla_kv_a_proj": _unchanged,
-    # Parameters beside a hook-less forward (attention sinks): their own rules cut them, the module runs as it is.
+    # Parameters of a module without hooks (attention sinks): their own rules cut them, the module runs as it is.
     "local_params": _unchanged,
 }
 
@@ -88,21 +88,20 @@ _WITH_BLOCKS = re.compile(r"(\w+)\[(\d+(?:,\d+)*)\]")
 
 
 class ParallelInterface(Mapping[str, TensorParallelLayer]):
-    """Style name → strategy. Every instance sees the built-in styles and those registered on it."""
+    """Style → strategy. Every instance has the built-in styles and those registered on it."""
 
     def __init__(self) -> None:
         self._strategies = dict(_BUILT_IN)
 
     def register_strategy(self, name: str, strategy: TensorParallelLayer) -> None:
-        """Make `name` usable in a plan. Replaces a strategy of that name. Raises TypeError where it is not one."""
+        """Make `name` usable in a plan. Replaces a strategy of that name. Raises TypeError if `strategy` is none."""
         if not isinstance(strategy, TensorParallelLayer):
             raise TypeError(f"{name}: register an instance of a TensorParallelLayer, not {strategy!r}")
         self._strategies[name] = strategy
 
     def find(self, name: str) -> TensorParallelLayer:
-        """The strategy of a style. `packed_colwise[4,1,1]` is `packed_colwise` with blocks of these relative sizes.
-
-        Raises BadInputError, with the known styles, where there is none.
+        """Return the strategy of a style. `packed_colwise[4,1,1]` is `packed_colwise` with blocks of these relative
+        sizes. Raises BadInputError, with the known styles, if there is none.
         """
         packed = _WITH_BLOCKS.fullmatch(name)
         if packed and isinstance(self.get(packed[1]), (PackedColwiseParallel, PackedRowwiseParallel)):
@@ -117,7 +116,7 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
         return self[name]
 
     def custom(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of `names` that are not built in, and the class of each."""
+        """Return the custom styles among `names`, and the class of each."""
         return {name: type(self[name]).__name__ for name in sorted(names) if self.get(name) is not _BUILT_IN.get(name)}
 
     def __getitem__(self, name: str) -> TensorParallelLayer:
@@ -134,12 +133,12 @@ ALL_PARALLEL_STYLES = ParallelInterface()
 
 
 def as_strategies(given: ParallelInterface | str | Path) -> ParallelInterface:
-    """What is given, or what `load_strategies` makes of a path."""
+    """Return `given`, or, if it is a path, the strategies that `load_strategies` loads from it."""
     return given if isinstance(given, ParallelInterface) else load_strategies(given)
 
 
 def load_strategies(path: str | Path) -> ParallelInterface:
-    """Run a Python file of yours and return the styles it defines beside the built-in ones.
+    """Run a Python file of yours and return its styles together with the built-in ones.
 
     The file registers them on `ALL_PARALLEL_STYLES` under their names. It is code: run only files you wrote or read.
 

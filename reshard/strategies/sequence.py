@@ -1,4 +1,4 @@
-"""Each rank on its own tokens: modules that work on a token by itself, and hidden states split along the sequence."""
+"""Sequence parallelism: modules that work on a token by itself, and hidden states split along the sequence."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .collectives import all_gather, reduce_scatter, split
 
 __all__ = ["SequenceParallel", "SplitSequence", "follow", "split_sequence_of"]
 
-_DIM = 1  # the sequence's, of activations [batch, sequence, hidden]
-_FOLLOWED = "_split_sequence"  # the attribute of a module that gives or takes slices while the sequence is split
+_DIM = 1  # the sequence's dim in activations [batch, sequence, hidden]
+_FOLLOWED = "_split_sequence"  # attribute of a module that returns or takes slices while the sequence is split
 
 
 class SplitSequence:
-    """A model's hidden states between its blocks: while `length` is set, each rank has its slice of so many tokens.
+    """A model's hidden states between its blocks: while `length` is set, each rank has its slice of `length` tokens.
 
-    Slices are those of torch.chunk: later ranks may hold less, or nothing. What is given out is contiguous: models use
+    Slices are those of torch.chunk: later ranks may hold less, or nothing. Returned tensors are contiguous: models use
     `view`, and a slice must not keep the whole in memory.
     """
 
@@ -31,37 +31,37 @@ class SplitSequence:
         self.length: int | None = None
 
     def __deepcopy__(self, _memo: Any) -> SplitSequence:
-        """The hooks of a copied model are those of the first: they go by this one."""
+        """Return self: a copied model has the hooks of the first, and these use this object."""
         return self
 
     def begin(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of whole hidden states. Fewer tokens than ranks are not split: each rank has them all."""
+        """Return this rank's slice of replicated hidden states. Fewer tokens than ranks stay replicated."""
         if x.ndim != 3 or x.shape[_DIM] < self._mesh.size():
             return x
         self.length = x.shape[_DIM]
         return split(x, _DIM, self._mesh).contiguous()
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' slices, joined."""
+        """Join the ranks' slices."""
         assert self.length is not None
         return all_gather(self.checked(x), _DIM, self.length, self._mesh).contiguous()
 
     def end(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' slices, joined, and split no longer."""
+        """Join the ranks' slices, and end the split."""
         whole = self.whole(x)
         self.length = None
         return whole
 
     def reduced(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of the sum of whole, partial hidden states."""
+        """Return this rank's slice of the sum of partial hidden states, of which each rank has all tokens."""
         return reduce_scatter(self._checked(x, self.length), _DIM, self._mesh).contiguous()
 
     def part(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of whole hidden states, which all ranks have."""
+        """Return this rank's slice of replicated hidden states."""
         return split(self._checked(x, self.length), _DIM, self._mesh).contiguous()
 
     def checked(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, which is this rank's slice. Raises BadInputError where it is not."""
+        """Return `x`, this rank's slice. Raises BadInputError if it is not."""
         assert self.length is not None
         start, stop = shard_bounds(self.length, rank=self._mesh.get_local_rank(), world_size=self._mesh.size())
         return self._checked(x, stop - start)
@@ -81,15 +81,15 @@ def follow(module: nn.Module, sequence: SplitSequence) -> None:
 
 
 def split_sequence_of(module: nn.Module) -> SplitSequence | None:
-    """What the module follows, where that is split now."""
+    """Return the `SplitSequence` that the module follows, if that is split now."""
     sequence = module.__dict__.get(_FOLLOWED)
     return sequence if sequence is not None and sequence.length is not None else None
 
 
 class SequenceParallel(LocalLayer):
-    """Parameters are whole; each rank runs its slice of the sequence, and the slices are gathered.
+    """Parameters are replicated; each rank runs its slice of the sequence, and the slices are gathered.
 
-    Where the hidden states are split already, the module runs on its slice, and gives one.
+    If the hidden states are split already, the module takes a slice and returns one.
     """
 
     @staticmethod

@@ -20,7 +20,7 @@ __all__ = ["as_dtensor", "get_packed_weights", "get_tensor_shard", "rows_of", "t
 
 
 def take(param: Any, placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> torch.Tensor:
-    """The part of `param` (a tensor, or a lazy safetensors slice) that `rank` holds. Any dtype; may be empty."""
+    """Return the part of `param` (a tensor, or a lazy safetensors slice) that `rank` holds. Any dtype; may be empty."""
     if isinstance(placement, plan.Nested):
         row, place = divmod(rank, placement.row)
         held = take(param, placement.outer, shape, rank=row, world_size=world_size // placement.row)
@@ -38,9 +38,9 @@ def take(param: Any, placement: Placement, shape: Sequence[int], *, rank: int, w
 
 
 def get_tensor_shard(param: Any, empty_param: torch.Tensor, device_mesh: Any, rank: int, dim: int) -> torch.Tensor:
-    """`rank`'s slice of `param` along `dim` (negative counts from the end): torch.chunk's, uneven and empty included.
+    """Return `rank`'s slice of `param` along `dim` (negative counts from the end) as torch.chunk cuts; may be empty.
 
-    `param` is a tensor or a lazy safetensors slice, `empty_param` gives the full shape, `device_mesh.size()` the ranks.
+    `param` is a tensor or lazy safetensors slice, `empty_param` has the full shape, `device_mesh.size()` counts ranks.
     """
     shape = tuple(empty_param.shape)
     return take(param, plan.Shard(dim % len(shape)), shape, rank=rank, world_size=device_mesh.size())
@@ -54,7 +54,7 @@ def get_packed_weights(
     dim: int,
     blocks: int | Sequence[int] = 2,
 ) -> torch.Tensor:
-    """`rank`'s slice of every block packed along `dim`, concatenated: gate|up by default, or the given blocks.
+    """Return `rank`'s slices of all blocks packed along `dim`, concatenated: gate|up by default, or the given blocks.
 
     `blocks` is their number or their relative sizes. No row is ever dropped: each block is cut as torch.chunk does.
     """
@@ -65,7 +65,7 @@ def get_packed_weights(
 
 
 def torch_placement(placement: Placement, world_size: int) -> TorchPlacement | None:
-    """DTensor's word for a placement on a mesh of one axis, or None where it has none.
+    """Return DTensor's word for a placement on a mesh of one axis, or None if it has none.
 
     `_StridedShard` describes equal blocks that divide evenly; DTensor cannot express other packed layouts.
     """
@@ -80,10 +80,10 @@ def torch_placement(placement: Placement, world_size: int) -> TorchPlacement | N
 
 
 def as_dtensor(local: torch.Tensor, placement: Placement, mesh: DeviceMesh, shape: Sequence[int]) -> torch.Tensor:
-    """A rank's tensor as a DTensor of the global `shape`; `local` itself where DTensor has no word for its layout.
+    """Return a rank's tensor as a DTensor of the global `shape`, or `local` if DTensor has no word for its layout.
 
-    A nested placement stands on a two-axis view of the mesh. The first such view is made by a collective: call it alike
-    on all ranks.
+    A nested placement needs a two-axis view of the mesh. A collective makes the first view of each row size: call this
+    alike on all ranks.
     """
     if isinstance(placement, plan.Nested):
         mesh = rows_of(mesh, placement.row)
@@ -101,12 +101,12 @@ def as_dtensor(local: torch.Tensor, placement: Placement, mesh: DeviceMesh, shap
 
 
 def rows_of(mesh: DeviceMesh, row: int) -> DeviceMesh:
-    """The mesh as two axes, `rows` and `row`: that many ranks in each row. Made once, by a collective of its ranks."""
+    """View a mesh as two axes, `rows` and `row`: `row` ranks in each row. Made once, by a collective of its ranks."""
     views: dict[int, DeviceMesh] = mesh.__dict__.setdefault("_reshard_views", {})
     if row not in views:
         ranks = mesh.mesh.view(-1, row)
         place, column = divmod(mesh.get_local_rank(), row)
-        # Other ranks may be on a mesh of their own, with views at other times: each makes only the groups it is in.
+        # Other ranks may have a mesh of their own, and make views at other times: each makes only the groups it is in.
         groups = [group_of(own.tolist()) for own in (ranks[:, column], ranks[place])]
         views[row] = DeviceMesh.from_group(groups, mesh.device_type, mesh=ranks, mesh_dim_names=("rows", "row"))
     return views[row]

@@ -1,11 +1,12 @@
 """A tensor that knows only where its elements come from.
 
-Transformers describes checkpoint conversions (fuse the experts, split a fused projection, permute for rope) as
+transformers describes checkpoint conversions (fuse the experts, split a fused projection, permute for rope) as
 operations on tensors, and a tensor-parallel strategy cuts tensors. Run on `RegionTensor`s, the same code yields regions
 instead of data: whatever moves elements is understood here without a second copy of its rules. An operation that
 computes raises `NotACopyError`.
 
-torch breaks every operation on tensors into a few of its own (`torch.ops.aten`); those that only move are below.
+torch breaks every operation on tensors into a few of its own (`torch.ops.aten`). Those that only move elements are
+below.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class NotACopyError(Exception):
 
 @contextlib.contextmanager
 def casts_left_to_the_copy() -> Iterator[None]:
-    """Inside, a cast between floating dtypes moves nothing: elements are cast once, as they are copied to their place.
-    That is right where the plan decides the dtype afterwards, as for transformers' conversions."""
+    """Ignore casts between floating dtypes inside the context: elements are cast once, as they are copied. This is
+    right if the plan decides the dtype afterwards, as for transformers' conversions."""
     before = _casts_are_left.set(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""How a strategy cuts a parameter, found by running its `partition_tensor` on a tensor that records what is taken."""
+"""The cut that a strategy makes of a parameter, found by running `partition_tensor` on a tensor that records it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["placement_on"]
 def placement_on(
     strategy: TensorParallelLayer, param_type: str, shape: Sequence[int], dtype: torch.dtype, world_size: int
 ) -> Placement:
-    """How a strategy places a parameter of this shape on so many ranks: its `placement`, or where `partition_tensor` is
-    its own, what that makes of the parameter.
+    """Return the placement that a strategy gives a parameter of this shape on `world_size` ranks: its `placement`, or,
+    if it overrides `partition_tensor`, the placement that this makes.
 
     Raises:
         BadInputError: `partition_tensor` computes values, rearranges elements inside a rank, loses some, or fails.
@@ -34,7 +34,7 @@ def placement_on(
 
 
 class _OfflineMesh(DeviceMesh):
-    """A mesh of one axis seen from one of its ranks. There is no process group behind it."""
+    """A mesh of one axis seen from one of its ranks, without a process group."""
 
     def __init__(self, world_size: int, rank: int) -> None:
         super().__init__("cpu", torch.arange(world_size), mesh_dim_names=("tp",), _init_backend=False, _rank=rank)
@@ -47,7 +47,7 @@ class _OfflineMesh(DeviceMesh):
 def _traced_placement(
     strategy: TensorParallelLayer, param_type: str, shape: Sequence[int], dtype: torch.dtype, world_size: int
 ) -> Placement:
-    """The placement that `partition_tensor` makes of a parameter: a plain one where it is one, else box by box."""
+    """Return the placement that `partition_tensor` makes: a plain one if it equals one, else one box by box."""
     name = type(strategy).__name__
     parts = []
     for rank in range(world_size):
@@ -63,7 +63,7 @@ def _traced_placement(
 
 
 def _cover(boxes: Sequence[Piece], shape: Sequence[int]) -> bool:
-    """Whether every element is in some box. Looks at the cells between the boxes' edges, not at elements."""
+    """Whether every element is in some box. Compares the cells between the boxes' edges, not single elements."""
     edges = [
         sorted({0, size, *(edge for box in boxes for edge in (box.start[d], box.start[d] + box.extent[d]))})
         for d, size in enumerate(shape)
@@ -105,7 +105,7 @@ def _run(
 
 
 def _piece(region: Region, shape: tuple[int, ...], name: str) -> Piece:
-    """A region of the parameter as a box of it. Its elements must lie in it as they lie in the parameter."""
+    """Return a region of the parameter as a box of it. Raises BadInputError if its elements are in another order."""
     strides = contiguous_strides(shape)
     kept = len(region.extent) == len(shape) and all(
         size == 1 or one == other for size, one, other in zip(region.extent, region.strides, strides)
