@@ -140,7 +140,7 @@ def _beginning(model: Any, prompt: Prompt) -> str:
 
 
 def _whole(model: Any, one: Generated) -> str:
-    """Return a text among others, and an empty line. If the text does not continue its prompt, that is a line before."""
+    """Return a text among others, and an empty line. A prompt that it does not continue is on a line before it."""
     return (_beginning(model, one.prompt) or f"> {one.prompt.text}\n") + one.text + "\n"
 
 
