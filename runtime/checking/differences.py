@@ -153,7 +153,7 @@ def _part(model: Any, moment: Moment, shape: torch.Size, whole: torch.Tensor) ->
 
 
 def _features(model: Any, moment: Moment, rank: int, world_size: int) -> torch.Tensor | None:
-    """Return the numbers of the features that a rank has of a linear layer or embedding, by its weight's placement."""
+    """Return the indices of the features that a rank has of a linear layer or embedding, by its weight's placement."""
     target: Target | None = model._reshard_targets.get(f"{moment.module}.weight".lstrip("."))
     if target is None or len(target.shape) != 2:
         return None
