@@ -25,7 +25,7 @@ from .ranks import RankInfo
 
 __all__ = ["Deadline", "UnansweredError", "agree", "first_line", "from_first", "spoken", "words_of"]
 
-_STRAGGLERS = 2.0  # seconds that ranks wait for others after a failure, so that all end by themselves, with its exit code
+_STRAGGLERS = 2.0  # seconds that ranks wait for others after a failure, so that all end with its exit code
 _ROLL_CALL = 1.0  # seconds to find out who is silent, if a process group was not ready in time
 _LONGEST_PAUSE = 0.05  # seconds
 _meetings = itertools.count()
