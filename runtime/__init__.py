@@ -1,4 +1,4 @@
-"""Run a resharded model under torchrun: `load` gives a transformers model whose parameters are DTensors."""
+"""The Python interface under torchrun: `load` returns a transformers model whose parameters are DTensors."""
 
 from reshard.process import patient_collector
 

@@ -1,4 +1,4 @@
-"""The command line of a rank: `generate`, `check` and `bench`. One rank speaks; the others are quiet."""
+"""The command line of a rank: `generate`, `check` and `bench`. One rank prints; the others are quiet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .distributed.agreement import Deadline
 from .distributed.mesh import connect, shut_down
 from .distributed.ranks import this_rank
 
-_TO_SPEAK = 1.0  # seconds to reach the store, which says who does
+_TO_SPEAK = 1.0  # seconds to reach the store, which tells which rank reports a failure
 _TO_END = 0.5  # seconds from when a process closes its sockets until it has ended
 _PARENT = os.getppid()
 
@@ -44,8 +44,8 @@ cli.add_command(bench)
 
 
 def _fail(error: BaseException) -> int:
-    """Say what went wrong, if no other rank does. Returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once another has ended: nobody is to die in mid-word
+    """Report a failure, unless another rank reports it. Return the exit code."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once another rank has ended
     verbose = wants_traceback(sys.argv)
     if _speaks_first():
         return report_failure(error, verbose=verbose, as_json=wants_json(sys.argv))
@@ -56,7 +56,7 @@ def _fail(error: BaseException) -> int:
 
 
 def _speaks_first() -> bool:
-    """Whether this rank is the first to ask the store. Without one: rank 0, or any rank that is cut off by itself."""
+    """Whether this rank is the first to ask the store. Without a store: rank 0, or a rank that is cut off by itself."""
     try:
         info = this_rank()
     except ReshardError:
@@ -66,21 +66,21 @@ def _speaks_first() -> bool:
     except (ReshardError, RuntimeError):
         if info.rank != 0:
             time.sleep(_TO_END)
-        return info.rank == 0 or os.getppid() == _PARENT  # torchrun, which holds the store, is not what has ended
+        return info.rank == 0 or os.getppid() == _PARENT  # torchrun, which holds the store, still runs
 
 
 def entry(name: str = "reshard-rank") -> None:
-    """Run a command on this rank, in a process called `name`. A failure is said once, however many ranks have it."""
+    """Run a command on this rank, in a process called `name`. One rank reports a failure, however many have it."""
     leave()
     if not (wants_traceback(sys.argv) and is_first()):
-        warnings.simplefilter("ignore")  # advice to whoever writes torch code
+        warnings.simplefilter("ignore")  # they advise authors of torch code
     end_on_interrupt()
     code: Any = 0
     try:
-        # What a command exits with, if any.
+        # A command's exit code, if it returns one.
         code = cli.main(prog_name=name, standalone_mode=False, color=in_colour()) or 0
         shut_down()
-    except SystemExit:  # click's, of a reader of stdout who has gone: no reason for words, of any rank
+    except SystemExit:  # click's, if the reader of stdout has gone: no rank reports that
         _speaks_first()
         code = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
@@ -88,7 +88,7 @@ def entry(name: str = "reshard-rank") -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: gloo's threads can abort the interpreter while it shuts down, and the work would count as failed.
-    # Nor is a group left that has failed: that would wait for the others.
+    # After a failure the group is not destroyed: that would wait for the other ranks.
     os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints shared by the whole run, the command line in this process, and an environment apart from the user's."""
+"""Fixtures: checkpoints shared by the whole run, the command line in this process, an environment of the tests' own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import reshard.cli.main  # noqa: E402
 if TYPE_CHECKING:
     from object_store import ObjectStore
 
-# A run in the background of a script ignores Ctrl-C; the tests send it.
+# The tests send Ctrl-C, which a background process of a script ignores.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -40,7 +40,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """`checkpoint(family, **options)`: the folder of `pico.save`, made once per run. Do not change it."""
+    """`checkpoint(family, **options)` returns the folder of `pico.save`, made once per run. Do not change it."""
     import pico
 
     made: dict[str, Path] = {}
@@ -56,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run the command line in this process, for 20 seconds at most. Without its remarks, unless `aloud`."""
+    """Run the command line in this process, for 20 seconds at most; with `--quiet`, unless `aloud`."""
 
     def run(*arguments: object, seconds: float = 20, aloud: bool = False) -> Result:
         capfd.readouterr()
@@ -90,7 +90,7 @@ def refused(cli: Cli, tmp_path: Path) -> Refused:
 
 @pytest.fixture(scope="module")
 def room() -> Iterator[Path]:
-    """A folder in memory: what is tried thousands of times need not reach the disk."""
+    """A folder in memory, so that thousands of tries need not reach the disk."""
     from disk_calls import folder_in_memory
 
     with folder_in_memory() as folder:
@@ -148,7 +148,7 @@ def python(hub: FakeHub, home: Path) -> Callable[..., subprocess.CompletedProces
 
 @pytest.fixture
 def here(hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The Hub of this test as that of this process, whose client waits for a second at most and retries at once."""
+    """The Hub of this test, used by this process: its client waits for a second at most and retries at once."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
@@ -180,7 +180,7 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """An empty bucket, whose server this process and those it starts take for S3."""
+    """An empty bucket. This process and those it starts use its server as S3."""
     from s3fs import S3FileSystem
 
     for name, value in server.environment(tmp_path).items():

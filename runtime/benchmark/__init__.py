@@ -1,1 +1,1 @@
-"""`bench` on a rank: what it measures, with this runtime and with those it is compared with."""
+"""`bench` on a rank: measurements of this runtime, and of those it is compared with."""

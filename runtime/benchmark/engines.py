@@ -1,4 +1,4 @@
-"""What a benchmark runs a model with: this runtime, or one of those it is compared with."""
+"""The engines that a benchmark runs a model with: this runtime, and those it is compared with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRIAL = 60  # seconds for a first forward of a few tokens
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A name, how many ranks it runs on, and how it loads the model on each."""
+    """A name, the number of ranks it runs on, and the function that loads the model on each."""
 
     name: str
     ranks: int
@@ -29,28 +29,28 @@ class Engine:
 
 
 def peer(name: str, root: Path, ranks: int, dtype: str) -> Engine:
-    """The engine `name` of `PEERS`, on the checkpoint in `root`."""
+    """Return the engine `name` of `PEERS`, for the checkpoint in `root`."""
     return Engine(name, ranks, lambda: PEERS[name](root, ranks, getattr(torch, dtype)))
 
 
 def _transformers(root: Path, _ranks: int, dtype: torch.dtype) -> Any:
-    """transformers' own tensor parallelism."""
+    """Load with transformers' own tensor parallelism."""
     family: Any = model_class(root)[0]
     with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of another spelling of tp_plan, which the oldest release does not know
+        warnings.simplefilter("ignore")  # about another spelling of tp_plan, which the oldest release does not know
         return family.from_pretrained(root, tp_plan="auto", dtype=dtype).eval()
 
 
 def _tensor_parallel(root: Path, ranks: int, dtype: torch.dtype) -> Any:
-    """The package of that name: threads of one process. Its wrapper gets the few attributes that are asked of a model.
+    """Load with the package `tensor_parallel`: threads of one process.
 
-    It can wait for ever for a thread that has failed, so it must first show that it runs at all.
+    It can wait for ever for a thread that has failed, so a trial forward must end within `_TRIAL` seconds.
     """
     try:
         import tensor_parallel
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "tensor_parallel"
-        hint = "pip install tensor_parallel" if absent else None  # else it is there, and does not go with what it needs
+        hint = "pip install tensor_parallel" if absent else None  # else it is installed, but its own imports fail
         raise BadInputError(f"it cannot be imported: {error}", hint=hint) from None
     family: Any = model_class(root)[0]
     devices = [f"cuda:{rank}" for rank in range(ranks)] if torch.cuda.is_available() else ["cpu"] * ranks

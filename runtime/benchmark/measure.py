@@ -1,4 +1,4 @@
-"""How fast a model runs on these ranks: start, prefill, decode and memory. One measuring rule for every engine."""
+"""Measurements of a model on these ranks: start, prefill, decode and memory, by the same rules for every engine."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .engines import Engine
 
 __all__ = ["measure"]
 
-_RUNS = 3  # timed ones of each kind, in turn, after one that warms up
+_RUNS = 3  # timed runs of each kind, in turn, after one that warms up
 
 
 def measure(engine: Engine, settings: Settings) -> Measured:
-    """Load and run a model. Call it on every rank; the figures are this rank's, but for memory."""
+    """Load and run a model. Call it on every rank. Times are this rank's; memory is the largest of all ranks."""
     start = time.perf_counter()
     model = engine.load()
     load = time.perf_counter() - start
@@ -64,7 +64,7 @@ def _prompt(model: Any, batch: int, length: int) -> torch.Tensor:
 
 
 def _points(model: Any, settings: Settings, prompts: dict[int, torch.Tensor]) -> tuple[Point, ...]:
-    """Every batch size, eager and compiled, in turn: what else the machine does meets all alike."""
+    """Run every batch size, eager and compiled, in turn, so that other load on the machine meets all alike."""
     forwards = {False: model, **({True: torch.compile(model)} if settings.compiled else {})}
     steps = settings.steps if model.can_generate() and not model.config.is_encoder_decoder else 0
     prefill: dict[tuple[int, bool], list[float]] = {(b, c): [] for b in prompts for c in forwards}
@@ -74,7 +74,7 @@ def _points(model: Any, settings: Settings, prompts: dict[int, torch.Tensor]) ->
             forward = forwards[compiled]
             seconds, output = _timed(model, lambda: _prefill(model, forward, prompts[batch]))  # noqa: B023
             stepped = _steps(model, forward, output, prompts[batch], steps)
-            if turn:  # the first compiles: for every shape, since all turns have the same
+            if turn:  # the first turn compiles, for every shape: all turns have the same
                 took.append(seconds)
                 decode[batch, compiled] += stepped
     return tuple(
@@ -91,8 +91,8 @@ def _prefill(model: Any, forward: Any, ids: torch.Tensor) -> Any:
 
 
 def _steps(model: Any, forward: Any, output: Any, ids: torch.Tensor, steps: int) -> list[float]:
-    """Seconds of steps of one token, with all that came before in the cache."""
-    from ..generation.generate import CACHE  # not at the start, whose time is measured too
+    """Return the seconds of each step of one token, with all earlier tokens in the cache."""
+    from ..generation.generate import CACHE  # imported late, since the start is measured too
 
     token, found = ids[:, :1], []
     for _ in range(steps):
@@ -134,16 +134,16 @@ def _memory(model: Any) -> int:
 
 
 def _anonymous() -> int:
-    """Bytes of this process's memory that are no file's. 0 where the system does not say."""
+    """Return the bytes of this process's anonymous memory (not of files); 0 if the system does not tell."""
     path = Path("/proc/self/smaps_rollup")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:")), 0)
 
 
 def _since_start() -> float | None:
-    """Seconds since this process began, imports and all. None where the system does not say."""
+    """Return the seconds since this process began, imports included; None if the system does not tell."""
     path = Path("/proc/self/stat")
     if not path.exists():
         return None
-    began = int(path.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # since the machine did
+    began = int(path.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # since boot
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began

@@ -1,1 +1,1 @@
-"""`check`: whether the sharded model computes what the single-process model does, and where it first does not."""
+"""`check` on a rank: compare the sharded model with the single-process model, and find where they first differ."""

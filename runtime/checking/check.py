@@ -1,4 +1,4 @@
-"""Compare a resharded model with the single-process model it was made from."""
+"""The comparison of a resharded model with the single-process model of its source."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ __all__ = ["Parity", "check"]
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What the sharded model computes against the single-process one. Relative errors are to its largest value.
+    """Errors of the sharded model against the single-process model, relative to the latter's largest value.
 
     The values are logits, or the last hidden state of a model without a head. `tolerance` is what rounding explains:
-    in half precision, a few times the reference's own distance from fp32. `equal_tokens` is None where the model
-    generates none; `tied_tokens` is whether rounding explains that they are different. Where layers were asked for,
-    `difference` is the first module that computes something else, and where none does, `unreached` are parameters that
-    are not those of the source all the same.
+    in half precision, a few times the reference's own distance from fp32. `equal_tokens` is None if the model
+    generates none; `tied_tokens` tells whether rounding explains that they differ. If layers were compared,
+    `difference` is the first module that computes something else. If no module does, `unreached` are the parameters
+    that differ from the source nevertheless.
     """
 
     max_abs: float
@@ -69,7 +69,7 @@ class Parity:
         return explained and not self.unreached
 
     def to_json(self) -> dict[str, Any]:
-        """For JSON, which has no word for NaN and infinities: an error that is no number is null."""
+        """Return the fields for JSON, which cannot hold NaN and infinities: they become null."""
         return {**_numbers(asdict(self)), "ok": self.ok}
 
 
@@ -80,15 +80,15 @@ def _numbers(value: Any) -> Any:
 
 
 def check(model: Any, reference: str | None = None, *, revision: str | None = None, per_layer: bool = False) -> Parity:
-    """Forward, and greedy decoding where the model can, on fixed token ids, against the single-process model.
+    """Compare a forward on fixed token ids, and greedy decoding if the model can, with the single-process model.
 
-    That is `from_pretrained(reference)`, in rank 0's memory; without `reference`, what was stored of it when the folder
-    was made. `per_layer` also looks for the first module whose output differs, which takes a `reference`, and on rank 0
-    the outputs of all modules. Call it on every rank; all get the same result.
+    The single-process model is `from_pretrained(reference)`, in rank 0's memory. Without `reference`, its outputs are
+    those stored when the folder was made. `per_layer` also looks for the first module whose output differs: this needs
+    a `reference`, and memory on rank 0 for the outputs of all modules. Call it on every rank; all get the same result.
 
     Raises:
         UsageError: there is nothing to compare with.
-        ReshardError: what stopped rank 0, on every rank.
+        ReshardError: rank 0 failed; raised on every rank.
     """
     single: _Single | None = None
 
@@ -101,7 +101,7 @@ def check(model: Any, reference: str | None = None, *, revision: str | None = No
         return {"ids": of.ids.tolist(), "tokens": tokens, "tolerance": of.tolerance}
 
     info = this_rank()
-    # Not by a collective, which has a limit: a big model takes one process longer than that.
+    # Not by a collective, which has a time limit: one process may need longer for a big model.
     told = from_first(connect(info, Deadline.after(0)), info, prepare)
     ids = torch.tensor(told["ids"], device=model.device)
     values = values_of(model, ids)
@@ -124,7 +124,7 @@ def check(model: Any, reference: str | None = None, *, revision: str | None = No
 
 @dataclass(frozen=True, slots=True)
 class _Single:
-    """What rank 0 knows of the single-process model."""
+    """The single-process model's outputs, on rank 0."""
 
     reference: Reference
     layers: Layers | None
@@ -167,11 +167,12 @@ def _check_ids(model: Any, folder: Path, ids: torch.Tensor) -> None:
 def _tokens(
     model: Any, ids: torch.Tensor, wanted: list[list[int]] | None, tolerance: float
 ) -> tuple[bool | None, bool]:
-    """Whether the model continues `ids` greedily as it should, None where there is nothing to compare; and if it does
-    not, whether rounding explains that. A collective.
+    """Whether the model's greedy tokens are the `wanted` ones, None if there are none to compare; and whether rounding
+    explains a difference. A collective.
 
-    Of half precision, it always does. Else of a looser limit than EXACT, where each row's first other token is as good
-    as the expected one but for twice the tolerance, since either logit may be off by that.
+    Rounding explains one only if the tolerance is looser than EXACT. In half precision, it then explains any; in other
+    dtypes, one where each row's first different token has a logit within twice the tolerance of the expected token's,
+    since either logit may be off by the tolerance.
     """
     found = greedy(model, ids, NEW_TOKENS) if model.can_generate() else None
     if found is None or wanted is None:
@@ -197,9 +198,9 @@ def _tokens(
 
 
 def _apart(reference: Reference, values: torch.Tensor) -> tuple[float, float]:
-    """The largest absolute error, and the largest relative one. Raises IntegrityError for outputs of other shapes."""
+    """Return the largest absolute and relative errors. Raises IntegrityError if the outputs have other shapes."""
     expected = reference.values
-    if values.ndim == 3:  # of stored ones there are only the last positions
+    if values.ndim == 3:  # stored references have only the last positions
         values = values[:, -expected.shape[1] :]
     if values.shape != expected.shape:
         raise IntegrityError(f"outputs of shape {tuple(values.shape)}, where the reference has {tuple(expected.shape)}")

@@ -1,4 +1,4 @@
-"""The first module of a forward that computes something else than the same module of the single-process model."""
+"""The search for the first module that computes something else than in the single-process model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}
 
 @dataclass(frozen=True, slots=True)
 class Altered:
-    """A parameter that is not that of the source: how many of its elements, by the rank file that holds them."""
+    """A parameter that differs from the source: the number of different elements, by rank file."""
 
     name: str
     files: dict[str, int]
@@ -41,11 +41,12 @@ class Altered:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where a forward first goes another way.
+    """The first difference between two forwards.
 
-    `module` is the one whose own work differs, though its inputs do not. `seen` is where it shows: its output, or what
-    it gives to a module inside. `ranks` see it. `style` is the module's. `altered` are parameters of it, and
-    `configuration` fields of `config.json`, here and in the source; where both are empty, a style or a kernel is left.
+    The inputs of `module` agree, and its own work differs. `seen` is where that shows: its output, or what it gives to
+    a module inside it. `ranks` see it. `style` is the module's. `altered` are its parameters that differ from the
+    source. `configuration` are fields of `config.json` that differ: (here, in the source). If both are empty, a style
+    or a kernel is wrong.
     """
 
     module: str
@@ -62,7 +63,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Rank 0's single-process model, what it went through, and in half precision what it does in fp32."""
+    """Rank 0's single-process model, the trace of its forward, and, in half precision, the trace in fp32."""
 
     single: Any
     trace: Trace
@@ -71,7 +72,7 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What all ranks are told of a tensor before it comes."""
+    """The header of a reference tensor, which rank 0 sends to all ranks before the tensor."""
 
     moment: Moment
     number: int
@@ -81,12 +82,12 @@ class _Expected:
 
 
 def first_difference(model: Any, ours: Trace, layers: Layers | None) -> Difference | None:
-    """Compare moment by moment, in the forward's order. `layers` is rank 0's. Call it on every rank; the result is the
-    same on all.
+    """Compare moment by moment, in the forward's order. Only rank 0 has `layers`. Call it on every rank; the result is
+    the same on all.
 
-    A rank compares what it holds: a whole tensor, its part of the features of a module whose weight is cut, or its
-    part of the sequence. What has neither form is passed over, and so are partial sums before they are reduced: then
-    the next module that can be compared shows the difference.
+    A rank compares what it holds: a full tensor, its part of the features of a module whose weight is cut, or its part
+    of the sequence. A tensor of any other form is skipped, and so are partial sums before they are reduced: then the
+    next module that can be compared shows the difference.
     """
     manifest = read_manifest(Path(model.name_or_path))
     told: list[Any] = [layers and list(_expected(ours, layers, manifest))]
@@ -106,7 +107,7 @@ def first_difference(model: Any, ours: Trace, layers: Layers | None) -> Differen
 
 
 def _expected(ours: Trace, layers: Layers, manifest: Manifest) -> Iterator[_Expected]:
-    """The moments that both models have, by rank 0's order."""
+    """Yield the moments that both models have, in rank 0's order."""
     partial_sums = [
         f"{name}."
         for name, style in manifest.hooks.items()
@@ -123,7 +124,7 @@ def _expected(ours: Trace, layers: Layers, manifest: Manifest) -> Iterator[_Expe
 
 
 def _error(model: Any, moment: Moment, mine: torch.Tensor, whole: torch.Tensor) -> tuple[float, float] | None:
-    """The largest absolute error of what this rank holds, and relative to the largest value of the whole tensor."""
+    """Return this rank's largest error, absolute and relative to the full tensor's largest value."""
     part = _part(model, moment, mine.shape, whole)
     if part is None:
         return None
@@ -132,7 +133,7 @@ def _error(model: Any, moment: Moment, mine: torch.Tensor, whole: torch.Tensor) 
 
 
 def _part(model: Any, moment: Moment, shape: torch.Size, whole: torch.Tensor) -> torch.Tensor | None:
-    """What of the whole tensor a rank should hold, judging by the shape that it has. None where that does not tell."""
+    """Return the part of the full tensor that this rank should hold, by the part's shape; None if that is unclear."""
     if shape == whole.shape:
         return whole
     dims = [dim for dim in range(whole.ndim) if len(shape) == whole.ndim and shape[dim] != whole.shape[dim]]
@@ -152,7 +153,7 @@ def _part(model: Any, moment: Moment, shape: torch.Size, whole: torch.Tensor) ->
 
 
 def _features(model: Any, moment: Moment, rank: int, world_size: int) -> torch.Tensor | None:
-    """Which input or output features of a linear layer or embedding a rank has, by the placement of its weight."""
+    """Return the indices of the features that a rank has of a linear layer or embedding, by its weight's placement."""
     target: Target | None = model._reshard_targets.get(f"{moment.module}.weight".lstrip("."))
     if target is None or len(target.shape) != 2:
         return None
@@ -167,7 +168,7 @@ def _features(model: Any, moment: Moment, rank: int, world_size: int) -> torch.T
 
 
 def _place(model: Any) -> tuple[int, int]:
-    """This rank among those that the model is cut over, and how many they are: other ranks hold other replicas."""
+    """Return this rank's number in its replica, and the number of ranks that the model is cut over."""
     replicas = replicas_of(model)
     return replicas.rank, replicas.size
 
@@ -187,7 +188,7 @@ def _explain(
     differing: tuple[int, ...],
     errors: list[tuple[float, float]],
 ) -> Difference:
-    """Whose work it is, and which of its parameters are not those of the source."""
+    """Return the module whose work differs, and which of its parameters differ from the source. A collective."""
     moment = expected.moment
     culprit = moment.module if moment.side == "output" else moment.caller
     seen = "its output" if moment.side == "output" else f"the input of {moment.module}"
@@ -210,10 +211,10 @@ def _explain(
 
 
 def altered_in(model: Any, layers: Layers | None, prefix: str = "") -> tuple[Altered, ...]:
-    """The parameters and buffers under a name's prefix that are not those of the source; a tied one by its owner's
-    name. `layers` is rank 0's. Call it on every rank; the result is the same on all."""
+    """Return the parameters and buffers under a prefix that differ from the source; a tied one has its owner's name.
+    Only rank 0 has `layers`. Call it on every rank; the result is the same on all."""
     manifest: Manifest = model._reshard_manifest
-    # Tied names are in the model's own list only: a file holds their owner.
+    # Only the model's own list has tied names: a file holds their owner.
     names = dict.fromkeys(t.name for name, t in model._reshard_targets.items() if name.startswith(prefix))
     theirs = layers.single.state_dict() if layers else None
     found = [_altered(model, manifest, name, theirs) for name in names]
@@ -221,7 +222,7 @@ def altered_in(model: Any, layers: Layers | None, prefix: str = "") -> tuple[Alt
 
 
 def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.Tensor] | None) -> Altered | None:
-    """Compare a parameter, rank by rank, with rank 0's of the source. A collective."""
+    """Compare a parameter, rank by rank, with the source's, which rank 0 has. A collective."""
     target: Target = model._reshard_targets[name]
     module, own = owners(model)(name)
     tensor = module._parameters.get(own, module._buffers.get(own))
@@ -238,7 +239,7 @@ def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.
         one, other = whole[there], local[here].float()
         wrong += int(((one != other) & ~(one.isnan() & other.isnan())).sum())
     counts = [int(found) for found, _ in _from_all((wrong, 0), local.device)]
-    # Of the first replica: the others hold the same files.
+    # The first replica's ranks only: the others hold the same files.
     files = {record.name: count for record, count in zip(manifest.rank_files, counts) if count}
     return Altered(name, files) if files else None
 
@@ -248,7 +249,7 @@ def _fields(model: Any) -> dict[str, Any]:
 
 
 def _apart(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Fields of two configurations that differ, by their path: here, and in the source."""
+    """Return the fields that differ between two configurations, by path: (here, in the source)."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted((ours.keys() | theirs.keys()) - _NO_MATTER):
         if key.startswith("_"):

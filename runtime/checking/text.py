@@ -1,4 +1,4 @@
-"""What `check` found, in words."""
+"""The text of a `check` result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TIED = "different, which rounding explains"
 
 
 def parity_text(out: str, parity: Parity, *, per_layer: bool) -> str:
-    """One line; with `per_layer`, and where a module differs, more about that."""
+    """Return one line, and more lines if a module or parameter differs; with `per_layer`, also if none does."""
     lines = [
         f"{printable(out)}: max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}),"
         f" tokens {_TIED if parity.tied_tokens else _TOKENS[parity.equal_tokens]}"

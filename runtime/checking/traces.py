@@ -1,4 +1,4 @@
-"""What goes into every module of a model and what comes out, in the order of one forward."""
+"""Inputs and outputs of every module of a model, in the order of one forward."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Moment", "Trace", "record"]
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A module's `input` or `output`, of its `call`th call from 0. The model itself is the module of no name.
+    """The `input` or `output` of a module in its `call`th call, from 0. The model itself has the name "".
 
-    Inputs are as `caller` gives them, before any style's function has touched them; outputs as it gets them.
+    Inputs are as `caller` gives them, before any style's function changes them; outputs are as `caller` gets them.
     """
 
     module: str
@@ -31,9 +31,9 @@ Trace = dict[Moment, tuple[torch.Tensor, ...]]  # floating tensors, copies
 
 
 def record(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    """Run a forward and keep every moment of it: memory for all inputs and outputs of all modules.
+    """Run a forward and keep every moment of it: this takes memory for all inputs and outputs of all modules.
 
-    DTensors are made whole, which is a collective: call it on every rank.
+    DTensors are gathered, which is a collective: call it on every rank.
     """
     found: Trace = {}
     running: list[str] = []
@@ -73,7 +73,7 @@ def _copies(value: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in arguments or an output; a cache is neither a tensor nor a container of them."""
+    """Yield the tensors in arguments or an output; a cache is neither a tensor nor a container here."""
     if isinstance(value, DTensor):
         yield value.full_tensor()
     elif isinstance(value, torch.Tensor):

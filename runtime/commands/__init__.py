@@ -1,1 +1,1 @@
-"""The commands of a rank: what each prints, and on which rank."""
+"""The commands of a rank, one a file."""

@@ -1,4 +1,4 @@
-"""`bench`, as a command: on the ranks it measures; outside of torchrun it starts them."""
+"""The command `bench` of a rank: under torchrun it measures these ranks, otherwise it starts ranks."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def bench(
     kernel: str | None,
     **options: Any,
 ) -> None:
-    """What `reshard bench` runs on each rank: measure load, prefill, decode and memory. Under torchrun: of one folder,
-    on the ranks that there are; else as `reshard bench` does.
+    """Measure load, prefill, decode and memory. `reshard bench` runs this on each rank. Under torchrun, it measures one
+    folder on the ranks of the job; otherwise it does what `reshard bench` does.
 
     \b
     Example:
@@ -70,9 +70,9 @@ def bench(
 def _measure(
     out: str, name: str, settings: Settings, source: str | None, result: str | None, options: dict[str, Any]
 ) -> Measured | None:
-    """What this rank measures; None where it has no part in it. Rank 0 leaves it at `result`.
+    """Return what this rank measures; None if it takes no part. Rank 0 writes it to the file `result`.
 
-    Why another engine cannot run goes there too, whichever rank it is that fails, and ends the job.
+    If another engine cannot run, the rank that fails writes the reason there instead, and ends the job.
     """
     ranks = RankInfo.from_env(os.environ)
     if name == "tensor_parallel" and ranks.rank != 0:

@@ -1,4 +1,4 @@
-"""`check`, as a command: what it prints, and on which rank."""
+"""The command `check` of a rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["check"]
 @click.command()
 @check_options
 def check(out: str, reference: str | None, per_layer: bool, style: str, kernel: str | None, **options: Any) -> None:
-    """What `reshard check` runs on each rank: compare logits and greedy tokens with the single-process model.
+    """Compare logits and greedy tokens with the single-process model. `reshard check` runs this on each rank.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`generate`, as a command: text from prompts, from a file of them, or in a chat."""
+"""The command `generate` of a rank: continue prompts, a file of prompts, or a chat."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(
     kernel: str | None,
     **options: Any,
 ) -> None:
-    """What `reshard run` runs on each rank: continue prompts.
+    """Continue prompts. `reshard run` runs this on each rank.
 
     \b
     Examples:
@@ -66,7 +66,7 @@ def generate(
         if how.compiled == "reduce-overhead" and model.device.type == "cpu":
             say("Note: reduce-overhead captures CUDA graphs, which a CPU has not; compiled as by default", err=True)
         replicas = replicas_of(model)
-        if seed is not None:  # the same on every rank of a replica; replicas sample each for itself
+        if seed is not None:  # equal on all ranks of a replica, different between replicas
             torch.manual_seed(seed + replicas.index)
         streams = style == "text" and len(prompts) < 2
         memory = Memory() if chat and not prompts else None
@@ -88,10 +88,10 @@ def generate(
 
 
 def _converse(tokenizer: Any, limits: Limits, most: int, timeout: float, go_on: _Continue) -> None:
-    """Answer turn by turn, in at most `most` new tokens. What the model has no positions for is forgotten, and said.
+    """Answer turn by turn, in at most `most` new tokens. Forget the oldest turns, with a note, if positions run out.
 
-    An answer has room for a quarter of the positions, unless it is to be shorter. So that not every turn is then the
-    first that the model sees, as much is forgotten as leaves half of them.
+    They run out if fewer are left for an answer than both `most` and a quarter of all. Then turns are forgotten until
+    half of the positions are free, so that this does not happen again at the next turn.
     """
     messages: list[dict[str, str]] = []
     positions = limits.room(0)
@@ -114,7 +114,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _as_it_comes(beginning: str) -> Iterator[Callable[[str], None] | None]:
-    """What shows a text piece by piece on rank 0, the first behind `beginning`. Its line ends even if that fails."""
+    """Give a function that prints text piece by piece on rank 0, after `beginning`; end the line even on failure."""
     begun = False
 
     def emit(text: str) -> None:
@@ -135,12 +135,12 @@ def _as_it_comes(beginning: str) -> Iterator[Callable[[str], None] | None]:
 
 
 def _beginning(model: Any, prompt: Prompt) -> str:
-    """What is shown before the new text: what it goes on from, where it goes on from that."""
+    """Return the text to print before the new text: the prompt, if the new text continues it."""
     return "" if prompt.chat or model.config.is_encoder_decoder else prompt.text
 
 
 def _whole(model: Any, one: Generated) -> str:
-    """A text among others, and an empty line. A prompt that it does not go on from is on a line before it."""
+    """Return a text among others, and an empty line. A prompt that it does not continue is on a line before it."""
     return (_beginning(model, one.prompt) or f"> {one.prompt.text}\n") + one.text + "\n"
 
 

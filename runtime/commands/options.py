@@ -1,4 +1,4 @@
-"""What the commands of the runtime share: how a model is asked for, and how one rank speaks for all."""
+"""Helpers of all commands of a rank: load the model that the options name, and print on one rank."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def load_model(
     kernel: str | None = None,
     **options: Any,
 ) -> Any:
-    """The model at `out`, loaded as a command's options say. Call it inside `with sdpa(kernel)`.
+    """Load the model at `out` as a command's options say. Call it inside `with sdpa(kernel)`.
 
-    Raises UsageError where the kernel cannot compute the model's attention on the device, or that does not use it.
+    Raises UsageError if the kernel cannot compute the model's attention on the device, or the attention does not use
+    torch's kernels.
     """
     check_model_options({"kernel": kernel, "attn": attn})
     known = load_strategies(strategies) if strategies else ALL_PARALLEL_STYLES
-    if kernel is not None:  # at all; whether it can compute this model, the load looks
+    if kernel is not None:  # whether it runs here at all; `load` checks it for this model
         check_sdpa(kernel, pick_device(device, this_rank().local_rank))
     model = load(
         out, device=device, check_digests=not no_digests, attn_implementation=attn, strategies=known, **options
@@ -52,11 +53,11 @@ def load_model(
 
 
 def is_first() -> bool:
-    """Whether this process is rank 0, which speaks for all."""
+    """Whether this process is rank 0, which prints for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print on stdout or stderr, on rank 0; with `--quiet`, on stdout alone."""
+    """Print to stdout, or to stderr unless `--quiet`, on rank 0 only."""
     if is_first() and not (err and is_quiet()):
         click.echo(text, err=err)

@@ -1,1 +1,1 @@
-"""This rank among the others: its place, the store and mesh it shares with them, and how a failure reaches all."""
+"""This rank among the others: its numbers, the store and mesh they share, and failures that all learn of."""

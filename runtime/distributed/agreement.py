@@ -1,4 +1,4 @@
-"""How ranks learn of each other's failures: through the store they share, by a deadline, with no collective."""
+"""Agreement of the ranks on failures: through the store they share, by a deadline, without a collective."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .ranks import RankInfo
 
 __all__ = ["Deadline", "UnansweredError", "agree", "first_line", "from_first", "spoken", "words_of"]
 
-_STRAGGLERS = 2.0  # seconds that a failure waits for the other ranks: so they end by themselves, with its exit code
-_ROLL_CALL = 1.0  # seconds to find out who is silent, when a group has not come about in time
+_STRAGGLERS = 2.0  # seconds that ranks wait for others after a failure, so that all end with its exit code
+_ROLL_CALL = 1.0  # seconds to find out who is silent, if a process group was not ready in time
 _LONGEST_PAUSE = 0.05  # seconds
 _meetings = itertools.count()
 _messages = itertools.count()
@@ -34,7 +34,7 @@ _messages = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """A moment of this process's monotonic clock, when all the waiting of one load ends."""
+    """The moment when all waiting of one load ends, on this process's monotonic clock."""
 
     at: float
 
@@ -43,31 +43,31 @@ class Deadline:
         return cls(time.monotonic() + seconds)
 
     def seconds(self) -> float:
-        """What is left; negative when it has passed."""
+        """Return the seconds left; negative if the deadline has passed."""
         return self.at - time.monotonic()
 
     def left(self) -> timedelta:
-        """What is left, as torch takes it: never nothing."""
+        """Return the time left as torch takes it: never zero."""
         return timedelta(seconds=max(0.001, self.seconds()))
 
 
 class UnansweredError(TopologyError):
-    """Waiting for the others has failed. It is the fault of those who are silent, where there are any."""
+    """Waiting for the other ranks has failed. If some are silent, they are at fault."""
 
 
 def agree(
     store: dist.Store, info: RankInfo, failure: Exception | None, deadline: Deadline, *, what: str, value: str = ""
 ) -> Deadline:
-    """Tell the other ranks how `what` went here, and learn how it went there. Returns the earliest of their deadlines.
+    """Tell the other ranks how `what` went here, and learn how it went there. Return the earliest of their deadlines.
 
-    `value` is what all must have in common, such as the digest of the manifest they read. A failure is known to all
-    within seconds, whoever else is silent.
+    `value` must be equal on all ranks, such as the digest of the manifest they read. All ranks learn of a failure
+    within seconds, even if some are silent.
 
     Raises:
         ReshardError: the failure of the first rank that had one, the same on every rank. It names the rank, unless all
-            failed alike; what failed here is its cause.
+            failed alike. This rank's own failure is its cause.
         RemoteMovedError: the ranks' values differ.
-        TopologyError: a rank did not answer in time, and is named; or the store is gone.
+        TopologyError: a rank, which is named, did not answer in time; or the store is gone.
     """
     meeting = dist.PrefixStore(f"reshard/{next(_meetings)}", store)
     words = failure and words_of(failure)
@@ -79,7 +79,7 @@ def agree(
             _judge(meeting, info.rank, words)
         answers = _answers(meeting, info.world_size, deadline)
         verdict = _verdict(meeting, answers, what)
-    except RuntimeError as error:  # of the store
+    except RuntimeError as error:  # the store's
         raise failure or TopologyError(
             f"{what}: rank {info.rank} has lost the others, since their store is gone: {first_line(error)}",
             hint="torchrun has ended, or the rank that held the store: what that said comes first",
@@ -97,11 +97,11 @@ def agree(
 
 
 def _answers(meeting: dist.Store, world_size: int, deadline: Deadline) -> list[Any]:
-    """What each rank told; None for those who are silent at the deadline, or for a while after another has failed."""
+    """Return each rank's answer; None if it is silent until the deadline, or for a while after another has failed."""
     keys = [str(rank) for rank in range(world_size)]
     pause = 0.001
     failed = False
-    while not meeting.check(keys) and deadline.seconds() > 0:  # TCPStore's own wait logs every time it is in vain
+    while not meeting.check(keys) and deadline.seconds() > 0:  # TCPStore's own wait logs each timeout
         if not failed and meeting.check(["verdict"]):
             failed, deadline = True, min(deadline, Deadline.after(_STRAGGLERS), key=Deadline.seconds)
         time.sleep(pause)
@@ -110,7 +110,7 @@ def _answers(meeting: dist.Store, world_size: int, deadline: Deadline) -> list[A
 
 
 def _verdict(meeting: dist.Store, answers: list[Any], what: str) -> Any:
-    """[guilty rank or None, words] where something is wrong. The first verdict is also that of those who come later."""
+    """Return [guilty rank or None, words] if something is wrong. The first verdict holds for ranks that come later."""
     found = _complaint(answers, what)
     if found and not meeting.check(["verdict"]):
         _judge(meeting, *found)
@@ -140,7 +140,7 @@ def _complaint(answers: list[Any], what: str) -> tuple[int | None, list[str | No
 
 
 def words_of(failure: BaseException) -> list[str | None]:
-    """A failure as another rank can be told of it."""
+    """Return a failure as words that another rank can be told: class name, message, hint."""
     failure = explained(failure)
     if isinstance(failure, ReshardError):
         name = next(kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__))
@@ -149,19 +149,20 @@ def words_of(failure: BaseException) -> list[str | None]:
 
 
 def spoken(words: Sequence[Any], prefix: str = "") -> ReshardError:
-    """The failure that another rank told of."""
+    """Return the error that another rank told of, with `prefix` before its message."""
     name, message, hint = words
     error: ReshardError = getattr(errors, name)(prefix + message, hint=hint)
     return error
 
 
 def from_first(store: dist.Store, info: RankInfo, find: Callable[[], Any], *, key: str | None = None) -> Any:
-    """What `find` gives on rank 0, on every rank; its failure too. The others wait for as long as it takes.
+    """Return on every rank what `find` returns on rank 0, or raise what it raises. The others wait without a limit:
+    a user at a keyboard is slower than any collective may be.
 
-    It is something that JSON can hold. A user at a keyboard is slower than any collective may be. `key` is the
-    message's own name in the store; by default it is the next number, which fits where all ranks of the job take part.
+    The result must fit in JSON. `key` is the message's name in the store. The default is the next number, which is
+    right only if all ranks of the job take part.
 
-    Raises TopologyError where rank 0, or whoever holds the store, has gone.
+    Raises TopologyError if rank 0, or the process that holds the store, has gone.
     """
     key = f"reshard/message/{next(_messages) if key is None else key}"
     if info.world_size == 1:
@@ -178,7 +179,7 @@ def from_first(store: dist.Store, info: RankInfo, find: Callable[[], Any], *, ke
         while not store.check([key]):
             time.sleep(_LONGEST_PAUSE)
         told = json.loads(store.get(key))
-    except RuntimeError as error:  # of the store
+    except RuntimeError as error:  # the store's
         raise TopologyError(f"rank {info.rank} has lost rank 0: {first_line(error)}") from None
     if "failure" in told:
         raise spoken(told["failure"])
@@ -186,10 +187,10 @@ def from_first(store: dist.Store, info: RankInfo, find: Callable[[], Any], *, ke
 
 
 def _continue_siblings() -> None:
-    """Let torchrun's other processes on this machine go on, if they are stopped, to the end that it makes of them.
+    """Continue torchrun's other processes on this machine if they are stopped, so that torchrun can end them.
 
-    It asks them to end as soon as one has failed. A stopped process does not hear that, and is killed only half a
-    minute later.
+    torchrun sends SIGTERM to all as soon as one has failed. A stopped process does not receive it, and is killed only
+    half a minute later.
     """
     parent = os.getppid()
     with contextlib.suppress(OSError):
@@ -199,5 +200,5 @@ def _continue_siblings() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Of torch's errors, which can go on with a stack of C++."""
+    """Return the first line of an error: torch's can go on with a C++ stack."""
     return printable(str(error).partition("\n")[0])

@@ -24,17 +24,17 @@ from .replicas import TP
 __all__ = ["backend_of", "connect", "make_mesh", "pick_device", "shut_down"]
 
 _GLOO_LETS_GO = 0.2  # seconds
-_TORCH_SAYS_WHY = 1.0  # seconds after the deadline: torch often keeps it, and knows the reason
-_COLLECTIVES = timedelta(minutes=10)  # that a rank waits in one for the others, once the model is loaded
+_TORCH_SAYS_WHY = 1.0  # seconds after the deadline: torch often keeps the deadline itself, and knows the reason
+_COLLECTIVES = timedelta(minutes=10)  # a collective's limit once the model is loaded
 _store: dist.Store | None = None
 
 
 def pick_device(wanted: str | None, local_rank: int) -> torch.device:
-    """The device that is wanted, `cuda:LOCAL_RANK` for `cuda`; by default that where there are GPUs, else `cpu`.
+    """Return the wanted device, `cuda:LOCAL_RANK` for `cuda`. The default is `cuda` if there are GPUs, else `cpu`.
 
     Raises:
-        UsageError: it is no device, or one of another kind.
-        TopologyError: it is absent.
+        UsageError: `wanted` is no device, or neither a CPU nor a CUDA device.
+        TopologyError: the device is absent.
     """
     hint = "use --device cpu, cuda or cuda:0"
     try:
@@ -59,14 +59,14 @@ def pick_device(wanted: str | None, local_rank: int) -> torch.device:
 
 
 def backend_of(wanted: str | None, device: torch.device, world_size: int) -> str:
-    """NCCL on GPUs, gloo on CPU; and gloo where a GPU is wanted by its number, which is every rank's then: NCCL takes
-    no two ranks on one."""
+    """Return nccl for GPUs and gloo for CPU. If all ranks share a GPU, wanted by its number, it is gloo: NCCL refuses
+    two ranks on one GPU."""
     shared = wanted is not None and torch.device(wanted).index is not None and world_size > 1
     return "nccl" if device.type == "cuda" and not shared else "gloo"
 
 
 def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
-    """The store the ranks share: the process group's where there is one, else torchrun's."""
+    """Return the store that the ranks share: the process group's if there is one, else torchrun's."""
     global _store
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
@@ -77,13 +77,13 @@ def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
             store = _meet(info, deadline)
         except (ValueError, RuntimeError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
             raise TopologyError(f"rank {info.rank} cannot reach the others: {first_line(error)}") from None
-        _store = dist.PrefixStore(f"attempt {info.attempt}", store)  # an earlier one has left its failure there
+        _store = dist.PrefixStore(f"attempt {info.attempt}", store)  # an earlier attempt has left its failure there
     return _store
 
 
 def _meet(info: RankInfo, deadline: Deadline) -> dist.Store:
-    """torch's rendezvous. On a thread, which is left behind after the deadline: torch waits for ever for the answer of
-    whoever listens on the port."""
+    """Meet the other ranks with torch's rendezvous, on a thread that is left behind after the deadline: torch waits for
+    ever for an answer from any process that listens on the port."""
     found: Future[dist.Store] = Future()
 
     def meet() -> None:
@@ -96,7 +96,7 @@ def _meet(info: RankInfo, deadline: Deadline) -> dist.Store:
     thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
     thread.start()
     thread.join(max(0, deadline.seconds()))
-    thread.join(_TORCH_SAYS_WHY)  # also where the process was stopped until after the deadline
+    thread.join(_TORCH_SAYS_WHY)  # also if the process was stopped until after the deadline
     if found.done():
         return found.result()
     at = printable(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
@@ -109,13 +109,13 @@ def _meet(info: RankInfo, deadline: Deadline) -> dist.Store:
 def make_mesh(
     info: RankInfo, device: torch.device, store: dist.Store, deadline: Deadline, *, backend: str, replicas: int = 1
 ) -> DeviceMesh:
-    """A mesh over all ranks, axis `tp`, behind an axis `dp` where there are replicas; collectives are `backend`'s.
+    """Make a mesh over all ranks with axis `tp`, after an axis `dp` if there are replicas; collectives are `backend`'s.
 
-    Collectives have longer than the deadline, which is for the ranks to find each other.
+    The deadline is for the ranks to find each other; later collectives have their own, longer limit.
 
     Raises:
-        UnansweredError: they have not.
-        TopologyError: this rank could not, for a reason of its own.
+        UnansweredError: the ranks did not find each other in time.
+        TopologyError: this rank could not join, for a reason of its own.
     """
     made = not dist.is_initialized()
     options: dict[str, Any] = {}
@@ -147,8 +147,8 @@ def make_mesh(
 
 
 def _leave() -> None:
-    """At exit, leave the group we made, and let gloo's threads let go of the last tensors: one that does so while the
-    interpreter shuts down aborts the process ("terminate called without an active exception")."""
+    """At exit, leave the group we made, and wait until gloo's threads release the last tensors: a thread that does so
+    while the interpreter shuts down aborts the process ("terminate called without an active exception")."""
     shut_down()
     time.sleep(_GLOO_LETS_GO)
 

@@ -15,9 +15,9 @@ __all__ = ["RankInfo", "this_rank"]
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """This process's place among the ranks, as torchrun tells it. `local` ranks are those of the same machine.
+    """This process's place among the ranks, as torchrun tells it. `local` counts the ranks of the same machine.
 
-    `attempt` counts torchrun's restarts, which share a store; None where torchrun is not what started this process.
+    `attempt` counts torchrun's restarts, which share a store; None if torchrun did not start this process.
     """
 
     rank: int
@@ -28,7 +28,7 @@ class RankInfo:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> RankInfo:
-        """Without torchrun: the only rank of one. Raises UsageError where the variables are half set or no numbers."""
+        """Read torchrun's variables; without them, one rank. Raises UsageError if some are missing or no numbers."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         present = [name for name in names if name in environ]
         if not present:
@@ -47,7 +47,7 @@ class RankInfo:
 
 
 def this_rank() -> RankInfo:
-    """`RankInfo` of this process, from the process group where there is one."""
+    """Return the `RankInfo` of this process, from the process group if there is one."""
     info = RankInfo.from_env(os.environ)
     if dist.is_initialized():
         return replace(info, rank=dist.get_rank(), world_size=dist.get_world_size())

@@ -1,4 +1,4 @@
-"""Copies of a model side by side: which one this rank belongs to, and how they share work."""
+"""Replicas of a model: which one this rank belongs to, and the group of all their ranks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .ranks import RankInfo
 
 __all__ = ["TP", "Replicas", "on_mesh", "side_by_side", "span"]
 
-TP = "tp"  # the axis of a mesh that a model is cut over
+TP = "tp"  # the axis that a model is cut over
 
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """This rank's replica, the `index`-th of `count`, in which it is the `rank`-th of `size`.
+    """This rank's replica, the `index`-th of `count`, and its place in it, the `rank`-th of `size`.
 
-    `group` is all ranks of all replicas, once they are connected.
+    `group` holds all ranks of all replicas, once they are connected.
     """
 
     index: int
@@ -32,12 +32,12 @@ class Replicas:
     group: Any = None
 
     def __deepcopy__(self, _memo: Any) -> Replicas:
-        """A copy of a model is on the same ranks, and a group cannot be copied."""
+        """Return itself: a copy of a model is on the same ranks, and a group cannot be copied."""
         return self
 
 
 def side_by_side(info: RankInfo, count: int) -> Replicas:
-    """`count` replicas over all ranks, of ranks in a row. Raises TopologyError where they do not divide."""
+    """Form `count` replicas of consecutive ranks. Raises TopologyError if the ranks do not divide."""
     if count < 1 or info.world_size % count:
         raise TopologyError(
             f"{info.world_size} ranks do not make {count} replicas of equal size",
@@ -49,9 +49,10 @@ def side_by_side(info: RankInfo, count: int) -> Replicas:
 
 
 def on_mesh(mesh: DeviceMesh, info: RankInfo) -> tuple[RankInfo, Replicas]:
-    """This rank's place on a mesh of the user's, and its replica: one is cut over `tp`, every other axis repeats it.
+    """Return this rank's place on the user's mesh, and its replica. A model is cut over `tp`, and repeated along every
+    other axis; over a mesh of one axis it is cut whatever the axis is called.
 
-    A mesh of one axis is cut over that, whatever it is called. Raises TopologyError where several have no `tp`.
+    Raises TopologyError if the mesh has several axes and none is `tp`, or if this rank is not on it.
     """
     names = mesh.mesh_dim_names or ()
     if mesh.ndim > 1 and TP not in names:
@@ -72,11 +73,11 @@ def on_mesh(mesh: DeviceMesh, info: RankInfo) -> tuple[RankInfo, Replicas]:
 
 
 def span(replicas: Replicas, mesh: DeviceMesh) -> Replicas:
-    """The replicas on a mesh, with the group of all its ranks. A collective among them."""
+    """Return the replicas with the group of all ranks of the mesh. A collective among those ranks."""
     if mesh.size() == dist.get_world_size():
         group = dist.group.WORLD
     elif mesh.ndim == 1:
         group = mesh.get_group()
-    else:  # of ranks that are not on the mesh nothing is asked
+    else:  # ranks that are not on the mesh take no part
         group = group_of(mesh.mesh.flatten().tolist())
     return replace(replicas, group=group)

@@ -1,1 +1,1 @@
-"""Text from prompts, with the same tokens on every rank."""
+"""Generation of text from prompts, with the same tokens on every rank."""

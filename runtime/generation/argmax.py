@@ -1,4 +1,4 @@
-"""Greedy decoding without the logits: a head that is cut over the vocabulary tells only which token is the largest."""
+"""Greedy decoding without gathered logits: a head that is cut over the vocabulary gives only the argmax."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reshard.strategies.linear import ONLY_ARGMAX
 
 __all__ = ["argmax_only", "joins_logits"]
 
-# What a generation config may say without changing which token is the largest. Of samplers, greedy decoding has none.
+# Fields of a generation config that leave the argmax as it is. Greedy decoding ignores the samplers' fields.
 _HARMLESS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
     *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "_from_model_config"),
@@ -18,16 +18,16 @@ _HARMLESS = {
 
 
 def joins_logits(model: Any) -> bool:
-    """Whether every rank joins the logits from the ranks' parts, so that all have the same bits."""
+    """Whether every rank gathers the logits from the ranks' parts, so that all have the same bits."""
     return hasattr(model.get_output_embeddings(), "_whole_features")
 
 
 @contextlib.contextmanager
 def argmax_only(model: Any) -> Iterator[None]:
-    """While it lasts, the model's logits are right in their argmax alone, where that is all that greedy decoding wants.
+    """Within this context, only the argmax of the model's logits is right, if greedy decoding needs no more.
 
-    The first forward still gathers the logits, and shows whether the model gives them out just as they left its head;
-    a model that goes on to work on them, and a generation config that does, get them whole every time.
+    The first forward still gathers the logits, and shows whether the model returns them just as its head made them. If
+    the model or the generation config changes them afterwards, they are gathered every time.
     """
     head = model.get_output_embeddings()
     said = {name for name, value in model.generation_config.to_diff_dict().items() if value not in (None, False)}
@@ -42,7 +42,7 @@ def argmax_only(model: Any) -> Iterator[None]:
 
     def compare(_module: Any, _inputs: Any, outputs: Any) -> None:
         setattr(head, ONLY_ARGMAX, getattr(outputs, "logits", None) is gathered)
-        remove()  # a compiled forward is one without hooks, and the same for every call
+        remove()  # so that a compiled forward has no hooks, and is the same for every call
 
     def remove() -> None:
         for handle in handles:

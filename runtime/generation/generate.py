@@ -1,4 +1,4 @@
-"""Text from prompts: transformers' own `generate` on the loaded model, on every rank, with equal tokens."""
+"""Generation of text with transformers' own `generate` on the loaded model, on every rank, with equal tokens."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .texts import Stops, Stream, before_stop, continuation
 
 __all__ = ["CACHE", "Decoding", "Generated", "Memory", "generate_texts", "greedy"]
 
-# What transformers calls the KV cache, as an argument and in outputs: since 5.24 it warns of the old name.
+# transformers' name of the KV cache, as an argument and in outputs: since 5.24 it warns of the old name.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
-# What a generation_config.json may say that is not taken: one text for each prompt, and nothing beside its cache.
+# Fields of generation_config.json that are overridden: one text for each prompt, and nothing else but the cache.
 _ONE_TEXT = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True}
 _ONE_TEXT |= dict.fromkeys(["output_scores", "output_logits", "output_attentions", "output_hidden_states"], False)
-# Nor is what drafts tokens, which makes the same text. A file's stop texts are ours to look for.
+# Fields that are cleared: drafting tokens makes the same text, and stop texts are searched here.
 _NOT_TAKEN = ("stop_strings", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How to continue. What is None is as the folder's generation_config.json says, else as transformers does.
+    """Options of decoding. If one is None, the folder's generation_config.json decides, else transformers' default.
 
-    Greedy at temperature 0. A text ends before the first of `stops`, which stand for the file's, where there are any.
+    Temperature 0 is greedy. A text ends before the first of `stops`, which replace the file's if there are any.
     `compiled` is a mode of torch.compile.
     """
 
@@ -49,7 +49,7 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What a prompt was continued with. `ended` is why no more came: eos, stop or length."""
+    """The continuation of a prompt. `ended` is why no more came: eos, stop or length."""
 
     prompt: Prompt
     text: str
@@ -58,11 +58,11 @@ class Generated:
 
 
 class Memory:
-    """The KV cache that a conversation has left: the next turn goes on behind it if it begins with the same tokens.
+    """The KV cache of a conversation so far: the next turn continues it if it begins with the same tokens.
 
-    Nothing is ever cut off a cache, which not every kind allows. So a turn whose beginning the tokenizer now sees
-    otherwise is computed from its first token, as without a memory. So is any where a layer has a recurrent state:
-    given several tokens, some families (bamba, jamba) begin that anew.
+    A cache is never shortened, since not every kind allows that. So if the tokenizer now splits a turn's beginning
+    otherwise, the turn is computed from its first token, as without a memory. The same holds for every turn if a layer
+    has a recurrent state: given several tokens, some families (bamba, jamba) reset that state.
     """
 
     _KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -72,21 +72,21 @@ class Memory:
         self._cache: Any = None
 
     def recall(self, ids: tuple[int, ...]) -> Any:
-        """The cache of the first of `ids`, or None. It is filled further: what is not kept then is lost."""
+        """Return the cache of the first of `ids`, or None. `generate` extends it: `keep` it again afterwards."""
         known, cache, self._cache = self._ids, self._cache, None
         return cache if len(known) < len(ids) and ids[: len(known)] == known else None
 
     def keep(self, ids: tuple[int, ...], cache: Any) -> None:
-        """`cache` holds all `ids` but the last, which no forward has seen; if it is not of a known kind, nothing is."""
+        """Keep a cache of all `ids` but the last, which no forward has seen. A cache of an unknown kind is not kept."""
         known = type(cache) is DynamicCache and all(type(layer) in self._KINDS for layer in cache.layers)
         if known and cache.get_seq_length() == len(ids) - 1:
             self._ids, self._cache = ids[:-1], cache
 
 
 def greedy(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """Token ids `[batch, length]` continued greedily by at most `max_new_tokens`: prompt and continuation.
+    """Continue token ids `[batch, length]` greedily by at most `max_new_tokens`. Return prompt and continuation.
 
-    Raises BadInputError where transformers cannot decode as the folder's generation_config.json says.
+    Raises BadInputError if transformers cannot decode as the folder's generation_config.json says.
     """
     with torch.inference_mode(), decoding_as_told(model), argmax_only(model):
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
@@ -103,8 +103,8 @@ def generate_texts(
 ) -> list[Generated]:
     """Continue a batch of prompts. Call it on every rank; all get the same.
 
-    `emit` is given the text of a single prompt as it comes. `memory` is that of the conversation whose next turn a
-    single prompt is; a static cache starts anew each turn. Where the model's positions end, so does the text.
+    `emit` is called with the text of a single prompt as it comes. `memory` is for a single prompt that is the next turn
+    of a conversation; a static cache starts anew each turn. A text ends where the model's positions end.
 
     Raises:
         UsageError: the model makes no text.
@@ -122,7 +122,7 @@ def generate_texts(
 
 
 def _together(rooms: Sequence[int], most: int) -> list[list[int]]:
-    """Numbers of the prompts of each batch. One that has less room than is asked for would end others' texts too."""
+    """Return each batch's prompt numbers. A prompt with too little room is alone: it would end other texts early."""
     free = [row for row, room in enumerate(rooms) if room >= most]
     return [*([free] if free else []), *([row] for row, room in enumerate(rooms) if room < most)]
 
@@ -136,12 +136,12 @@ def _go_on(
     emit: Callable[[str], object] | None,
     memory: Memory | None,
 ) -> list[Generated]:
-    """Continue a batch whose prompts have room for as many new tokens each."""
+    """Continue a batch of prompts that all have room for the new tokens, or of one prompt."""
     decoder_only = not model.config.is_encoder_decoder
     texts = how.stops or _stops_of(model)
     pad = next((i for i in (tokenizer.pad_token_id, *_eos(model)) if i is not None and limits.knows(i)), 0)
     ids, mask = as_batch(prompts, pad=pad, left=decoder_only, device=model.device)
-    start = ids.shape[1] if decoder_only else 1  # of what is new in what `generate` returns
+    start = ids.shape[1] if decoder_only else 1  # where new tokens begin in `generate`'s result
     before = [prompt.ids if decoder_only else () for prompt in prompts]
     new = min(how.max_new_tokens, limits.room(ids.shape[1]))
     options = {**_options(how, model), "max_new_tokens": new, "pad_token_id": pad}
@@ -187,13 +187,13 @@ def _eos(model: Any) -> list[int]:
 
 
 def _stops_of(model: Any) -> tuple[str, ...]:
-    """The stop texts of the folder's generation_config.json."""
+    """Return the stop texts of the folder's generation_config.json."""
     said = getattr(model.generation_config, "stop_strings", None) or ()
     return tuple(filter(None, [said] if isinstance(said, str) else said))
 
 
 def _rope_moves(model: Any, ids: torch.Tensor) -> bool:
-    """Whether `ids` are so many that longrope takes other frequencies for all of them than for fewer."""
+    """Whether `ids` are so long that longrope uses other frequencies, for all positions, than for shorter ids."""
     said = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = [said, *(part for part in said.values() if isinstance(part, dict))]
     long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
@@ -201,7 +201,7 @@ def _rope_moves(model: Any, ids: torch.Tensor) -> bool:
 
 
 def _end(new: Sequence[int], eos: Sequence[int], stopped: int | None) -> tuple[int, str]:
-    """How many of a row's new tokens are its own, and why no more came. What follows is padding."""
+    """Return how many of a row's new tokens are its own (padding follows), and why no more came."""
     ends = [(stopped, "stop")] if stopped is not None else []
     ends += [(count, "eos") for count, token in enumerate(new, 1) if token in eos][:1]
     return min(ends, default=(len(new), "length"))

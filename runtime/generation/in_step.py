@@ -1,4 +1,4 @@
-"""Every rank generates the same tokens, whatever differs between them: what could tell them apart is rank 0's."""
+"""Equal tokens on every rank: rank 0 decides whatever could differ between ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def generate_alike(model: Any, group: ProcessGroup) -> None:
     """Make `model.generate` one decision of all ranks, which must call it with the same arguments.
 
     A rank that chose another token, or stopped at another moment, would leave the others in a collective. So each call
-    begins with rank 0's random state, and samples what one process with that state would. Rank 0 alone looks at the
-    clock (`max_time`) and asks the caller's own `stopping_criteria`. And logits that may differ in their last bits,
-    since each rank computes them by itself or processors of the caller's own work on them, are rank 0's. What is left
-    is arithmetic on the same numbers.
+    begins with rank 0's random state, and samples what one process with that state would. Only rank 0 reads the clock
+    (`max_time`) and asks the caller's own `stopping_criteria`. Logits are rank 0's if they may differ in their last
+    bits: if each rank computes them by itself, or if the caller's own processors change them. The rest is arithmetic
+    on the same numbers.
     """
     own, signature = type(model).generate, inspect.signature(model.generate)
 
@@ -45,7 +45,7 @@ def generate_alike(model: Any, group: ProcessGroup) -> None:
 def by_name(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with every argument that has a name under it: a criterion may be the fourth of `generate`'s."""
+    """Return the call's arguments by name wherever they have one: a criterion may be the fourth of `generate`'s."""
     call = dict(signature.bind(*args, **kwargs).arguments)
     unnamed: tuple[Any, ...] = ()
     for name, parameter in signature.parameters.items():
@@ -57,7 +57,7 @@ def by_name(
 
 
 def _share_random_state(device: torch.device, group: ProcessGroup) -> None:
-    """Continue with rank 0's random numbers on the device that samples."""
+    """Take over rank 0's random state on the device that samples."""
     on_gpu = device.type == "cuda"
     state = (torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()).to(device)
     dist.broadcast(state, group=group, group_src=0)
@@ -68,7 +68,7 @@ def _share_random_state(device: torch.device, group: ProcessGroup) -> None:
 
 
 def _share_the_end(model: Any, call: dict[str, Any], group: ProcessGroup) -> None:
-    """Leave criteria that do not follow from the tokens alone to rank 0."""
+    """Let only rank 0 ask the stopping criteria that do not follow from the tokens alone."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
     pure = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, Stops)
@@ -99,10 +99,10 @@ class _FirstRanksWord:
 
 
 class _FirstRanksLogits(InfNanRemoveLogitsProcessor):
-    """A logits processor that gives rank 0's, on every rank.
+    """A logits processor that returns rank 0's logits on every rank.
 
-    Some models' `generate` admits only classes of transformers that work on the scores alone, as this does: so it is of
-    one of them.
+    Some models' `generate` admits only certain classes of transformers, which work on the scores alone. This one does
+    so too, and is a subclass of one of them.
     """
 
     def __init__(self, group: ProcessGroup) -> None:

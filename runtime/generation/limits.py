@@ -1,4 +1,4 @@
-"""What a model can be asked to continue: whether it makes text at all, and what fits its positions and vocabulary."""
+"""Limits of a model's decoding: whether it makes text at all, its positions and its vocabulary."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .prompts import Prompt
 __all__ = ["Limits", "check_decoding"]
 
 _ENDLESS = 1 << 62
-_NAMED_BY = 20  # characters of a prompt that tell which one it is
+_NAMED_BY = 20  # characters of a prompt that identify it in an error
 # Fields of a generation_config.json that ask for another search, or for a prompt other than the user's.
 _OTHER_WAYS = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing")
-# Fields that are ours to read, before transformers does, and what one has or each of a list.
+# Fields that this package reads before transformers does; the type of the value, or of each in a list; and its words.
 _READ_HERE = (
     ("eos_token_id", int, "a token's number, or a list of them"),
     ("stop_strings", str, "a text, or a list of them"),
@@ -25,7 +25,7 @@ _READ_HERE = (
 
 
 def check_decoding(model: Any) -> None:
-    """See that text can be continued, token by token.
+    """Check that the model can continue text, token by token.
 
     Raises:
         UsageError: the model makes no text, or not from text.
@@ -51,9 +51,10 @@ def check_decoding(model: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Positions that a model has for a prompt and for its text, in tokens, and how many different tokens it knows.
+    """Positions that a model has for a prompt and for its text, in tokens, and the size of its vocabulary.
 
-    The new text of a decoder comes in the positions behind the prompt; behind an encoder it has its own.
+    If `behind`, as in a decoder-only model, new text takes the positions after the prompt; after an encoder, text has
+    positions of its own.
     """
 
     prompt: int
@@ -63,7 +64,7 @@ class Limits:
 
     @classmethod
     def of(cls, model: Any) -> Limits:
-        """Those that its configuration says."""
+        """Read the limits from the model's configuration."""
         config = model.config
         writes = config.get_text_config(decoder=True)
         text = _positions(writes, "max_decoder_position_embeddings")
@@ -75,17 +76,17 @@ class Limits:
         return cls(prompt, text, getattr(reads, "vocab_size", None), behind=False)
 
     def room(self, length: int) -> int:
-        """New tokens that there are positions for, given a prompt of `length`; none where that is too long."""
+        """Return the number of new tokens that have positions after a prompt of `length`; 0 if that is too long."""
         if self.behind:
             return max(0, self.text - length)
         return self.text - 1 if length <= self.prompt else 0  # the decoder begins with a token of its own
 
     def knows(self, token: int) -> bool:
-        """Whether a prompt may have it."""
+        """Whether a prompt may contain the token."""
         return token >= 0 and (self.vocabulary is None or token < self.vocabulary)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise BadInputError, naming the prompt, where one is too long or has a token that the model does not know."""
+        """Raise BadInputError, naming the prompt, if one is too long or has a token that the model does not know."""
         for number, prompt in enumerate(prompts, 1):
             named = f"prompt {number}" if len(prompts) > 1 else "the prompt"
             named += f" ({printable(prompt.text, _NAMED_BY)})"

@@ -1,4 +1,4 @@
-"""What the model is to continue: prompts as the user gives them, and as tokens."""
+"""Prompts, as the user gives them and as tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HOW_TO_HAVE_ONE = (
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt, as the user wrote it and as tokens. The answer to a chat's does not repeat it."""
+    """A prompt, as the user wrote it and as tokens. An answer in a `chat` does not repeat it."""
 
     text: str
     ids: tuple[int, ...]
@@ -40,13 +40,13 @@ class Prompt:
 
 
 def load_tokenizer(folder: str | Path, *, chat: bool = False) -> Any:
-    """The tokenizer copied into a resharded folder. Raises BadInputError where there is none, or none for a chat."""
+    """Load the tokenizer in a resharded folder. Raises BadInputError if there is none, or none for a chat."""
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # it runs whatever kind of tokenizer the files name
+    except Exception as error:  # of any class: the files choose the code that runs
         there = sorted({path.name for pattern in _TOKENIZER_FILES for path in Path(folder).glob(pattern)})
         reason = printable(" ".join(str(error).split()))
         words = f"transformers makes no tokenizer of {listed(there)}: {reason}" if there else "holds no tokenizer"
@@ -60,18 +60,18 @@ def load_tokenizer(folder: str | Path, *, chat: bool = False) -> Any:
 
 
 def plain(tokenizer: Any, text: str) -> Prompt:
-    """A text to be continued. Raises BadInputError where it has no tokens."""
+    """Make a prompt of a text to continue. Raises BadInputError if it has no tokens."""
     return Prompt(text, _tokens(tokenizer, text, add_special_tokens=True))
 
 
 def in_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Prompt:
-    """A conversation whose last message is the user's, by the tokenizer's chat template.
+    """Make a prompt of a conversation by the tokenizer's chat template. The last message is the user's.
 
-    Raises BadInputError where the template refuses it.
+    Raises BadInputError if the template refuses the conversation.
     """
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, of the repo's
+    except Exception as error:  # a template is a program from the repo
         raise BadInputError(f"the tokenizer's chat template fails: {printable(error)}") from None
     return Prompt(messages[-1]["content"], _tokens(tokenizer, text, add_special_tokens=False), chat=True)
 
@@ -86,7 +86,7 @@ def _tokens(tokenizer: Any, text: str, *, add_special_tokens: bool) -> tuple[int
 def as_batch(
     prompts: Sequence[Prompt], *, pad: int, left: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids `[batch, longest]` and the mask that leaves out the padding. A decoder goes on from the right end."""
+    """Return token ids `[batch, longest]` and the mask that leaves out the padding: at the `left` for a decoder."""
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros_like(ids)
@@ -98,15 +98,15 @@ def as_batch(
 
 
 def read_prompts(file: str, timeout: float) -> list[str]:
-    """`prompt_lines` of a file or stdin: read by rank 0, for all.
+    """Return `prompt_lines` of a file or stdin, which rank 0 reads for all.
 
-    `timeout` is in seconds, to reach rank 0. Raises BadInputError on every rank where there is nothing to read.
+    `timeout` is in seconds, to reach rank 0. Raises BadInputError on every rank if there is nothing to read.
     """
     return of_first_rank(lambda: prompt_lines(file), timeout)
 
 
 def chat_turns(timeout: float) -> Iterator[str]:
-    """The user's lines from stdin, but empty ones, until its end: read by rank 0, for all. `timeout` as above."""
+    """Yield the lines of stdin that are not empty, which rank 0 reads for all. `timeout` as in `read_prompts`."""
 
     def read() -> str | None:
         while line := _ask():
@@ -119,7 +119,7 @@ def chat_turns(timeout: float) -> Iterator[str]:
 
 
 def of_first_rank(read: Callable[[], Any], timeout: float) -> Any:
-    """What `read` gives on rank 0, on every rank: something that JSON can hold. `timeout` is in seconds, as above."""
+    """Return on every rank what `read` returns on rank 0, which must fit in JSON. `timeout` as in `read_prompts`."""
     info = this_rank()
     return from_first(connect(info, Deadline.after(timeout)), info, read)
 

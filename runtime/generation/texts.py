@@ -1,4 +1,4 @@
-"""Tokens as the text they add to a prompt: as they come, up to a text to stop at, and all at once."""
+"""Decoding of new tokens to text: piece by piece as they come, up to a stop text, or all at once."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 __all__ = ["Stops", "Stream", "before_stop", "continuation"]
 
-# Tokens of the prompt that are decoded with the first new ones: what a token looks like depends on what is before it.
+# Tokens of the prompt that are decoded with the first new ones: a token's text depends on the tokens before it.
 _CONTEXT = 6
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text that `new` tokens add to a prompt."""
+    """Return the text that `new` tokens add to a prompt."""
     context = _context(tokenizer, prompt)
     before = tokenizer.decode(context, skip_special_tokens=True)
     return tokenizer.decode([*context, *new], skip_special_tokens=True)[len(before) :]
 
 
 def _context(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
-    """The end of a prompt, from where a character begins: of half a one, some decoders spoil what follows too."""
+    """Return the end of a prompt, from the start of a character: after half a one, some decoders spoil the rest too."""
     length = _CONTEXT
     while tokenizer.decode(found := list(prompt[-length:]), skip_special_tokens=True).startswith("\ufffd"):
         if length >= len(prompt):
@@ -31,7 +31,7 @@ def _context(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of the texts to stop at: the one that is complete first, as tokens come."""
+    """Return `text` up to the first stop text: the one that is complete first as tokens come."""
     found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(found)[1]] if found else text
 
@@ -42,11 +42,11 @@ class _Growing:
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = _context(tokenizer, prompt)
-        self._begin = 0  # of the window that is decoded
-        self._told = len(self._ids)  # up to here it was passed on
+        self._begin = 0  # where the decoded window begins
+        self._told = len(self._ids)  # text up to here was returned
 
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """What they add; nothing while the last character lacks some of its bytes, unless no more are to come."""
+        """Return the text that `ids` add; none while the last character lacks bytes, unless these are the `last`."""
         self._ids += ids
         known, text = (self._decode(self._ids[self._begin : end]) for end in (self._told, None))
         if len(text) <= len(known) or (text.endswith("\ufffd") and not last):
@@ -59,14 +59,14 @@ class _Growing:
 
 
 class Stream:
-    """A streamer for `model.generate`: passes one prompt's new text on as it comes, but nothing from a stop text on."""
+    """A streamer for `model.generate`: passes on one prompt's new text as it comes, up to a stop text."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], emit: Callable[[str], object]) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
         self._emit = emit
         self._growing: _Growing | None = None
-        self._held = ""  # what may be the beginning of a stop text
+        self._held = ""  # possibly the beginning of a stop text
         self._over = False
 
     def put(self, tokens: torch.Tensor) -> None:
@@ -94,15 +94,15 @@ class Stream:
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Characters at the end of `text` that a stop text may begin with."""
+    """Return how many characters at the end of `text` may begin a stop text."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
 
 class Stops:
-    """A stopping criterion for `model.generate`: a row ends as soon as its new text contains one of some texts.
+    """A stopping criterion for `model.generate`: a row ends as soon as its new text contains a stop text.
 
-    Unlike transformers' own, it asks neither the prompt nor the whole vocabulary. `ends` are the rows' numbers of new
-    tokens by then, None where there is no such text.
+    Unlike transformers' own, it searches neither the prompt nor the vocabulary. `ends` has each row's number of new
+    tokens by then, None if its text contains no stop text.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompts: Sequence[Sequence[int]], start: int) -> None:

@@ -1,1 +1,1 @@
-"""From a resharded folder to a model on this rank: found, read, built, and agreed on with the other ranks."""
+"""Loading a resharded folder: find it, read this rank's file, build the model, agree with the other ranks."""

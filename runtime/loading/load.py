@@ -1,4 +1,4 @@
-"""Load this rank's own file into a transformers model whose parameters are DTensors."""
+"""`load`: from a resharded folder to a transformers model whose parameters are DTensors."""
 
 from __future__ import annotations
 
@@ -54,39 +54,42 @@ def load(
 ) -> Any:
     """Load a resharded folder on every rank of the torchrun job, and return the transformers model.
 
-    `place` is a folder, a Hub repo (`org/name`) or a folder of one (`org/name/tp4`); in one that is none itself, its
-    folder `tpN` for N ranks is taken. All ranks load one commit; each fetches its own file and the small ones.
+    `place` is a resharded folder, a Hub repo (`org/name`) or a folder in one (`org/name/tp4`). If it is not resharded
+    itself, its folder `tpN` for N ranks is loaded. All ranks load one commit; each fetches its own file and the small
+    files.
 
-    Parameters are DTensors over the axis `tp` of `mesh`, each holding this rank's part; a layout that DTensor cannot
-    express stays a local tensor, and `full_tensor` assembles either. Along the mesh's other axes the model is repeated.
-    Without a mesh, one is made over all ranks, for `dp_size` replicas of ranks in a row (see `share`). On CPU the
+    Parameters are DTensors over the axis `tp` of `mesh`, each holding this rank's part. A layout that DTensor cannot
+    express stays a local tensor; `full_tensor` assembles either. The model is repeated along the mesh's other axes.
+    Without a mesh, one is made over all ranks, for `dp_size` replicas of consecutive ranks (see `share`). On CPU the
     tensors are views of the mapped file, so memory is shared with the page cache; on a GPU they share one allocation.
-    The forward runs on local tensors. What it took is in `model.reshard_seconds`, part by part in order, for
-    `model.reshard_bytes`.
+    The forward runs on local tensors. `model.reshard_seconds` are the load times, part by part in order, and
+    `model.reshard_bytes` is the size of this rank's file.
 
-    `model.generate` is one decision of all ranks: called alike on each, it gives the same tokens on each, sampled
-    or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels. What
-    `output_attentions` gives are this rank's heads. `model.to(…)` and its like are refused where they change anything.
-    So is what would replace a parameter or a module, and a backward: values can be changed in place.
+    `model.generate` is one decision of all ranks: called alike on each, it returns the same tokens on each, sampled
+    or not (`generate_alike`). `attn_implementation` is transformers'; `sdpa` chooses among torch's kernels.
+    `output_attentions` returns this rank's heads. The model refuses `model.to(…)` and its like if they change anything,
+    the replacement of a parameter or a module, and a backward. Values can be changed in place.
 
     With `sequence_parallel`, each rank has only its slice of the sequence between a layer's blocks: activations take
-    less memory. Nothing in the files depends on it, since norms are whole on every rank.
+    less memory. The files are the same with and without it, since norms are replicated.
 
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
-    `device` is `cpu`, `cuda` (each rank a GPU of its own: the default where there are GPUs) or `cuda:0` (all ranks on
-    that one, over gloo). With a mesh it is of the mesh's kind, and the collectives are those of the mesh.
-    `timeout` is in seconds, from now until the last rank is done; those that are not are named. `strategies` are those
-    of your own that the folder was made with: the Python file that registers them, or what `load_strategies` returned.
+    `device` is `cpu`, `cuda` (one GPU for each rank: the default if there are GPUs) or `cuda:0` (all ranks on that
+    one, over gloo). With a mesh, it must be of the mesh's kind, and the collectives are the mesh's.
+    `timeout` is in seconds, from now until the last rank is done; the error names the ranks that are not.
+    `strategies` are the custom strategies that the folder was made with: the Python file that registers them, or what
+    `load_strategies` returned.
 
     Raises:
-        UsageError: the attention implementation, or the kernel that `sdpa` has chosen, is not there for this device,
-            dtype or model; or `dp_size` or `device` does not go with the mesh.
+        UsageError: the attention implementation, or the kernel that `sdpa` has chosen, is not available for this
+            device, dtype or model; or `dp_size` or `device` does not go with the mesh.
         TopologyError: the folder was made for another number of ranks, or a rank did not answer in time.
-        BadInputError: sequence parallelism is not for this model.
-        IntegrityError: a file is missing or its bytes are not those that were written. With `check_digests`, those of
-            `config.json` count too, and of a fetched folder those of all small files.
-        VersionError: made by a newer release, for a model the installed transformers does not know, or with another
-            transformers whose model has other parameters. Other differences are made right, or told in a line.
+        BadInputError: the model cannot use sequence parallelism.
+        IntegrityError: a file is missing or its bytes are not those that were written. With `check_digests`, the bytes
+            of `config.json` are checked too, and those of all small files if the folder was fetched.
+        VersionError: the folder was made by a newer release, for a model that the installed transformers does not
+            know, or with another transformers whose model has other parameters. Other differences between
+            transformers are adapted, or reported in a line.
     """
     deadline, phases = Deadline.after(timeout), Phases()
     asked = Asked(
@@ -98,7 +101,7 @@ def load(
     ready: Ready | None = None
     try:
         ready = prepare(asked, mesh, ranks, deadline, phases)
-    except Exception as error:  # whatever it is, the others must hear of it before they wait in a collective
+    except Exception as error:  # of any kind: the others must learn of it before they wait in a collective
         failure = error
     deadline = agree(ranks.store, ranks.info, failure, deadline, what="loading", value=ready.seal if ready else "")
     assert ready is not None  # else `agree` has raised
@@ -145,7 +148,7 @@ def _connect(
         split_sequence(model, ready.points, tp_axis(mesh, manifest.topology))
     _finish(model, ready.folder, mesh)
     model._reshard_replicas = replicas
-    give_method(model, "save_pretrained", save_pretrained)  # its own would write this rank's tensors
+    give_method(model, "save_pretrained", save_pretrained)  # transformers' own would write this rank's tensors
     keep_model(model)
     phases.end("wrap")
 
@@ -158,7 +161,7 @@ def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
         from transformers import GenerationConfig
 
         try:
-            with quiet_transformers():  # each rank would say the same of flags that do not go together
+            with quiet_transformers():  # else every rank would warn of flags that do not go together
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             reason = printable(str(error).partition("\n")[0])
@@ -176,6 +179,6 @@ def _finish(model: Any, folder: Path, mesh: DeviceMesh) -> None:
 
 
 def _has_unaligned_experts(model: nn.Module) -> bool:
-    """torch's grouped_mm takes only rows and columns of a multiple of 16 bytes, which a cut can spoil."""
+    """Whether a cut left experts that torch's grouped_mm refuses: rows or columns of no multiple of 16 bytes."""
     local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     return any(p.ndim == 3 and any(size * p.element_size() % 16 for size in p.shape[1:]) for p in local)

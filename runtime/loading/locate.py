@@ -1,4 +1,4 @@
-"""Which folder all ranks load: found by rank 0, told to the others, so that all have one commit of a Hub repo."""
+"""The folder that all ranks load: rank 0 finds it and tells the others, so that all load one commit of a repo."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _calls = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A rank's folder and its manifest; `fetched` is whether it is in the cache, where a damaged file is not kept."""
+    """The folder of a rank, and its manifest. `fetched`: it is in the cache, where no damaged file is kept."""
 
     folder: Path
     manifest: Manifest
     fetched: bool
 
     def damaged(self, names: Sequence[str]) -> None:
-        """Let go of files of the cache, so that the next start fetches them again."""
+        """Delete files from the cache, so that the next start fetches them again."""
         for name in names if self.fetched else ():
             discard(self.folder / name)
 
@@ -51,17 +51,18 @@ def locate_together(
     store: dist.Store,
     deadline: Deadline,
 ) -> Located:
-    """The resharded folder at `place`, or its folder `tpN` for so many ranks, with this rank's file.
+    """Find the resharded folder at `place`, or its folder `tpN` for that number of ranks, and this rank's file in it.
 
-    `rank` and `world_size` are those of one replica of the model; `first` is one rank of all.
+    `rank` and `world_size` count within one replica of the model; `first` is true on one rank of the job.
 
-    Of a repo, each rank fetches its own file and the small ones, into a cache that the ranks of a machine share. Only
-    the first asks which commit it is. With `digests`, the configuration is checked, and small files that are fetched.
+    If `place` is a repo, each rank fetches its own file and the small files, into a cache that the ranks of a machine
+    share. Only the first rank resolves the commit. With `digests`, the configuration is checked, and every small file
+    that is fetched.
 
     Raises:
         IntegrityError: a small file is missing, or its bytes are not those that were written.
-        TopologyError: the folder was made for another number of ranks; says which there are.
-        ReshardError: what stopped the first, on every rank.
+        TopologyError: the folder was made for another number of ranks; the message names those it has.
+        ReshardError: the first rank failed; raised on every rank.
     """
     key = f"reshard/place/{next(_calls)}"
     if first:
@@ -86,7 +87,7 @@ def locate_together(
 
 
 def _fetch(place: str, commit: str | None, rank: int, world_size: int, *, digests: bool) -> Located:
-    """Small files first: a rank of the wrong number of them fetches nothing large."""
+    """Fetch the manifest first: if the number of ranks is wrong, nothing large is fetched."""
     folder, repo_id, _ = locate(place, revision=commit, patterns=[MANIFEST_NAME], ignored=())
     manifest = read_manifest(folder)
     if manifest.world_size != world_size:
@@ -104,8 +105,8 @@ def _fetch(place: str, commit: str | None, rank: int, world_size: int, *, digest
 
 
 def _check_small(located: Located) -> None:
-    """What the model is made from, and of a fetched folder all small files: some megabytes. The others of a folder that
-    is here are its owner's, who may well have given it another chat template."""
+    """Check config.json, and all small files (some megabytes) if the folder was fetched. The other small files of a
+    local folder are the user's to change, such as the chat template."""
     for record in located.manifest.extras:
         if not located.fetched and record.name != "config.json":
             continue

@@ -1,4 +1,4 @@
-"""One rank file in memory: mapped, so that the ranks of a machine share its pages, and checked by digest."""
+"""A reader of one rank file on CPU: it maps the file, so that processes of a machine share pages, and checks it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def map_rank_file(
 ) -> Callable[[], dict[str, torch.Tensor]]:
     """Map a rank file and, with `digests`, begin to digest it on the pool.
 
-    Call what is returned for the tensors, views of the mapping: no bytes are copied. The mapping is private: writing
-    to a tensor changes this process's copy of the page, never the file.
+    The returned function returns the tensors, views of the mapping: no bytes are copied. The mapping is private:
+    writing to a tensor changes this process's copy of the page, never the file.
 
     Raises:
-        IntegrityError: at once or at the call, naming the file and the tensor whose bytes are not those written.
-        StorageError: at once, where the system does not let it be read.
+        IntegrityError: the bytes of a tensor are not those written: at once or at the call, naming file and tensor.
+        StorageError: the system does not let the file be read: at once.
     """
     header = read_rank_header(path, record)
     try:

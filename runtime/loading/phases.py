@@ -1,4 +1,4 @@
-"""How long each part of a load took."""
+"""Timings of the parts of a load."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 __all__ = ["Phases", "load_report"]
 
-_OWN = ("open", "import", "build", "read")  # what a rank does by itself, while its file is read
+_OWN = ("open", "import", "build", "read")  # the parts that a rank does alone, while its file is read
 
 
 class Phases:
-    """Seconds of the parts of a work, in order. A part begins where the one before it ended."""
+    """Seconds of each part of a load, in order. A part begins when the one before it ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -26,9 +26,9 @@ class Phases:
 
 
 def load_report(model: Any) -> str:
-    """What loading a model took on rank 0, and on the rank that was slowest by itself. A collective: call it on all.
+    """Report the load times of rank 0 and of the rank whose own parts took longest. A collective: call it on all.
 
-    A rank's rate is that of its file, from when it was found until it was read; the model is made meanwhile.
+    A rank's rate is that of reading its file, from when it was found until it was read; the model is built meanwhile.
     """
     mine = (model.reshard_seconds, model.reshard_bytes)
     ranks: list[Any] = [mine] * model._device_mesh.size()

@@ -1,4 +1,4 @@
-"""One rank file onto a device: threads read it piece by piece into pinned memory, while earlier pieces travel on."""
+"""A reader of one rank file onto a device: threads read pieces into pinned memory while earlier ones are copied."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from reshard.text import printable
 
 __all__ = ["ALIGNMENT", "BUFFER_BYTES", "offsets", "read_rank_file"]
 
-ALIGNMENT = 256  # bytes: what kernels for wide loads ask of a tensor's address, as of an allocation of its own
+ALIGNMENT = 256  # bytes: kernels with wide loads need tensors at such addresses, as separate allocations are
 BUFFER_BYTES = 8 << 20
 
 
 def offsets(tensors: Iterable[TensorInfo]) -> tuple[dict[str, int], int]:
-    """Where each tensor begins in one allocation, and the bytes of all."""
+    """Return each tensor's offset in one allocation, and the size of the allocation, in bytes."""
     found, at = {}, 0
     for info in tensors:
         found[info.name] = at
@@ -36,17 +36,16 @@ def offsets(tensors: Iterable[TensorInfo]) -> tuple[dict[str, int], int]:
 
 
 class _Lane:
-    """A thread's two buffers: one is filled while the other's copy into `space` is under way, on a stream of the
-    lane's own."""
+    """A thread's two buffers and its own stream: one buffer is filled while the other is copied into `space`."""
 
     def __init__(self, space: torch.Tensor) -> None:
         device = space.device
         self._stream: Any = None
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # a new thread is on the first GPU, and would open a context there
+            torch.cuda.set_device(device)  # a new thread would open a context on the first GPU
             self._stream = torch.cuda.Stream(device)
-            # What is written to may have been in use on the stream it was allocated on; and its memory may be let go
-            # of, after a failure, while a copy is under way: it is used again only behind that.
+            # The memory of `space` may still be in use on the stream that allocated it, so wait for that stream. After
+            # a failure `space` may be freed during a copy: the allocator then reuses it only after this stream.
             self._stream.wait_stream(torch.cuda.current_stream(device))
             space.record_stream(self._stream)
         pinned = self._stream is not None
@@ -55,7 +54,7 @@ class _Lane:
         self._turns = itertools.cycle(range(2))
 
     def through(self, fd: int, info: TensorInfo, target: torch.Tensor, digest: Any) -> None:
-        """Bring a tensor's bytes from the file into `target`, in order, and into the digest."""
+        """Copy a tensor's bytes from the file into `target`, in order, and add them to the digest."""
         for start in range(0, info.nbytes, BUFFER_BYTES):
             turn = next(self._turns)
             self._wait(turn)
@@ -67,7 +66,7 @@ class _Lane:
             self._copies[turn] = self._send(target[start : start + len(data)], piece)
 
     def _send(self, target: torch.Tensor, piece: torch.Tensor) -> Any:
-        """Begin a copy; the event that comes when it is over, or None where it is over at once."""
+        """Begin a copy. Return the event that ends it, or None if it is done already."""
         if self._stream is None:
             target.copy_(piece)
             return None
@@ -99,11 +98,11 @@ def read_rank_file(
 ) -> Callable[[], dict[str, torch.Tensor]]:
     """Begin to read a rank file into one allocation on `device`, on the pool's threads.
 
-    Call what is returned for the tensors, views of that allocation; it waits until everything has arrived. Host memory
-    is two pinned buffers of BUFFER_BYTES for each thread. With `digests`, each piece is digested as it passes.
+    The returned function waits until everything has arrived, and returns the tensors, views of that allocation. Host
+    memory is two pinned buffers of BUFFER_BYTES for each thread. With `digests`, each piece is digested as it is read.
 
     Raises:
-        IntegrityError: at once or at the call, naming the file and the tensor whose bytes are not those written.
+        IntegrityError: the bytes of a tensor are not those written: at once or at the call, naming file and tensor.
         TopologyError: the device has no room for the file.
     """
     header = read_rank_header(path, record)
@@ -117,7 +116,7 @@ def read_rank_file(
             hint="convert for more ranks, or end what else uses the GPU",
         ) from None
     lanes: dict[int, _Lane] = {}
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the last thread that reads it
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed when the last thread drops it
 
     def bring(info: TensorInfo) -> str:
         lane = lanes.get(threading.get_ident()) or lanes.setdefault(threading.get_ident(), _Lane(space))

@@ -1,4 +1,4 @@
-"""What a rank does for a load by itself: find the folder, read its own file, and build the model meanwhile."""
+"""The part of a load that a rank does alone: find the folder, read its file, and build the model meanwhile."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What `load` was asked for, by the names of its arguments."""
+    """The arguments of `load`, by their names."""
 
     place: str
     revision: str | None
@@ -69,9 +69,9 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What this rank has prepared by itself: the model on the meta device, and the tensors that go into it.
+    """The work that this rank has done alone: the model on the meta device, and the tensors that go into it.
 
-    `seal` is the digest of the manifest, which all ranks must have alike. `points` are where the sequence is split.
+    `seal` is the digest of the manifest, which must be equal on all ranks. The sequence is split at `points`.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ def prepare(asked: Asked, mesh: DeviceMesh | None, ranks: Ranks, deadline: Deadl
         strategies = as_strategies(asked.strategies)
         device = _device_of(mesh, asked.device, info.local_rank)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # kernels and collectives without a device of their own go by it
+            torch.cuda.set_device(device)  # some kernels and collectives take the current device
         found = locate_together(
             asked.place,
             revision=asked.revision,
@@ -109,7 +109,7 @@ def prepare(asked: Asked, mesh: DeviceMesh | None, ranks: Ranks, deadline: Deadl
         check_attention(asked.attn_implementation, device, manifest.dtype)
         seal = digest_of((folder / MANIFEST_NAME).read_bytes())
         arriving = _begin(folder, manifest, rank, device, pool, digests=asked.check_digests)
-        phases.end("open")  # from here the file is read while the model is made
+        phases.end("open")  # from here the file is read while the model is built
         family, config = model_class(folder)
         check_attention_of(family, asked.attn_implementation)
         phases.end("import")
@@ -129,18 +129,18 @@ def prepare(asked: Asked, mesh: DeviceMesh | None, ranks: Ranks, deadline: Deadl
             found.damaged([rank_file_name(rank)])
         raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not keep a failure to itself
+        pool.shutdown(wait=False, cancel_futures=True)  # report a failure even if the disk hangs
 
 
 def _device_of(mesh: DeviceMesh | None, wanted: str | None, local_rank: int) -> torch.device:
-    """The device that is wanted; with a mesh, one of the mesh's kind."""
+    """Return the wanted device; with a mesh, one of the mesh's kind."""
     if mesh and wanted and wanted.partition(":")[0] != mesh.device_type:
         raise UsageError(f"the mesh is of {mesh.device_type}, and device is {printable(wanted)}", hint="leave it out")
     return pick_device(wanted or (mesh.device_type if mesh else None), local_rank)
 
 
 def _check_custom(manifest: Manifest, strategies: ParallelInterface) -> None:
-    """Every style means here what it meant when the folder was made."""
+    """Raise BadInputError if a style has another definition here than when the folder was made."""
     used = {*manifest.hooks.values(), *(target.style for target in manifest.parameters if target.style)}
     known = strategies.custom(used)
     for style in sorted(manifest.custom.keys() | known.keys()):
@@ -156,7 +156,7 @@ def _check_custom(manifest: Manifest, strategies: ParallelInterface) -> None:
 def _begin(
     folder: Path, manifest: Manifest, rank: int, device: torch.device, pool: Executor, *, digests: bool
 ) -> Callable[[], dict[str, torch.Tensor]]:
-    """Begin to map this rank's file, or to read it onto a device. Call what is returned for the tensors."""
+    """Begin to map this rank's file, or to read it onto a device. The returned function returns the tensors."""
     path, record = _own_file(folder, manifest, rank), manifest.rank_files[rank]
     if device.type == "cpu":
         return map_rank_file(path, record, pool, digests=digests)
@@ -164,7 +164,7 @@ def _begin(
 
 
 def _own_file(folder: Path, manifest: Manifest, rank: int) -> Path:
-    """This rank's file. The other ranks' need not be here, but those that are must have their size, and no more be."""
+    """Return this rank's file. Other rank files may be absent; a wrong size or an unknown file is an IntegrityError."""
     known = {record.name for record in manifest.rank_files}
     for path in sorted(folder.glob("shard-*.safetensors")):
         if path.name not in known:

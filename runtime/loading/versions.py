@@ -1,7 +1,7 @@
-"""A folder that another transformers made than the one that loads it: what differs is made right, told, or refused.
+"""Folders made with another transformers than the one that loads them: differences are adapted, reported or refused.
 
-The folder's own styles and placements are used, so another plan makes no difference. Names, shapes and the dtypes to
-compute in are the model's of this transformers, since its code is what runs.
+Styles and placements are the folder's own, so a changed tp_plan makes no difference. Names, shapes and compute dtypes
+are those of the installed transformers, since its code runs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ __all__ = ["adapted"]
 
 
 def adapted(manifest: Manifest, model: Any) -> tuple[Manifest, str | None]:
-    """The manifest for a model on the meta device that this transformers has made: its parameters are computed with in
-    the dtypes that this one wants. And what the user must know of the difference, in a line; None where it does not
-    matter, as with the same transformers.
+    """Return the manifest with the compute dtypes that the installed transformers wants for `model`, and a warning.
 
-    Raises VersionError where the parameters or modules are others than those of the transformers that made it.
+    `model` is on the meta device, built by the installed transformers. The warning is a line about the difference, or
+    None if it does not matter, as with the same transformers.
+
+    Raises VersionError if the model has other parameters or modules than the folder.
     """
     import transformers
 
@@ -66,7 +67,7 @@ def _check_names(manifest: Manifest, model: Any, who: str) -> None:
 
 
 def _in(target: Target, wanted: torch.dtype | None) -> Target:
-    """The parameter, computed with in the dtype that is wanted; in its own where it is a buffer that need not be."""
+    """Return the target with the wanted compute dtype; unchanged if its dtype or the wanted one is not floating."""
     dtype = str(wanted).removeprefix("torch.")
     if not is_floating(target.dtype) or dtype not in FLOATING:
         return target
@@ -74,7 +75,7 @@ def _in(target: Target, wanted: torch.dtype | None) -> Target:
 
 
 def _rounded(manifest: Manifest, parameters: tuple[Target, ...]) -> list[str]:
-    """Parameters that are to be computed with in a wider dtype now, of which the folder no longer holds all bits."""
+    """Names of parameters that now need a wider compute dtype, and whose source bits the folder no longer holds."""
     wider = [
         now
         for was, now in zip(manifest.parameters, parameters)

@@ -1,1 +1,1 @@
-"""A loaded model: its parameters and collectives, what it stays, and how it becomes a checkpoint again."""
+"""A loaded model: its parameters and collectives, what it refuses, and its way back to a checkpoint."""

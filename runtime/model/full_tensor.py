@@ -1,4 +1,4 @@
-"""A loaded model's tensor, whole again."""
+"""Assembly of a loaded model's full tensors from all ranks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["full_tensor", "whole_of"]
 
 
 def full_tensor(model: Any, name: str) -> torch.Tensor:
-    """The whole of a loaded model's parameter or buffer, assembled on every rank. A collective: call it on all.
+    """Assemble a loaded model's full parameter or buffer on every rank. A collective: call it on all.
 
-    `DTensor.full_tensor()` does the same where the layout has a name in DTensor. Raises UsageError where the files
-    have none of that name.
+    `DTensor.full_tensor()` does the same for layouts that DTensor can express. Raises UsageError if the files have no
+    such name.
     """
     targets: dict[str, Target] = given(model, "_reshard_targets")
     target = targets.get(name)
@@ -42,7 +42,7 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
 
 
 def whole_of(tensor: Any, target: Target, model: Any) -> torch.Tensor:
-    """The same of a parameter or buffer that is at hand."""
+    """Assemble the full tensor of a local parameter or buffer. A collective, unless it is replicated."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if isinstance(target.placement, Replicate):

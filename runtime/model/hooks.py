@@ -1,4 +1,4 @@
-"""Run the forward on local tensors: each style's functions around its modules, and no DTensor work per call."""
+"""Hooks that run the forward on local tensors: a style's functions around its modules, no DTensor work per call."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["install_hooks", "tp_axis"]
 
 
 def tp_axis(mesh: DeviceMesh, topology: Topology) -> DeviceMesh:
-    """The ranks that hold the other parts of what this one has a part of. `mesh` has one axis, over a model's ranks.
+    """Return the ranks that the model is cut over, but for experts. `mesh` has one axis, over a model's ranks.
 
-    Experts may be on more ranks than the rest is cut over; then a row of them has the same part of it.
+    Experts may be cut over more ranks than the rest; then a row of ranks has the same part of the rest.
     """
     return mesh if topology.tp_row == 1 else rows_of(mesh, topology.tp_row)["rows"]
 
@@ -28,7 +28,7 @@ def install_hooks(
 ) -> list[Any]:
     """Install each module's style around its forward. `mesh` has one axis, over all ranks.
 
-    Returns the handles; `remove()` undoes each, and so takes the functions off again.
+    Returns the handles; `remove()` takes the functions of each off again.
     """
     handles: list[Any] = []
     tp_mesh = tp_axis(mesh, topology)
@@ -37,7 +37,7 @@ def install_hooks(
         spanned = mesh if strategy.over_all_ranks else tp_mesh
         if spanned.size() == 1:
             continue
-        if not strategy.local_forward:  # it wants to meet the DTensors behind the local tensors
+        if not strategy.local_forward:  # its forward must see the DTensors, not the local tensors
             for own in module._parameters:
                 module.__dict__.pop(own, None)
         installed = strategy.prepare_module_tp(module, spanned)

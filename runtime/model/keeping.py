@@ -1,4 +1,4 @@
-"""What a loaded model stays: its parameters and modules, on its device, for inference."""
+"""Guards of a loaded model: it keeps its parameters, modules, dtype and device, and runs inference only."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .parameters import Kept
 
 __all__ = ["check_views", "keep_model"]
 
-# Those of transformers that give a model other parameters, and would do half of it before a module is replaced.
+# Methods of transformers that change a model's parameters, and would do half of that before a module is replaced.
 _REFUSED = ("add_adapter", "load_adapter")
 _LOCAL = attrgetter("_local_tensor")
 _INFERENCE = "a loaded model runs inference only"
 
 
 def keep_model(model: Any) -> None:
-    """Have a model refuse, in one line, what would leave the ranks with different models, or the forward with other
-    tensors than `named_parameters`: another dtype or device, other parameters or modules, training, a backward.
+    """Make a model refuse another dtype or device, other parameters or modules, training, and a backward: the ranks
+    would have different models, or the forward other tensors than `named_parameters`.
 
-    What changes values in place is seen by the forward; so is what is assigned to a parameter's `data`.
+    The forward sees values that are changed in place, and values that are assigned to a parameter's `data`.
     """
     for name, module in model.named_modules():
         if next(module.parameters(), None) is not None:
@@ -48,8 +48,8 @@ def keep_model(model: Any) -> None:
 
 
 def _unchanged(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    """In place of `nn.Module._apply`, through which `.to(…)`, `.half()` and their like go. Some parameters are kept in
-    fp32 in a model of half precision: the first is what `model.dtype` goes by."""
+    """Stand in for `nn.Module._apply`, which `.to(…)`, `.half()` and their like call. The first floating parameter is
+    tested, since `model.dtype` is its dtype; some parameters of a model in half precision are kept in fp32."""
     parameters = list(module.parameters())
     first = next((parameter for parameter in parameters if parameter.is_floating_point()), parameters[0])
     probe = _local(first).new_empty(0)
@@ -63,14 +63,14 @@ def _unchanged(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse:
 
 
 def _only_eval(module: Any, mode: bool = True) -> Any:
-    """In place of `train`: in training, each rank would drop elements of its own."""
+    """Stand in for `train`: in training, each rank would drop out other elements."""
     if mode:
         raise UsageError(f"{_INFERENCE}: train() is not for it", hint="train the checkpoint, and convert that")
     return type(module).train(module, False)
 
 
 def _in_place(module: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-    """In place of `load_state_dict`, which otherwise makes a list of errors of what `Kept` says of each parameter."""
+    """Stand in for `load_state_dict`, which would list the error of `Kept` once for each parameter."""
     if assign:
         raise UsageError(
             "load_state_dict(assign=True) replaces parameters, and a loaded model keeps them",
@@ -99,7 +99,7 @@ def _refusing(method: str) -> Callable[..., NoReturn]:
 def _same_vocabulary(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
 ) -> Any:
-    """In place of `resize_token_embeddings`: many call it with the size that there is."""
+    """Stand in for `resize_token_embeddings`: many callers pass the size that the model has."""
     size = model.config.get_text_config().vocab_size
     if new_num_tokens not in (None, size) or (pad_to_multiple_of and size % pad_to_multiple_of):
         _refusing("resize_token_embeddings")(model)
@@ -107,22 +107,22 @@ def _same_vocabulary(
 
 
 def check_views(model: Any) -> None:
-    """See that the model's parameters are still made of the tensors that its forward computes with.
+    """Check that the model's parameters still hold the tensors that its forward computes with.
 
-    Raises UsageError, and names the parameter.
+    Raises UsageError, naming the parameter.
     """
     model._reshard_views.check()
 
 
 def _check_touched(model: Any, _inputs: Any) -> None:
-    """The same before each forward, where anything was assigned: to tell takes 0.1 µs for a parameter. In a compiled
-    forward nothing of it is left."""
+    """Check the views before a forward if anything was assigned: to find out takes 0.1 µs for a parameter. A compiled
+    forward skips this."""
     if not torch.compiler.is_compiling() and model._reshard_views.touched():
         model._reshard_views.check()
 
 
 class _Views:
-    """A model's parameters, and the local tensors that its modules have seen when it was loaded."""
+    """A model's parameters, and the local tensors that its modules saw when it was loaded."""
 
     def __init__(self, model: Any) -> None:
         self._parameters = dict(model.named_parameters())
@@ -136,7 +136,7 @@ class _Views:
         return [*map(torch.Tensor.data_ptr, self._locals), *map(torch.Tensor.numel, self._locals)]
 
     def touched(self) -> bool:
-        """Whether any has another tensor, or one that is elsewhere in memory or of another size."""
+        """Whether any parameter has another local tensor, or one at another address or of another size."""
         same = all(map(is_, map(_LOCAL, self._distributed), self._theirs))
         return not same or self._look() != self._seen
 
@@ -157,7 +157,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Leaves a tensor as it is, and raises where gradients come back to it."""
+    """The identity, whose backward raises UsageError."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ class _InferenceOnly(torch.autograd.Function):
 
 
 def _no_backward(model: Any, _inputs: Any, outputs: Any) -> None:
-    """Where torch records a graph, have its backward end at the model's outputs with a word."""
+    """If torch records a graph, make its backward raise UsageError at the model's outputs."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     anchor = torch.zeros((), requires_grad=True)
@@ -181,7 +181,7 @@ def _no_backward(model: Any, _inputs: Any, outputs: Any) -> None:
 
 
 def _floating(value: Any) -> Iterator[torch.Tensor]:
-    """Those in a model's output, whatever is nested in it; a cache is no container."""
+    """Yield the floating tensors in a model's output, nested ones too; a cache is not a container here."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield value

@@ -1,4 +1,4 @@
-"""Which kernels compute a forward: attention implementations, torch's own attention kernels, compiled decoding."""
+"""The kernels that compute a forward: attention implementations, torch's attention kernels, compiled decoding."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ SDPA_KERNELS = {name: getattr(SDPBackend, backend) for name, backend in SDPA_BAC
 _chosen: ContextVar[str | None] = ContextVar("kernel", default=None)
 # Modes of torch.compile that capture CUDA graphs.
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
-# What torch says when none of the kernels allowed can compute a call, on CPU and on CUDA.
+# torch's message if none of the allowed kernels can compute a call, on CPU and on CUDA.
 _NO_KERNEL = re.compile("No (viable backend|available kernel)")
-# Packages that bring an implementation; `kernels` fetches one instead.
+# The package that holds each implementation; the package `kernels` can fetch one instead.
 _PACKAGES = {
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
@@ -46,7 +46,7 @@ _PACKAGES = {
 
 
 def check_attention(name: str | None, device: torch.device, dtype: str) -> None:
-    """Raise UsageError where an attention implementation cannot run on this device, whatever the model."""
+    """Raise UsageError if an attention implementation cannot run on this device in this dtype, for any model."""
     if name not in _PACKAGES:
         return
     if device.type != "cuda":
@@ -61,10 +61,10 @@ def check_attention(name: str | None, device: torch.device, dtype: str) -> None:
 
 
 def check_attention_of(model_class: Any, name: str | None) -> None:
-    """Raise UsageError where a model has no such attention implementation.
+    """Raise UsageError if a model has no such attention implementation.
 
-    Known are transformers' own, those that were registered with its `AttentionInterface`, and kernels of the Hub
-    (`org/name`), which transformers fetches.
+    Known are transformers' own, those registered with its `AttentionInterface`, and kernels on the Hub (`org/name`),
+    which transformers fetches.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -80,11 +80,12 @@ def check_attention_of(model_class: Any, name: str | None) -> None:
 
 @contextlib.contextmanager
 def sdpa(kernel: str | None) -> Iterator[None]:
-    """While it lasts, attention `sdpa` is computed by one of torch's kernels (SDPA_KERNELS), or any where it is None.
+    """Within this context, one of torch's kernels (SDPA_KERNELS) computes attention `sdpa`; any kernel if it is None.
 
-    What is compiled meanwhile keeps that kernel. `load` refuses meanwhile what the kernel cannot compute.
+    A forward that is compiled in the context keeps that kernel. `load` in the context refuses a model whose attention
+    the kernel cannot compute.
 
-    Raises UsageError where there is no such kernel, or it cannot compute a call: torch takes no other in its place.
+    Raises UsageError if there is no such kernel, or it cannot compute a call: torch takes no other in its place.
     """
     if kernel is None:
         yield
@@ -114,9 +115,10 @@ def check_sdpa(
     *,
     masked: bool = False,
 ) -> None:
-    """Raise UsageError where a kernel cannot run on a device, for heads of `head_dim` numbers of a dtype.
+    """Raise UsageError if a kernel cannot run on a device, for heads of `head_dim` elements of a dtype.
 
-    `masked` is with a mask, as a static cache and prompts of different lengths have: flash kernels of a GPU take none.
+    With `masked`, try it with a mask, as a static cache and prompts of different lengths need: flash kernels on a GPU
+    take none.
     """
     with sdpa(kernel):
         query = torch.zeros(1, 1, 8, head_dim, dtype=dtype, device=device)
@@ -125,9 +127,9 @@ def check_sdpa(
 
 
 def check_sdpa_of(model: Any, device: torch.device) -> None:
-    """Raise UsageError where the kernel that `sdpa` has chosen meanwhile, if any, cannot compute a model's attention.
+    """Raise UsageError if the kernel that `sdpa` has chosen, if any, cannot compute a model's attention on `device`.
 
-    The model may be on the meta device; it will be on `device`.
+    The model may still be on the meta device.
     """
     kernel = _chosen.get()
     if kernel is None:
@@ -139,7 +141,7 @@ def check_sdpa_of(model: Any, device: torch.device) -> None:
 
 
 def shares_gpu(mesh: DeviceMesh) -> bool:
-    """Whether ranks on GPUs talk over gloo, whose collectives leave the GPU: no CUDA graph can hold them."""
+    """Whether ranks on GPUs use gloo. Its collectives leave the GPU, so no CUDA graph can hold them."""
     if mesh.device_type != "cuda" or mesh.size() == 1:
         return False
     backend: str = mesh.get_group()._get_backend(torch.device("cuda")).name()
@@ -147,7 +149,7 @@ def shares_gpu(mesh: DeviceMesh) -> bool:
 
 
 def check_compile(mode: str | None, model: Any) -> None:
-    """Raise UsageError where a loaded model cannot be compiled in torch.compile's `mode`."""
+    """Raise UsageError if a loaded model cannot be compiled in torch.compile's `mode`."""
     if mode in _GRAPH_MODES and shares_gpu(model._device_mesh):
         raise UsageError(
             f"--compile {mode} captures CUDA graphs, which the collectives of ranks that share a GPU cannot be part of",
@@ -156,7 +158,7 @@ def check_compile(mode: str | None, model: Any) -> None:
 
 
 def compile_config(mode: str) -> Any:
-    """What `model.generate` takes as `compile_config`, to compile decoding steps in torch.compile's `mode`."""
+    """Return the `compile_config` for `model.generate` that compiles decoding steps in torch.compile's `mode`."""
     from transformers import CompileConfig
 
     config = CompileConfig(mode=mode)
@@ -166,7 +168,7 @@ def compile_config(mode: str) -> Any:
 
 @contextlib.contextmanager
 def compiler_errors() -> Iterator[None]:
-    """Say in one line what torch.compile cannot do here, such as without a C++ compiler or Triton."""
+    """Raise torch.compile's errors as a ReshardError of one line, such as without a C++ compiler or Triton."""
     try:
         yield
     except Exception as error:

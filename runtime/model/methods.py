@@ -1,4 +1,4 @@
-"""Methods of one model alone, in place of those of its class."""
+"""Methods that are set on one model, in place of its class's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["give_method", "given"]
 
 
 def give_method(model: Any, name: str, function: Callable[..., Any]) -> None:
-    """Have `model.NAME(…)` call `function(model, …)`; a copy of the model has its own."""
+    """Make `model.NAME(…)` call `function(model, …)`; a copy of the model calls it with the copy."""
     setattr(model, name, _Method(function, model))
 
 
 def given(model: Any, name: str) -> Any:
-    """What a load has given to a model as its attribute `name`. Raises UsageError for a model of somebody else."""
+    """Return the attribute `name` that `load` set on a model. Raises UsageError if this runtime did not load it."""
     found = getattr(model, name, None)
     if found is None:
         raise UsageError(
@@ -30,7 +30,7 @@ def given(model: Any, name: str) -> Any:
 
 
 class _Method:
-    """Bound weakly: a model that held itself would keep its memory until garbage is looked for."""
+    """A function bound to a model by a weak reference: a cycle would keep the memory until garbage is collected."""
 
     def __init__(self, function: Callable[..., Any], model: Any) -> None:
         functools.update_wrapper(self, function)
@@ -46,5 +46,5 @@ class _Method:
         return self._function(self._model(), *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
-        """Of the model that is being copied: that of the copy."""
+        """Bind to the copy of the model, if the model is being copied."""
         return _Method(self._function, memo.get(id(self._model()), self._model()))

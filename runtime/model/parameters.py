@@ -1,4 +1,4 @@
-"""A loaded model's parameters: DTensors around the very tensors that its modules compute with."""
+"""Parameters of a loaded model: DTensors around the very tensors that its modules compute with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _CONVERT = "values can be changed in place (parameter.copy_); for anything else 
 
 
 class LoadedParameter(DTensor):
-    """A parameter as all ranks hold it. Its local tensor is the one that the module's own forward sees: one object, so
-    what is assigned to the `data` of either is seen by both. torch takes such an assignment to a DTensor, and drops it.
+    """A parameter over all ranks. Its local tensor is the object that the module's own forward sees, so assigning to
+    the `data` of either changes both. torch's DTensor accepts such an assignment, and drops it.
     """
 
     called: str  # its name in the model
@@ -44,7 +44,7 @@ class LoadedParameter(DTensor):
 
     @staticmethod
     def __tensor_unflatten__(*parts: Any) -> LoadedParameter:
-        """For a compiled forward whose module sees the DTensor: there too it is of this class."""
+        """Keep this class in a compiled forward whose module sees the DTensor."""
         made: Any = DTensor.__tensor_unflatten__(*parts)
         return LoadedParameter(made._local_tensor, made._spec, requires_grad=made.requires_grad)
 
@@ -60,8 +60,8 @@ def _layout(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _loaded(local: torch.Tensor, spec: Any, name: str) -> LoadedParameter:
-    """Not by `nn.Parameter(tensor)`: it detaches, and DTensor works out for each shape how the result is sharded, which
-    was half the time of a load. The mark is what `nn.Parameter` puts on such tensors."""
+    """Make a parameter without `nn.Parameter(tensor)`: that detaches, so DTensor works out the result's sharding for
+    each shape, which was half the time of a load. `_is_param` is the mark that `nn.Parameter` sets on such tensors."""
     loaded = LoadedParameter(local, spec, requires_grad=False)
     loaded._is_param = True
     loaded.called = name
@@ -69,15 +69,15 @@ def _loaded(local: torch.Tensor, spec: Any, name: str) -> LoadedParameter:
 
 
 def face_of(local: nn.Parameter, distributed: torch.Tensor, name: str) -> Any:
-    """What stands for a module's `local` parameter in `named_parameters`: itself, unless it is `distributed`."""
+    """Return the public parameter for a module's `local` one: itself, unless `distributed` is a DTensor."""
     return _loaded(local, distributed._spec, name) if isinstance(distributed, DTensor) else local
 
 
 class Kept(dict):
-    """A module's parameters, or the modules in it, by name: none is replaced or removed, and none comes to it.
+    """A module's parameters or submodules, by name: none can be replaced, removed or added.
 
-    Whatever replaces one (an attribute that is set, pruning, adapters, a larger vocabulary, `functional_call`) would
-    leave out what a style does around it, or the other ranks' parts. It goes through here, and raises UsageError.
+    A replacement (by setting an attribute, pruning, adapters, a larger vocabulary, `functional_call`) would leave out
+    the functions of a style, or the other ranks' parts. All of these write to this dict, which raises UsageError.
     """
 
     def __init__(self, entries: Mapping[str, Any], module: nn.Module, name: str) -> None:
@@ -89,8 +89,8 @@ class Kept(dict):
     def __setitem__(self, own: str, value: Any) -> None:
         module = self._module()
         if module is not None:
-            module.__dict__.update(self._shown)  # of an attribute that is set, nn.Module has dropped what was there
-        as_shown = value is not None and value is self._shown.get(own)  # a bias may be shown as none, and be there
+            module.__dict__.update(self._shown)  # setting an attribute, nn.Module has dropped it here
+        as_shown = value is not None and value is self._shown.get(own)  # a bias may be shown as None although it exists
         if not as_shown and (own not in self or value is not self[own]):
             self._refuse(own)
 

@@ -1,4 +1,4 @@
-"""A rank's tensors into their places in the model: local ones for the forward, DTensors as their public face."""
+"""The placing of a rank's tensors in the model: local ones for the forward, DTensors as public parameters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ __all__ = ["check_held", "distribute", "fill", "owners"]
 
 
 def check_held(manifest: Manifest, rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises IntegrityError, naming the tensor, where a rank's file does not hold what the manifest's placements give
-    that rank: every parameter, in its local shape and its stored dtype."""
+    """Check that a rank's file holds every parameter in the local shape and stored dtype that the manifest gives.
+
+    Raises IntegrityError, naming the tensor."""
     name = manifest.rank_files[rank].name
     for target in manifest.parameters:
         shape = local_shape(target.placement, target.shape, rank=rank, world_size=manifest.world_size)
@@ -39,9 +40,9 @@ def check_held(manifest: Manifest, rank: int, tensors: Mapping[str, torch.Tensor
 
 
 def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Put every local tensor in its place: parameters, then tied ones, then the buffers that no file holds.
+    """Put every local tensor into the model: parameters, then tied ones, then the buffers that no file holds.
 
-    Raises IntegrityError where the files and config.json are not of one model.
+    Raises IntegrityError if the files and config.json do not belong to one model.
     """
     owner = owners(model)
     for target in manifest.parameters:
@@ -64,11 +65,11 @@ def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], de
             raise IntegrityError(f"{printable(name)}: config.json asks for it, and the rank files do not hold it")
     computed = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     unfinished = {""}
-    for name in computed:  # from the configuration, such as rope's frequencies; by its module, or one around it
+    for name in computed:  # rope's frequencies and the like: the module, or one around it, computes them
         module, own = owner(name)
         module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
         unfinished |= {name[:end] for end, character in enumerate(name) if character == "."}
-    # Of every other module nothing is left to compute. Some would write to loaded tensors (youtu: the pad row).
+    # Every other module is complete. Some would overwrite loaded tensors (youtu: the pad row).
     for name, module in model.named_modules():
         module._is_hf_initialized = name not in unfinished
     with torch.no_grad():
@@ -86,10 +87,10 @@ def _check_shape(name: str, shape: tuple[int, ...], module: nn.Module, own: str)
 
 
 def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: ParallelInterface) -> None:
-    """Make DTensors the parameters' public face, while each module's own forward goes on seeing the local ones.
+    """Make DTensors the public parameters, while each module's own forward still sees the local tensors.
 
-    The DTensors stand in `module._parameters`, which is what `named_parameters` and `state_dict` read. An attribute in
-    the instance's `__dict__` is found before it, at no cost per call.
+    The DTensors are in `module._parameters`, which `named_parameters` and `state_dict` read. The local tensors are in
+    the instance's `__dict__`, where attributes are looked up first, at no cost per call.
     """
     targets = {target.name: target for target in manifest.parameters}
     targets |= {name: targets[kept] for name, kept in manifest.tied.items()}
@@ -113,7 +114,7 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
 
 
 def _share_heads(model: Any, manifest: Manifest) -> None:
-    """Where ranks share a KV head, each runs that many times fewer query heads for it than the configuration says."""
+    """Divide each attention's query heads per KV head by the number of ranks that share a KV head."""
     row = manifest.topology.tp_row
     shares = {}
     for target in manifest.parameters:
@@ -131,9 +132,9 @@ def _share_heads(model: Any, manifest: Manifest) -> None:
 
 
 def owners(model: nn.Module) -> Callable[[str], tuple[nn.Module, str]]:
-    """Where parameters and buffers are: a name → the module that holds it, and what it is called there.
+    """Return a function from a parameter's or buffer's name to the module that holds it, and its name there.
 
-    What is returned raises IntegrityError where the model has no such module.
+    The function raises IntegrityError if the model has no such module.
     """
     modules = dict(model.named_modules(remove_duplicate=False))  # get_submodule walks down from the model every time
 

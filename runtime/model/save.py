@@ -1,4 +1,4 @@
-"""A loaded model as a standard checkpoint again: the source's tensors, put together one by one from all ranks."""
+"""`save_pretrained` of a loaded model: a standard checkpoint, its tensors assembled one by one from all ranks."""
 
 from __future__ import annotations
 
@@ -35,27 +35,28 @@ from .source_tensors import Bundle, bundles
 
 __all__ = ["save_pretrained"]
 
-_PART = ".part"  # ending of a file that is not whole
-_HAPPENS = {"safe_serialization": True}  # beside the defaults of transformers' own arguments
-_rounds: Counter[str] = Counter()  # how often ranks have told each other how it went, by who they are
+_PART = ".part"  # suffix of an unfinished file
+_HAPPENS = {"safe_serialization": True}  # accepted too, beside the defaults of transformers' own arguments
+_rounds: Counter[str] = Counter()  # by the ranks that take part: how often they have reported failures to each other
 
 
 def save_pretrained(
     model: Any, save_directory: str | Path, *, max_shard_size: int | str = "50GB", **others: Any
 ) -> None:
-    """Write a loaded model into a folder as `from_pretrained` opens it: `model.save_pretrained(DIR)` is this.
+    """Write a loaded model into a folder that `from_pretrained` can open. This is `model.save_pretrained(DIR)`.
 
-    The tensors are those of the checkpoint that it was resharded from that the model uses: their names, and their dtype
-    unless they were cast. So a model as it was loaded gives the same bytes. Call it on every rank: the ranks of one
-    replica put each parameter together in turn, and its first rank, which alone writes, has one of them in memory, and
-    one tensor that is made of it. Weights appear when all are written; a failure is raised on all ranks.
+    The tensors are those of the source checkpoint that the model uses, by name, and in their dtype unless they were
+    cast. So an unchanged model gives the same bytes. Call it on every rank: the ranks of one replica assemble each
+    parameter in turn. Only its first rank writes, with one parameter in memory and one tensor made from it. The weights
+    appear when all are written; a failure is raised on all ranks.
 
-    Arguments of transformers' own are taken where they ask for what happens anyway, as their defaults do.
+    Arguments of transformers' own are accepted if they ask for what happens anyway, as their defaults do.
 
     Raises:
-        UsageError: another one, which is not for a model on several ranks; or the folder is a URL.
+        UsageError: an argument asks for something else, which a model on several ranks cannot do; or the folder is a
+            URL.
         DestinationExistsError: the folder holds weights already.
-        StorageError: the disk said no.
+        StorageError: the disk refused a write.
     """
     check_views(model)
     plan = bundles(model._reshard_manifest)
@@ -67,9 +68,9 @@ def save_pretrained(
         begins = writes and not refused
         _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if begins else refused)
         failure = None
-        if first in model._device_mesh.mesh.tolist():  # this replica's parameters are those that are written
+        if first in model._device_mesh.mesh.tolist():  # this replica's parameters are written
             owner = owners(model)
-            for bundle in plan:  # to its end, whatever happens to the files: the other ranks wait for this one
+            for bundle in plan:  # all of it, even if a write fails: the other ranks wait for this one
                 wholes = {}
                 for target in bundle.targets:
                     module, own = owner(target.name)
@@ -82,11 +83,11 @@ def save_pretrained(
 
 
 def _refused(model: Any, others: Mapping[str, Any], *, writes: bool) -> UsageError | None:
-    """What is wrong with arguments, where one asks for something else than happens without it."""
+    """Return the error, if an argument asks for something else than happens without it."""
     own = inspect.signature(type(model).save_pretrained).parameters
     happens = {name: parameter.default for name, parameter in own.items()} | _HAPPENS
     refused = [name for name, value in others.items() if name not in happens or happens[name] is not value]
-    if not writes:  # each rank may say truly whether it is the one
+    if not writes:  # each rank may tell truly whether it is the main one
         refused = [name for name in refused if name != "is_main_process"]
     if not refused:
         return None
@@ -102,7 +103,7 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: OutputFiles | None = None
-        self._names: list[str] = []  # those that the files are to have
+        self._names: list[str] = []  # final names of the files
         self._slots: dict[str, Slot] = {}
         self._file_of: dict[str, str] = {}  # by the name of a tensor
 
@@ -119,7 +120,7 @@ class _Writer:
         return self._folder / f"{name}{_PART}"
 
     def begin(self, tensors: list[LocalTensor], max_shard_size: int | str) -> None:
-        """Make the files, with their headers in place."""
+        """Create the files and write their headers."""
         self._folder.mkdir(parents=True, exist_ok=True)
         there = sorted([*self._folder.glob("*.safetensors"), *self._folder.glob(INDEX_NAME)])
         if there:
@@ -141,7 +142,7 @@ class _Writer:
         self._files = OutputFiles(self._folder, layouts, anew=False)
 
     def write(self, bundle: Bundle, wholes: Mapping[str, torch.Tensor]) -> None:
-        """The source tensors that went into these parameters."""
+        """Write the source tensors of a bundle, from its full parameters."""
         here = {name: whole.cpu() for name, whole in wholes.items()}
         assert self._files is not None
         for made in bundle.sources:
@@ -150,7 +151,7 @@ class _Writer:
                 pwrite(fd, memoryview(data), self._slots[made.name].offset)
 
     def finish(self, model: Any) -> None:
-        """The configuration, the files in their places, and last the index."""
+        """Write the configuration, rename the files to their final names, and write the index last."""
         model.config.dtype = model._reshard_manifest.dtype
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(self._folder)
@@ -167,7 +168,7 @@ class _Writer:
 
 
 def _failure(step: Callable[..., object], *arguments: Any) -> Exception | None:
-    """What a step raises, in our words where the disk is the reason."""
+    """Run a step. Return the error that it raises, an OSError as a StorageError; None if it raises none."""
     try:
         step(*arguments)
     except OSError as error:
@@ -178,10 +179,10 @@ def _failure(step: Callable[..., object], *arguments: Any) -> Exception | None:
 
 
 def _raise_together(model: Any, failure: Exception | None) -> None:
-    """Raise on every rank what the first, which writes, has met. The others wait for as long as it writes."""
+    """Raise the failure of the first rank, which writes, on every rank. The others wait for as long as it writes."""
     group = replicas_of(model).group
     ranks = dist.get_process_group_ranks(group)
-    who = "-".join(map(str, ranks))  # not all ranks of the job, where there are several meshes
+    who = "-".join(map(str, ranks))  # not all ranks of the job, if there are several meshes
     _rounds[who] += 1
     store = connect(this_rank(), Deadline.after(0))
     info = RankInfo(dist.get_rank(group), len(ranks), 0)

@@ -1,5 +1,5 @@
-"""Sequence parallelism: between a layer's blocks, where all ranks would hold the same hidden states, each holds its
-slice of the sequence. Norms and the residual stream run on that; a block's input is joined in front of it."""
+"""Sequence parallelism: between a layer's blocks, each rank holds its slice of the sequence instead of all hidden
+states. Norms and the residual stream run on the slice; the slices are joined in front of each block."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from reshard.text import printable
 
 __all__ = ["SplitPoints", "split_points", "split_sequence"]
 
-# What a decoder takes whole, and deals with before its first layer. Anything else that has tensors could meet the
-# hidden states between two layers.
+# Arguments that a decoder uses before its first layer. Any other argument with tensors could meet the hidden states
+# between two layers.
 _BEFORE_LAYERS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
     *("cache", "past_key_values"),  # transformers renamed it in 5.24
 }
 
-# By model type of the decoder: layers that handle more than the hidden states between their blocks.
+# Decoders, by model type, whose layers handle more than the hidden states between their blocks.
 _MORE_BETWEEN = {
     "neomme": "mix what the first layer was given into what they are given",
     "qwen4_exp_text": "keep several streams side by side, which blocks split and join",
@@ -42,12 +42,12 @@ _MORE_BETWEEN = {
 
 @dataclass(frozen=True, slots=True)
 class SplitPoints:
-    """Where a model's sequence is split and joined; names of modules.
+    """The modules, by name, where a model's sequence is split and joined.
 
-    It is split in front of the `first` layer and joined behind `last`, the norm after the layers or the last of them.
-    Each of `blocks` (attention, MLP) is given the whole sequence; its value is the module whose sum over the ranks is
-    what the block gives out, or None where the block's output is whole on every rank and cut behind it. `followers`
-    have a style that splits the sequence by itself otherwise.
+    It is split in front of the `first` layer and joined behind `last`: the norm after the layers, or the last layer.
+    Each of `blocks` (attention, MLP) gets the full sequence. Its value is the module whose sum over the ranks is the
+    block's output, or None if the block's output is replicated and then cut. `followers` are modules whose style would
+    otherwise split the sequence by itself.
     """
 
     decoder: str
@@ -58,12 +58,12 @@ class SplitPoints:
 
 
 def split_points(model: Any, hooks: Mapping[str, str], strategies: ParallelInterface) -> SplitPoints:
-    """Find them in a model whose modules have the styles `hooks`.
+    """Find the split points of a model whose modules have the styles `hooks`.
 
-    A layer must be made of norms and dropouts, which work on each token by itself, and of blocks whose styles make
-    their output whole; what else it may do with its hidden states cannot be known.
+    A layer must consist of norms and dropouts, which work on each token by itself, and of blocks whose styles make
+    their output replicated. Whatever else a layer does with its hidden states cannot be known.
 
-    Raises BadInputError where there is anything else, and names it.
+    Raises BadInputError if a layer has anything else, and names it.
     """
     names = {module: name for name, module in model.named_modules()}
     decoder = model.get_decoder()
@@ -104,7 +104,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """By its name: every family has a class of its own."""
+    """Whether a module is a norm, by its class's name: every family has a class of its own."""
     return "norm" in type(module).__name__.lower()
 
 
@@ -114,7 +114,7 @@ def _is_tokenwise(module: nn.Module) -> bool:
 
 
 def _reduction(block: str, styles: Mapping[str, TensorParallelLayer]) -> str | None:
-    """The module that sums a block's output over the ranks, where it is one and stands at its end."""
+    """Return the module that sums a block's output over the ranks, if there is one and it is the block's last."""
     sums = [at for at, style in styles.items() if isinstance(style, (RowwiseParallel, AllReduceParallel))]
     joins = [
         at
@@ -130,9 +130,9 @@ def _reduction(block: str, styles: Mapping[str, TensorParallelLayer]) -> str | N
 def split_sequence(model: nn.Module, points: SplitPoints, mesh: DeviceMesh) -> list[Any]:
     """Split the sequence over `mesh`, the tp axis, from the first layer to the last. The styles are installed already.
 
-    A forward of fewer tokens than ranks, such as a step of decoding, runs as it does without; so does one that is
-    asked for hidden states, or that is given tensors which layers could meet (`deepstack_visual_embeds`). Which those
-    are is the same on every rank. Returns the handles; `remove()` undoes each.
+    A forward is not split if it has fewer tokens than ranks, as a step of decoding has, if it is asked for hidden
+    states, or if it is given tensors that layers could use (`deepstack_visual_embeds`). Every rank decides alike.
+    Returns the handles; `remove()` undoes each.
     """
     sequence = SplitSequence(mesh)
     modules = dict(model.named_modules())
@@ -161,7 +161,7 @@ class _Wanted:
         self._wanted = False
 
     def ask(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._sequence.length = None  # a forward that failed may have left it
+        self._sequence.length = None  # a failed forward may have left one
         hidden = kwargs.get("output_hidden_states", getattr(decoder.config, "output_hidden_states", None))
         met = [name for name, value in kwargs.items() if name not in _BEFORE_LAYERS and _has_tensors(value)]
         self._wanted = not hidden and not met

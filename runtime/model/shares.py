@@ -1,4 +1,4 @@
-"""Work that the replicas of a model share: each takes its part, and the first rank gathers the results."""
+"""Work shared among the replicas of a model: each takes a part, and the first rank gathers the results."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 
 def replicas_of(model: Any) -> Replicas:
-    """Those that a loaded model is one of."""
+    """Return the replicas that a loaded model is one of. Raises UsageError if this runtime did not load the model."""
     found: Replicas = given(model, "_reshard_replicas")
     return found
 
 
 def share(model: Any, items: Sequence[T]) -> list[T]:
-    """Those of `items` that are this replica's work: each takes as many as the others, or one less. May be none."""
+    """Return this replica's part of `items`: as many as the others have, or one less. It may be empty."""
     replicas = replicas_of(model)
     return list(items[replicas.index :: replicas.count])
 
 
 def gather(model: Any, found: Sequence[T]) -> list[T] | None:
-    """What became of the items, in their order: `found` is this replica's share, one for each of its items.
+    """Return the results of all items, in the items' order. `found` are this replica's, one for each of its items.
 
-    A collective: call it on every rank of every replica. The first rank gets them, the others None.
+    A collective: call it on every rank of every replica. Only the first rank gets the results; the others get None.
     """
     replicas = replicas_of(model)
     brought = (replicas.index, list(found)) if replicas.rank == 0 else None

@@ -1,4 +1,4 @@
-"""The checkpoint's own tensors, from the parameters of the model that they went into: regions read the other way."""
+"""Source tensors from the model's parameters that hold their elements: regions, read the other way."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Parts = tuple[tuple[str, Region], ...]
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Parameters of the model, and the source tensors whose elements went into these and into no others.
+    """Parameters of the model, and the source tensors whose elements are in these parameters and in no others.
 
-    `parts` are, for each of `sources` by name, the parameters that hold its elements, and where. Of source tensors that
-    were found equal one was taken; its parts are those of all.
+    `parts` are the parameters that hold the elements of each of `sources`, by its name, and the regions. If source
+    tensors were equal, the model was made from one of them, and its parts stand for all.
     """
 
     targets: tuple[Target, ...]
@@ -34,7 +34,7 @@ class Bundle:
     parts: dict[str, Parts]
 
     def source(self, made: LocalTensor, wholes: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A source tensor, from the whole parameters."""
+        """Make a source tensor from the full parameters, by their names."""
         source = torch.empty(made.shape, dtype=getattr(torch, made.dtype))
         for name, region in self.parts[made.name]:
             box = tuple(slice(start, start + size) for start, size in zip(region.target_start, region.extent))
@@ -43,9 +43,9 @@ class Bundle:
 
 
 def bundles(manifest: Manifest) -> list[Bundle]:
-    """Of the whole model, in its order. A source tensor has its own dtype, unless it was cast.
+    """Return the bundles of the model, in its order. A source tensor has its own dtype, unless it was cast.
 
-    Raises IntegrityError where not every element of a source tensor is in the model.
+    Raises IntegrityError if an element of a source tensor is not in the model.
     """
     sources = {info.name: info for info in _sources(manifest)}
     parts: dict[str, list[tuple[str, Region]]] = defaultdict(list)
@@ -54,7 +54,7 @@ def bundles(manifest: Manifest) -> list[Bundle]:
         own = {
             region.source: torch_name(sources[region.source].dtype, tensor=region.source) for region in target.regions
         }
-        kept = target.dtype == widest(own.values())  # of several dtypes, the one that holds all: none was cast
+        kept = target.dtype == widest(own.values())  # the dtype that holds all of them: none was cast
         for region in target.regions:
             parts[region.source].append((target.name, _unrepeated(region)))
             dtypes[region.source].add(own[region.source] if kept else target.dtype)
@@ -81,7 +81,7 @@ def _sources(manifest: Manifest) -> Iterator[TensorInfo]:
 
 
 def _connected(parameters: Iterable[Target]) -> list[tuple[Target, ...]]:
-    """Parameters in groups, so that no source tensor has elements in two of them: mostly each by itself."""
+    """Group parameters so that no source tensor has elements in two groups. Most groups have one parameter."""
     groups: dict[int, list[Target]] = {}
     group_of: dict[str, int] = {}
     for number, target in enumerate(parameters):
@@ -95,7 +95,7 @@ def _connected(parameters: Iterable[Target]) -> list[tuple[Target, ...]]:
 
 
 def _unrepeated(region: Region) -> Region:
-    """The first of the times that it repeats its elements."""
+    """Return the part of a region that holds each of its elements once."""
     return replace(region, extent=tuple(1 if s == 0 else e for e, s in zip(region.extent, region.strides)))
 
 

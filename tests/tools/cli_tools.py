@@ -1,4 +1,4 @@
-"""What the tests of the command line share; their fixtures are in conftest.py."""
+"""Helpers of the tests of the command line; the fixtures are in conftest.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reshard.resharded.manifest import sealed_text
 INDEX = "model.safetensors.index.json"
 RANK_FILES = [f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in (1, 2)]
 FIRST = "model-00001-of-00003.safetensors"
-EVIL = "evil\x1b[31m\n\x07"  # click takes the colour away where there is no terminal, but not the bell
+EVIL = "evil\x1b[31m\n\x07"  # without a terminal, click removes the colour, but not the bell
 ESCAPED = "evil\\x1b[31m\\n\\x07"
 Checkpoint = Callable[..., Path]
 
@@ -45,7 +45,7 @@ Refused = Callable[..., Result]
 
 
 class TooSlow(BaseException):
-    """Not an Exception, so that the code under test cannot take it for a failure of its own."""
+    """The time limit has passed. Not an Exception, so that the code under test cannot catch it as its own failure."""
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def tree(root: Path) -> dict[str, Any]:
-    """Everything under `root`: content of files, target of links, type of what else there is."""
+    """Return everything under `root`: the content of a file, the target of a link, the type of anything else."""
     found: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         mode = path.lstat().st_mode
@@ -79,7 +79,7 @@ def tree(root: Path) -> dict[str, Any]:
 
 def assert_one_error(result: Result, code: int, *mentions: str, hint: str = "") -> None:
     assert result.code == code, result
-    # What a process of its own says before it fails.
+    # Lines that a subprocess prints before it fails.
     lines = [line for line in result.err.splitlines() if not line.startswith("planning ")]
     assert lines, result
     assert lines[0].startswith("Error: "), result
@@ -128,7 +128,7 @@ def weight_map(source: Path, change: Callable[[dict[str, str]], object]) -> None
 
 
 def file_of(source: Path, name: str) -> Path:
-    """The file that holds a tensor."""
+    """Return the source file that holds a tensor."""
     return source / json.loads((source / INDEX).read_text())["weight_map"][name]
 
 
@@ -151,7 +151,7 @@ def flip(path: Path, position: int) -> None:
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest as somebody would who knows how to seal it."""
+    """Change a manifest, and seal it again."""
     content = json.loads((folder / "reshard.json").read_text())
     content.pop("seal")
     change(content)

@@ -13,13 +13,13 @@ from reshard.sharding.regions import whole
 
 
 def chunk(tensor: torch.Tensor, dim: int, rank: int, world_size: int) -> torch.Tensor:
-    """`rank`'s torch.chunk; torch gives fewer chunks than asked for where ranks are empty."""
+    """`rank`'s torch.chunk; torch gives fewer chunks than asked for if ranks are empty."""
     parts = torch.chunk(tensor, world_size, dim)
     return parts[rank] if rank < len(parts) else tensor.narrow(dim, 0, 0)
 
 
 def oracle(tensor: torch.Tensor, placement: Placement, rank: int, world_size: int) -> torch.Tensor:
-    """`rank`'s part, by torch.chunk: of the tensor, or of each packed block."""
+    """`rank`'s part by torch.chunk, which cuts the tensor or each packed block."""
     if isinstance(placement, Replicate):
         return tensor
     if isinstance(placement, Shard):
@@ -39,7 +39,7 @@ def mesh_of(world_size: int) -> Any:
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Any bit pattern of the dtype, NaNs with payload included."""
+    """A tensor of any bit patterns of the dtype, NaNs with payload included."""
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
@@ -49,7 +49,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> to
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as integers of the same width, so that NaNs compare, in every dtype."""
+    """View the tensor as integers of the same width, so that NaNs compare, in every dtype."""
     return tensor.contiguous().view(BITS[tensor.dtype.itemsize])
 
 
@@ -58,7 +58,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def by_regions(tensor: torch.Tensor, placement: Placement, rank: int, world_size: int) -> torch.Tensor:
-    """What the executor is told to write, materialised."""
+    """Make `rank`'s part by the regions that the executor would copy."""
     target = Target("w", tuple(tensor.shape), "any", placement, whole("w", tensor.shape))
     (local,) = rank_tensors([target], rank=rank, world_size=world_size)
     source = bits(tensor).contiguous()

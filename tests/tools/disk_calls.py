@@ -1,4 +1,4 @@
-"""Every call that is made in this process on one folder and what is below it, handed to the test instead."""
+"""Interception of this process's file system calls on one folder and below: the test gets each instead."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLS = (
 
 @dataclass(frozen=True)
 class Call:
-    """One call, not made yet: calling it makes it. `path` is what it is about."""
+    """One call before it is made; calling this makes it. `path` is the path that it works on."""
 
     name: str
     path: str
@@ -62,7 +62,7 @@ def _of(fd: int) -> str:
 
 @contextlib.contextmanager
 def passing(root: Path, around: Around) -> Iterator[None]:
-    """Inside, `around(call)` stands for every call on `root` and below: it makes the call, or raises OSError."""
+    """Inside the context, replace every call on `root` and below by `around(call)`: it makes it, or raises OSError."""
 
     def wrapped(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def once(*arguments: Any, **options: Any) -> Any:
@@ -90,14 +90,14 @@ def passing(root: Path, around: Around) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_in_memory() -> Iterator[Path]:
-    """Where there is one: what is tried thousands of times need not reach the disk."""
+    """A folder in memory if the system has one, so that thousands of tries need not reach the disk."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="reshard-", dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)
 
 
 def make_folders(room: Path) -> Path:
-    """A checkpoint, resharded for two ranks (`whole`) and for four (`other`), and `merged` again. Returns it."""
+    """Make a checkpoint, reshard it for two ranks (`whole`) and four (`other`), and merge it (`merged`). Return it."""
     source = pico.save("llama", room / "source")
     reshard.convert(source, room / "whole", tp_size=2)
     reshard.convert(source, room / "other", tp_size=4)
@@ -107,7 +107,7 @@ def make_folders(room: Path) -> Path:
 
 @contextlib.contextmanager
 def already_planned(planned: ReshardPlan) -> Iterator[None]:
-    """Inside, `reshard.convert` does all but the planning, in milliseconds, and must be called for this plan."""
+    """Inside the context, `reshard.convert` skips the planning, to take milliseconds; call it for this plan only."""
     with pytest.MonkeyPatch.context() as patch:
         layouts = plan_layouts(planned)
         patch.setattr(reshard.operations.convert, "open_origin", lambda *_, **__: Origin(planned.source))

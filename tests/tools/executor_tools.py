@@ -1,4 +1,4 @@
-"""Sources to write files of, for the tests of the executor."""
+"""Sources and local tensors for the tests of the executor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reshard.sharding.regions import whole
 
 
 def make_source(folder: Path, *files: dict[str, torch.Tensor]) -> Source:
-    """A checkpoint of one file, or of several and their index."""
+    """Make a checkpoint of one file, or of several files and their index."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
     names = ["model.safetensors"] if len(files) == 1 else [f"model-{i}.safetensors" for i in range(len(files))]
@@ -29,7 +29,7 @@ def make_source(folder: Path, *files: dict[str, torch.Tensor]) -> Source:
 
 
 def taken_whole(source: Source, dtype: str | None = None) -> list[LocalTensor]:
-    """Every source tensor as it is, or cast."""
+    """Return a local tensor for each source tensor, uncut, and cast if `dtype` is given."""
     return [
         LocalTensor(name, info.shape, dtype or NAMES[info.dtype], (0,) * len(info.shape), whole(name, info.shape))
         for name, info in source.tensors.items()

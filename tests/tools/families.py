@@ -1,5 +1,5 @@
-"""A pico model of every family of the installed transformers that has a plan: numbers that make a model big are made
-small wherever a configuration, or one nested in it, has them."""
+"""Pico models of every family of the installed transformers that has a plan: the numbers that make a model big are
+shrunk in its configuration and in nested ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _TASKS = (
 
 
 def build(model_type: str) -> Any:
-    """A random model of the family in fp32, or None where the family has no plan.
+    """Build a random model of the family in fp32, or return None if the family has no plan.
 
-    Raises whatever its configuration or class raises: not every family can be made small this way.
+    Raises whatever its configuration or class raises: not every family can be shrunk this way.
     """
     if not _may_have_plan(model_type):
         return None
@@ -52,7 +52,7 @@ def build(model_type: str) -> Any:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.2 if parameter.ndim > 1 else 1 + noise * 0.1)
-        for module in model.modules():  # some families zero the pad row of whatever they load
+        for module in model.modules():  # some families zero the pad row when they load
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0
     return model
@@ -66,7 +66,7 @@ def save(model: Any, folder: Path) -> Path:
 
 
 def small_config(model_type: str) -> Any:
-    """The family's configuration with small numbers, in nested configurations too."""
+    """Return the family's configuration with small numbers, in nested configurations too."""
     config_class = transformers.CONFIG_MAPPING[model_type]
     overrides = OVERRIDES.get(model_type, {})
     found = _shrink(config_class(**NESTED.get(model_type, {})), {})
@@ -74,7 +74,7 @@ def small_config(model_type: str) -> Any:
 
 
 def _may_have_plan(model_type: str) -> bool:
-    """Whether a configuration nested in the default one, or a class of the family's module, has a plan."""
+    """Whether the default configuration, one nested in it, or a class of the family's module has a plan."""
     config_class = transformers.CONFIG_MAPPING[model_type]
     package = Path(sys.modules[config_class.__module__].__file__ or "").parent
     if any("_tp_plan" in path.read_text() for path in package.glob("modeling_*.py")):
@@ -95,7 +95,7 @@ def _nested(config: Any) -> Iterator[Any]:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that does most with this configuration: a causal model, a conditional one, …, the base model."""
+    """Return the class that does most with this configuration: a causal model, a conditional one, …, the base model."""
     listed = []
     for mapping in [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in _TASKS] + ["MODEL_MAPPING_NAMES"]:
         names = getattr(modeling_auto, mapping, {}).get(config.model_type, ())
@@ -113,21 +113,21 @@ def _fits(found: Any, config: Any) -> bool:
 
 
 def _with_sections(rope: dict[str, Any]) -> dict[str, Any]:
-    """Sections of a head's rotary dims that add up to half of 8."""
+    """Return rope parameters with sections of a head's rotary dims that add up to half of 8."""
     if "rope_type" in rope:
         return {**rope, "mrope_section": [2, 1, 1]}
     return {name: _with_sections(value) if isinstance(value, dict) else value for name, value in rope.items()}
 
 
 def _has_mrope(config: Any) -> bool:
-    """Whether the family's code looks for sections, which have defaults of its own size."""
+    """Whether the family's code reads sections, whose defaults fit only its own size."""
     path = Path(sys.modules[type(config).__module__].__file__ or "")
     modeling = path.with_name(path.name.replace("configuration_", "modeling_"))
     return modeling.exists() and '"mrope_section"' in modeling.read_text()
 
 
 def _shrink(config: Any, special: dict[str, int]) -> dict[str, Any]:
-    """Keyword arguments that make the same configuration small. `special` numbers the special tokens met so far."""
+    """Return keyword arguments that shrink a configuration. `special` numbers the special tokens met so far."""
     found: dict[str, Any] = {}
     values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     for name, value in values.items():
@@ -141,13 +141,13 @@ def _shrink(config: Any, special: dict[str, int]) -> dict[str, Any]:
             found[name] = special.setdefault(name, FIRST_SPECIAL + len(special))
         elif name == "rope_parameters" and isinstance(value, dict) and _has_mrope(config):
             found[name] = _with_sections(value)
-    if "qk_rope_head_dim" in found:  # the head's size follows from its parts, and every head has its own key
+    if "qk_rope_head_dim" in found:  # the head's size is the sum of its parts, and every head has its own key
         found["num_key_value_heads"] = found["num_attention_heads"]
     return {**found, **_shorten({**values, **found})}
 
 
 def _shorten(values: dict[str, Any]) -> dict[str, Any]:
-    """As few layers as show every kind there is, and of every list with an entry a layer, the entries of those."""
+    """Return the fewest layers that include every kind, and the entries of these layers in each list by layer."""
     found: dict[str, Any] = {}
     for name in LAYER_COUNTS:
         count = values.get(name)
@@ -165,7 +165,7 @@ def _shorten(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(config: Any) -> dict[str, Any]:
-    """Fields that whoever nests this configuration chose: those that are not the class's defaults."""
+    """Return the fields of a nested configuration that its parent chose: those that are not the class's defaults."""
     try:
         usual = vars(type(config)())
     except Exception:

@@ -1,4 +1,4 @@
-"""What a family's model is run on, and the tensor of its output that is compared."""
+"""Inputs of a family's model, and the tensor of its output that is compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IDS = torch.randint(3, 100, (ROWS, LENGTH), generator=torch.Generator().manual_s
 
 
 def inputs(model: Any) -> dict[str, Any]:
-    """Keyword arguments of one forward pass: text where the model takes any, an image or more where the tables say."""
+    """Return the arguments of one forward: text if the model takes any, an image or more if the tables say so."""
     config, names = model.config, inspect.signature(model.forward).parameters
     if config.model_type in VISION_MODELS:
         return _LAYOUTS[VISION_MODELS[config.model_type]](config)
@@ -35,7 +35,7 @@ def inputs(model: Any) -> dict[str, Any]:
 
 
 def main_output(outputs: Any) -> torch.Tensor:
-    """The logits, else the last hidden state, else the first floating tensor."""
+    """Return the logits, else the last hidden state, else the first floating tensor."""
     if isinstance(outputs, torch.Tensor):
         return outputs
     named = dict(outputs) if isinstance(outputs, dict) else dict(enumerate(outputs))
@@ -48,7 +48,7 @@ def _noise(*shape: int) -> torch.Tensor:
 
 
 def _pixels(vision: Any) -> dict[str, Any]:
-    """An image a row, as it is."""
+    """One image for each row, not cut into patches."""
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     size = GRID * patch
     return {"pixel_values": _noise(ROWS, 3, size, size)}
@@ -78,7 +78,7 @@ def _hidden_patches(vision: Any) -> dict[str, Any]:
 
 
 def _placed_patches(vision: Any) -> dict[str, Any]:
-    """Patches a row, each with its place."""
+    """Patches in each row, with the position of each."""
     side = vision.pooling_kernel_size * 2
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(ROWS, -1, -1)
     pixels = _noise(ROWS, side**2, 3 * vision.patch_size**2)
@@ -102,7 +102,7 @@ def _embedded(length: int) -> Callable[[Any], dict[str, Any]]:
 
 
 def _drafted(config: Any) -> dict[str, Any]:
-    """A block of noise, and what layers of the model it drafts for said about the text before."""
+    """A block of noise, and hidden states of the text before it, from layers of the model that it drafts for."""
     width = config.hidden_size * len(config.target_layer_ids)
     return {
         "noise_embeds": _noise(ROWS, config.block_size, config.hidden_size),
@@ -111,7 +111,7 @@ def _drafted(config: Any) -> dict[str, Any]:
 
 
 def _codes(config: Any) -> dict[str, Any]:
-    """A text token and one of each codebook in every place."""
+    """A text token and one token of each codebook at every position."""
     codes = torch.stack([IDS % 60 + 3 for _ in range(config.num_codebooks + 1)], dim=-1)
     return {"input_ids": codes}
 
@@ -134,7 +134,7 @@ def _robot(config: Any) -> dict[str, Any]:
 
 
 def _heard(config: Any) -> dict[str, Any]:
-    """Text beside the audio that is heard with it."""
+    """Text, and the audio that belongs to it."""
     heard = _noise(ROWS, LENGTH * config.downsample_factor, config.audio_config.hidden_size)
     return {"input_ids": IDS.clone(), "encoder_inputs_embeds": heard, "num_delay_tokens": 2}
 
@@ -144,7 +144,7 @@ def _scanned(config: Any) -> dict[str, Any]:
 
 
 def _on_canvas(config: Any) -> dict[str, Any]:
-    """A text, and the canvas to refine, which is random where it is not given."""
+    """A text, and the canvas to refine: the model would draw a random one."""
     canvas = torch.randint(3, 100, (ROWS, config.canvas_length), generator=torch.Generator().manual_seed(3))
     return {"input_ids": IDS.clone(), "decoder_input_ids": canvas}
 

@@ -1,4 +1,4 @@
-"""The table of families: printed for one mesh, or written for all of them as data that the tests read."""
+"""The table of families: printed for one mesh, or written for all meshes as data that the tests read."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import matrix
 import transformers
 from places import DATA
 
-# (tp, ep) of the written table; transformers' own tensor parallelism is run for the first.
+# The (tp, ep) of the written table. transformers' own tensor parallelism runs on the first.
 MESHES = ((2, 1), (4, 1), (2, 2))
 
 
 def release() -> str:
-    """The installed transformers, as the data is named."""
+    """Return the release of the installed transformers, as in the data's name."""
     return ".".join(transformers.__version__.split(".")[:2])
 
 
 def read(version: str) -> list[dict[str, Any]]:
-    """The written table: one record for each family."""
+    """Read the written table: one record for each family."""
     return [json.loads(line) for line in (DATA / f"families-{version}.jsonl").read_text().splitlines()]
 
 
 def is_exact(record: dict[str, Any]) -> bool:
-    """Whether a family was run on some mesh, and computed on all what one process does."""
+    """Whether a family ran on a mesh, and on every mesh computed the same as one process."""
     return bool(record["meshes"]) and all(
         result.get("error", 1) <= matrix.EXACT and result.get("tokens") is not False
         for result in record["meshes"].values()
@@ -43,7 +43,7 @@ def is_exact(record: dict[str, Any]) -> bool:
 @click.option("--write", is_flag=True, help="Walk all meshes and write the table into tests/data.")
 @click.argument("model_types", nargs=-1)
 def main(tp: int, ep: int, upstream: bool, write: bool, model_types: tuple[str, ...]) -> None:
-    """Walk the families and say how far each came."""
+    """Walk the families and report how far each came."""
     chosen = model_types or families.MODEL_TYPES
     if write:
         records = _records({mesh: _walk(*mesh, chosen, upstream=mesh == MESHES[0]) for mesh in MESHES})
@@ -73,7 +73,7 @@ def _said(row: matrix.Row) -> str:
 
 
 def _records(walks: dict[tuple[int, int], list[matrix.Row]]) -> list[dict[str, Any]]:
-    """One record for each family: what it uses, how far it came on each mesh, and how far upstream came."""
+    """Return a record for each family: what it uses, how far it came on each mesh, and how far upstream came."""
     found: dict[str, dict[str, Any]] = {}
     for (tp, ep), rows in walks.items():
         for row in rows:

@@ -1,4 +1,4 @@
-"""What the family walk knows by name: small numbers for configuration fields, and what single families need besides."""
+"""Tables of the family walk: small numbers for configuration fields, by name, and the needs of single families."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 VOCAB = 130
 FIRST_SPECIAL = 100  # token ids from here on stand for images, audio and the like; texts hold lower ones
 
-# Field name -> value, in any (nested) configuration that has a number there.
+# Field name -> value, for any (nested) configuration whose field is a number.
 SMALL: dict[str, Any] = {
     **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64},
     **{"d_model": 64, "embed_dim": 64, "n_embd": 64, "hidden_dim": 64, "ffn_dim": 96, "ffn_hidden_size": 96},
@@ -27,11 +27,11 @@ SMALL: dict[str, Any] = {
     # linear attention and state space
     **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8},
-    # embeddings of each layer's own
+    # embeddings of each layer
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0},
     **{"linear_head_dim": 8, "linear_num_heads": 8, "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 16},
     **{"n_groups": 2, "chunk_size": 8, "mamba_d_ssm": 64, "mamba_expand": 1},
-    # others of the text model's
+    # others of the text model
     **{"swa_num_attention_heads": 8, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 16},
     **{"rel_extent": 16, "d_rel": 8, "unpadded_vocab_size": VOCAB, "o_lora_rank": 16, "o_groups": 8},
     **{"moe_hidden_size": 64, "shared_experts_intermediate_size": 24, "moe_shared_expert_intermediate_size": 24},
@@ -65,7 +65,7 @@ SMALL: dict[str, Any] = {
     **{"text_hidden_size": 64, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
     **{"num_mel_bins": 16, "max_source_positions": 16, "conv_channels": 8, "text_embed_dim": 64},
 }
-# Set even where they are None.
+# Set even if they are None.
 NEVER_NONE = ("pad_token_id", "bos_token_id", "eos_token_id", "num_key_value_heads", "head_dim")
 LAYER_COUNTS = (
     *("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers"),
@@ -73,7 +73,7 @@ LAYER_COUNTS = (
 )
 LAYERS = 2
 
-# Model type -> keyword arguments of the configuration that is shrunk: parts that are absent by default.
+# Model type -> keyword arguments of the configuration before it is shrunk: parts that are absent by default.
 NESTED: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "gemma4_assistant": {
@@ -83,7 +83,7 @@ NESTED: dict[str, dict[str, Any]] = {
         }
     },
 }
-# Model type -> keyword arguments of its configuration, over what shrinking gives (nested ones are merged).
+# Model type -> keyword arguments of its configuration that override the shrunk ones (nested ones are merged).
 _STEP = {"sliding_window": 16, "share_expert_dim": 24}
 _COMPASS_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _TEXT: dict[str, dict[str, Any]] = {

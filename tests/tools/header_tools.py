@@ -1,4 +1,4 @@
-"""Headers made by hand, and what safetensors and reshard read of them."""
+"""Headers made by hand, and their contents as safetensors and reshard read them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fields(text: str) -> bytes:
 
 
 def parse(blob: bytes) -> Header:
-    """As read_header does it, without a file."""
+    """Parse as read_header does, without a file."""
     raw = blob[8 : 8 + int.from_bytes(blob[:8], "little")]
     return parse_header(raw, file=FILE, file_size=len(blob))
 
@@ -45,7 +45,7 @@ def read(folder: Path, blob: bytes) -> Header:
 
 
 def theirs(blob: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
-    """What safetensors reads, None where it refuses."""
+    """Read with safetensors; None if it refuses."""
     try:
         found = deserialize(blob)
     except SafetensorError:

@@ -1,4 +1,4 @@
-"""End a conversion at any system call it makes, as kill -9 would, and count what it writes.
+"""Conversions that end at any of their system calls, as by kill -9, with a count of calls and bytes written.
 
 Jobs run in a fork server that has the libraries imported, so that a sweep over hundreds of calls takes seconds.
 """
@@ -27,7 +27,7 @@ _CALLS = ("pwrite", "write", "open", "fsync", "ftruncate", "posix_fallocate", "m
 
 @contextlib.contextmanager
 def interrupted_after(claims: int) -> Iterator[None]:
-    """Ctrl-C in this process, once the journal has so many claims."""
+    """Raise Ctrl-C in this process, once the journal has that many claims."""
     real, count = Journal.add, itertools.count(1)
 
     def add(self: Journal, *arguments: str) -> None:
@@ -50,9 +50,9 @@ def server() -> Any:
 
 
 def convert_until(context: Any, source: Path, out: Path, *, call: int | None = None, after: bool = False) -> Any:
-    """Convert for 2 ranks in a process of its own. It ends at the `call`-th call, before it is made or `after`.
+    """Convert for 2 ranks in another process, which ends at the `call`-th call, before it is made or `after`.
 
-    Returns (exit code, calls made, bytes of tensor data written); of a killed process, only the code.
+    Returns (exit code, calls made, bytes of tensor data written); the last two are None if the process was killed.
     """
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_job, args=(sender, str(source), str(out), call, after))
@@ -88,7 +88,7 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
                 os._exit(KILLED)
             try:
                 return real(*arguments, **options)
-            finally:  # a call that fails is one too
+            finally:  # a failing call counts too
                 if mine == call:
                     os._exit(KILLED)
 
@@ -116,7 +116,7 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
-    """Ctrl-C when that many tensors are written."""
+    """Raise Ctrl-C when that many tensors are written."""
     real, count = Journal.add, itertools.count(1)
 
     def add(self: Journal, *arguments: str) -> None:

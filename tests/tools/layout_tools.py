@@ -24,7 +24,7 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
 def weights_in(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights, by path."""
+    """Return the SHA-256 of every file of weights, by path."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*.safetensors"))
@@ -65,7 +65,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def _into_folder(source: Path, *, index: bool) -> None:
-    """All files of weights into `parts`, and their index too, or it names them there."""
+    """Move all files of weights into `parts`, and the index too, unless it is to name them there."""
     (source / "parts").mkdir()
     for path in source.glob("model-*"):
         path.rename(source / "parts" / path.name)

@@ -1,5 +1,5 @@
-"""The family matrix: every family with a plan, built small, resharded, run under torchrun, compared with one process;
-and, where asked, what transformers' own tensor parallelism computes of the same checkpoint."""
+"""The family matrix: every family with a plan, built small, resharded, run under torchrun and compared with one
+process. On request, transformers' own tensor parallelism runs the same checkpoints."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ EXACT = 1e-5  # largest relative error in fp32
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """How far a family came: `step` is not built, single (one process cannot run it), convert, run, or parity.
+    """The `step` that a family reached: not built, single (one process cannot run it), convert, run, or parity.
 
     `styles` are those of the plan's parameters and modules, `conversions` the operations that its checkpoint may go
-    through. `equal_tokens` is None where the model generates no text. `upstream` is the error of transformers' own
-    tensor parallelism, or its last words.
+    through. `equal_tokens` is None if the model generates no text. `upstream` is the error of transformers' own tensor
+    parallelism, or its last words.
     """
 
     family: str
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What one process computed, and the row so far."""
+    """The outputs of one process, and the row so far."""
 
     output: torch.Tensor
     tokens: list[list[int]] | None
@@ -69,7 +69,7 @@ def walk(
     *,
     upstream: bool = False,
 ) -> list[Row]:
-    """One row for each family that has a plan; for experts, where `ep_size` asks for it. `root` is an empty folder."""
+    """Return a row for each family with a plan, or with one for experts if `ep_size` is given. `root` is empty."""
     rows: dict[str, Row] = {}
     jobs: dict[str, _Job] = {}
     for family in model_types:
@@ -95,7 +95,7 @@ def walk(
 
 
 def _prepare(family: str, model: Any, root: Path, tp_size: int, ep_size: int) -> Row | _Job:
-    """Write the family's checkpoint, run it in this process and reshard it. A row where one of these fails."""
+    """Write the family's checkpoint, run it in this process and reshard it. Return a row if a step fails."""
     source, out = root / f"{family}.source", root / family
     try:
         single = type(model).from_pretrained(families.save(model, source)).eval()
@@ -130,7 +130,7 @@ def _operations(entry: Any) -> list[Any]:
 
 
 def _generate(model: Any, arguments: dict[str, Any]) -> tuple[list[list[int]] | None, str]:
-    """Greedy tokens, or None and why there are none."""
+    """Return greedy tokens, or None and the reason why there are none."""
     if not model.can_generate() or "input_ids" not in arguments:
         return None, "no tokens: generates no text"
     arguments = {"attention_mask": torch.ones_like(arguments["input_ids"]), **arguments}
@@ -141,20 +141,20 @@ def _generate(model: Any, arguments: dict[str, Any]) -> tuple[list[list[int]] | 
 
 
 def _run_all(worker: str, root: Path, ranks: int, jobs: dict[str, _Job]) -> dict[str, dict[str, Any]]:
-    """The worker's result for each job; {"error": its last words} where it has none."""
+    """Return the worker's result for each job; {"error": its last words} if there is none."""
     found: dict[str, dict[str, Any]] = {}
     while len(found) < len(jobs):
         waiting = {family: job for family, job in jobs.items() if family not in found}
         done, words = _run(worker, root, ranks, waiting)
         found |= done
         if len(done) < len(waiting) and not any("error" in result for result in done.values()):
-            # The first without a result ended the job: go on behind it.
+            # The first family without a result ended the job: continue after it.
             found[next(family for family in waiting if family not in done)] = {"error": words}
     return found
 
 
 def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple[dict[str, Any], str]:
-    """Results of the families that one torchrun job came through, and its last words if it ended early."""
+    """Return the results of one torchrun job by family, and its last words if it ended early."""
     entries = [
         {
             "name": family,
@@ -186,7 +186,7 @@ def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple
 
 
 def _wait(process: subprocess.Popen[bytes], out: Path) -> bool:
-    """Wait for the job's end; False where it is ended here, because results stopped coming."""
+    """Wait for the job's end. Return False if it was killed here, because results stopped coming."""
     last, seen = time.monotonic(), 0.0
     while process.poll() is None:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Folders taken apart and put together again, for the tests of merge and of resharding."""
+"""Changes to checkpoints and comparisons of folders, for the tests of merge and of resharding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add(source: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def both_ways(source: Path, root: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Convert by way of `first`, and at once."""
+    """Convert to `second` by way of `first`, and directly: the results must be equal."""
     reshard.convert(source, root / "first", sync=False, **first)
     reshard.convert(root / "first", root / "second", sync=False, **second)
     reshard.convert(source, root / "at-once", sync=False, **second)

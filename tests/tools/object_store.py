@@ -1,4 +1,4 @@
-"""An S3 server on loopback: moto's, with a log of what was asked of it and faults in front."""
+"""An S3 server on loopback: moto's, with a log of its requests, and faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Call:
 
 @dataclass
 class ObjectStore:
-    """The server, and what was asked of it. `fault` may answer a request in its place."""
+    """The server, and the log of its requests. `fault` may answer a request in its place."""
 
     url: str
     client: Any
@@ -38,7 +38,7 @@ class ObjectStore:
     fault: Callable[[Call], Any] | None = None
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """What makes a process take this server for S3, and keep in `folder` what it fetches."""
+        """Return an environment in which a process uses this server as S3, and caches in `folder`."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": "key",
@@ -52,13 +52,13 @@ class ObjectStore:
         }
 
     def put(self, prefix: str, files: dict[str, bytes]) -> str:
-        """Put some objects there, and return the URL."""
+        """Put objects below a prefix, and return its URL."""
         for name, data in files.items():
             self.client.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=data)
         return f"s3://{BUCKET}/{prefix}"
 
     def objects(self, prefix: str) -> dict[str, bytes]:
-        """What is there, by the name behind the prefix."""
+        """Return the objects below a prefix, by their names after it."""
         listed = self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix + "/").get("Contents", ())
         keys = [item["Key"] for item in listed]
         return {key[len(prefix) + 1 :]: self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
@@ -69,11 +69,11 @@ class ObjectStore:
             self.client.delete_object(Bucket=BUCKET, Key=item["Key"])
 
     def unfinished(self) -> int:
-        """How many multipart uploads are under way."""
+        """Count the multipart uploads under way."""
         return len(self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ()))
 
     def calls(self, method: str, name: str) -> list[Call]:
-        """What was asked of an object, by how its name ends."""
+        """Return the requests for objects whose path ends with `name`."""
         return [call for call in self.log if call.method == method and call.path.endswith(name)]
 
 
@@ -85,7 +85,7 @@ class _Quiet(WSGIRequestHandler):
 
 
 def error(status: str, code: str) -> Callable[[Any], list[bytes]]:
-    """An answer such as S3 gives: `403 Forbidden`, `AccessDenied`."""
+    """Return a fault that answers as S3 does: `403 Forbidden`, `AccessDenied`."""
 
     def answer(start_response: Any) -> list[bytes]:
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}, they say</Message></Error>".encode()
@@ -97,7 +97,7 @@ def error(status: str, code: str) -> Callable[[Any], list[bytes]]:
 
 @contextlib.contextmanager
 def serve() -> Iterator[ObjectStore]:
-    """The server, on a port of its own, with an empty bucket."""
+    """Run the server on a port of its own, with an empty bucket."""
     backend = DomainDispatcherApplication(create_backend_app)
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
@@ -144,5 +144,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def kept(tmp_path: Path) -> list[Path]:
-    """What is left of unfinished work."""
+    """Return the files that unfinished work has left."""
     return [path for path in (tmp_path / "cache/reshard/unfinished").glob("*") if path.suffix != ".lock"]

@@ -1,6 +1,6 @@
-"""The reader of an earlier release, kept as a zip that Python imports from: what `read_manifest` needs, as it was.
+"""The reader of an earlier release, kept as a zip that Python imports from: the modules that `read_manifest` needed.
 
-python tests/old_reader.py 2.0 aaddda2    # makes tests/data/reader-2.0.zip of that commit, the same each time
+python tests/tools/old_reader.py 2.0 aaddda2    # makes tests/data/reader-2.0.zip of that commit, reproducibly
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from places import DATA
 
-# What importing `reshard.manifest` imports, in that commit.
+# The modules that `reshard.manifest` imports in that commit.
 LIST = (
     "import sys, json, reshard.manifest; print(json.dumps(sorted(n for n in sys.modules if n.startswith('reshard'))))"
 )
@@ -56,7 +56,7 @@ def path_of(version: str) -> Path:
 
 
 def read(version: str, folder: Path) -> tuple[int, str]:
-    """Exit code and line of the release that wrote `version`, on a folder."""
+    """Read a folder with the release that wrote `version`. Return its exit code and output line."""
     done = subprocess.run(
         [sys.executable, "-c", READ, str(folder)],
         env={"PYTHONPATH": str(path_of(version))},

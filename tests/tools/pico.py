@@ -1,4 +1,4 @@
-"""Pico checkpoints of real architectures, made on the spot by transformers' own `save_pretrained`."""
+"""Pico checkpoints of real architectures, made by transformers' own `save_pretrained` in the test."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FAMILIES = {**DENSE, **MOE}
 
 
 def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
-    """A model of `family` with every weight random, biases and norms included, so that nothing cancels out."""
+    """Build a model of `family`. All weights are random, biases and norms included, so that nothing cancels out."""
     config = transformers.AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -61,7 +61,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **o
 
 
 def save(family: str, folder: Path, *, shard_bytes: int | str = 40_000, **options: Any) -> Path:
-    """Write a checkpoint as several source files and an index, as big ones come."""
+    """Write a checkpoint as several source files and an index, as big checkpoints are."""
     transformers.utils.logging.disable_progress_bar()
     build(family, **options).save_pretrained(folder, max_shard_size=shard_bytes)
     return folder

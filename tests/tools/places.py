@@ -1,4 +1,4 @@
-"""Where the project, the tests' data and the scripts that run on ranks are."""
+"""Paths of the project, the tests' data and the scripts that run on ranks."""
 
 from __future__ import annotations
 

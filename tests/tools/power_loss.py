@@ -1,9 +1,9 @@
-"""What a disk can hold after the power fails: recorded calls, and all that can have become of them.
+"""A model of disks after a power failure: recorded calls, and every state that they can have left.
 
-A file's data and size are on disk when its fsync has returned, and a folder's entries when that folder's has; a file's
-fsync says nothing of its entry. Of the rest anything may be there: each write whole, in part, as zeros or not at all,
-in any order; each change of entries, unless an earlier one of the same names is not. This is less than any file system
-in use promises.
+A file's data and size are durable when its fsync has returned, and a folder's entries when that folder's fsync has; a
+file's fsync does not make its entry durable. Anything may have become of the rest: a write may be there fully, in part,
+as zeros or not at all, in any order; so may a change of entries, unless an earlier change of the same names is missing.
+Every file system in use promises more than this.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Entries:
-    """Names of a folder that change together: name → what it is now (None: nothing)."""
+    """Names of a folder that change together: name → its new number (None: no entry)."""
 
     owner: int
     changed: tuple[tuple[str, int | None], ...]
@@ -64,7 +64,7 @@ LOST, KEPT, FIRST_HALF, LAST_HALF, ZEROS = range(5)
 
 @dataclass
 class Disk:
-    """What is durable: entries of folders and content of files, by number. The root is folder 0."""
+    """The durable state: entries of folders and content of files, by number. The root is folder 0."""
 
     folders: dict[int, dict[str, int]] = field(default_factory=lambda: {0: {}})
     files: dict[int, bytes] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Disk:
 
 
 class _Recorder:
-    """Turns calls into steps, with numbers for files and folders, which names and file descriptors do not give."""
+    """Turns calls into steps. Files and folders get numbers, since names and file descriptors are reused."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.disk, self.steps, self.open = root, Disk(), [], {}
@@ -171,7 +171,7 @@ class _Recorder:
 
 
 def record(root: Path, work: Callable[[], object]) -> tuple[Disk, list[Step]]:
-    """Do `work` below `root`. Returns what was there before, all of it durable, and what was done to it."""
+    """Do `work` below `root`. Returns the state before it, all durable, and the steps that it made."""
     recorder = _Recorder(root)
     with passing(root, recorder):
         work()
@@ -179,8 +179,8 @@ def record(root: Path, work: Callable[[], object]) -> tuple[Disk, list[Step]]:
 
 
 def states(start: Disk, steps: list[Step], *, first: int = 0, seed: int = 0, often: int = 1) -> Iterator[Tree]:
-    """What can be there when the power fails after the `first` step or a later one: each thing once, and of all fates
-    that are tried one in `often`."""
+    """Yield the states that can be left if the power fails after the `first` step or a later one, each once. Only one
+    in `often` of the fates is tried."""
     durable, pending = start.copy(), list[Step]()
     chance, seen, tried = random.Random(seed), set[str](), 0
     for at, step in enumerate([None, *steps]):
@@ -219,8 +219,8 @@ def _possible(step: Step) -> list[int]:
 
 
 def _fates(pending: list[Step], chance: random.Random) -> Iterator[list[int]]:
-    """Ways in which the pending steps can end: every one of a few; of many, each step alone on either side and every
-    beginning and end, or a sample of those, and a random sample of all."""
+    """Yield ways in which the pending steps can end: all of them if they are few. If they are many: each step alone on
+    either side and every beginning and end, or a sample of those, and a random sample of all."""
     every = [_possible(step) for step in pending]
     if math.prod(map(len, every)) <= _FEW:
         yield from map(list, itertools.product(*every))
@@ -238,7 +238,7 @@ def _fates(pending: list[Step], chance: random.Random) -> Iterator[list[int]]:
 
 
 def put(tree: Tree, folder: Path) -> None:
-    """Make a folder of what was there."""
+    """Make a folder with the content of `tree`."""
     folder.mkdir()
     for name, content in tree.items():
         if isinstance(content, dict):
@@ -248,5 +248,5 @@ def put(tree: Tree, folder: Path) -> None:
 
 
 def taken(folder: Path) -> Tree:
-    """What there is in a folder."""
+    """Return the content of a folder."""
     return {path.name: taken(path) if path.is_dir() else path.read_bytes() for path in sorted(folder.iterdir())}

@@ -1,6 +1,6 @@
-"""Two processes that are told to write to the same destination at the same time.
+"""Two processes that write to the same destination at the same time.
 
-They come of a fork server that has the libraries imported, plan once, and dawdle at random between their calls.
+A fork server with the libraries imported starts them. They plan once, and pause at random between their calls.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOCKS = ("held", "ignored", "ENOLCK", "EOPNOTSUPP", "no renameat2")
 
 @dataclass(frozen=True)
 class Work:
-    """Convert `source` for so many ranks, or merge it (None)."""
+    """Convert `source` for that many ranks, or merge it (None)."""
 
     source: Path
     ranks: int | None
@@ -57,7 +57,7 @@ def _plan(work: Work) -> ReshardPlan:
 
 @contextmanager
 def racers() -> Iterator[Any]:
-    """A function `race(works, out, locks, seed)`: what each of two processes ended with: (exit code, what it said)."""
+    """Give a function `race(works, out, locks, seed)`, which returns (exit code, output) of each of two processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["race_tools", "transformers.models.llama.modeling_llama"])
     barrier = context.Barrier(2)

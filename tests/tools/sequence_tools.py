@@ -1,4 +1,4 @@
-"""What a model with a split sequence is compared on."""
+"""Outputs on which a model with a split sequence is compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 NEW_TOKENS = 4
 
 
-GENERATED = 12  # a prompt of fewer tokens is not continued: it would take longer, and show nothing more
+GENERATED = 12  # tokens of a prompt that is continued: shorter ones would take time, and show nothing more
 
 
 def outputs(model: Any, arguments: dict[str, torch.Tensor]) -> dict[str, Any]:

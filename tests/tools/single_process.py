@@ -1,4 +1,4 @@
-"""What one process computes on a checkpoint, and checkpoints written anew."""
+"""Outputs of one process on a checkpoint, and checkpoints with changed tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IDS = torch.randint(3, 130, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
 def rewrite(folder: Path, change: Any) -> Path:
-    """A single-file checkpoint with its tensors changed by `change(tensors)`."""
+    """Change the tensors of a single-file checkpoint by `change(tensors)`, and return its folder."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

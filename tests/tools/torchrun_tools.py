@@ -1,4 +1,4 @@
-"""Start a job of several ranks on this machine."""
+"""Starters of jobs of several ranks on this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import warm_ranks
 
 
 def on_ranks(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` on every rank, as torchrun does it but within milliseconds (see `warm_ranks`)."""
+    """Run `python ARGUMENTS` on every rank, as torchrun does, but started within milliseconds (see `warm_ranks`)."""
     return warm_ranks.run(world_size, *arguments, timeout=timeout)
 
 
 def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`torchrun ARGUMENTS`: for what is about the launcher, or needs processes that nothing was done in before."""
+    """Run `torchrun ARGUMENTS`: for tests of the launcher, and tests that need fresh processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""A model whose family has no plan, and rules for it."""
+"""Models of families without a plan, and rules for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CROSS = "decoder.block.*.layer.*.EncDecAttention"
 _T5_MLP = tuple(f"{stack}.block.*.layer.*.DenseReluDense" for stack in ("encoder", "decoder"))
 
 
-# Families without a plan of their own: their class, their configuration, and a plan for them.
+# Families without a plan of their own: the class, the configuration, and a plan.
 UNPLANNED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "bert": (
         "BertForMaskedLM",
@@ -50,7 +50,7 @@ UNPLANNED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
             **{f"{attention}.{name}": "colwise" for attention in _ATTENTION for name in "qkv"},
             **{f"{attention}.o": "rowwise" for attention in _ATTENTION},
             **{f"{attention}.relative_attention_bias": "local_colwise" for attention in _ATTENTION},
-            # Counts its heads from the configuration, for a position bias of zeros.
+            # This family counts its heads from the configuration, for a position bias of zeros.
             **{f"{_CROSS}.{name}": "colwise_gather_output" for name in "qkv"},
             f"{_CROSS}.o": "rowwise_split_input",
             **{f"{mlp}.wi": "colwise" for mlp in _T5_MLP},
@@ -62,7 +62,7 @@ UNPLANNED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 
 
 def unplanned(name: str) -> Any:
-    """A random model of a family without a plan, its biases and norms included."""
+    """Build a random model of a family without a plan, with random biases and norms too."""
     kind, options, _ = UNPLANNED[name]
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)

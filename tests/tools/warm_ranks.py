@@ -2,9 +2,9 @@
 
     warm_ranks.py SOCKET
 
-The warm process imports what a rank needs and runs no operation, so no thread of torch is there to be lost in a fork.
-For each job it forks an agent, which forks a process for the ranks' store and the ranks: the first failure ends the
-rest. What differs from torchrun: ranks share one seed of `hash`, and the job has no run id.
+The warm process imports what a rank needs and runs no operation, so it has no threads of torch that a fork would lose.
+For each job it forks an agent, which forks a process for the ranks' store and one for each rank: the first failure ends
+the rest. Differences from torchrun: ranks share one seed of `hash`, and the job has no run id.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 _MEETING = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-_DIGITS = 5  # of a port
+_DIGITS = 5  # digits of a port
 _GRACE = 3.0  # seconds that ranks have to end by themselves when another has failed
 
 
 def run(world_size: int, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` on each of `world_size` ranks; returns when all have ended, with what they printed."""
+    """Run `python ARGUMENTS` on each of `world_size` ranks. Return their output when all have ended."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as line:
         line.connect(_server())
         line.settimeout(timeout)
@@ -55,7 +55,7 @@ def run(world_size: int, *arguments: str, timeout: float) -> subprocess.Complete
 
 @functools.cache
 def _server() -> str:
-    """Start the warm process, once for this one; it ends with it. Returns its socket."""
+    """Start the warm process, once for this process, with which it ends. Return its socket."""
     folder = tempfile.mkdtemp(prefix="reshard-warm-")
     place = f"{folder}/socket"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -97,7 +97,7 @@ def _serve(place: str) -> None:
         os.rename(f"{place}.new", place)
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])
-            if sys.stdin in ready:  # whoever started us has ended
+            if sys.stdin in ready:  # the process that started this one has ended
                 return
             line, _ = server.accept()
             with line:
@@ -135,7 +135,7 @@ def _agent(line: socket.socket) -> None:
             time.sleep(0.01)
     os.kill(store, signal.SIGKILL)
     with contextlib.suppress(OSError):
-        line.sendall(f"{1 if code else 0}\n".encode())  # torchrun's, whatever the ranks'
+        line.sendall(f"{1 if code else 0}\n".encode())  # torchrun's exit code, whatever the ranks' are
     os._exit(0)
 
 
@@ -153,7 +153,7 @@ def _hung_up(line: socket.socket) -> bool:
 
 
 def _store() -> tuple[int, int]:
-    """Start the process that holds the store of the ranks and outlives them. Returns its port and process id."""
+    """Start the process that holds the ranks' store and outlives them. Return its port and process id."""
     agent = os.getpid()
     readable, writable = os.pipe()
     pid = os.fork()

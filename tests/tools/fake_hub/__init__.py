@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub on loopback, for the real client. Standard library only.
 
-HF_ENDPOINT is read when huggingface_hub is imported, so use it from subprocesses, with `FakeHub.environment`. What a
-test wants to go wrong it says with `FakeHub.fail` and one of the faults.
+huggingface_hub reads HF_ENDPOINT at import, so use the stand-in from subprocesses, with `FakeHub.environment`. A test
+makes requests fail with `FakeHub.fail` and one of the faults.
 """
 
 from .faults import Fault, change, corrupt, drop, hang_up, ignore_range, lose_answer, stall, status

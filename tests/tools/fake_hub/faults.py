@@ -1,4 +1,4 @@
-"""What can go wrong with a request. Each of these gives a fault, for `FakeHub.fail`."""
+"""Faults of a request. Each function returns one, for `FakeHub.fail`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Fault = Callable[[Handler, Callable[[], Reply]], "Reply | None"]  # None: nothin
 
 
 def status(code: int, *, retry_after: int | None = None, error: str = "") -> Fault:
-    """Another answer, the work not done. With `retry_after` seconds the client is told when to ask again."""
+    """Answer with a status, without doing the work. `retry_after` (seconds) tells the client when to ask again."""
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return lambda handler, answer: Reply({"error": error or f"status {code}"}, code, headers)
 
 
 def corrupt(position: int = -1) -> Fault:
-    """A bit of the body flipped, its size kept."""
+    """Flip a bit of the body, and keep its size."""
 
     def spoil(data: bytes) -> bytes:
         spoilt = bytearray(data)
@@ -29,7 +29,7 @@ def corrupt(position: int = -1) -> Fault:
 
 
 def change(make: Callable[[bytes], bytes]) -> Fault:
-    """Another body of the same size."""
+    """Send another body, of the same size."""
 
     def fault(handler: Handler, answer: Callable[[], Reply]) -> Reply:
         reply = answer()
@@ -40,7 +40,7 @@ def change(make: Callable[[bytes], bytes]) -> Fault:
 
 
 def drop(after: int) -> Fault:
-    """The connection breaks after so many bytes of the body."""
+    """Break the connection after that many bytes of the body."""
 
     def fault(handler: Handler, answer: Callable[[], Reply]) -> None:
         handler.send(answer(), most=after)
@@ -50,7 +50,7 @@ def drop(after: int) -> Fault:
 
 
 def stall(after: int = 0, *, seconds: float = 30) -> Fault:
-    """Nothing comes after so many bytes of the body, until the client gives up, the Hub closes or time is up."""
+    """Send nothing after that many bytes of the body, until the client gives up, the Hub closes or time is up."""
 
     def fault(handler: Handler, answer: Callable[[], Reply]) -> None:
         handler.send(answer(), most=after)
@@ -61,7 +61,7 @@ def stall(after: int = 0, *, seconds: float = 30) -> Fault:
 
 
 def ignore_range() -> Fault:
-    """The whole file with status 200, whatever part was asked for."""
+    """Send the whole file with status 200, whatever range was asked for."""
 
     def fault(handler: Handler, answer: Callable[[], Reply]) -> Reply:
         del handler.headers["Range"]
@@ -71,12 +71,12 @@ def ignore_range() -> Fault:
 
 
 def hang_up() -> Fault:
-    """The connection breaks before anything is done."""
+    """Break the connection before anything is done."""
     return lambda handler, answer: _break(handler)
 
 
 def lose_answer() -> Fault:
-    """The work is done, but the connection breaks before the answer."""
+    """Do the work, but break the connection before the answer."""
 
     def fault(handler: Handler, answer: Callable[[], Reply]) -> None:
         answer()

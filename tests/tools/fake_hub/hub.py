@@ -1,4 +1,4 @@
-"""The stand-in itself: its repos, what it was asked, and what is to go wrong."""
+"""The stand-in's server: its repos, the requests so far, and the faults to come."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """A request as it came. `headers` by their names in lower case."""
+    """A request as it came. `headers` are keyed by their names in lower case."""
 
     method: str
     path: str
@@ -31,10 +31,10 @@ class Request(NamedTuple):
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves while the context is open. `requests` holds every request so far.
+    """A server that runs while the context is open. `requests` holds every request so far.
 
-    `cdn`: large files come by a redirect to another origin. `part_size`: what is larger is uploaded in parts. `cas`: a
-    folder to keep large files in through hf_xet. `readers`: tokens that may not write. `rate`: bytes a second of all
+    `cdn`: large files come by a redirect to another origin. `part_size`: larger files are uploaded in parts. `cas`: a
+    folder that keeps large files through hf_xet. `readers`: tokens that may not write. `rate`: bytes a second of all
     connections together.
     """
 
@@ -45,17 +45,17 @@ class FakeHub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # uploaded through LFS or xet, by SHA-256
-        self.parts: dict[tuple[str, str], bytes] = {}  # of uploads in parts, by SHA-256 and number
-        self.xet_hashes: dict[str, str] = {}  # of what was uploaded through xet, by SHA-256
+        self.parts: dict[tuple[str, str], bytes] = {}  # uploaded in parts, by SHA-256 and number
+        self.xet_hashes: dict[str, str] = {}  # of the files uploaded through xet, by SHA-256
         self.requests: list[Request] = []
         self.cdn = False
         self.part_size: int | None = None
         self.cas = cas
         self.readers: set[str] = set()
         self.rate: float | None = None
-        self._free = 0.0  # the moment when the line has sent what it has taken
+        self._free = 0.0  # when the line will have sent all that it has taken
         self.closing = threading.Event()
-        self.lock = threading.Lock()  # of the repos and of the faults
+        self.lock = threading.Lock()  # for the repos and the faults
         self._faults: list[tuple[str, Fault]] = []
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
 
@@ -77,22 +77,22 @@ class FakeHub(ThreadingHTTPServer):
         token: str | None = None,
         gated: bool = False,
     ) -> Repo:
-        """A new repo, its first commit holding `files` (default: what the Hub puts there)."""
+        """Create a repo whose first commit holds `files` (default: the file that the Hub puts there)."""
         repo = self.repos[repo_id] = Repo(token, gated)
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"} if files is None else files)
         return repo
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has gone is none; anything else is an error of the stand-in, and is shown."""
+        """Show an error of the stand-in; ignore a client that has gone."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
     def fail(self, request: str, fault: Fault, *, times: int = 1) -> None:
-        """Let the next requests go wrong whose "METHOD path" holds the pattern. Faults come in the order given."""
+        """Make the next requests fail whose "METHOD path" matches the pattern. Faults come in the order given."""
         self._faults += [(request, fault)] * times
 
     def turn(self, size: int) -> float:
-        """Seconds until so many bytes are through, behind what the line has taken before."""
+        """Return the seconds until that many bytes are sent, after all that the line has taken before."""
         assert self.rate is not None
         with self.lock:
             now = time.monotonic()
@@ -112,21 +112,21 @@ class FakeHub(ThreadingHTTPServer):
         return len(self._faults)
 
     def recover(self) -> None:
-        """Nothing more goes wrong."""
+        """Drop the faults that are left."""
         with self.lock:
             self._faults.clear()
 
     def asked(self, repo_id: str) -> set[str]:
-        """The files of a repo that were asked for, by HEAD or GET, at any revision."""
+        """Return the files of a repo that were asked for, by HEAD or GET, at any revision."""
         pattern = re.compile(rf"/{re.escape(repo_id)}/resolve/[^/]+/(.+)")
         return {match[1] for request in self.requests if (match := pattern.fullmatch(request.path))}
 
     def count(self, pattern: str) -> int:
-        """How many requests there were whose "METHOD path" holds the pattern."""
+        """Count the requests whose "METHOD path" matches the pattern."""
         return sum(re.search(pattern, str(request)) is not None for request in self.requests)
 
     def environment(self, home: Path, *, token: str = "hf_test") -> dict[str, str]:
-        """What a subprocess needs to use this Hub, its cache and nothing else below `home`."""
+        """Return the environment of a subprocess that uses this Hub, with its cache below `home`."""
         return {
             **os.environ,
             "HF_ENDPOINT": self.url,

@@ -1,4 +1,4 @@
-"""What the stand-in keeps of a repo: whole trees by commit, and the names of commits."""
+"""The stand-in's repos: whole trees by commit, and the names of commits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hashlib import sha1, sha256
 class Repo:
     """Whole trees by commit, and the branches and tags that name commits.
 
-    With a token, only that one sees a private repo, and only that one gets the files of a gated one.
+    If a repo has a `token`, only that token sees it, or, if the repo is `gated`, gets its files.
     """
 
     token: str | None = None
@@ -38,13 +38,13 @@ class Repo:
         return sha
 
     def tag(self, name: str) -> None:
-        """Name what `main` is now."""
+        """Tag the commit that `main` names now."""
         self.tags.add(name)
         self.revisions[name] = self.revisions["main"]
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What `main` holds."""
+        """The files on `main`."""
         return self.commits[self.revisions["main"]]
 
 
@@ -54,17 +54,17 @@ def is_lfs(path: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def etag(path: str, data: bytes) -> str:
-    """The oid of a file: git's of a blob, SHA-256 of what goes through LFS."""
+    """Return the oid of a file: SHA-256 if it goes through LFS, otherwise git's blob hash."""
     return sha256(data).hexdigest() if is_lfs(path) else sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()
 
 
 def file_entry(path: str, data: bytes) -> dict[str, object]:
-    """A file as the tree and paths-info tell of it."""
+    """Return a file's entry in the answers of tree and paths-info."""
     lfs = {"lfs": {"oid": etag(path, data), "size": len(data), "pointerSize": 130}} if is_lfs(path) else {}
     return {"type": "file", "oid": etag(path, data)[:40], "size": len(data), "path": path, **lfs}
 
 
 def card_data(tree: Mapping[str, bytes]) -> dict[str, str]:
-    """`key: value` of the front matter of a README, which is what the Hub makes the model's metadata of."""
+    """Return the `key: value` pairs of a README's front matter, which are the model's metadata on the Hub."""
     front = re.match(rb"---\n(.*?\n)---\n", tree.get("README.md", b""), re.S)
     return dict(re.findall(r"^(\w+): *(\S.*)$", front[1].decode(), re.M)) if front else {}

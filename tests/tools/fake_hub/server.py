@@ -1,4 +1,4 @@
-"""The stand-in's routes: one table of what it answers, and a function for each."""
+"""The stand-in's routes: one table of requests, and a function that answers each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .repo import Repo, card_data, etag, file_entry, is_lfs
 if TYPE_CHECKING:
     from .hub import FakeHub
 
-_PIECE = 1 << 20  # bytes that are sent at once, at a certain rate
+_PIECE = 1 << 20  # bytes that are sent at once, if the Hub has a rate
 
 
 @dataclass
 class Reply:
-    """An answer. `body` goes out as it is if it is bytes, as JSON otherwise."""
+    """An answer. `body` is sent as it is if it is bytes, otherwise as JSON."""
 
     body: Any = b""
     status: int = 200
@@ -32,7 +32,7 @@ class Reply:
 
 
 class Refusal(Exception):
-    """A request that cannot be served: the status, and the Hub's name for the reason."""
+    """A request that cannot be served: its status, and the Hub's name of the reason."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(status, code)
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Refusal(404, "NoSuchRoute")
 
     def send(self, reply: Reply, *, most: int | None = None) -> None:
-        """Send an answer; of its body, `most` bytes at most."""
+        """Send an answer, with at most `most` bytes of its body."""
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         try:
             self.send_response(reply.status)
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _write(self, body: bytes) -> None:
-        """At the rate of this Hub, if it has one."""
+        """Send bytes, at the rate of this Hub if it has one."""
         if self.server.rate is None:
             self.wfile.write(body)
             return
@@ -205,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         return self._part(data, headers)
 
     def cdn(self, _: bytes, repo_id: str, sha: str, path: str) -> Reply:
-        """Signed addresses: who has one needs no token, and sending one there would give it away."""
+        """Serve a signed address. It needs no token: a client that sent one there would leak it."""
         return self._part(self.server.repos[repo_id].commits[sha][path], {"Accept-Ranges": "bytes"})
 
     def _part(self, data: bytes, headers: Mapping[str, str]) -> Reply:
@@ -272,7 +272,7 @@ class Handler(BaseHTTPRequestHandler):
         return Reply({"accessToken": token, "exp": expiry, "casUrl": url}, headers=headers)
 
     def _object(self, oid: str) -> bytes:
-        """What was uploaded before the commit, through LFS or xet."""
+        """Return an object that was uploaded before the commit, through LFS or xet."""
         if self.server.cas and oid not in self.server.objects:
             found = xet.stored(self.server.cas)
             if oid in found:

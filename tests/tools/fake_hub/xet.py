@@ -1,4 +1,4 @@
-"""What hf_xet has stored in a folder (`casUrl="local://DIR"`), read back."""
+"""A reader of the files that hf_xet has stored in a folder (`casUrl="local://DIR"`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _VERIFIED, _EXTENDED = 1 << 31, 1 << 30  # flags of a file
 
 
 def stored(cas: Path) -> dict[str, tuple[str, int]]:
-    """The files there, by SHA-256: the xet hash and the size."""
+    """Return the xet hash and the size of the files in the folder, by SHA-256."""
     return dict(found for shard in (cas / "xet" / "xorbs" / "shards").glob("*.mdb") for found in _files(shard))
 
 
@@ -34,7 +34,7 @@ def _hex(digest: bytes) -> str:
 
 
 def read(cas: Path, xet_hash: str, size: int) -> bytes:
-    """The content of a file."""
+    """Return the content of a file."""
     import hf_xet
 
     path = cas / f"{xet_hash}.read"

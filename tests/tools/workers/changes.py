@@ -1,9 +1,9 @@
-"""Run under torchrun: what is done to a loaded model is seen by its forward and by what it saves, or is refused.
+"""Run under torchrun: a change to a loaded model must reach its forward and what it saves, or be refused.
 
     changes.py SOURCE FOLDER ROOM [CHANGE …]
 
-Each change is made to the loaded model and to the single-process one. Any difference between them that was not refused
-is an assertion, hence a non-zero exit. Rank 0 prints why each was refused, or null: JSON.
+Each change is made to the loaded model and to the single-process one. A difference between them is an assertion, hence
+a non-zero exit, unless the change was refused. Rank 0 prints as JSON why each was refused, or null.
 """
 
 import copy
@@ -41,7 +41,7 @@ def data_of_modules(model: Any) -> None:
         for name in ("weight", "bias"):
             if getattr(module, name, None) is not None:
                 getattr(module, name).data = getattr(module, name).data * 1.2
-    for name, parameter in model.named_parameters():  # of those that their modules do not show
+    for name, parameter in model.named_parameters():  # of parameters that their modules do not show
         if name.endswith("bias") and getattr(model.get_submodule(name.removesuffix(".bias")), "bias", None) is None:
             parameter.data = parameter.data * 1.2
 
@@ -136,7 +136,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-# Those that nothing can stop: then neither a forward goes on nor a save.
+# Changes that nothing can stop: afterwards a forward and a save are refused.
 STOPPED = {"swapped tensors", "other dtype", "other rows"}
 
 
@@ -151,7 +151,7 @@ def same(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def change(name: str, source: str, folder: str, room: Path) -> str | None:
-    """Why it was refused; None where the loaded model did as the single one does."""
+    """Return why a change was refused; None if the loaded model then did the same as the single-process one."""
     loaded, single = runtime.load(folder), AutoModelForCausalLM.from_pretrained(source).eval()
     before = logits(loaded)
     try:

@@ -1,9 +1,9 @@
-"""Run under torchrun: what `check` says of several folders, one after another.
+"""Run under torchrun: `check` of several folders, one after another.
 
     checking.py JOBS.json OUT.json
 
-A job is {"name", "folder", "source" or null, "per_layer", "where" or null, "load"}, the last options of `runtime.load`,
-`where` one of CONDITIONS. The result is what every rank got: they must agree.
+A job is {"name", "folder", "source" or null, "per_layer", "where" or null, "load"}: `load` are options of
+`runtime.load`, `where` is one of CONDITIONS. The result is the same on every rank: they must agree.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Run under torchrun: ways to decode that a model does not notice must give the same tokens.
+"""Run under torchrun: other ways to decode must give the same tokens.
 
     decoding.py SOURCE FOLDER GATHERS BACKEND
 
-Greedy decoding with GATHERS "once" joins the logits in the first forward only, with "always" in each. The forward is
+Greedy decoding with GATHERS "once" gathers the logits in the first forward only, with "always" in each. The forward is
 one graph, and a step with a static cache is compiled no more often than the unsharded model's. Any difference is an
 assertion, hence a non-zero exit.
 """
@@ -46,7 +46,7 @@ def greedy_tokens(model: torch.nn.Module, ids: torch.Tensor, gathers: str) -> to
     assert calls == {"all_gather": steps + joined, "largest_only": steps - joined}, calls
     linear.all_gather, linear.largest_only = originals
     assert torch.equal(tokens, expected)
-    model.generation_config.repetition_penalty = 1.3  # greedy, but not of the logits as they are
+    model.generation_config.repetition_penalty = 1.3  # greedy, but not on the logits as they are
     penalized = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
     assert torch.equal(greedy(model, ids, NEW), penalized)
     model.generation_config.repetition_penalty = None
@@ -59,7 +59,7 @@ def one_graph(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> None:
 
 
 def static_cache(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> tuple[torch.Tensor, int]:
-    """Tokens of a compiled forward, step by step; and how many times a step was compiled."""
+    """Return the tokens of a compiled forward, step by step, and how many times a step was compiled."""
     torch.compiler.reset()
     compilations = 0
 
@@ -81,7 +81,7 @@ def static_cache(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> tup
 
 def main(source: str, folder: str, gathers: str, backend: str) -> None:
     model = runtime.load(folder)
-    model.generation_config.eos_token_id = None  # so that every row has as many tokens
+    model.generation_config.eos_token_id = None  # so that all rows have equally many tokens
     ids = torch.arange(3, 11).repeat(2, 1)
     with torch.inference_mode():
         tokens = greedy_tokens(model, ids, gathers)

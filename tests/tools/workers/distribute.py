@@ -1,4 +1,4 @@
-"""Run under torchrun: seeded random tensors, cut by us and by DTensor, must be the same on every rank.
+"""Run under torchrun: seeded random tensors must be cut the same by us and by DTensor, on every rank.
 
 Any difference is an assertion, hence a non-zero exit. Rank 0 prints how many cases were compared.
 """
@@ -21,7 +21,7 @@ CASES = 150
 
 
 def random_case(draw: random.Random, world_size: int) -> tuple[tuple[int, ...], Placement]:
-    """Half of the packed ones divide evenly, so that DTensor has a word for them."""
+    """Draw a shape and a placement. Half of the packed ones divide evenly, so that DTensor can express them."""
     shape = [draw.choice([0, 1, 2, 3, 5, 7, 8, 12]) for _ in range(draw.randint(1, 4))]
     dim = draw.randrange(len(shape))
     kind = draw.choice(["shard", "shard", "packed", "replicate"])
@@ -38,7 +38,7 @@ def random_case(draw: random.Random, world_size: int) -> tuple[tuple[int, ...], 
 
 
 def compare(tensor: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> bool:
-    """Whether DTensor could say it too. Asserts that it says the same."""
+    """Whether DTensor can express the placement too. Assert that it cuts the same."""
     rank, world_size, shape = mesh.get_local_rank(), mesh.size(), tuple(tensor.shape)
     local = take(tensor, placement, shape, rank=rank, world_size=world_size)
     word = torch_placement(placement, world_size)
@@ -60,7 +60,7 @@ def compare(tensor: torch.Tensor, placement: Placement, mesh: DeviceMesh) -> boo
 
 
 def compare_nested(mesh: DeviceMesh, generator: torch.Generator) -> None:
-    """Rows of two ranks: the outer placement over the rows, the inner one inside, against DTensor on two axes."""
+    """Compare rows of two ranks (outer placement over the rows, inner one inside) with DTensor on two axes."""
     rank, world_size, row = mesh.get_local_rank(), mesh.size(), 2
     rows = world_size // row
     shape = (2 * rows + 1, 2 * 3 * row, 5)
@@ -82,7 +82,7 @@ def compare_nested(mesh: DeviceMesh, generator: torch.Generator) -> None:
 
 
 def compare_parameters(mesh: DeviceMesh) -> None:
-    """`partition_tensor` on a real mesh gives DTensor parameters that hold the whole, where DTensor can say it."""
+    """Check that `partition_tensor` on a mesh gives DTensors of the full parameter, if DTensor can express them."""
     rank, world_size = mesh.get_local_rank(), mesh.size()
     for style, shape in ((RowwiseParallel(), (3, 7)), (PackedColwiseParallel(), (4 * world_size, 3))):
         tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def compare_parameters(mesh: DeviceMesh) -> None:
 
 
 def compare_collectives(mesh: DeviceMesh) -> None:
-    """Ours against sums and joins of what every rank is known to bring. Small tensors take another way than large."""
+    """Compare our collectives with sums and joins of known tensors. Small tensors take another path than large ones."""
     rank, world_size = mesh.get_local_rank(), mesh.size()
     for dtype, count in itertools.product((torch.float32, torch.bfloat16, torch.float16), (1, 77, 600_000)):
         brought = [
@@ -150,8 +150,8 @@ def main() -> None:
         print(f"compared {sum(said.values())} cases, {unsaid} without a word")
     dist.destroy_process_group()
     sys.stdout.flush()
-    # One run in ten, on two cores, gloo's threads abort a process that ends the ordinary way (torch 2.13): all is
-    # compared by now, and an assertion that failed has left another way.
+    # In one run of ten, on two cores, gloo's threads abort a process that exits normally (torch 2.13). All comparisons
+    # are done by now, and a failed assertion has exited before.
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
-"""Given as --strategies, which is run on every rank before it loads: one rank fails in one phase of the load.
+"""A file for --strategies, which every rank runs before it loads: it makes one rank fail in one phase of the load.
 
-FAULT is "RANK PHASE KIND". Every rank writes its process id to a file of FAULT_LOG named by its rank. The load begins
-when all have, and has nothing left to import, so that a deadline of seconds is enough on a busy machine.
+FAULT is "RANK PHASE KIND". Every rank writes its process id to a file in FAULT_LOG named by its rank. The load begins
+when all have done so, and imports nothing more, so that a deadline of seconds is enough on a busy machine.
 """
 
 import os
@@ -36,7 +36,7 @@ def fail(kind: str) -> None:
     elif kind == "kill torchrun":
         os.kill(os.getppid(), signal.SIGKILL)
     elif kind == "stop":
-        signal.raise_signal(signal.SIGSTOP)  # to this thread: nothing more is done in it before all of them stop
+        signal.raise_signal(signal.SIGSTOP)  # to this thread: it does nothing more before all threads stop
     elif kind == "sleep":
         time.sleep(3600)
     else:

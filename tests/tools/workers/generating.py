@@ -1,4 +1,4 @@
-"""Run under torchrun: what a model generates on every rank is what the single process generates, whatever the ranks do.
+"""Run under torchrun: a model must generate on every rank what the single process does, whatever the ranks do.
 
     generating.py JOBS.json
 
@@ -65,7 +65,7 @@ def differently_on_each_rank(rank: int) -> None:
 
 
 def samples(model: Any, single: Any, rank: int) -> None:
-    """Sampled tokens are those of one process with rank 0's random state, and the next ones too."""
+    """Sampled tokens are those of one process with rank 0's random state, in a second call too."""
     for options in ({}, {"num_beams": 3}, {"top_k": 5, "temperature": 0.7, "num_return_sequences": 2}):
         differently_on_each_rank(rank)
         found = [generate(model, do_sample=True, **options) for _ in range(2)]
@@ -82,7 +82,7 @@ def beams(model: Any, single: Any, rank: int) -> None:
 
 
 def clocks(model: Any, single: Any, rank: int) -> None:
-    """Rank 0's clock is everybody's, however `max_time` is said."""
+    """Rank 0's clock decides for all, however `max_time` is given."""
     whole = generate(single, do_sample=False)
     real = criteria_module.time.time
     hours = itertools.count(step=3600)
@@ -102,7 +102,7 @@ def clocks(model: Any, single: Any, rank: int) -> None:
 
 
 def criteria(model: Any, single: Any, rank: int) -> None:
-    """What a criterion of the caller's own says on rank 0 holds; on the others it is not even asked."""
+    """The caller's own criterion decides on rank 0 for all; the others do not even ask it."""
 
     def only(said: int) -> Any:
         return lambda ids, scores, **_: torch.full((len(ids),), rank == said and ids.shape[1] > 8)
@@ -123,7 +123,7 @@ def processors(model: Any, single: Any, rank: int) -> None:
 
 
 def own_heads(model: Any, single: Any, rank: int) -> None:
-    """Ranks that compute all logits by themselves may differ in the last bits: those of rank 0 decide."""
+    """Ranks that compute all logits by themselves may differ in the last bits: rank 0's decide."""
     assert not joins_logits(model)
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: output + rank * torch.randn(130))
     for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
@@ -132,7 +132,7 @@ def own_heads(model: Any, single: Any, rank: int) -> None:
 
 
 def alone(single: Any, **options: Any) -> list[list[int]]:
-    """What the single process continues each prompt with, one by one, up to the end of the text."""
+    """Return how the single process continues each prompt alone, up to the end of the text."""
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt.ids])
@@ -144,7 +144,7 @@ def alone(single: Any, **options: Any) -> list[list[int]]:
 
 
 def batches(model: Any, single: Any, rank: int) -> None:
-    """Prompts of several lengths together are what each is alone: with stop texts, and as a stream too."""
+    """Prompts of several lengths give the same texts together as alone: with stop texts, and as a stream too."""
     letters = Letters()
     expected = alone(single)
     texts = [letters.decode(tokens, True) for tokens in expected]
@@ -179,12 +179,12 @@ def batches(model: Any, single: Any, rank: int) -> None:
 
 
 def forgets(model: Any, single: Any, rank: int) -> None:
-    """A recurrent state is not gone on from: not every family can with several tokens at once."""
+    """A turn does not continue a recurrent state: not every family can, given several tokens at once."""
     remembers(model, single, rank, forgets=True)
 
 
 def remembers(model: Any, single: Any, rank: int, *, forgets: bool = False) -> None:
-    """A conversation's turn computes only what is new in it, and says the same; where its past is not the same, all."""
+    """A turn computes only its new tokens, or all if its past has changed, and gives the same text."""
     letters, memory = Letters(), Memory()
     lengths: list[int] = []
     handle = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[-1]))
@@ -193,14 +193,14 @@ def remembers(model: Any, single: Any, rank: int, *, forgets: bool = False) -> N
         lengths.clear()
         [one] = generate_texts(model, letters, [Prompt("", ids, chat=True)], Decoding(NEW, **how), memory=memory)
         whole = torch.tensor([ids])
-        mask = torch.ones_like(whole)  # what was said may hold what pads
+        mask = torch.ones_like(whole)  # the text so far may contain the padding token
         expected = single.generate(whole, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[0].tolist()
         assert one.text == letters.decode(expected[len(ids) :], True)
         assert lengths[0] == (len(ids) if forgets else computed), lengths
         return tuple(expected)
 
     said = turn(PROMPTS[0].ids, len(PROMPTS[0].ids))
-    said = turn((*said, 5, 6, 7), 4)  # the last token of an answer was never put in
+    said = turn((*said, 5, 6, 7), 4)  # no forward has seen an answer's last token
     said = turn((*said, 8), 2, cache="dynamic")
     turn((*said[:-3], 9, 9, 9), len(said))
     short = turn(PROMPTS[2].ids, len(PROMPTS[2].ids))
@@ -211,7 +211,7 @@ def remembers(model: Any, single: Any, rank: int, *, forgets: bool = False) -> N
 
 
 class count_calls:
-    """How often a head has gathered its logits, and how often only told the largest."""
+    """Counts how often a head gathered its logits, and how often it gave only the largest."""
 
     def __enter__(self) -> Any:
         self.made = {"all_gather": 0, "largest_only": 0}
@@ -258,7 +258,7 @@ def setattr_on(value: Any, **attributes: Any) -> Any:
 
 
 def kernels(model: Any, single: Any, rank: int) -> None:
-    """Each of torch's kernels computes the same; one that is not there is refused on all ranks."""
+    """Each of torch's kernels computes the same; an unavailable one is refused on all ranks."""
     with torch.inference_mode():
         expected = single(IDS).logits
         for kernel in (None, "flash", "math"):
@@ -272,7 +272,7 @@ def kernels(model: Any, single: Any, rank: int) -> None:
 
 
 def attention(model: Any, single: Any, rank: int) -> None:
-    """An attention implementation that is not there is refused on all ranks, before anything is read."""
+    """An unavailable attention implementation is refused on all ranks, before anything is read."""
     folder = model.name_or_path
     with torch.inference_mode():
         expected = single(IDS)[0]
@@ -293,7 +293,7 @@ def attention(model: Any, single: Any, rank: int) -> None:
 
 
 def frees(model: Any, single: Any, rank: int) -> None:
-    """A model that nobody holds is gone at once, with its memory."""
+    """A model without references is freed at once, with its memory."""
     loaded = runtime.load(model.name_or_path)
     assert next(iter(inspect.signature(loaded.generate).parameters)) == "inputs"
     gc.collect()
@@ -313,7 +313,7 @@ def main(jobs: str) -> None:
         model = runtime.load(job["folder"])
         single = type(model).from_pretrained(job["source"]).eval()
         for one in (model, single) if model.can_generate() else ():
-            one.generation_config.eos_token_id = None  # so that rows have as many tokens, unless a case says otherwise
+            one.generation_config.eos_token_id = None  # rows then have equally many tokens, unless a case changes it
         for case in job["cases"]:
             try:
                 globals()[case](model, single, rank)

@@ -2,10 +2,9 @@
 
     meshes.py FOLDERS.json OUT
 
-FOLDERS are paths by name: tp1, tp2, tp4, heads (ranks share a KV head), experts (tp 2 × ep 2), damaged (tp2, one
-byte of its second file another) and configured (tp2, its config.json another). Rank R writes OUT.R: {case: how it
-went}. That is the logits of IDS, the replica, the items it took and what was gathered of all; or the type and words of
-the error.
+FOLDERS are paths by name: tp1, tp2, tp4, heads (ranks share a KV head), experts (tp 2 × ep 2), damaged (tp2 with one
+byte of its second file changed) and configured (tp2 with its config.json changed). Rank R writes OUT.R: {case: result}.
+A result is the logits of IDS, the replica, the items it took and the gathered ones; or the error's type and words.
 """
 
 import json
@@ -50,7 +49,7 @@ def named(shape: tuple[int, ...], *names: str) -> DeviceMesh:
 def main(folders: str, out: str) -> None:
     at = json.loads(Path(folders).read_text())
     rank = int(os.environ["RANK"])
-    results = {"made here": attempt(at["tp2"], dp_size=2)}  # and with it the process group
+    results = {"made here": attempt(at["tp2"], dp_size=2)}  # makes the process group too
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "dp tp": lambda: attempt(at["tp2"], named((2, 2), "dp", "tp")),
         "pp dp tp": lambda: attempt(at["tp2"], named((1, 2, 2), "pp", "dp", "tp")),

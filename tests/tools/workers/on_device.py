@@ -3,7 +3,7 @@
     on_device.py JOB.json OUT.json
 
 The job is {"device", "source", "fp32", "bf16", "backend", "compiler"}: a folder of each dtype, and how to compile. Any
-difference is an assertion, hence a non-zero exit; rank 0 prints each figure when it has it, and leaves them all.
+difference is an assertion, hence a non-zero exit. Rank 0 prints each figure at once, and writes them all to OUT.json.
 """
 
 import json
@@ -39,7 +39,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class Figures(dict[str, Any]):
-    """What was found, which rank 0 prints at once: a job that is stopped has said so much."""
+    """The figures. Rank 0 prints each at once, so that a job that is stopped has printed those it had."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
@@ -48,7 +48,7 @@ class Figures(dict[str, Any]):
 
 
 def memory(model: Any, folder: str) -> dict[str, int]:
-    """What the rank's file brings, and what is allocated for it. On a GPU, at no time more than that and a little."""
+    """Return the bytes of the rank's file. On a GPU, also those allocated and their peak: SLACK more at most."""
     held = read_manifest(Path(folder)).rank_files[dist.get_rank()].size
     found = owners(model)
     local = [getattr(module, own) for module, own in map(found, dict(model.named_parameters()))]
@@ -63,7 +63,7 @@ def memory(model: Any, folder: str) -> dict[str, int]:
 
 
 def flash(model: Any) -> float:
-    """The relative distance of the flash kernel from the plain one. Raises where the kernel cannot be used."""
+    """Return the relative distance of the flash kernel from the plain one. Raises if the kernel cannot run."""
     ids = IDS.to(model.device)
     with torch.inference_mode():
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -74,7 +74,7 @@ def flash(model: Any) -> float:
 
 def main(job_path: str, out_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
-    exact = 1e-5 if job["device"] == "cpu" else 1e-4  # kernels of a GPU add in an order of their own
+    exact = 1e-5 if job["device"] == "cpu" else 1e-4  # GPU kernels add in another order
     model = runtime.load(job["fp32"], device=job["device"])
     assert dist.get_backend() == job["backend"]
     found = Figures()
@@ -83,7 +83,7 @@ def main(job_path: str, out_path: str) -> None:
     if model.device.type == "cuda":
         assert torch.cuda.current_device() == model.device.index
         shared = job["backend"] == "gloo" and dist.get_world_size() > 1
-        assert bool(model.generation_config.disable_compile) == shared  # gloo's collectives are in no CUDA graph
+        assert bool(model.generation_config.disable_compile) == shared  # no CUDA graph can hold gloo's collectives
     found["seconds"] = round(sum(model.reshard_seconds.values()), 3)
     ids = IDS.to(model.device)
     single = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32).eval()
@@ -107,7 +107,7 @@ def main(job_path: str, out_path: str) -> None:
     assert parity.difference is None, parity
     found["modules"] = "no module differs"
     assert check(model).max_rel <= exact
-    with runtime.sdpa("math"):  # it computes what the folder holds
+    with runtime.sdpa("math"):  # not refused: it can compute the folder's attention
         runtime.load(job["fp32"], device=job["device"], attn_implementation="sdpa")
     if model.device.type == "cuda":
         try:

@@ -1,4 +1,4 @@
-"""A style whose module sees DTensors: its forward is compiled as one graph, and sees what is assigned to parameters.
+"""A style whose module sees DTensors: its forward compiles as one graph, and sees values assigned to parameters.
 
 own_style.py make SOURCE OUT    cut a llama for 2 ranks with that style
 own_style.py run OUT BACKEND    under torchrun; any difference is an assertion, hence a non-zero exit
@@ -19,7 +19,7 @@ from reshard.strategies import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 
 class OnDTensors(TensorParallelLayer):
-    """Output features are split, and gathered by DTensor behind the module."""
+    """A strategy that splits output features, which DTensor gathers after the module."""
 
     def placement(self, param_type: str, shape: Any) -> Placement:
         return Shard(max(len(shape) - 2, 0))

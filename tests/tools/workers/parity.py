@@ -2,9 +2,9 @@
 
     parity.py JOBS.json OUT.json
 
-JOBS is a list of {"name", "folder", "new_tokens"} with either "ids" or "inputs", a file of the forward's arguments;
-"new_tokens" null generates none. Rank 0 writes OUT, after each job: the greedy tokens and the parameters that are no
-DTensors; the compared output and full tensors go to OUT.NAME.pt.
+JOBS is a list of {"name", "folder", "new_tokens"} with either "ids" or "inputs", a file of the forward's arguments. If
+"new_tokens" is null, none are generated. After each job, rank 0 writes OUT: the greedy tokens and the parameters that
+are no DTensors. The compared output and full tensors go to OUT.NAME.pt.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     refusals.py FOLDERS.json OUT
 
-Rank R writes OUT.R: {folder: [type, words] of the error, or null where the folder was loaded}.
+Rank R writes OUT.R: {folder: [type, words] of the error, or null if the folder was loaded}.
 """
 
 import json

@@ -2,10 +2,9 @@
 
     round_trips.py JOBS.json OUT
 
-JOBS is a list of {"name", "folder", "source", "saved", "slow"}; the model is saved into "saved", and if "slow" onto a
-disk that is. Rank R writes OUT.R: for each
-name the kinds of placements that were met, and how calls that must fail did. What is another tensor than that of the
-model in one process, which "source" is, is an assertion.
+JOBS is a list of {"name", "folder", "source", "saved", "slow"}. The model is saved into "saved", on a slow disk if
+"slow". Rank R writes OUT.R: for each name, the kinds of placements met, and how the calls that must fail did so. A
+tensor that differs from the single-process model of "source" is an assertion.
 """
 
 import json
@@ -29,14 +28,14 @@ from reshard.errors import ReshardError
 
 
 def there_and_back(tensor: DTensor, whole: torch.Tensor) -> None:
-    """To every other plain placement, and from it to where it was."""
+    """Redistribute to every other plain placement, and back."""
     assert torch.equal(tensor.full_tensor(), whole)
     axes = tensor.device_mesh.ndim
     for one in (Replicate(), *(Shard(dim) for dim in range(tensor.ndim))):
         other = tensor.redistribute(placements=[one, *[Replicate()] * (axes - 1)])
         assert torch.equal(other.full_tensor(), whole), (tensor.placements, one)
         strided = [placement for placement in tensor.placements if isinstance(placement, _StridedShard)]
-        if axes == 2 and strided and one == Shard(strided[0].dim):  # which torch 2.13 gets wrong on the way back
+        if axes == 2 and strided and one == Shard(strided[0].dim):  # torch 2.13 gets the way back wrong
             other = other.redistribute(placements=[Replicate()] * axes)
         back = other.redistribute(placements=tensor.placements)
         assert torch.equal(back.to_local(), tensor.to_local()), (tensor.placements, one)
@@ -52,7 +51,7 @@ def refused(call: Any, *arguments: Any, **options: Any) -> str:
 
 @contextmanager
 def slow_disk() -> Iterator[None]:
-    """One that takes longer than a collective waits."""
+    """Make a sync take longer than a collective waits."""
     real, limit = os.fsync, 4
 
     def slowly(fd: int) -> None:
@@ -76,7 +75,7 @@ def trip(job: dict[str, Any]) -> dict[str, Any]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         assert torch.equal(runtime.full_tensor(model, name), expected[name]), name
         if isinstance(parameter, DTensor):
-            if ".layers.1." not in name:  # as in the layer before it
+            if ".layers.1." not in name:  # it is as layer 0
                 there_and_back(parameter, expected[name])
             kinds.add(" ".join(type(placement).__name__ for placement in parameter.placements))
         else:

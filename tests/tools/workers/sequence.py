@@ -3,10 +3,10 @@
     sequence.py JOBS.json OUT
 
 JOBS is a list of {"name", "folder", "inputs", "counted"}; "inputs" is a file of a list of the forward's arguments. Rank
-R writes OUT.R: {name: {"outputs": those of each, as test_sequence_parallel computes them, "norms": the tokens that each
-norm of a layer was given in the first forward, "hidden": shapes of the hidden states that were asked for}}. Where
-"counted", also "calls": {"split", "whole", "step": collectives by operator} of the first forward with the sequence
-split, of a model that was loaded without, and of a step of decoding. A copy of the first model computes the same.
+R writes OUT.R: {name: {"outputs": those of each, by `sequence_tools.outputs`, "norms": the tokens that each norm of a
+layer gets in the first forward, "hidden": shapes of the hidden states}}. If "counted", it also writes
+"calls": {"split", "whole", "step": collectives by operator}, of the first forward with the sequence split, the same
+with a model loaded without, and a step of decoding. A copy of the first model must compute the same.
 """
 
 import copy
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import runtime
 from reshard.strategies import collectives
 
-collectives._SMALL = 0  # a small sum goes by gathering, and would be counted as that
+collectives._SMALL = 0  # a small sum is done by gathering, and would be counted as that
 
 
 class Counting(TorchDispatchMode):
@@ -68,7 +68,7 @@ def main(jobs: str, out: str) -> None:
         first, step = inputs[0], {"input_ids": inputs[0]["input_ids"][:, :1]}
         with torch.inference_mode():
             computed = [outputs(model, arguments) for arguments in inputs]
-            hidden = model(**first, output_hidden_states=True).hidden_states  # runs with the sequence whole
+            hidden = model(**first, output_hidden_states=True).hidden_states  # runs without splitting the sequence
             found = results[job["name"]] = {
                 "outputs": computed,
                 "norms": tokens_of_norms(model, **first),

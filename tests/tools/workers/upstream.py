@@ -1,10 +1,10 @@
-"""Run under torchrun: what transformers' own tensor parallelism makes of every checkpoint of a list.
+"""Run under torchrun: run every checkpoint of a list with transformers' own tensor parallelism.
 
     upstream.py JOBS.json OUT.json
 
 JOBS is a list of {"name", "source", "inputs"}, as for parity.py. Rank 0 writes OUT, after each job: {} or {"error":
-words}; the compared output goes to OUT.NAME.pt. A rank that fails leaves the others in the middle of something, so the
-job ends there: start another with what is left.
+words}; the compared output goes to OUT.NAME.pt. A rank that fails leaves the others inside a collective, so the job
+ends there: start another with the remaining checkpoints.
 """
 
 import json
