@@ -19,14 +19,13 @@ import pytest
 
 from reshard.execution.journal import Journal
 
-__all__ = ["KILLED", "convert_until", "interrupted_after", "server"]
+__all__ = ["KILLED", "convert_until", "interrupt_after", "interrupted_after", "server"]
 
 KILLED = 77
 _CALLS = ("pwrite", "write", "open", "fsync", "ftruncate", "posix_fallocate", "mkdir", "unlink", "replace", "rename")
 
 
-@contextlib.contextmanager
-def interrupted_after(claims: int) -> Iterator[None]:
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, claims: int) -> None:
     """Raise Ctrl-C in this process, once the journal has that many claims."""
     real, count = Journal.add, itertools.count(1)
 
@@ -35,8 +34,14 @@ def interrupted_after(claims: int) -> Iterator[None]:
         if next(count) == claims:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(Journal, "add", add)
+
+
+@contextlib.contextmanager
+def interrupted_after(claims: int) -> Iterator[None]:
+    """Expect Ctrl-C, raised once the journal has that many claims."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "add", add)
+        interrupt_after(patch, claims)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -113,15 +118,3 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
     sender.send((made, written))
     sender.close()
     os._exit(0)
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
-    """Raise Ctrl-C when that many tensors are written."""
-    real, count = Journal.add, itertools.count(1)
-
-    def add(self: Journal, *arguments: str) -> None:
-        real(self, *arguments)
-        if next(count) == tensors:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "add", add)
