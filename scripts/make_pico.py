@@ -1,6 +1,6 @@
 """Make a pico Llama checkpoint with a real tokenizer, both trained on the spot in a few seconds: make_pico.py FOLDER
 
-It is written by transformers' own `save_pretrained` as several files and an index, as big checkpoints come.
+It is written by transformers' own `save_pretrained` as several files and an index, like a big checkpoint.
 """
 
 import sys
