@@ -33,7 +33,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model that knows TEXT by heart, so that what the demo prints can be recognised."""
+    """Train a model that knows TEXT by heart, so that what the demo prints can be recognised."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

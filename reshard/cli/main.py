@@ -47,7 +47,7 @@ for _command in (convert, plan, inspect, verify, merge, run, check, bench, publi
 
 
 def main(arguments: list[str] | None = None, *, command: click.Command = cli) -> None:
-    """Entry point: run the command line, and turn every failure into its line and exit code."""
+    """Run the command line, and turn every failure into its line and exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, terminate)
     try:

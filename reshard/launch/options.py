@@ -95,18 +95,18 @@ def _declared(command: Callable[..., Any], *options: Declare) -> Callable[..., A
 
 
 def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format`, as the argument `style`."""
+    """Declare `--format`, as the argument `style`."""
     kinds = click.Choice(["text", "json"])
     return click.option("--format", "style", type=kinds, default="text", help="How to print the result.")(command)
 
 
 def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--revision`."""
+    """Declare `--revision`."""
     return click.option("--revision", help="Branch, tag or commit of a Hub id.")(command)
 
 
 def strategies_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--strategies`, a path."""
+    """Declare `--strategies`, a path."""
     help = "Python file that registers styles of your own. It is run."
     return click.option("--strategies", type=click.Path(exists=True, dir_okay=False), help=help)(command)
 
