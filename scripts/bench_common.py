@@ -1,4 +1,4 @@
-"""What the benchmarks share: torchrun jobs, runs in turn, one state of memory for all, and plots."""
+"""Parts that the benchmarks share: torchrun jobs, runs in turn, one state of memory for all, and plots."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def warm(folder: Path) -> None:
 
 
 def convert(source: Path, out: Path, ranks: int) -> None:
-    """`reshard convert`, quietly."""
+    """Run `reshard convert`, quietly."""
     command = [sys.executable, "-P", "-m", "reshard", "convert", str(source), str(out), "--tp-size", str(ranks)]
     subprocess.run([*command, "--no-sync"], check=True, stdout=subprocess.DEVNULL)
 
 
 def torchrun(ranks: int) -> list[str]:
-    """The beginning of a torchrun command line."""
+    """Return the beginning of a torchrun command line."""
     return [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def rank_zero(script: str, arguments: Sequence[str], ranks: int) -> Any:
-    """Run a script under torchrun, one thread a rank; what rank 0 printed last, which is JSON."""
+    """Run a script under torchrun, one thread a rank. Returns the JSON that rank 0 printed last."""
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(script)
         file.flush()

@@ -1,11 +1,11 @@
-"""`reshard convert` against `cp -r` of the same folder, in turn in one run; medians and ratios.
+"""A benchmark of `reshard convert` against `cp -r` of the same folder, in turn in one run; medians and ratios.
 
     .venv/bin/python scripts/bench_convert.py [--folder DIR] [--repeat 5] [--case dense] [--peers] [--plot FILE] …
 
 `copy` is the whole process less that of `--dry-run`, which is imports and planning. `cp+sync` waits for the disk as
-`reshard` does by default. The source is in the page cache, but for the case `cold`, and every command finds memory in
-the same state. Peers: one script that loads the whole checkpoint and splits it, and transformers' tensor-parallel load
-followed by a save of torch's distributed checkpoint, under torchrun.
+`reshard` does by default. The source is in the page cache, except in the case `cold`, and every command finds memory in
+the same state. The peers are a script that loads the whole checkpoint and splits it, and transformers' tensor-parallel
+load followed by a save of torch's distributed checkpoint, under torchrun.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Case:
     cut_before: int | None = None
 
     def of(self, layers: int | None) -> Case:
-        """The same with more or fewer layers."""
+        """Return the case with another number of layers, if one is given."""
         return replace(self, config={**self.config, "num_hidden_layers": layers}) if layers else self
 
 
@@ -79,7 +79,7 @@ CASES = {
 
 
 def contenders(source: Path, out: Path, case: Case, *, peers: bool) -> dict[str, list[list[str]]]:
-    """Name → the commands that are timed together."""
+    """Return, by name, the commands that are timed together."""
     convert = [*RESHARD, str(source), str(out), *case.options]
     found = {
         "cp": [["cp", "-r", str(source), str(out)]],
@@ -98,7 +98,7 @@ def contenders(source: Path, out: Path, case: Case, *, peers: bool) -> dict[str,
 
 
 def timed(commands: list[list[str]], prepare: Callable[[], None]) -> float:
-    """Seconds that the commands take together."""
+    """Return the seconds that the commands take together."""
     prepare()
     start = time.perf_counter()
     for command in commands:
@@ -119,11 +119,11 @@ def drop_from_cache(source: Path) -> None:
 @click.option("--repeat", default=5, show_default=True)
 @click.option("--rest", default=4.0, show_default=True, help="Seconds to wait before each command.")
 @click.option("--case", "names", multiple=True, help=f"Some of: {', '.join(CASES)}. [default: all]")
-@click.option("--layers", type=int, help="More or fewer layers than the configuration has.")
+@click.option("--layers", type=int, help="Number of layers.  [default: the configuration's]")
 @click.option(
     "--peers",
     is_flag=True,
-    help="In the cases `dense tp…`, also run the other tools: slow, and memory for the whole model.",
+    help="In the cases `dense tp…`, also run the other tools. It is slow and needs memory for the whole model.",
 )
 @click.option("--plot", help=f"Instead: draw time against size, for {PLOTTED_LAYERS} layers at tp 4, into this file.")
 def main(

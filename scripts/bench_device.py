@@ -1,9 +1,9 @@
-"""A rank file onto a GPU: this runtime's reader, `safetensors.torch.load_file`, and the rate of a pinned copy, in turn.
+"""A benchmark of a rank file onto a GPU: this runtime's reader, `load_file` of safetensors and a pinned copy, in turn.
 
     .venv/bin/python scripts/bench_device.py [--repeat 5] [--layers 16] [--device cuda]
 
-The file, a llama of 1B shape in bf16, is in the page cache. The pinned copy is of memory that is there already: nothing
-that reads a file can be quicker. With `--device cpu` the same code runs without a GPU, which says only that it does.
+The file, a llama of 1B shape in bf16, is in the page cache. The pinned copy is of memory that is there already, so no
+reader of a file can be quicker. With `--device cpu` the same code runs without a GPU, which shows only that it runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PINNED_BYTES = 256 << 20
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds until everything is on the device."""
+    """Return the seconds until everything is on the device."""
     start = time.perf_counter()
     kept = work()
     if device.type == "cuda":
@@ -77,7 +77,7 @@ def main(repeat: int, layers: int, name: str) -> None:
             "reshard, no digests": partial(ours, out, device, digests=False),
             "load_file": partial(load_file, out / record.name, device=str(device)),
         }
-        for work in contenders.values():  # contexts, pinned pools
+        for work in contenders.values():  # warms up contexts and pinned pools
             timed(device, work)
         runs = in_turn(repeat, {kind: partial(timed, device, work) for kind, work in contenders.items()})
     median = {kind: statistics.median(found) for kind, found in runs.items()}

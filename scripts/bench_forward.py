@@ -1,4 +1,4 @@
-"""`reshard bench` on a big model: prefill and decode at tp 1 and 2, and of transformers' own at tp 2.
+"""A run of `reshard bench` on a big model: prefill and decode at tp 1 and 2, and those of transformers at tp 2.
 
     .venv/bin/python scripts/bench_forward.py [--repeat 3] [--layers 16] [--length 512] [--batch 1] [--plot FILE]
 
@@ -24,7 +24,7 @@ from reshard.launch.options import Batches
 @click.option("--repeat", default=3, show_default=True, help="Jobs of each kind; medians are printed.")
 @click.option("--layers", default=16, show_default=True)
 @click.option("--length", default=512, show_default=True, help="Tokens of the prompt.")
-@click.option("--steps", default=8, show_default=True, help="Tokens decoded behind it.")
+@click.option("--steps", default=8, show_default=True, help="Tokens to decode after the prompt.")
 @click.option("--batch", type=Batches(), default="1", show_default=True)
 @click.option("--plot", help="Draw the speed-up against the batch size into this file.")
 def main(repeat: int, layers: int, length: int, steps: int, batch: tuple[int, ...], plot: str | None) -> None:

@@ -1,5 +1,6 @@
-"""`reshard convert` straight from a Hub of a certain speed, on loopback, beside what it overlaps: the download and the
-cutting. In turn in one run; medians.
+"""A benchmark of `reshard convert` from a Hub of a given speed, on loopback, beside the download and the cutting alone.
+
+They run in turn in one run; medians are printed.
 
     .venv/bin/python scripts/bench_hub.py [--rate 250] [--layers 8] [--repeat 3] [--folder DIR]
 """
@@ -22,7 +23,7 @@ import click
 from bench_common import in_turn, same_memory
 from big_checkpoints import LLAMA_1B, write
 
-TESTS = Path(__file__).parent.parent / "tests" / "tools"  # where the stand-in for the Hub is
+TESTS = Path(__file__).parent.parent / "tests" / "tools"  # has the stand-in for the Hub
 RESHARD = [sys.executable, "-P", "-m", "reshard"]
 DOWNLOAD = """
 import sys
@@ -32,7 +33,7 @@ snapshot_download("org/model", local_dir=sys.argv[1])
 
 
 def serve(folder: str, rate: float, pipe: Connection) -> None:
-    """A Hub with one repo, until the pipe closes. Tells the environment that a client needs."""
+    """Serve a Hub with one repo until the pipe closes, and send the environment that a client needs."""
     sys.path.insert(0, str(TESTS))
     from fake_hub import FakeHub
 
@@ -44,7 +45,7 @@ def serve(folder: str, rate: float, pipe: Connection) -> None:
 
 
 def timed(command: list[str], environment: dict[str, str], root: Path) -> float:
-    """Seconds that the command takes, with nothing left of an earlier one."""
+    """Return the seconds that the command takes, with nothing left of an earlier one."""
     for name in ("home", "out"):
         shutil.rmtree(root / name, ignore_errors=True)
     same_memory(1)
@@ -55,8 +56,8 @@ def timed(command: list[str], environment: dict[str, str], root: Path) -> float:
 
 @click.command()
 @click.option("--folder", type=click.Path(file_okay=False), help="Where to work. [default: a temporary folder]")
-@click.option("--rate", default=250, show_default=True, help="Of the Hub: MB a second.")
-@click.option("--layers", default=8, show_default=True, help="Of a llama of 1B shape.")
+@click.option("--rate", default=250, show_default=True, help="Speed of the Hub in MB per second.")
+@click.option("--layers", default=8, show_default=True, help="Layers of a llama of 1B shape.")
 @click.option("--repeat", default=3, show_default=True)
 def main(folder: str | None, rate: int, layers: int, repeat: int) -> None:
     """Print seconds and ratios."""

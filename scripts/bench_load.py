@@ -1,11 +1,11 @@
-"""Start of a tensor-parallel process on CPU: this runtime against transformers' `from_pretrained(tp_plan="auto")`.
+"""A benchmark of a tensor-parallel start on CPU: this runtime against transformers' `tp_plan="auto"`.
 
     .venv/bin/python scripts/bench_load.py [--repeat 5] [--ranks 2] [--layers 16] [--plot FILE]
 
 One thread a rank, gloo, a llama of 1B shape in bf16, its files in the page cache; in turn, medians. `imports` ends when
-the libraries and the model's own module are there, `load` when the model is ready, `first` is a forward of one token.
-Memory is the process's own: mapped pages of the page cache are not in it. Of our load, the parts are told too: the rank
-file is digested while the model is built (and would be while its module is imported), and `read` is what is left then.
+the libraries and the model's own module are there, `load` when the model is ready; `first` is a forward of one token.
+Memory is the process's own, without mapped pages of the page cache. The parts of our load are shown too: the rank file
+is digested while the model is built (and would be while its module is imported), and `read` is what then remains.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main(repeat: int, ranks: int, layers: int, plot: str | None) -> None:
 
 
 def measure(root: Path, ranks: int, repeat: int) -> dict[str, dict[str, float]]:
-    """Print, and return, the medians of each kind of start."""
+    """Print and return the medians of each kind of start."""
     shutil.rmtree(root / "out", ignore_errors=True)
     convert(root / "source", root / "out", ranks)
     warm(root / "source")

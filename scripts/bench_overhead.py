@@ -1,9 +1,9 @@
-"""What tensor parallelism adds to a forward besides its collectives, ours and transformers', in one process.
+"""A benchmark of the overhead of tensor parallelism in a forward, without collectives: ours and transformers'.
 
     .venv/bin/python scripts/bench_overhead.py [--repeat 5]
 
-The forward of one token through 16 narrow layers takes its time in Python, and a fake process group answers every
-collective at once, so what a sharded model takes more than the unsharded one is overhead of each call.
+The forward of one token through 16 narrow layers spends its time in Python, and a fake process group answers every
+collective at once. So the time that a sharded model takes beyond the unsharded one is the overhead of its calls.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ os._exit(0)
 
 
 def job(kind: str, folder: Path) -> float:
-    """Seconds of a forward, the median inside a process."""
+    """Return the median seconds of a forward in one process."""
     done = subprocess.run([sys.executable, "-P", "-c", WORKER, kind, str(folder)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

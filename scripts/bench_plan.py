@@ -1,9 +1,9 @@
-"""Planning at scale: time and memory of `reshard.plan` on checkpoints whose files are sparse, so they cost no disk.
+"""A benchmark of planning at scale: time and memory of `reshard.plan` on checkpoints of sparse files, without disk.
 
     .venv/bin/python scripts/bench_plan.py [--repeat 3]
 
-Each case runs in a process of its own. `plan` is the time of `reshard.plan` after the imports, `imports` what those
-take (the model's own module included), `memory` the largest anonymous memory of the process.
+Each case runs in a process of its own. `plan` is the time of `reshard.plan` after the imports, and `imports` the time
+of those (the model's own module included). `memory` is the anonymous memory of the process at the end.
 """
 
 from __future__ import annotations

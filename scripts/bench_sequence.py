@@ -1,10 +1,9 @@
-"""What sequence parallelism saves: the most memory that activations of a forward take on a rank, and its time.
+"""A benchmark of sequence parallelism: the peak memory of a forward's activations on a rank, and its time.
 
     .venv/bin/python scripts/bench_sequence.py [--ranks 2] [--layers 2] [--length 1024] [--repeat 3]
 
-On CPU it is counted: every tensor that an operator gives out, from then until nothing refers to it. What an operator
-uses inside is not seen. On GPUs it is the allocator's own peak. The logits are those of the last token, as `generate`
-asks for them.
+On CPU every tensor that an operator returns is counted until nothing refers to it; memory inside an operator is not
+seen. On GPUs the peak is the allocator's own. Only the last token's logits are computed, as in `generate`.
 """
 
 from __future__ import annotations
@@ -79,10 +78,10 @@ os._exit(0)
 @click.command()
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--layers", default=2, show_default=True)
-@click.option("--length", default=1024, show_default=True, help="Tokens.")
+@click.option("--length", default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--repeat", default=3, show_default=True, help="Runs of each kind; medians are printed.")
 def main(ranks: int, layers: int, length: int, repeat: int) -> None:
-    """Print MiB and seconds with the sequence whole and split."""
+    """Print MiB and seconds with the sequence whole and split over the ranks."""
     with tempfile.TemporaryDirectory() as root:
         source, out = Path(root, "source"), Path(root, "out")
         write(source, {**LLAMA_1B, "num_hidden_layers": layers}, filled=True)

@@ -1,5 +1,4 @@
-"""Checkpoints as big as real ones, made in a moment: of sparse files, or filled with random bytes. For benchmarks and
-the memory test."""
+"""Checkpoints as big as real ones for benchmarks and the memory test: sparse files, or filled with random bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from typing import Any
 __all__ = ["DEEPSEEK_V3", "LLAMA_1B", "LLAMA_70B", "QWEN3_MOE", "tensors", "write"]
 
 Config = dict[str, Any]
-Tensors = Iterator[tuple[str, list[int]]]  # name and shape; bf16, but for biases of routers
+Tensors = Iterator[tuple[str, list[int]]]  # name and shape; bf16, except for biases of routers
 
 _LLAMA: Config = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 128256},
@@ -46,7 +45,7 @@ DEEPSEEK_V3: Config = {
 
 
 def tensors(config: Config) -> Tensors:
-    """Every tensor of a published checkpoint of this configuration, in order: experts one by one."""
+    """Yield every tensor of a published checkpoint of this configuration, in order: experts one by one."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     attention = _mla if "kv_lora_rank" in config else _attention
     experts = config.get("num_experts") or config.get("n_routed_experts") or 0
@@ -102,7 +101,7 @@ def _mla(at: str, config: Config) -> Tensors:
 
 
 def write(folder: Path, config: Config, *, files: int = 4, filled: bool = False) -> tuple[int, int]:
-    """A checkpoint of `files` files and an index, sparse unless `filled`. Returns its tensors and their bytes."""
+    """Write a checkpoint of `files` files and an index, sparse unless `filled`. Returns its tensor count and bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     listed = list(tensors(config))
@@ -129,7 +128,7 @@ def write(folder: Path, config: Config, *, files: int = 4, filled: bool = False)
 
 
 def _fill(file: Any, size: int) -> None:
-    """Random bf16 numbers of either sign around 0.01: no model overflows on them."""
+    """Write random bf16 numbers of either sign around 0.01: no model overflows on them."""
     block = bytearray(os.urandom(16 << 20))
     block[1::2] = block[1::2].translate(bytes(0x3C | sign & 0x80 for sign in range(256)))
     while size:

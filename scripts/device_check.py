@@ -1,8 +1,8 @@
-"""The parts of scripts/gpu_check, which says how to call it. From the source tree, with what the environment has: no
-pytest, nothing installed, nothing fetched.
+"""The parts of scripts/gpu_check, which says how to call it. It runs from the source tree in the environment as it is:
+no pytest, nothing installed, nothing fetched.
 
-Exit codes: 0 every part that this machine has GPUs for ran and passed, or did not fit in the time; 1 one failed;
-2 the environment lacks something.
+Exit codes: 0 no part failed, though some may need more GPUs or more time; 1 a part failed; 2 the environment lacks
+something.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _BUDGET = 450  # seconds
-_LEAST = 15  # seconds: with less left, nothing is begun
+_LEAST = 15  # seconds: no part begins with less left
 _GRACE = 10  # seconds for the ranks of a part that did not end in time
 
 
 @dataclass(frozen=True)
 class Case:
-    """What ranks on a device have to show: on `device`, as `runtime.load` takes it, over `backend`."""
+    """A part that runs `ranks` on `device`, as `runtime.load` takes it, over `backend`. It takes `gpus` GPUs."""
 
     name: str
     device: str
@@ -39,8 +39,10 @@ class Case:
     gpus: int = 0
 
     def prepare(self, folder: Path) -> list[str]:
-        """Make a checkpoint and what is resharded of it. Returns what torchrun is to start, and writes figures into
-        `folder`/found.json."""
+        """Make a checkpoint and resharded folders of it. Returns the words for torchrun to start.
+
+        The started job writes its figures into `folder`/found.json.
+        """
         import pico
 
         import reshard
@@ -71,16 +73,16 @@ class OutOfTime(Exception):
 
 
 class Failed(Exception):
-    """A part has failed; what it said is out already."""
+    """A part has failed, and its output is printed already."""
 
 
 def say(line: str) -> None:
-    """A line that is seen at once."""
+    """Print a line at once."""
     print(line, flush=True)
 
 
 def lacking() -> list[str]:
-    """What pyproject.toml asks for and the environment has not, or too old."""
+    """Return the requirements of pyproject.toml that the environment lacks, or has in an unsuitable version."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -99,7 +101,7 @@ def lacking() -> list[str]:
 
 
 def run(command: list[str]) -> None:
-    """Run a command whose output goes out as it comes. It ends with this part, and all that it has started."""
+    """Run a command; its output is shown as it comes. When this part ends, the command and its processes end too."""
     with tempfile.TemporaryFile() as words:
         child = subprocess.Popen(command, cwd=ROOT, stderr=words)
         try:
@@ -115,7 +117,7 @@ def run(command: list[str]) -> None:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """torchrun ends its ranks when it is asked to, and not when it is killed."""
+    """End torchrun and its ranks. It ends them itself if it is terminated, but not if it is killed."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     ranks = descendants(child.pid)
     child.terminate()
@@ -129,7 +131,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that one has started, and those that they have, where the system lists them."""
+    """Return the descendants of a process, if the system lists them."""
     try:
         listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -151,7 +153,7 @@ def rate(device: str) -> None:
 
 
 def parts(device: str) -> Iterator[tuple[str, int, Callable[[], None]]]:
-    """Name, GPUs that it takes, and work of each part, in order of worth."""
+    """Yield the name, the number of GPUs and the work of each part, the most telling part first."""
     cases = [case for case in CASES if (case.gpus > 0) == (device == "cuda")]
     most_telling = 2 if device == "cuda" else 1
     for case in cases[:most_telling]:
@@ -167,14 +169,14 @@ def out_of_time(*_: object) -> None:
 
 def main() -> int:
     started = time.monotonic()
-    parser = argparse.ArgumentParser(prog="scripts/gpu_check", description="What needs a GPU, in parts.")
+    parser = argparse.ArgumentParser(prog="scripts/gpu_check", description="Check what needs a GPU, in parts.")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget", type=float, default=_BUDGET, metavar="SECONDS", help="[default: %(default)s]")
     asked = parser.parse_args()
     if missing := lacking():
         say(f"this environment lacks: {', '.join(missing)}. Unpacked elsewhere, it is found by PYTHONPATH.")
         return 2
-    # Those whom this starts find reshard and runtime here, ask no network, and leave nothing behind.
+    # Processes that this starts find reshard and runtime here, ask no network, and leave nothing behind.
     paths = [
         str(ROOT),
         str(ROOT / "tests" / "tools"),

@@ -1,4 +1,4 @@
-"""Write tests/FAULTS.md: every fault, what must happen, and the tests that show it.
+"""The writer of tests/FAULTS.md: every fault, what must happen, and the tests that show it.
 
     python scripts/fault_table.py
 
@@ -57,7 +57,7 @@ FAULTS = {
 
 
 def marks(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """(fault, test, whether it is a long sweep) of a test file."""
+    """Yield (fault, test, whether it is a long sweep) of a test file."""
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -71,7 +71,7 @@ def marks(path: Path) -> Iterator[tuple[int, str, bool]]:
 
 
 def table() -> str:
-    """The text of the file. Raises ValueError where a fault has no test, or a test is of a fault unknown."""
+    """Return the text of the file. Raises ValueError if a fault has no test, or a test names an unknown fault."""
     tests: dict[int, list[str]] = defaultdict(list)
     for path in sorted(TESTS.rglob("test_*.py")):
         for fault, name, slow in marks(path):

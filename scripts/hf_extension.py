@@ -1,4 +1,4 @@
-"""Register this environment's `hf-reshard` with the Hub's command line, so that `hf reshard …` runs it.
+"""The registration of this environment's `hf-reshard` with the Hub's command line, so that `hf reshard …` runs it.
 
     python scripts/hf_extension.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def register(script: Path) -> Path:
-    """Have `hf reshard` run a script. Returns the file that says so."""
+    """Make `hf reshard` run a script. Returns the file that says so."""
     folder = Path("~/.local/share/hf/extensions/hf-reshard").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {

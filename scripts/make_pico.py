@@ -1,6 +1,6 @@
 """Make a pico Llama checkpoint with a real tokenizer, both trained on the spot in a few seconds: make_pico.py FOLDER
 
-It is written by transformers' own `save_pretrained` as several files and an index, as big checkpoints come.
+It is written by transformers' own `save_pretrained` as several files and an index, like a big checkpoint.
 """
 
 import sys
@@ -33,7 +33,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model that knows TEXT by heart, so that what the demo prints can be recognised."""
+    """Train a model that knows TEXT by heart, so that what the demo prints can be recognised."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -14,9 +14,10 @@ __all__ = ["bench"]
 @click.command()
 @bench_options
 def bench(style: str, **options: Any) -> None:
-    """Measure load, prefill, decode and memory; of several folders OUT, the speed-up over the fewest ranks.
+    """Measure load, prefill, decode and memory of resharded folders.
 
-    Each folder runs on as many processes as it has ranks, on this machine, one thread each.
+    Each folder OUT runs on this machine, on as many processes as it has ranks, one thread each. If several are given,
+    the speed-up is over the one with the fewest ranks.
 
     \b
     Examples:

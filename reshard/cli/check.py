@@ -15,14 +15,14 @@ __all__ = ["check"]
 @click.command()
 @check_options
 def check(out: str, reference: str | None, per_layer: bool, **options: Any) -> None:
-    """Compare logits and greedy tokens of OUT with the single-process model; exit 4 where more than rounding differs.
+    """Compare logits and greedy tokens of OUT with one process.
 
-    Without --reference, with what `reshard convert --reference-logits` has stored of it: made on CPU, so that on
-    another device the limit is looser in fp32.
+    The exit code is 4 if they differ by more than rounding. Without --reference, OUT is compared with the logits that
+    `reshard convert --reference-logits` stored. They were made on CPU, so in fp32 the limit is looser on other devices.
 
-    The logits show only what the fixed tokens reach: not the other rows of an embedding, nor experts that none is
-    routed to. With --per-layer, where no module differs, every parameter is compared, as `reshard verify OUT --against
-    SOURCE` does without running anything.
+    The logits show only what the fixed tokens reach: not the other rows of an embedding, nor experts that no token is
+    routed to. With --per-layer, if no module differs, every parameter is compared. `reshard verify OUT --against
+    SOURCE` does so too, without running the model.
 
     \b
     Examples:

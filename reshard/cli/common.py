@@ -1,4 +1,4 @@
-"""What the commands share: options, and the printing of results."""
+"""The parts that commands share: options, and the printing of results."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ __all__ = [
 
 
 def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--workers`."""
-    help = "Writing threads. [default: the CPUs, at most 8]"
+    """Declare `--workers`."""
+    help = "Number of writing threads.  [default: number of CPUs, at most 8]"
     return click.option("--workers", type=click.IntRange(min=1), help=help)(command)
 
 
 def no_sync_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--no-sync`."""
+    """Declare `--no-sync`."""
     help = "Do not wait for the disk. A power loss soon after can undo the work."
     return click.option("--no-sync", is_flag=True, help=help)(command)
 
 
 class Dtype(click.ParamType):
-    """A dtype by torch's name, or in short: bf16."""
+    """A dtype by torch's name, or by a short one such as bf16."""
 
     name = "|".join(STORABLE)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """torch's name of it."""
+        """Return torch's name of the dtype."""
         try:
             return floating_dtype(value)
         except ValueError as error:
             self.fail(f"{value!r} is not {error}", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """torch's names."""
+        """Offer torch's names."""
         return completions(STORABLE, incomplete)
 
 
@@ -78,7 +78,7 @@ _WHERE_THE_WEIGHTS_ARE = (
 
 
 def where_the_weights_are(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--weights` and `--links-into`, of what opens a checkpoint."""
+    """Declare `--weights` and `--links-into`, for commands that open a checkpoint."""
     for option in reversed(_WHERE_THE_WEIGHTS_ARE):
         command = option(command)
     return command
@@ -89,13 +89,13 @@ _WHAT_TO_CUT = (
         "--ep-size",
         type=click.IntRange(min=1),
         default=1,
-        help="Spread whole experts over this many ranks. One of --tp-size and --ep-size divides the other.",
+        help="Spread whole experts over this many ranks. One of --tp-size and --ep-size must divide the other.",
     ),
     click.option(
         "--plan",
         "tp_plan",
         type=click.Path(exists=True, dir_okay=False),
-        help='Rules (pattern → style, JSON or TOML) instead of the model\'s, or beside them with extends = "auto".',
+        help='Rules (pattern → style, JSON or TOML) in place of the model\'s, or added to them with extends = "auto".',
     ),
     strategies_option,
     revision_option,
@@ -106,13 +106,13 @@ _WHAT_TO_CUT = (
         "--include",
         multiple=True,
         metavar="PATTERN",
-        help="Take files of unknown kinds along too, such as 'assets/*'. Never code, pickles or keys.",
+        help="Copy files of unknown kinds too, such as 'assets/*'. Code, pickles and keys are never copied.",
     ),
 )
 
 
 def what_to_cut(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that `plan` and `convert` share. The command gets them as the library's arguments."""
+    """Declare the options that `plan` and `convert` share. The command gets them as the library's arguments."""
 
     @functools.wraps(command)
     def with_library_arguments(*arguments: Any, tp_plan: str | None, strategies: str | None, **options: Any) -> None:
@@ -133,7 +133,7 @@ class Bytes(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes of a text such as 24GB."""
+        """Return the bytes of a text such as 24GB."""
         match = re.fullmatch(
             r"(\d{1,30}(?:\.\d+)?(?:e\d{1,2})?)\s*(?:([kmgtp])(i?)b?|b)?", str(value).strip(), re.IGNORECASE
         )
@@ -144,19 +144,19 @@ class Bytes(click.ParamType):
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that results go to (COLUMNS counts first); None where there is none."""
+    """Return the columns of the terminal that results go to, None if there is none. COLUMNS overrides it."""
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
         return None
     return shutil.get_terminal_size().columns
 
 
 def on_ranks(command: str, processes: int) -> NoReturn:
-    """Run a command of the runtime on so many ranks, by the words of the one that runs here, and end as they do."""
+    """Run a command of the runtime on `processes` ranks, with this command's own words, and exit with their code."""
     from ..launch.agent import launch
 
     sys.exit(launch([*switches_of(), command, *words_of()], processes))
 
 
 def print_report(report: dict[str, Any], style: str, text: Callable[[dict[str, Any]], str]) -> None:
-    """Print a result on stdout, as JSON or in words."""
+    """Print a result on stdout, as JSON or as text."""
     click.echo(json_text(report, indent=1) if style == "json" else text(report))

@@ -24,14 +24,14 @@ __all__ = ["convert"]
 @click.command()
 @click.argument("source")
 @click.argument("out", type=click.Path())
-@click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Tensor-parallel ranks.")
+@click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Number of ranks.")
 @what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
-@click.option("--keep-cache", is_flag=True, help="Keep what is fetched in the cache, not only while it is cut.")
+@click.option("--keep-cache", is_flag=True, help="Keep fetched files in the cache after they are cut.")
 @click.option(
     "--reference-logits",
     is_flag=True,
-    help="Store what one process computes on fixed tokens, for `reshard check`. Loads the whole model into memory.",
+    help="Store what one process computes on fixed tokens, for `reshard check`. It loads the whole model into memory.",
 )
 @workers_option
 @no_sync_option
@@ -49,10 +49,11 @@ def convert(
     style: str,
     **cut: Any,
 ) -> None:
-    """Write SOURCE (a checkpoint folder, Hub id or URL) into OUT (a folder or URL), one file for each rank.
+    """Write SOURCE into OUT, one safetensors file for each rank.
 
-    OUT appears only when it is complete. No GPU, no weights in memory. SOURCE can be a resharded folder too: the result
-    is that of the checkpoint it was made from.
+    SOURCE is a checkpoint folder, Hub id or URL; OUT is a folder or URL. OUT appears only when it is complete. No GPU
+    is needed, and memory does not grow with the model. If SOURCE is a resharded folder, the result is that of the
+    checkpoint it was made from.
 
     \b
     Examples:
@@ -105,8 +106,10 @@ def next_command(
     revision: str | None = None,
     **_: Any,
 ) -> str:
-    """What to do with `out` now: generate where the model and its tokenizer can, else check it. The rest is what the
-    conversion was asked for."""
+    """Return the command to run next on `out`: generate if the model and its tokenizer can, else check it.
+
+    Its other arguments are those of the conversion.
+    """
     import transformers
 
     from ..resharded.manifest import REFERENCE_NAME
@@ -122,10 +125,10 @@ def next_command(
         return line("run", where, "--prompt", "Once upon a time")
     if REFERENCE_NAME in extras:
         return line("check", where)
-    if not _is_origin(source, manifest):  # what it was made from may be gone
+    if not _is_origin(source, manifest):  # the checkpoint it was made from may be gone
         return shlex.join(("reshard", "verify", where))
     at = () if revision is None else ("--revision", revision)
-    if weights is not None or links_into:  # which `check` cannot be told
+    if weights is not None or links_into:  # `check` has no such options
         found = () if weights is None else ("--weights", weights)
         links = [word for folder in links_into for word in ("--links-into", folder)]
         return shlex.join(("reshard", "verify", where, "--against", without_secrets(source), *at, *found, *links))

@@ -15,9 +15,9 @@ __all__ = ["env"]
 @click.command()
 @format_option
 def env(style: str) -> None:
-    """Print versions, devices, caches and settings: what to paste into an issue.
+    """Print versions, devices, caches and settings for a bug report.
 
-    No token is printed, no password, and not the name of your home folder.
+    Tokens, passwords and the name of your home folder are not printed.
 
     \b
     Examples:

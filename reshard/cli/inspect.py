@@ -14,7 +14,9 @@ __all__ = ["inspect"]
 @revision_option
 @format_option
 def inspect(out: str, revision: str | None, style: str) -> None:
-    """Print what a resharded folder, repo or URL OUT holds, from its manifest.
+    """Print what OUT holds, from its manifest.
+
+    OUT is a resharded folder, repo or URL.
 
     \b
     Example:

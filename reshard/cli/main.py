@@ -47,11 +47,13 @@ for _command in (convert, plan, inspect, verify, merge, run, check, bench, publi
 
 
 def main(arguments: list[str] | None = None, *, command: click.Command = cli) -> None:
-    """Entry point: run the command line, and turn every failure into its line and exit code."""
+    """Run the command line, and turn every failure into its line and exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, terminate)
     try:
-        code = command.main(arguments, standalone_mode=False, color=in_colour())  # what a command exits with, if any
+        code = command.main(
+            arguments, standalone_mode=False, color=in_colour()
+        )  # the command's exit code, if it has one
     except Exception as error:
         sys.exit(report_failure(error, verbose=wants_traceback(arguments), as_json=wants_json(arguments)))
     except (KeyboardInterrupt, Terminated) as error:
@@ -61,9 +63,9 @@ def main(arguments: list[str] | None = None, *, command: click.Command = cli) ->
 
 
 def entry() -> None:
-    """The `reshard` command as a process: it starts and ends as fast as Python lets it.
+    """Run the `reshard` command as a process, which ends at once when the command does.
 
-    Taking the modules of torch and transformers apart at the end would take a second.
+    Without that, Python would take a second to tear down the modules of torch and transformers.
     """
     leave()
     patient_from_now_on()
@@ -74,7 +76,7 @@ def entry() -> None:
         code = ended.code
     try:
         sys.stdout.flush()
-    except OSError as error:  # what was to be printed is not: the reader has gone, or the disk is full
+    except OSError as error:  # the result was not printed: the reader has gone, or the disk is full
         lost = StorageError(f"output: {error.strerror}")
         gone = isinstance(error, BrokenPipeError)
         code = 128 + signal.SIGPIPE if gone else report_failure(lost, verbose=False, as_json=wants_json(sys.argv))

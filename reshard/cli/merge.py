@@ -10,7 +10,7 @@ from ..text import printable, without_secrets
 from .common import format_option, no_sync_option, print_report, revision_option, workers_option
 from .speaking import progress_bar
 
-_LAYOUT = "The files as they were, or the same with new headers: also of what was cast or dropped."
+_LAYOUT = "source: the files as they were. hf: the same with new headers, even if tensors were cast or dropped."
 
 __all__ = ["merge"]
 
@@ -24,9 +24,10 @@ __all__ = ["merge"]
 @no_sync_option
 @format_option
 def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str, **how: Any) -> None:
-    """Write the source files of the resharded folder, repo or URL OUT into the folder DEST, byte for byte as they were.
+    """Write the source files of OUT into the folder DEST as they were.
 
-    Neither the source nor transformers is needed. Each file is checked against the digest of the original.
+    OUT is a resharded folder, repo or URL. Neither the source nor transformers is needed. With --layout source the
+    files are the same byte for byte: each is checked against the digest of the original.
 
     \b
     Examples:
@@ -37,7 +38,7 @@ def merge(out: str, dest: str, workers: int | None, no_sync: bool, style: str, *
     from .. import merge as run
 
     files = run(out, dest, workers=workers, sync=not no_sync, progress=progress_bar, **how)
-    which = "source files, as they were" if how["layout"] == "source" else "files with headers anew"
+    which = "source files, as they were" if how["layout"] == "source" else "files with new headers"
     print_report(
         {"dest": without_secrets(dest), "files": list(files)},
         style,

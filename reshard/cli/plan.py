@@ -14,16 +14,17 @@ __all__ = ["plan", "print_plan"]
 
 @click.command()
 @click.argument("source")
-@click.option("--tp-size", "-tp", type=click.IntRange(min=1), help="Tensor-parallel ranks.")
+@click.option("--tp-size", "-tp", type=click.IntRange(min=1), help="Number of ranks.")
 @click.option(
-    "--gpu-memory", type=Bytes(), help="Instead: the fewest ranks of which each holds so much of the weights."
+    "--gpu-memory", type=Bytes(), help="Instead of --tp-size: the fewest ranks whose weights fit into this much each."
 )
 @what_to_cut
 @format_option
 def plan(source: str, style: str, **cut: Any) -> None:
-    """Print how SOURCE would be cut for a number of ranks: styles, placements, sizes, and which numbers are legal.
+    """Print how SOURCE would be cut for a number of ranks.
 
-    Only headers are read; those of a Hub id or a URL by ranges, so that nothing large is fetched.
+    The plan shows styles, placements, sizes, and which numbers of ranks are legal. Only headers are read. If
+    SOURCE is a Hub id or a URL, they are fetched by ranges, so that nothing large is fetched.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`reshard publish`. The token is that of the environment, or of `hf auth login`."""
+"""`reshard publish`. The token comes from the environment, or from `hf auth login`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ __all__ = ["publish"]
 @click.command()
 @click.argument("out", type=click.Path())
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make the repo private where it is made now.")
-@click.option("--license", "licence", metavar="ID", help="The licence, where it takes your word to publish openly.")
-@click.option("--revision", metavar="BRANCH", help="Branch to commit to, made if it is missing.  [default: main]")
+@click.option("--private", is_flag=True, help="Make the repo private if it is created now.")
+@click.option(
+    "--license", "licence", metavar="ID", help="Licence of the model: your word that it may be published openly."
+)
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to, created if it is missing.  [default: main]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
 @click.option("--dry-run", is_flag=True, help="Say what would be published, and change nothing.")
 @format_option
 def publish(out: str, repo: str, style: str, **options: Any) -> None:
-    """Publish the resharded folder OUT as REPO: org/name, or a folder of it, org/name/tp4.
+    """Publish the resharded folder OUT as REPO on the Hub.
 
-    One commit holds the files, the manifest and the model card; until then nothing can be seen. Digests are checked
-    before, and what the Hub holds after. Run again after an interruption, only what is missing is sent. A source that
-    is gated or private, or whose licence is not known, is published openly only with --license.
+    REPO is org/name, or a folder of it, org/name/tp4. One commit makes the files, the manifest and the model card
+    visible together. Digests are checked before it, and what the Hub holds after it. If it is interrupted, run it
+    again: only what is missing is sent. If the source is gated or private, or its licence is not known, publishing
+    openly needs --license.
 
     \b
     Examples:
@@ -47,7 +50,7 @@ def _published_text(done: dict[str, Any]) -> str:
     if not done["card"]:
         what += "; README.md is not ours and stays"
     if done["deleted"]:
-        what += f"; {len(done['deleted'])} files of before go"
+        what += f"; {len(done['deleted'])} earlier files are deleted"
     if done["commit"] is None:
         return f"{place}@{done['revision']}: would be {what}"
     return f"{place}: {what}\n{done['url']}"

@@ -29,15 +29,16 @@ class _Ranks(click.ParamType):
 
 @click.command()
 @click.argument("repo")
-@click.option("--ranks", "--rank", type=_Ranks(), help="Only these: 0-3 or 0,2 or 5.  [default: everything]")
+@click.option("--ranks", "--rank", type=_Ranks(), help="Only these ranks: 0-3 or 0,2 or 5.  [default: everything]")
 @click.option("--to", type=click.Path(file_okay=False), metavar="DIR", help="Fetch into DIR, not into the cache.")
 @revision_option
 @format_option
 def pull(repo: str, ranks: list[int] | None, to: str | None, revision: str | None, style: str) -> None:
-    """Fetch a resharded REPO (org/name, or org/name/tp4), or only the files of some ranks, and print the folder.
+    """Fetch a resharded REPO, or only the files of some ranks.
 
-    Every digest is checked. A file that is not what it should be is removed, and the command fails. What is there is
-    not fetched again: the next time nothing is asked of the network with HF_HUB_OFFLINE=1.
+    REPO is org/name, org/name/tp4 or a URL. The folder is printed. Every digest is checked: a wrong file is removed,
+    and the command fails. Files that are there already are not fetched again. If all are there, HF_HUB_OFFLINE=1 keeps
+    the command off the network.
 
     \b
     Examples:

@@ -15,12 +15,12 @@ __all__ = ["run"]
 @click.command()
 @generate_options
 def run(out: str, **options: Any) -> None:
-    """Generate text from the resharded folder, repo or URL OUT, on as many processes as it has ranks.
+    """Generate text from OUT, on as many processes as it has ranks.
 
-    Greedily unless --temperature is given. The text of a single prompt and a chat's answers come as they are made.
-    --format json prints an object a line: the prompt, the new text, how many tokens both have, why it ended (eos, stop
-    or length), and the seed if it was sampled. The folder's generation_config.json holds where no option says
-    otherwise, but for its do_sample and num_beams.
+    OUT is a resharded folder, repo or URL. Decoding is greedy unless --temperature is given. The text of a single
+    prompt and the answers of a chat are printed as they are generated. --format json prints one object per line: the
+    prompt, the new text, how many tokens each has, why it ended (eos, stop or length), and the seed if it was sampled.
+    The folder's generation_config.json holds unless an option says otherwise; its do_sample and num_beams are ignored.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What a command says on stderr while it works: remarks, and progress; nothing with `--quiet`."""
+"""Remarks and progress on stderr while a command works; nothing with `--quiet`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..text import printable
 
 __all__ = ["progress_bar", "say"]
 
-_REMARK = 1000  # characters shown of one
-_EVERY = 30.0  # seconds between two lines, where there is no terminal
+_REMARK = 1000  # characters shown of a remark
+_EVERY = 30.0  # seconds between two lines of progress, if there is no terminal
 
 
 def say(text: str) -> None:
-    """A remark, in a line."""
+    """Print a remark in one line."""
     if not is_quiet():
         click.echo(printable(text, _REMARK), err=True)
 
 
 @contextlib.contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Advance]:
-    """Progress (see `reshard.process.Progress`): a bar on a terminal, a line every half minute elsewhere."""
+    """Show progress (see `reshard.process.Progress`): a bar on a terminal, a line every half minute elsewhere."""
     if is_quiet():
         shown = silent(total, what)
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -56,7 +56,7 @@ def _bar(total: int, what: str) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def _lines(total: int, what: str) -> Iterator[Advance]:
-    """Nothing of work that ends soon. What stands still is told too: a thread of its own looks at the clock."""
+    """Print nothing if work ends soon. A thread of its own looks at the clock, so a standstill is shown too."""
     lock, ended = threading.Lock(), threading.Event()
     done = 0
 
@@ -69,7 +69,7 @@ def _lines(total: int, what: str) -> Iterator[Advance]:
         before, at = 0, time.monotonic()
         while not ended.wait(_EVERY):
             now, seen = time.monotonic(), done
-            with contextlib.suppress(OSError, ValueError):  # a reader who has gone; a stderr that is closed
+            with contextlib.suppress(OSError, ValueError):  # the reader has gone, or stderr is closed
                 click.echo(_progress_text(what, seen, total, (seen - before) / (now - at)), err=True)
             before, at = seen, now
 
@@ -83,8 +83,8 @@ def _lines(total: int, what: str) -> Iterator[Advance]:
 
 
 def _progress_text(what: str, done: int, total: int, rate: float) -> str:
-    """`rate` in bytes per second."""
-    from ..showing.tables import gigabytes  # not before: `--help` needs none of it
+    """Return a line of progress; `rate` is in bytes per second."""
+    from ..showing.tables import gigabytes  # here, since `--help` needs none of it
 
     parts = [f"{what}: {gigabytes(done)}"]
     if total:
@@ -96,7 +96,7 @@ def _progress_text(what: str, done: int, total: int, rate: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the units that a person would say."""
+    """Return seconds in the units that a person would use."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -16,7 +16,7 @@ __all__ = ["verify"]
 @click.command()
 @click.argument("out", type=click.Path())
 @click.option("--against", metavar="SOURCE", help="Also compare every element with the checkpoint it was made from.")
-@click.option("--revision", help="Branch, tag or commit of SOURCE where that is a Hub id.")
+@click.option("--revision", help="Branch, tag or commit of SOURCE if that is a Hub id.")
 @where_the_weights_are
 @format_option
 def verify(out: str, against: str | None, style: str, **source: Any) -> None:

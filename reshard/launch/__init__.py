@@ -1,4 +1,4 @@
-"""What runs on ranks, seen from before they start: options, what can be checked of them, and the launcher.
+"""The part of the commands on ranks that comes before the ranks: options, checks of them, and the launcher.
 
-Both command lines stand on it, that of `reshard` and that of a rank. Importing it costs no torch.
+Both command lines use it, `reshard` and `reshard-rank`. Importing it does not import torch.
 """

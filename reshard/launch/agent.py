@@ -1,4 +1,4 @@
-"""Start torchrun's own agent with one process for each rank."""
+"""The launcher: torchrun's own agent, with one process for each rank."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `reshard-rank ARGUMENTS` as so many ranks, on this machine. Returns the exit code of the first to fail.
+    """Run `reshard-rank ARGUMENTS` as `processes` ranks on this machine. Returns the exit code of the first to fail.
 
-    They share this process's stdin, stdout and stderr; only rank 0 reads.
+    The ranks share this process's stdin, stdout and stderr; only rank 0 reads.
 
     Raises:
-        TopologyError: a rank was killed, so that it could not say what was wrong.
-        UsageError: `import runtime` would find somebody else's.
+        TopologyError: a rank was killed, so it could not say what was wrong.
+        UsageError: `import runtime` would find another module.
     """
     check_runtime()
     keep_children_out()
-    # Each process gets its share of the CPUs, unless the caller decided.
+    # Each process gets its share of the CPUs, unless the caller set this.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of its sockets come with stacks of C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its socket warnings come with C++ stacks
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,7 +55,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         if first.exitcode > 0:
             return first.exitcode
         name = signal.Signals(-first.exitcode).name
-        hint = "the system kills so when memory runs out" if name == "SIGKILL" else None
+        hint = "the system does this when memory runs out" if name == "SIGKILL" else None
         raise TopologyError(f"rank {rank} was ended by {name}", hint=hint) from None
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
@@ -66,7 +66,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 @contextlib.contextmanager
 def _process_as_it_was() -> Iterator[None]:
-    """No logs of the agent, since the rank has said it in one line; and it leaves its signal handlers behind."""
+    """Silence the agent's logs, since the rank has said it in one line, and restore the signal handlers it replaces."""
     # Only the main thread may have handlers, and torch sets none from another.
     ours = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in _HANDLED if ours}

@@ -1,4 +1,4 @@
-"""What is asked of ranks, looked at before one starts: options that contradict each other, folders and files."""
+"""Checks before a rank starts: options that contradict each other, folders and files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def check_generation(options: Mapping[str, Any]) -> None:
-    """Raise UsageError where options of `generate` (its parameters, by name) make no sense together."""
+    """Raise UsageError if options of `generate` (its parameters, by name) contradict each other."""
     if not (options["chat"] or options["prompts"] or options["file"]):
         raise UsageError("there is nothing to continue", hint="give --prompt TEXT, --prompts FILE, or --chat")
     sampling = {"--top-p": options["top_p"], "--top-k": options["top_k"], "--seed": options["seed"]}
@@ -44,13 +44,13 @@ def check_generation(options: Mapping[str, Any]) -> None:
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
-    """Raise UsageError where options of every command that loads a model make no sense together."""
+    """Raise UsageError if options that every command with a model has contradict each other."""
     if options["kernel"] is not None and options["attn"] is not None:
         check_attention_takes(options["kernel"], options["attn"])
 
 
 def check_attention_takes(kernel: str, attention: str) -> None:
-    """Raise UsageError where an attention implementation does not use a kernel of `sdpa`."""
+    """Raise UsageError if an attention implementation does not use the kernels of `sdpa`."""
     if attention != "sdpa":
         raise UsageError(
             f"--sdpa {kernel} goes with attention sdpa, and this model uses {printable(attention)}",
@@ -59,7 +59,7 @@ def check_attention_takes(kernel: str, attention: str) -> None:
 
 
 def check_per_layer(reference: str | None, *, per_layer: bool) -> None:
-    """Raise UsageError where layers are to be compared with stored logits, which have none."""
+    """Raise UsageError if layers are to be compared with stored logits, which have no layers."""
     if per_layer and reference is None:
         raise UsageError(
             "layers are compared with those of the single-process model", hint="give its source: --reference SOURCE"
@@ -67,7 +67,7 @@ def check_per_layer(reference: str | None, *, per_layer: bool) -> None:
 
 
 def look_at_folder(out: str, revision: str | None = None) -> Manifest:
-    """The manifest of a resharded folder, whose rank files are there, if it is on this machine.
+    """Return the manifest of a resharded folder. If it is on this machine, its rank files must be there.
 
     Raises:
         IntegrityError: a rank file is missing, or has another size.
@@ -81,14 +81,14 @@ def look_at_folder(out: str, revision: str | None = None) -> Manifest:
 
 
 def look_at_prompts(file: str | None) -> None:
-    """Raise BadInputError where a file holds no prompts. What can be read once only is left to rank 0."""
+    """Raise BadInputError if a file holds no prompts. A file that can be read only once is left to rank 0."""
     once = file is None or file == STDIN or (os.path.exists(file) and not os.path.isfile(file))
     if file is not None and (not once or os.path.isdir(file)):
         prompt_lines(file)
 
 
 def look_at_reference(out: str, manifest: Manifest, reference: str | None) -> None:
-    """See that there is what a folder is to be compared with: a source, else logits that were stored with it.
+    """Check that a folder can be compared: with the source `reference`, or else with its stored logits.
 
     Raises:
         UsageError: none were stored.

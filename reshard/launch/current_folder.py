@@ -1,8 +1,8 @@
-"""Nothing of the current folder is ever run: no process of ours finds modules there.
+"""A module path without the current folder: no process of ours runs code from there.
 
 Python puts the current folder first on its path for `python -m` and `python -c`, and takes an empty entry of PYTHONPATH
-for it (https://docs.python.org/3/using/cmdline.html#envvar-PYTHONSAFEPATH). A folder can hold anything: it may have
-been downloaded, or have a `runtime.py` or a `torch.py` of somebody's own.
+for it (https://docs.python.org/3/using/cmdline.html#envvar-PYTHONSAFEPATH). That folder can hold anything: it may have
+been downloaded, or have a `runtime.py` or a `torch.py` of its own.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from ..text import printable
 
 __all__ = ["check_runtime", "keep_children_out", "leave"]
 
-_HOME = str(Path(__file__).absolute().parents[2])  # of the packages `reshard` and `runtime`
+_HOME = str(Path(__file__).absolute().parents[2])  # the folder of the packages `reshard` and `runtime`
 
 
 def keep_children_out() -> None:
-    """Have every Python that this process starts, and those that start from there, find no module in the current
-    folder: by their environment, since libraries start some too. Absolute entries of PYTHONPATH stay."""
+    """Keep the current folder off the module path of every Python that this process or its children start.
+
+    The environment does it, since libraries start processes too. Absolute entries of PYTHONPATH stay.
+    """
     entries = [entry for entry in _python_path() if os.path.isabs(entry)]
-    if _HOME not in (*entries, *sys.path[1:]):  # found only because it is, or was, the current folder
+    if _HOME not in (*entries, *sys.path[1:]):  # reshard was found only because this is, or was, the current folder
         entries.append(_HOME)
     os.environ["PYTHONPATH"] = os.pathsep.join(entries)
     if not entries:
-        del os.environ["PYTHONPATH"]  # an empty one is an empty entry
+        del os.environ["PYTHONPATH"]  # an empty PYTHONPATH counts as an empty entry
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def leave() -> None:
-    """Take the current folder off this process's own path too, unless an absolute entry of PYTHONPATH names it or
-    `reshard` itself lies there. What Python has imported until now is not undone."""
+    """Take the current folder off this process's own path too. Modules that are imported already stay.
+
+    The folder stays if an absolute entry of PYTHONPATH names it, or `reshard` itself lies there.
+    """
     try:
         here = os.getcwd()
     except FileNotFoundError:  # it was removed
@@ -47,9 +51,9 @@ def leave() -> None:
 
 
 def check_runtime() -> None:
-    """See that `import runtime` finds the package that lies beside this one.
+    """Check that `import runtime` finds the package beside `reshard`.
 
-    Raises UsageError where it finds a module of somebody else's, or none.
+    Raises UsageError if it finds another module, or none.
     """
     spec = importlib.util.find_spec("runtime")
     if spec is None:

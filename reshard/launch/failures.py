@@ -1,7 +1,7 @@
-"""Every failure as its line on stderr and its exit code: the same words for the command line and for a rank.
+"""Failures as a line on stderr and an exit code, the same for the command line and for a rank.
 
-With `--format json` the line is an object: `error` and `hint` are the words, `exit_code` a number, and `kind` the name
-of the exception in Python, such as `DestinationExistsError`. It goes to stderr too: what comes on stdout is a result.
+With `--format json` the line is an object: `error` and `hint` are texts, `exit_code` is a number, and `kind` is the
+name of the Python exception, such as `DestinationExistsError`. It goes to stderr too: stdout holds only results.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ class Terminated(BaseException):
 
 
 def wants_traceback(arguments: Sequence[str]) -> bool:
-    """Whether `--verbose` is among the arguments: asked before they are parsed, since parsing can be what fails."""
+    """Whether `--verbose` is among the arguments, before they are parsed: parsing can be what fails."""
     return any(re.fullmatch("--verbose|-q*v[qv]*", argument) for argument in arguments)
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
-    """Whether `--format json` is among the arguments, likewise."""
+    """Whether `--format json` is among the arguments, before they are parsed."""
     return "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """JSON that is safe to show: every character that moves a cursor is escaped."""
-    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")  # the one that json lets through
+    """Return JSON that is safe to show: every character that moves a cursor is escaped."""
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")  # json lets this one through
 
 
 def report_failure(error: BaseException, *, verbose: bool, as_json: bool = False) -> int:
-    """Say what went wrong in one line, with a hint in another where there is one. Returns the exit code."""
+    """Print what went wrong in one line, and the hint, if there is one, in another. Returns the exit code."""
     if verbose and not isinstance(error, click.exceptions.Exit):
         traceback.print_exception(error)
     message, hint, code, kind = _told(explained(error))
-    with contextlib.suppress(OSError):  # stderr can be a file on the disk that is full
+    with contextlib.suppress(OSError):  # stderr can be a file on a full disk
         if as_json:
             click.echo(json_text({"error": message, "hint": hint, "exit_code": code, "kind": kind}), err=True)
         elif isinstance(error, click.ClickException):
@@ -63,7 +63,7 @@ def report_failure(error: BaseException, *, verbose: bool, as_json: bool = False
 
 
 def _told(error: BaseException) -> tuple[str, str | None, int, str]:
-    """The line, the hint, the exit code and the kind of a failure."""
+    """Return the line, the hint, the exit code and the kind of a failure."""
     if isinstance(error, ReshardError):
         return error.message, error.hint, error.exit_code, type(error).__name__
     if isinstance(error, click.ClickException):
@@ -79,5 +79,5 @@ def _told(error: BaseException) -> tuple[str, str | None, int, str]:
 
 
 def terminate(*_: object) -> None:
-    """The handler of SIGTERM."""
+    """Handle SIGTERM."""
     raise Terminated  # unwinds, so that nothing half-written stays

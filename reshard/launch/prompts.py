@@ -16,9 +16,9 @@ STDIN = "-"
 
 
 def prompt_lines(file: str) -> list[str]:
-    """The lines of a file in UTF-8, or of stdin where it is `-`, but empty ones.
+    """Return the lines of a file in UTF-8, or of stdin if it is `-`, without the empty ones.
 
-    Raises BadInputError where it cannot be read, or has none.
+    Raises BadInputError if the file cannot be read, or has no such line.
     """
     try:
         text = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
@@ -31,7 +31,7 @@ def prompt_lines(file: str) -> list[str]:
 
 
 def decoded(text: bytes, file: str) -> str:
-    """Text of a file, without the mark that some editors begin one with. Raises BadInputError where it is not UTF-8."""
+    """Decode the text of a file, without a byte order mark. Raises BadInputError if it is not UTF-8."""
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError:

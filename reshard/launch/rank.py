@@ -1,4 +1,4 @@
-"""A rank as a process: our own `runtime`, whatever the current folder holds. The launcher starts it, and torchrun can:
+"""A rank as a process: it runs our own `runtime`, whatever the current folder holds. torchrun can start it too:
 
 torchrun --no-python --nproc-per-node N reshard-rank generate|check|bench OUT …
 """
@@ -17,7 +17,7 @@ from .failures import report_failure, wants_json
 
 __all__ = ["entry"]
 
-_TO_SPEAK = 1.0  # seconds for rank 0 to say what all find, before another one's end has torchrun end it
+_TO_SPEAK = 1.0  # seconds for rank 0 to say what all ranks find, before torchrun ends it because another one ended
 
 
 def entry() -> None:

@@ -1,4 +1,4 @@
-"""What every command takes anywhere in its line, before its name or behind it: `-v` and `--quiet`."""
+"""The switches that every command takes, before its name or after it: `-v` and `--quiet`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Commands", "in_colour", "is_quiet", "switches_of", "words_of"]
 _WORDS = f"{__name__}.words"
 _HELP = {
     "verbose": "Show the traceback of an error.",
-    "quiet": "No progress and no remarks on stderr: only errors.",
+    "quiet": "Print only errors on stderr, no progress and no remarks.",
 }
 
 
@@ -32,7 +32,7 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command of a line; what follows its name is kept for `words_of`."""
+        """Return the command of a line. What follows its name is kept for `words_of`."""
         found = super().resolve_command(ctx, args)
         ctx.meta[_WORDS] = list(found[2])
         return found
@@ -47,9 +47,9 @@ def _switches() -> list[click.Parameter]:
 
 def _remember(context: click.Context, switch: click.Parameter, value: bool) -> None:
     if value:
-        if switch.name == "quiet":  # the bars of an upload are the Hub client's own; it reads this when it is imported
+        if switch.name == "quiet":  # the Hub client draws the bars of an upload; it reads this when it is imported
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        context.meta[f"{__name__}.{switch.name}"] = True  # which a command shares with its group
+        context.meta[f"{__name__}.{switch.name}"] = True  # a command shares `meta` with its group
 
 
 def _is_on(name: str) -> bool:
@@ -58,24 +58,24 @@ def _is_on(name: str) -> bool:
 
 
 def is_quiet() -> bool:
-    """Whether the command that runs in this thread was told to be."""
+    """Whether the command that runs in this thread was given `--quiet`."""
     return _is_on("quiet")
 
 
 def switches_of() -> list[str]:
-    """Those that the command that runs in this thread was given, for the line of another process."""
+    """Return the switches of the command that runs in this thread, for the line of another process."""
     return [f"--{name}" for name in _HELP if _is_on(name)]
 
 
 def words_of() -> list[str]:
-    """What follows the name of the command that runs in this thread, as it was typed."""
+    """Return the words after the name of the command that runs in this thread, as they were typed."""
     return list(click.get_current_context().meta[_WORDS])
 
 
 def in_colour(environment: Mapping[str, str] = os.environ) -> bool | None:
-    """Whether the user wants colours: yes, no, or None, where there is a terminal (click's `color`).
+    """Whether the user wants colours: True, False, or None for "on a terminal" (click's `color`).
 
-    As Python itself decides: https://no-color.org, then https://force-color.org, then a terminal that has none.
+    Python decides in the same order: https://no-color.org, https://force-color.org, then a terminal without colours.
     """
     if environment.get("NO_COLOR"):
         return False

@@ -1,4 +1,4 @@
-"""What the package offers, one public function a file: plan, convert, merge, verify, inspect, pull, publish.
+"""The public functions, one a file: plan, convert, merge, verify, inspect, pull, publish.
 
-Each checks its arguments, and calls the rooms below. The command line and Python users call the same functions.
+Each checks its arguments, then calls the packages below. The command line and Python users call the same functions.
 """

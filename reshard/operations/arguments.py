@@ -1,4 +1,4 @@
-"""Arguments of the Python interface. A name means the same in every public function, so its check is found by it."""
+"""Checks of the Python interface's arguments, by name: a name means the same in every public function."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _R = TypeVar("_R")
 
 
 def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Check what a public function is given before it does anything. Raises UsageError, which names the argument.
+    """Check the arguments of a public function before it does anything. Raises UsageError, which names the argument.
 
-    What can be written in several ways (a dtype, a path) reaches the function in one. None passes where it is the
-    default.
+    A value that can be written in several ways (a dtype, a path) reaches the function in one form. None passes if it is
+    the default.
     """
     signature = inspect.signature(function)
 

@@ -1,4 +1,4 @@
-"""Compare a resharded folder with its source, element by element, from what the manifest says of each parameter."""
+"""The comparison of a resharded folder with its source, element by element, as the manifest describes the cut."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def compare_with_source(
     choice: Choice = AS_FOUND,
     progress: Progress = silent,
 ) -> int:
-    """Gather every tensor of every file again from the source and compare the bytes. Returns the elements compared.
+    """Gather each tensor of each file from the source again and compare the bytes. Returns how many elements agree.
 
     Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose.
-    Memory is one block.
+    Peak memory is one block (`BLOCK_BYTES`).
     """
     source = resolve_source(place, revision=revision, choice=choice, progress=progress)
     headers = source_headers(manifest)
     _check_is_source(folder, manifest, headers, source)
-    source_tensors(manifest, headers)  # every element has its place
+    source_tensors(manifest, headers)  # raises if an element is nowhere
     _check_duplicates(manifest, source)
     held: list[tuple[FileRecord, Iterable[LocalTensor]]] = [
         (record, rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size))
@@ -54,7 +54,7 @@ def compare_with_source(
 
 
 def _check_is_source(folder: Path, manifest: Manifest, headers: Mapping[str, Header], source: Source) -> None:
-    """The tensors must be those of the recorded headers: regions are offsets, which mean nothing in other shapes."""
+    """Check that the source has the recorded tensors: regions are offsets, which mean nothing in other shapes."""
     recorded = {info.name: info for header in headers.values() for info in header.tensors}
     for name in sorted(recorded.keys() | source.tensors.keys()):
         was, now = (_described(found.get(name)) for found in (recorded, source.tensors))

@@ -1,4 +1,4 @@
-"""Convert a checkpoint: plan it, write the rank files into a staged folder, and put the folder in its place."""
+"""The conversion of a checkpoint: plan it, write the rank files into a staged folder, then move it to its path."""
 
 from __future__ import annotations
 
@@ -68,20 +68,20 @@ def convert(
 ) -> Manifest:
     """Reshard a checkpoint (folder, Hub id or URL) into `out` (folder or URL), one safetensors file for each rank.
 
-    A resharded folder stands for the checkpoint that it was made from: the same bytes come out, from its rank files.
-    `out` appears in one step when everything is on disk; on any failure an earlier `out` is untouched, and what was
-    written stays beside it in `OUT.part-…`, where the same call goes on. Memory does not grow with the model (see
-    `write_files`). What to cut and how is said as for `plan`.
-    Files that are elsewhere and not in the cache are fetched two ahead of what is cut, and removed when they have been;
-    with `keep_cache` they stay in the cache.
-    `reference_logits` stores what the single-process model computes on a few fixed tokens, for `reshard check`. That
-    alone loads the model: it needs memory for it (see `store_reference`), and in the cache all files of one elsewhere.
-    `sync` waits until the disk has everything; without it a power loss can undo what was said to be done.
-    `progress` is told of bytes written, and sent (see `reshard.process.Progress`). `say` is called with lines of words:
-    when planning begins, then with each of the plan's `notes`.
+    If the source is a resharded folder, its rank files give the same bytes as the checkpoint it was made from.
+    `out` appears in one step when everything is on disk. If the call fails, an earlier `out` is untouched, and what was
+    written stays beside it in `OUT.part-…`, from where the same call resumes. Memory does not grow with the model (see
+    `write_files`). The arguments that say what to cut, and how, are those of `plan`.
+    Remote files that are not in the cache are fetched two ahead of the cutting, and removed once they are cut; with
+    `keep_cache` they stay in the cache.
+    `reference_logits` stores what the single-process model computes on a few fixed tokens, for `reshard check`. Only
+    this loads the model: it needs memory for it (see `store_reference`), and all files of a remote one in the cache.
+    `sync` waits until everything is on disk; without it a power loss can undo a finished conversion.
+    `progress` is told of bytes written, and sent (see `reshard.process.Progress`). `say` is called with lines of text:
+    one when planning begins, then each of the plan's `notes`.
 
     Raises:
-        ReshardError: its subclass and exit code say which kind of failure.
+        ReshardError: the subclass and its exit code say which kind of failure.
     """
     topology, choice = Topology(tp_size, ep_size), chosen(weights, links_into)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
@@ -91,7 +91,7 @@ def convert(
         origin = open_origin(as_text(source), revision=revision, choice=choice, include=include)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
-            planned, layouts = plan_files(  # imports transformers: time for a few gigabytes
+            planned, layouts = plan_files(  # imports transformers; a few gigabytes arrive meanwhile
                 origin,
                 topology,
                 tp_plan=tp_plan,
@@ -131,7 +131,7 @@ def convert(
 
 
 def _work(plan: ReshardPlan, layouts: list[FileLayout], origin: Origin) -> str:
-    """Digest of all that the rank files depend on: what is read as it is now, and where every element of it goes."""
+    """Return a digest of all that the rank files depend on: the files read, as they are now, and where elements go."""
     digest = new_digest()
     digest.update(origin.version.encode())
     for file in origin.held.files:

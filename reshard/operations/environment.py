@@ -1,4 +1,4 @@
-"""What this machine and its Python have that matters here: what an issue should tell. No secrets, and no failure."""
+"""Facts about this machine and its Python, for a bug report: no secrets, and no failure."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _PACKAGES = (
     *("torch", "transformers", "safetensors", "huggingface_hub", "hf_xet", "fsspec", "s3fs", "click", "xxhash"),
     *("tqdm", "numpy", "accelerate", "matplotlib"),
 )
-_PROBE_SECONDS = 20.0  # a driver that hangs is a finding too
+_PROBE_SECONDS = 20.0  # a driver that hangs is worth reporting too
 _WALK_SECONDS = 1.0  # for each cache
-# torch in a process of its own: one that is broken can end its process, or hang.
+# Runs in a process of its own: a broken torch can end its process, or hang.
 _PROBE = """
 import json, torch
 found = {"cuda": torch.version.cuda, "hip": torch.version.hip, "gpus": []}
@@ -37,7 +37,7 @@ if torch.cuda.is_available():
     found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
 print(json.dumps(found))
 """
-# Variables whose values are shown; of others that matter, only that they are set.
+# Variables shown with their values. Of those in _NAMED it is only shown that they are set.
 _SHOWN = re.compile(
     r"(HF_HUB_(OFFLINE|DISABLE_\w+|ENABLE_\w+|DOWNLOAD_TIMEOUT|ETAG_TIMEOUT)|HF_(HOME|ENDPOINT|XET_\w+)|HF_HUB_CACHE"
     r"|XDG_CACHE_HOME|TRANSFORMERS_\w+|(OMP|MKL|NCCL|GLOO|CUDA|TORCH|TORCHELASTIC|PYTORCH)_\w+|PYTHON\w+|LD_PRELOAD"
@@ -49,10 +49,10 @@ _A_TOKEN = re.compile(r"\bhf_\w{6,}")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, caches and variables: names, numbers, lists and dicts of them.
+    """Return versions, devices, caches and variables, as texts, numbers, lists and dicts.
 
-    The home folder is `~`; URLs are without passwords; of tokens it says whether there is one. What cannot be found out
-    is None, or has a `problem` in words. Takes a few seconds; where torch hangs, half a minute.
+    The home folder is `~`, URLs have no passwords, and a token is only said to be there or not. What cannot be found
+    out is None, or has a `problem` in words. It takes a few seconds, or half a minute if torch hangs.
     """
     with _probe() as probe:
         found = {
@@ -72,7 +72,7 @@ def environment() -> dict[str, Any]:
 
 
 def _tidy(text: object) -> str:
-    """Without the home folder, and without what lets one in."""
+    """Remove the home folder, passwords and tokens from a text."""
     bare = _A_TOKEN.sub("hf_…", without_secrets(str(text)))
     home = os.path.expanduser("~")
     return printable(re.sub(rf"{re.escape(home)}(?=[/\s'\":]|$)", "~", bare) if len(home) > 1 else bare, 300)
@@ -81,7 +81,7 @@ def _tidy(text: object) -> str:
 def _version(name: str) -> str | None:
     try:
         return printable(version(name))
-    except Exception:  # not installed, or half of it
+    except Exception:  # not installed, or only in part
         return None
 
 
@@ -119,7 +119,7 @@ def _caches() -> dict[str, Path]:
 
 
 def _cache(name: str, folder: Path) -> dict[str, Any]:
-    """A cache: bytes in it (`complete` is False where there was no time to see all of them), and bytes free there."""
+    """Measure a cache: its bytes (`complete` is False if there was no time to see all), and the bytes free there."""
     size, complete, until = 0, True, time.monotonic() + _WALK_SECONDS
     for root, _, files in os.walk(folder):
         for file in files:
@@ -149,7 +149,7 @@ def _variables() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _probe() -> Any:
-    """The process that asks torch, at work while the rest is found out."""
+    """Start the process that asks torch. It works while the rest is found out."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", _PROBE],
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""What is in a resharded folder or repo, from its manifest alone."""
+"""The contents of a resharded folder or repo, from its manifest alone."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ __all__ = ["inspect"]
 
 @checked
 def inspect(place: str | Path, *, revision: str | None = None) -> Manifest:
-    """The manifest of a resharded folder, or of a Hub repo (only that file is fetched). Raises a `ReshardError`."""
+    """Return the manifest of a resharded folder, Hub repo or URL. No other file is fetched. Raises a `ReshardError`."""
     return find_resharded(as_text(place), revision=revision).manifest

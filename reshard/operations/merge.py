@@ -1,4 +1,4 @@
-"""The source files again, byte for byte, from the rank files: the plan read the other way, by the same executor."""
+"""The way back from rank files to the source files, byte for byte: the same executor, with the plan in reverse."""
 
 from __future__ import annotations
 
@@ -44,20 +44,21 @@ def merge(
     sync: bool = True,
     progress: Progress = silent,
 ) -> tuple[str, ...]:
-    """Write the files that the resharded folder `out` was made from into the folder `dest`: the same bytes.
+    """Write the source files of the resharded folder `out` into the folder `dest`, byte for byte as they were.
 
-    Where `out` is a Hub id or a URL, its files are fetched to the cache first, all of them, at one `revision`.
+    If `out` is a Hub id or a URL, all its files are fetched to the cache first, at one `revision`.
 
-    Every file is digested in the end, and must be the one that was recorded. With `layout` "hf" they are files of the
-    same names with headers of their own: a checkpoint that any tool opens, also of what was cast or dropped in part.
-    The small files are copied; an index is written anew. `dest` appears in one step, and an interrupted merge goes on,
-    as with `convert`. `progress` is told of bytes written (see `reshard.process.Progress`). Returns the files' names.
+    At the end each file's digest must be the one recorded of the source. With `layout` "hf" the files keep their names
+    and get new headers, and no digest is compared: any tool opens the result, even if tensors were cast or dropped.
+    The small files are copied, and an index is written anew. `dest` appears in one step, and an interrupted merge
+    resumes, as with `convert`. `progress` is told of bytes written, and checked (see `reshard.process.Progress`).
+    Returns the names of the weight files.
 
     Raises:
-        BadInputError: what was done cannot be undone: tensors were cast, or dropped.
-        IntegrityError: the folder is not whole, or what comes out is not what went in.
+        BadInputError: tensors were cast or dropped, so the source files cannot come back.
+        IntegrityError: `out` is not complete, or a file differs from the source's.
         UsageError: no such layout.
-        NetworkError: `out` is elsewhere, and cannot be had.
+        NetworkError: `out` is remote, and cannot be fetched.
     """
     if layout not in LAYOUTS:
         raise UsageError(f"layout {printable(layout)}: not one of {', '.join(LAYOUTS)}")
@@ -83,7 +84,7 @@ def merge(
             with progress(total, "checking") as report:
                 _check_digests(made, part, report)
         for extra in made.manifest.extras:
-            if extra.name == REFERENCE_NAME:  # made with the folder; the source has none
+            if extra.name == REFERENCE_NAME:  # the conversion made it; the source has none
                 continue
             copy_file(written_file(folder, extra), part, extra.name, sync=sync)
         for name in index:
@@ -92,7 +93,7 @@ def merge(
 
 
 def _source_files(made: Resharded) -> list[FileLayout]:
-    """The files as they were: with the headers that were recorded."""
+    """Return the layouts of the files as they were, with the recorded headers."""
     _check_undoable(made)
     layouts = []
     for file in made.source.files:
@@ -116,10 +117,10 @@ def _check_undoable(made: Resharded) -> None:
 
 
 def _standard_files(made: Resharded) -> list[FileLayout]:
-    """The files with headers anew, of the tensors that are there, in the dtypes that they have now."""
+    """Return layouts with new headers, for the tensors that are left, in the dtypes that they have now."""
     layouts, written = [], set[str]()  # a tensor that is in two files is written once
     for file in made.source.files:
-        # A tensor is filled in a shape as fine as its regions, and described in its own.
+        # The header describes a tensor in its own shape; it is filled in a shape as fine as its regions.
         shapes = {
             info.name: info.shape
             for info in file.header.tensors
@@ -135,11 +136,14 @@ def _standard_files(made: Resharded) -> list[FileLayout]:
 
 
 def _index_names(made: Resharded, layouts: Sequence[FileLayout]) -> list[str]:
-    """The index to write, by path: as the configuration names it; else, if the files alone do not say it, in the folder
-    itself, so that no option is needed to find files of other names or in other folders."""
+    """Return the path of the index to write, if one is needed.
+
+    It is the path that the configuration names, else `INDEX_NAME`. Without an index, files of other names or in other
+    folders could only be found by an option.
+    """
     try:
         named = weights_named_by(made.source.config)
-    except (BadInputError, PolicyError):  # its weights were found by an option
+    except (BadInputError, PolicyError):  # an option said where the weights are
         named = None
     if [file.name for file in layouts] == [named or SINGLE_NAME]:
         return []
@@ -158,7 +162,7 @@ def _check_digests(made: Resharded, part: Path, report: Advance) -> None:
 
 
 def _index(layouts: Sequence[FileLayout]) -> bytes:
-    """`model.safetensors.index.json`, as transformers' save_pretrained writes it."""
+    """Return `model.safetensors.index.json` as transformers' save_pretrained writes it."""
     places: Mapping[str, str] = {slot.tensor.name: file.name for file in layouts for slot in file.slots}
     total = sum(slot.tensor.nbytes for file in layouts for slot in file.slots)
     index = {"metadata": {"total_size": total}, "weight_map": places}

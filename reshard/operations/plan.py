@@ -1,4 +1,4 @@
-"""Plan a checkpoint: which rank holds what, from its headers alone."""
+"""The plan of a checkpoint: which rank holds what, from its headers alone."""
 
 from __future__ import annotations
 
@@ -47,24 +47,23 @@ def plan(
 ) -> ReshardPlan:
     """Plan a checkpoint (folder, Hub id or URL) for `tp_size` ranks, from its headers alone.
 
-    A resharded folder is planned as the checkpoint that it was made from. Of one elsewhere, only the small files and
-    ranges are fetched. With `gpu_memory` in bytes instead of `tp_size`, for the fewest ranks of which each holds at
-    most so many bytes of weights.
+    A resharded folder is planned as the checkpoint that it was made from. If the source is remote, only its small files
+    and the headers are fetched. If `gpu_memory` (bytes) is given instead of `tp_size`, the plan is for the fewest ranks
+    that each hold at most that many bytes of weights.
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
-    "auto" for the model's own, or rules (pattern → style) or the file that holds them; with `"extends": "auto"` among
-    them they are added to the model's own. `strategies` says what the styles mean: a Python file of yours that
-    registers them, which is run, or what `load_strategies` returned. `dtype` (`torch.bfloat16`, "bfloat16" or "bf16",
-    and so on for float16 and float32) stores every floating parameter in that dtype, except those the model keeps in
-    fp32. `include` are shell patterns of files beside the weights that are to go along though their kind is not known,
-    such as `assets/*`. `say` is called with a line of words when the work begins; the remarks are the `notes` of the
-    plan.
+    "auto" for the model's own rules, else rules (pattern → style), or the file that holds them. Rules with
+    `"extends": "auto"` are added to the model's own. `strategies` says what the styles mean: a Python file of yours
+    that registers them, which is run, or what `load_strategies` returned. `dtype` (`torch.bfloat16`, "bfloat16" or
+    "bf16", and so on for float16 and float32) stores every floating parameter in that dtype, except those the model
+    keeps in fp32. `include` holds shell patterns, such as `assets/*`, of files beside the weights to take along though
+    their kind is unknown. `say` is called with one line when the work begins; the remarks are the plan's `notes`.
 
-    The weights are found as transformers finds them; `weights` says otherwise: a subfolder of the source, a variant
-    (`fp16` for `model.fp16.safetensors`), or a file of weights or its index. `links_into` are folders that links among
+    The weights are found as transformers finds them, unless `weights` names them: a subfolder of the source, a variant
+    (`fp16` for `model.fp16.safetensors`), a file of weights, or its index. `links_into` are folders that links among
     the weights may lead into; any other link out of the source is refused.
 
-    Raises a `ReshardError`: UsageError for an argument that makes no sense.
+    Raises a `ReshardError`: a UsageError if an argument makes no sense.
     """
     if (tp_size is None) == (gpu_memory is None):
         raise UsageError(
@@ -85,7 +84,7 @@ def plan(
 
 
 def announced(source: str | Path, ranks: object) -> str:
-    """The line to say when planning begins."""
+    """Return the line to say when planning begins."""
     return f"planning {printable(as_text(source))} for {ranks}"
 
 
@@ -100,7 +99,7 @@ def plan_files(
     gpu_memory: int | None = None,
     arrivals: Arrivals | None = None,
 ) -> tuple[ReshardPlan, list[FileLayout]]:
-    """The plan, and the files to fill from what is read."""
+    """Return the plan, and the layouts of the files to write, filled from the files that are read."""
     refuse_keys(origin.source.root)
     strategies = as_strategies(strategies)
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)

@@ -1,4 +1,4 @@
-"""Only what some ranks need of a repo: their files and the small ones, at one commit, every digest checked."""
+"""The download of a resharded repo, or of the files that some ranks need, at one commit, every digest checked."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def pull(
 ) -> Path:
     """Fetch a resharded repo (`org/name`, or a folder of it, `org/name/tp4`), or only the files of some ranks.
 
-    They go into the Hub's cache, or below the folder `to`, as they are in the repo. What is there already is not
-    fetched, and nothing is asked of the network if all of it is there and HF_HUB_OFFLINE is set. Returns the folder.
+    The files go into the cache, or below the folder `to`, with their paths in the repo. Files that are there already
+    are not fetched; if all are there and HF_HUB_OFFLINE is set, no request is made. Returns the folder.
 
     Raises:
         TopologyError: there is no such rank.
-        UsageError: `ranks` are none.
-        IntegrityError: a file is not what the manifest says. It is removed, so that the next run fetches it again.
-        DestinationExistsError: in `to` there is another model, or a file in the way.
-        NetworkError: the Hub cannot be reached, or does not give it; what has arrived is kept.
+        UsageError: `ranks` is empty.
+        IntegrityError: a file is not the one in the manifest. It is removed, so that the next run fetches it again.
+        DestinationExistsError: `to` holds another model, or a file in the way.
+        NetworkError: the Hub cannot be reached, or refuses; what has arrived is kept.
     """
     if os.path.exists(place):
         raise BadInputError(f"{printable(place)}: is a local folder", hint="pull takes a Hub id or a URL")
@@ -68,24 +68,24 @@ def pull(
             except IntegrityError as error:
                 so_there = _so_there(found, record, folder / record.name)
                 discard(folder / record.name)
-                again = "it is so there: it has to be published anew" if so_there else "run it again to fetch it again"
+                again = "the repo itself is wrong: publish it again" if so_there else "run it again to fetch it again"
                 raise IntegrityError(error.message, hint=f"it was removed: {again}") from None
     if target is not None:
-        shutil.copyfile(found.folder / MANIFEST_NAME, target)  # last, as everywhere
+        shutil.copyfile(found.folder / MANIFEST_NAME, target)  # last: it says that the folder is complete
     return folder
 
 
 def _so_there(found: Found, record: FileRecord, path: Path) -> bool:
-    """Whether a file is the one that is at the place, which then holds another than its manifest says."""
+    """Whether the repo itself holds a wrong file: of another size than its manifest says, or just the one fetched."""
     try:
         entry = away(found.place, str(found.version)).entries([record.name])[0]
-    except ReshardError:  # it is not known
+    except ReshardError:  # what the repo holds cannot be found out
         return False
     return entry.size != record.size or (entry.sha256 is not None and entry.sha256 == sha256_of(path))
 
 
 def _wanted(found: Found, ranks: list[int] | None) -> list[FileRecord]:
-    """All files, or those of some ranks and the small ones."""
+    """Return the records of all files, or of the given ranks' files and the small ones."""
     manifest: Manifest = found.manifest
     if ranks is None:
         return list(manifest.files())
@@ -100,14 +100,14 @@ def _wanted(found: Found, ranks: list[int] | None) -> list[FileRecord]:
 
 
 def _vacant(to: Path, found: Found, records: list[FileRecord]) -> Path:
-    """Where the manifest goes below `to`. Raises DestinationExistsError where anything would be replaced."""
+    """Return the manifest's path below `to`. Raises DestinationExistsError if anything would be replaced."""
     folder = to if is_url(found.place) else to / Place.parse(found.place).path
     target = folder / MANIFEST_NAME
     if os.path.lexists(target):
         if target.read_bytes() != (found.folder / MANIFEST_NAME).read_bytes():
             raise DestinationExistsError(f"{printable(folder)}: holds another resharded model")
         return target
-    for record in records:  # an interrupted pull has left some of them, whole
+    for record in records:  # an interrupted pull has left some of them, complete
         if os.path.lexists(folder / record.name):
             try:
                 check_file(folder, record)

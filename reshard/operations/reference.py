@@ -1,6 +1,6 @@
-"""What the single-process model computes on a few fixed tokens: what a sharded one is compared with.
+"""Reference logits: what the single-process model computes on a few fixed tokens, to compare a sharded model with.
 
-It can be kept in a resharded folder, so that there it is compared without its source.
+If they are stored in a resharded folder, it is compared without its source.
 """
 
 from __future__ import annotations
@@ -51,22 +51,23 @@ __all__ = [
 ]
 
 EXACT = 1e-5  # largest relative error in fp32: sums are split over the ranks and added in another order
-ELSEWHERE = 1e-4  # the same between kinds of devices, whose kernels add in orders of their own
+ELSEWHERE = 1e-4  # the same between kinds of devices, whose kernels add in different orders
 STORED_ON = "cpu"  # kind of device that stored logits are made on
 HALF = (torch.float16, torch.bfloat16)
-_ROUNDING = 3  # times the error that one process makes by computing in half precision
+_ROUNDING = 3  # times the error of one process that computes in half precision
 NEW_TOKENS = 16
 _ROWS, _LENGTH = 2, 16
-_KEPT = 4  # positions, the last ones: which depend on all before them
+_KEPT = 4  # positions stored, the last ones: they depend on all before them
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Token ids `[rows, length]`, and what one process makes of them.
+    """Token ids `[rows, length]`, and what one process computes from them.
 
-    `values` are fp32 logits `[rows, positions, vocabulary]` of the last positions, or the last hidden state of a model
-    without a head. `tokens` are the ids continued greedily; None where the model generates none. `tolerance` is the
-    relative error that rounding explains: in half precision, a few times the model's own distance from fp32.
+    `values` are fp32 logits `[rows, positions, vocabulary]`, of the last positions if they were stored, or the last
+    hidden state of a model without a head. `tokens` are the ids continued greedily, None if the model generates none.
+    `tolerance` is the relative error that rounding explains: in half precision, a few times the model's own distance
+    from fp32.
     """
 
     ids: torch.Tensor
@@ -76,8 +77,10 @@ class Reference:
 
 
 def fetch_whole(place: str, *, revision: str | None = None, choice: Choice = AS_FOUND) -> tuple[Path, str | None]:
-    """The folder of a checkpoint with all its files, and the revision to read it at: those of a Hub id come into the
-    cache. Raises UsageError for a resharded folder, which one process cannot run."""
+    """Return the folder of a checkpoint with all its files, and the revision to read it at.
+
+    Remote files are fetched into the cache. Raises UsageError for a resharded folder, which one process cannot run.
+    """
     root, _, commit = fetch(place, revision=revision, choice=choice)
     if is_resharded(root):
         raise UsageError(
@@ -89,7 +92,7 @@ def fetch_whole(place: str, *, revision: str | None = None, choice: Choice = AS_
 
 @contextlib.contextmanager
 def in_memory(place: object) -> Iterator[None]:
-    """For what is done with the single-process model of `place`. Raises TopologyError where it does not fit."""
+    """A context for work with the single-process model of `place`. Raises TopologyError if memory runs out in it."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
@@ -103,7 +106,7 @@ def in_memory(place: object) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is the reason. torch's allocator for the CPU has a message of its own, but no class."""
+    """Whether memory ran out. The error of torch's CPU allocator has a message of its own, but no class."""
     return (
         isinstance(error, (MemoryError, torch.OutOfMemoryError))
         or getattr(error, "errno", None) == errno.ENOMEM
@@ -114,9 +117,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def single_model(
     root: Path, dtype: torch.dtype, device: torch.device | str = STORED_ON, *, choice: Choice = AS_FOUND
 ) -> Any:
-    """The checkpoint in `root` as transformers loads it in one process: the whole model in memory.
+    """Load the checkpoint in `root` with transformers in one process: the whole model is in memory.
 
-    Raises BadInputError where it cannot be loaded. That memory is short is raised as torch says it (see `in_memory`).
+    Raises BadInputError if it cannot be loaded. If memory runs out, the error is torch's own (see `in_memory`).
     """
     family, config = model_class(root)
     source = open_source(root, choice=choice)
@@ -137,7 +140,7 @@ def single_model(
 
 
 def fixed_ids(model: Any) -> torch.Tensor:
-    """Token ids, the same for every model of this vocabulary. Raises BadInputError for one that takes none."""
+    """Return token ids, the same for every model of this vocabulary size. Raises BadInputError if it takes none."""
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise BadInputError(f"{type(model).__name__} takes no token ids: there is nothing fixed to run it on")
     generator = torch.Generator().manual_seed(0)
@@ -145,21 +148,21 @@ def fixed_ids(model: Any) -> torch.Tensor:
 
 
 def inputs_of(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Keyword arguments of a forward on token ids. A decoder of its own is fed the same ones."""
+    """Return the keyword arguments of a forward on token ids. An encoder-decoder's decoder gets the same ids."""
     ids = ids.to(model.device)
     return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
 
 
 def values_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The model's output in fp32: logits, else hidden states."""
+    """Return the model's output in fp32: logits, or hidden states if it has no head."""
     with torch.inference_mode():
         return model(**inputs_of(model, ids))[0].float()
 
 
 def reference_of(single: Any, ids: torch.Tensor) -> Reference:
-    """Run the single-process model. One in half precision is cast to fp32 afterwards, and run once more.
+    """Run the single-process model. If it is in half precision, it is then cast to fp32 and run once more.
 
-    Raises BadInputError where transformers cannot decode as its generation_config.json says.
+    Raises BadInputError if transformers cannot decode as the model's generation_config.json says.
     """
     values, tokens = values_of(single, ids), None
     if single.can_generate():
@@ -174,9 +177,9 @@ def reference_of(single: Any, ids: torch.Tensor) -> Reference:
 
 
 def distance(values: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """The largest absolute difference of tensors of one shape, and the same relative to the largest number expected.
+    """Return the largest absolute difference of tensors of one shape, and its ratio to the largest number expected.
 
-    NaN is no difference where NaN is expected, nor an infinity where the same one is. Any other NaN makes both NaN.
+    A NaN is no difference if NaN is expected, nor an infinity if the same one is. Any other NaN makes both results NaN.
     """
     values, expected = values.float(), expected.float()
     same = (values == expected) | (values.isnan() & expected.isnan())
@@ -186,15 +189,15 @@ def distance(values: torch.Tensor, expected: torch.Tensor) -> tuple[float, float
 
 
 def largest(values: torch.Tensor) -> float:
-    """The largest absolute value of those that are numbers; 0 of none."""
+    """Return the largest absolute value of the finite elements, or 0 if there are none."""
     numbers = values[values.isfinite()].abs()
     return numbers.max().item() if numbers.numel() else 0.0
 
 
 def rounding(values: torch.Tensor, exact: torch.Tensor) -> float:
-    """The relative error that is allowed of another run in half precision, from one such run and one in fp32.
+    """Return the relative error allowed to another run in half precision, from one such run and one in fp32.
 
-    What overflows in half precision is no rounding: only numbers that both runs have are compared.
+    An overflow is no rounding error, so only elements that are finite in both runs are compared.
     """
     both = values.isfinite() & exact.isfinite()
     return max(EXACT, _ROUNDING * distance(exact[both], values[both])[1])
@@ -205,8 +208,8 @@ def store_reference(
 ) -> FileRecord:
     """Run the checkpoint in `root` in one process, and write what it computes into `folder`.
 
-    Memory is that of the model, in fp32 where `dtype` (a torch name) is half precision. The file has the values of the
-    last positions: for a vocabulary of 128,000 tokens 4 MB.
+    Memory is that of the model, in fp32 if `dtype` (a torch name) is half precision. The file holds the values of the
+    last positions only: 4 MB for a vocabulary of 128,000 tokens.
 
     Raises:
         BadInputError: transformers cannot load it.
@@ -233,10 +236,10 @@ def store_reference(
 
 
 def read_reference(folder: Path, manifest: Manifest) -> Reference:
-    """What was stored when the folder was made.
+    """Read the reference logits that were stored when the folder was made.
 
     Raises:
-        UsageError: nothing was.
+        UsageError: none were stored.
         IntegrityError: the file is not the one that was written.
     """
     from safetensors import SafetensorError

@@ -22,7 +22,7 @@ __all__ = ["Report", "verify"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was checked: files and tensors by digest, and elements compared with the source (None: not asked for)."""
+    """Files, tensors and bytes checked by digest, and elements compared with the source (None: not asked for)."""
 
     files: int
     tensors: int
@@ -40,15 +40,17 @@ def verify(
     links_into: Sequence[str | Path] = (),
     progress: Progress = silent,
 ) -> Report:
-    """Check a resharded folder: no file missing, extra or altered. With `against`, compare every element with the
-    source checkpoint (folder, Hub id or URL) it was made from; `weights` and `links_into` are those of `convert`.
-    `progress` is told of bytes checked, and compared (see `reshard.process.Progress`).
+    """Check that no file of a resharded folder is missing, extra or altered.
+
+    With `against`, also compare every element with the source checkpoint (folder, Hub id or URL) it was made from;
+    `revision`, `weights` and `links_into` are those of `convert`. `progress` is told of bytes checked, and compared
+    (see `reshard.process.Progress`).
 
     Raises:
-        IntegrityError: naming the file, and the tensor where it is one.
-        BadInputError: not a resharded folder.
-        UsageError: a revision, and nothing that it is of; or `out` is a URL.
-        VersionError: made by a newer release.
+        IntegrityError: a check fails. The error names the file, and the tensor if it is in one.
+        BadInputError: `out` is not a resharded folder, or was not made from `against`.
+        UsageError: `revision`, `weights` or `links_into` without `against`; or `out` is a URL.
+        VersionError: a newer release made the folder.
     """
     if revision is not None and against is None:
         raise UsageError("--revision is that of the source to compare with", hint="give --against too")

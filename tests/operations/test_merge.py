@@ -265,6 +265,6 @@ def test_the_command(resharded_llama: Path, tmp_path: Path, cli: Cli, refused: R
     assert digests(tmp_path / "again") == digests(tmp_path / "source")
     standard = cli("merge", resharded_llama, tmp_path / "standard", "--layout", "hf")
     assert (standard.code, standard.err) == (0, "")
-    assert "3 files with headers anew" in standard.out
+    assert "3 files with new headers" in standard.out
     report = cli("merge", resharded_llama, tmp_path / "third", "--format", "json")
     assert json.loads(report.out)["files"] == sorted(digests(tmp_path / "source"))

@@ -75,7 +75,7 @@ def test_other_sources_under_another_licence(licence: str | None, here: FakeHub,
     """One card would say of one of them what is not so."""
     reshard.publish(resharded, "org/model/tp2", licence="mit", private=True)
     commits = len(here.repos["org/model"].commits)
-    with pytest.raises(PolicyError, match="says the licence mit of models of other sources") as refused:
+    with pytest.raises(PolicyError, match="states the licence mit for models of other sources") as refused:
         reshard.publish(other, "org/model/other", licence=licence, private=True)
     assert "--license mit" in str(refused.value.hint)
     assert len(here.repos["org/model"].commits) == commits

@@ -213,9 +213,9 @@ def test_a_repo_that_holds_another_file_than_its_manifest_says(here: FakeHub, re
     data[-1] ^= 1
     here.create(NAME, {**contents(resharded), SECOND: bytes(data)})
     for _ in range(2):
-        assert_one_error(cli("pull", NAME, "--rank", 1), 4, "altered", hint="it is so there")
+        assert_one_error(cli("pull", NAME, "--rank", 1), 4, "altered", hint="the repo itself")
     here.repos[NAME].commit({SECOND: b"short"})
-    assert_one_error(cli("pull", NAME, "--rank", 1), 4, "expected", hint="it is so there")
+    assert_one_error(cli("pull", NAME, "--rank", 1), 4, "expected", hint="the repo itself")
 
 
 def test_no_access(here: FakeHub, resharded: Path) -> None:

@@ -1,4 +1,4 @@
-"""Charts, as image files. Needs matplotlib: the extra `[bench]`."""
+"""Charts as image files. They need matplotlib: the extra `[bench]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = (".png", ".svg", ".pdf")
 
 
 def check_chart(path: str) -> None:
-    """Raises UsageError where no chart could be drawn into `path`: to be known before hours of measuring."""
+    """Raise UsageError if no chart can be drawn into `path`: call it before hours of measuring."""
     if Path(path).suffix not in _KINDS:
         raise UsageError(f"{printable(path)}: charts are drawn as {', '.join(_KINDS)}")
     if not Path(path).absolute().parent.is_dir():
@@ -33,7 +33,7 @@ def draw(
     *,
     ticks: Sequence[float] | None = None,
 ) -> None:
-    """Draw lines of (x, y) points, from zero up. With `ticks`, x is those values alone, evenly apart."""
+    """Draw lines of (x, y) points, from zero up. With `ticks`, the x axis has only those values, evenly spaced."""
     check_chart(path)
     import matplotlib
 

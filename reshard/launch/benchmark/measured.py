@@ -1,4 +1,4 @@
-"""What a benchmark asks of a rank, and what that gives back."""
+"""The settings of a benchmark, and the figures that a rank returns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["Measured", "Point", "Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured: batch sizes, tokens of a prompt, tokens decoded behind it, and whether compiled as well.
+    """Settings of a benchmark: batch sizes, tokens of a prompt, tokens decoded after it, and whether to compile too.
 
-    A model of fewer positions gets a prompt that fits.
+    A model with fewer positions gets a prompt that fits.
     """
 
     batches: tuple[int, ...] = (1, 2, 4)
@@ -23,8 +23,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Medians at one batch size, in seconds: a forward of the prompts that gives the logits of their last tokens, and a
-    step of one token behind them (None where the model decodes nothing)."""
+    """Medians at one batch size, in seconds.
+
+    `prefill` is a forward of the prompts that gives the logits of their last tokens. `decode` is a step of one token
+    after them, None if the model decodes nothing.
+    """
 
     batch: int
     compiled: bool
@@ -34,10 +37,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one job of `ranks` processes took. Seconds of the load, part by part where they are known, and from the
-    start of the process to its first token; bytes of the rank that has most: on a GPU the peak of what was allocated,
-    on CPU what is the process's own after the runs, without pages of mapped files. `folder` tells apart those for as
-    many ranks."""
+    """Figures of one job of `ranks` processes.
+
+    `load` and its `parts`, if they are known, are in seconds, as is `first_token`, from the start of the process.
+    `memory` is in bytes, of the rank that has most: on a GPU the peak of what was allocated, on CPU the process's own
+    memory after the runs, without pages of mapped files. `folder` tells apart folders with as many ranks.
+    """
 
     engine: str
     ranks: int

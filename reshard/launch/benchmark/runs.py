@@ -1,4 +1,4 @@
-"""A benchmark over several degrees and engines: each a torchrun job of its own, in turn, and what they come to."""
+"""A benchmark over several numbers of ranks and engines: a torchrun job for each, in turn, and their report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Medians over all jobs of each kind, and those that failed."""
+    """Medians over all jobs of each kind, and the engines that failed."""
 
     repeat: int
     measured: tuple[Measured, ...]
@@ -52,16 +52,16 @@ class Report:
 
     @property
     def base(self) -> Measured:
-        """What speed-ups are over: the fewest ranks, of this runtime where it was measured."""
+        """The base of speed-ups: the fewest ranks, of this runtime if it was measured."""
         return min(self.measured, key=lambda one: (one.engine != "reshard", one.ranks))
 
     def speed_up(self, point: Point) -> float | None:
-        """How many times as fast as the base is at the same batch size, compiled or not as the point is."""
+        """Return the speed of a point over the base's at the same batch size, both compiled or neither."""
         same = [p.prefill for p in self.base.points if (p.batch, p.compiled) == (point.batch, point.compiled)]
         return same[0] / point.prefill if same else None
 
     def lines(self) -> dict[str, list[tuple[float, float]]]:
-        """Speed-ups against batch sizes, by engine and number of ranks."""
+        """Return points (batch size, speed-up) by engine and number of ranks."""
         found: dict[str, list[tuple[float, float]]] = {}
         for one in self.measured:
             for point in one.points:
@@ -96,7 +96,7 @@ def _point(report: Report, one: Measured, point: Point) -> dict[str, Any]:
 
 
 def label(one: Measured, *, compiled: bool = False) -> str:
-    """What a series is called."""
+    """Return the name of a series."""
     return f"{_name(one.engine, one.ranks, one.folder)}{', compiled' if compiled else ''}"
 
 
@@ -105,8 +105,10 @@ def _name(engine: str, ranks: int, folder: str | None) -> str:
 
 
 def _folders(jobs: Sequence[Job], sizes: Mapping[str, int]) -> dict[Job, str | None]:
-    """What to call the folder of each job by: its name, or its path where another has that too. None where the engine
-    runs on no other of as many ranks."""
+    """Return what to call the folder of each job: its name, or its path if another folder has the same name.
+
+    It is None if the engine runs on no other folder with as many ranks.
+    """
     alike: dict[tuple[str, int], list[str]] = defaultdict(list)
     for job in dict.fromkeys(jobs):
         alike[job.engine, sizes[job.out]].append(job.out)
@@ -119,7 +121,7 @@ def _folders(jobs: Sequence[Job], sizes: Mapping[str, int]) -> dict[Job, str | N
 
 
 def in_turn(repeat: int, contenders: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
-    """Each contender's results of `repeat` rounds. A round runs every one once, so that drift meets all alike."""
+    """Return each contender's results of `repeat` rounds. A round runs each one once, so that drift meets all alike."""
     found: dict[K, list[T]] = {name: [] for name in contenders}
     for _ in range(repeat):
         for name, run in contenders.items():
@@ -130,12 +132,12 @@ def in_turn(repeat: int, contenders: Mapping[K, Callable[[], T]]) -> dict[K, lis
 def run_jobs(jobs: Sequence[Job], words: Sequence[str], repeat: int, *, revision: str | None = None) -> Report:
     """Run `reshard-rank bench` on the ranks of each folder, `repeat` times in turn.
 
-    `words` are the command line of `bench`, with every folder. One thread a rank, unless OMP_NUM_THREADS says
-    otherwise: a rank stands for a device. Of an engine that fails it is said why, and the others go on.
+    `words` are the command line of `bench`, with every folder. A rank stands for a device, so it has one thread unless
+    OMP_NUM_THREADS says otherwise. If another engine fails, the report says why, and the rest go on.
 
     Raises:
         ReshardError: this runtime cannot run a folder.
-        JobFailedError: likewise, and a rank has said why.
+        JobFailedError: this runtime cannot run a folder, and a rank has said why.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sizes = {out: look_at_folder(out, revision).world_size for out in dict.fromkeys(job.out for job in jobs)}
@@ -157,7 +159,7 @@ def run_jobs(jobs: Sequence[Job], words: Sequence[str], repeat: int, *, revision
 
 
 def report_of(runs: Sequence[Sequence[Measured]], failed: tuple[Failed, ...] = ()) -> Report:
-    """The report of the runs of each kind."""
+    """Return the report of the runs of each kind."""
     return Report(max(map(len, runs)), tuple(map(_median, runs)), failed)
 
 
@@ -170,7 +172,7 @@ class JobFailedError(Exception):
 
 
 def _run(job: Job, words: Sequence[str], ranks: int) -> Measured | str:
-    """What a job measured, or why another engine's could not."""
+    """Return what a job measured, or why another engine failed."""
     ours = job.engine == "reshard"
     with tempfile.TemporaryDirectory(prefix="reshard-bench-") as folder:
         result = Path(folder, "result.json")
@@ -192,7 +194,7 @@ def _run(job: Job, words: Sequence[str], ranks: int) -> Measured | str:
 
 
 def _median(runs: Sequence[Measured]) -> Measured:
-    """Of every figure the median; of memory the most."""
+    """Return the median of every figure, but the most memory."""
 
     def over(values: Sequence[float | None]) -> Any:
         return None if None in values else statistics.median(values)  # type: ignore[type-var]
@@ -216,7 +218,7 @@ def _median(runs: Sequence[Measured]) -> Measured:
 
 
 def summary(report: Report) -> str:
-    """The report as tables."""
+    """Return the report as tables."""
     first = report.measured[0]
     wide = max(28, *(len(name) for name in report.lines()))
     lines = [

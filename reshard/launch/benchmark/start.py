@@ -20,14 +20,14 @@ __all__ = ["bench_folders", "draw_report", "report_text"]
 
 
 def bench_folders(options: Mapping[str, Any]) -> Report:
-    """Measure folders, each on as many processes as it has ranks, and draw the chart that is asked for.
+    """Measure folders, each on as many processes as it has ranks, and draw the chart if one is asked for.
 
-    `options` are the parameters of the command that runs, by name: its words are what each job is told.
+    `options` are the parameters of the running command, by name; each job gets the words of its command line.
 
     Raises:
-        UsageError: no chart can be drawn there, or there is no source for another engine.
+        UsageError: no chart can be drawn at `plot`, or `against` has no `source`.
         ReshardError: a folder or the source cannot be used.
-        Exit: with the code of a rank that failed, and has said why.
+        Exit: a rank failed, and has said why; the code is its own.
     """
     check_model_options(options)
     against, source, plot = options["against"], options["source"], options["plot"]
@@ -36,7 +36,7 @@ def bench_folders(options: Mapping[str, Any]) -> Report:
     if plot:
         check_chart(plot)
     if against:
-        resolve_source(source)  # now, and not after this runtime was measured
+        resolve_source(source)  # now, not only after this runtime was measured
     jobs = [Job(name, out) for name in ("reshard", *against) for out in options["outs"]]
     try:
         report = run_jobs(jobs, words_of(), options["repeat"], revision=options["revision"])
@@ -48,7 +48,7 @@ def bench_folders(options: Mapping[str, Any]) -> Report:
 
 
 def draw_report(report: Report, path: str) -> None:
-    """The speed-up over the fewest ranks against the batch size, a line for each engine and number of ranks."""
+    """Draw the speed-up over the fewest ranks against the batch size, a line for each engine and number of ranks."""
     base = report.base
     batches: Sequence[int] = sorted({point.batch for point in base.points})
     title = f"{base.model}, {base.dtype}, prompts of {base.length} tokens, {base.device}"
@@ -58,5 +58,5 @@ def draw_report(report: Report, path: str) -> None:
 
 
 def report_text(report: Report, style: str) -> str:
-    """A report as tables, or as JSON."""
+    """Return a report as tables, or as JSON."""
     return json_text(report.to_json(), indent=1) if style == "json" else summary(report)

@@ -1,1 +1,1 @@
-"""`publish`: one commit of a Hub repo, with its card and licence."""
+"""`publish`: a resharded folder as one commit of a Hub repo, with its card and licence."""

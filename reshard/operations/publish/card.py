@@ -1,4 +1,4 @@
-"""The model card of a published repo: our own words about what is in it, for all its degrees."""
+"""The model card of a published repo: a text of our own about every resharded folder in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TEXT = """\
 
 {summary}
 
-Where it says yes, `from_pretrained` of a transformers that reads rank files (5.23 does) opens the folder too.
+If the last column says yes, `from_pretrained` of a transformers that reads rank files (5.23 does) opens the folder too.
 
 ## Use it
 
@@ -43,11 +43,11 @@ Every rank fetches its own file and the small ones, all at one commit, and check
 
 {python}
 
-Files ahead of time, and only those of some ranks:
+To fetch files ahead of time, or only those of some ranks:
 
 {pull}
 {custom}
-## The checkpoint again
+## Get the checkpoint back
 
 {merge}
 
@@ -66,12 +66,12 @@ This needs no other copy, and writes {merged}.
 
 
 def is_ours(text: str) -> bool:
-    """Whether a card is one of these, so that it can be replaced."""
+    """Whether `reshard publish` wrote a card, so that it can be replaced."""
     return _MARK in text
 
 
 def render(repo_id: str, degrees: Mapping[str, Manifest], terms: Terms, *, revision: str | None = None) -> str:
-    """The card as text. `degrees` are the resharded folders by path in the repo ("" for its root), on `revision`.
+    """Return the card's text. `degrees` are the manifests by folder of the repo ("" for its root), on `revision`.
 
     The same folders give the same card: it holds no date.
     """
@@ -121,7 +121,7 @@ def _front_matter(degrees: Mapping[str, Manifest], terms: Terms) -> dict[str, An
     tasks = {task for m in manifests for ending, task in _TASKS.items() if m.architecture.endswith(ending)}
     if len(tasks) == 1:
         found.setdefault("pipeline_tag", tasks.pop())
-    if sources:  # of the relations that the Hub knows, the nearest: the same model in another form
+    if sources:  # the nearest relation that the Hub knows: the same model in another form
         found.update(base_model=sources[0] if len(sources) == 1 else sources, base_model_relation="quantized")
     return found
 
@@ -130,9 +130,9 @@ def _opening(sources: Sequence[str], *, cast: bool) -> str:
     of = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in sources) or "a model"
     lines = [
         f"The weights of {of}, cut ahead of time for tensor-parallel inference: a rank reads its own file, no other.",
-        "Where the dtype differs from the source's, elements were cast to it."
+        "If the dtype differs from the source's, elements were cast to it."
         if cast
-        else "Every element is that of the source, bit for bit.",
+        else "Every element equals the source's, bit for bit.",
     ]
     if sources:
         lines.append("Nothing is quantized: the Hub has no nearer name for how the two models belong together.")
@@ -206,7 +206,7 @@ def _folder(path: str) -> str:
 
 
 def _plain(text: object) -> str:
-    """Of a manifest nobody vouches for: nothing that Markdown or HTML would take for its own."""
+    """Replace what Markdown or HTML would interpret: nobody vouches for a manifest's text."""
     return "".join("·" if c in "`|<>[]()*\\\"'$" else c for c in printable(text))
 
 

@@ -1,4 +1,4 @@
-"""Whether a model may be shown to everybody: what its source says of its licence, and who may have it."""
+"""The terms of a model to publish: its licence, from the source and the user, and whether it may be public."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Of the source: its licence as the Hub names it, and what stands against publishing it openly, if anything does.
+    """The source's licence as the Hub names it, and the obstacle to publishing the model openly, if there is one.
 
-    `stated` is whether the user has named the licence. `metadata` goes into the card as it is.
+    `stated` says whether the user has named the licence. `metadata` goes into the card unchanged.
     """
 
     licence: str | None
@@ -37,7 +37,7 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
 
     Raises:
         UsageError: `stated` is not the identifier of a licence.
-        PolicyError: the source says another licence.
+        PolicyError: the source states another licence.
         NetworkError: the Hub does not answer.
     """
     if stated is not None and not _IDENTIFIER.fullmatch(stated):
@@ -52,7 +52,7 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
         info = again(lambda: HfApi().model_info(repo_id))
     except Exception as error:
         why = explain(error, repo_id, writing="ask for its licence")
-        if is_unreachable(error):  # which says nothing of the source
+        if is_unreachable(error):  # so nothing is known about the source
             raise why from None
         return Terms(stated, f"its source cannot be asked for a licence ({why.message})", stated is not None, {})
     metadata = _of_source(info)
@@ -72,15 +72,17 @@ def source_terms(manifest: Manifest, stated: str | None) -> Terms:
 
 
 def _of_source(info: Any) -> dict[str, str]:
-    """What the card takes over from the source's."""
+    """Return what our card takes over from the source's card."""
     card = info.card_data.to_dict() if info.card_data else {}
     beside = {"pipeline_tag": info.pipeline_tag}
     return _metadata({**beside, **card}, f"https://huggingface.co/{info.id}/blob/{info.sha}/")
 
 
 def _metadata(card: Mapping[str, Any], folder: str) -> dict[str, str]:
-    """Of a card's front matter, what the next card can have: identifiers and links, none of its text. Links that are no
-    URLs are to a file in `folder`."""
+    """Return what the next card can take from a card's front matter: identifiers and a link, none of its text.
+
+    A link that is no URL is to a file in `folder`.
+    """
     found = {}
     for key in ("license", "license_name", "pipeline_tag"):
         value = card.get(key)
@@ -93,13 +95,13 @@ def _metadata(card: Mapping[str, Any], folder: str) -> dict[str, str]:
 
 
 def agreed(place: Place, terms: Terms, card: str | None, manifest: Manifest, there: Mapping[str, Manifest]) -> Terms:
-    """The terms for a repo's one card, which is for all that is `there`, by path, and what is to be published besides.
+    """Return the terms for a repo's one card, for the manifests `there` (by path) and the one to be published.
 
-    Of the same source, what the card that is there says stays where nothing newer is known.
+    If one of them has the same source, what the repo's `card` says stays unless something newer is known.
 
     Raises:
         PolicyError: models of other sources are there, under another licence.
-        BadInputError: the front matter of that card cannot be read.
+        BadInputError: the front matter of `card` cannot be read.
     """
     before = {} if card is None else _metadata(_front_matter(place.repo_id, card), "")
     licence = before.get("license")
@@ -108,8 +110,8 @@ def agreed(place: Place, terms: Terms, card: str | None, manifest: Manifest, the
     others = (other for path, other in there.items() if path != place.path)
     if terms.licence != licence and not all(_same_source(manifest, other) for other in others):
         raise PolicyError(
-            f"{printable(place.repo_id)}: its card says {_words(licence)} of models of other sources, and of this one"
-            f" {_words(terms.licence)}",
+            f"{printable(place.repo_id)}: its card states {_words(licence)} for models of other sources, and this one"
+            f" has {_words(terms.licence)}",
             hint="a repo has one licence: take another repo"
             + (f", or if that is the licence of this one too: --license {licence}" if licence else ""),
         )
@@ -117,10 +119,10 @@ def agreed(place: Place, terms: Terms, card: str | None, manifest: Manifest, the
 
 
 def agreed_by_hand(place: Place, terms: Terms, card: str) -> Terms:
-    """The terms for a repo whose card somebody has written, which stays: what it says of the licence is what is shown.
+    """Return the terms for a repo whose card somebody wrote. The card stays, so its licence is the one shown.
 
     Raises:
-        PolicyError: it says another licence.
+        PolicyError: it states another licence.
         BadInputError: its front matter cannot be read.
     """
     licence = _metadata(_front_matter(place.repo_id, card), "").get("license")
@@ -143,7 +145,7 @@ def _front_matter(repo_id: str, card: str) -> dict[str, Any]:
 
     try:
         return dict(ModelCard(card, ignore_metadata_errors=True).data.to_dict())
-    except Exception as error:  # of the YAML parser, or of what is made of it
+    except Exception as error:  # from the YAML parser, or from reading what it returns
         words = printable(next(iter(str(error).splitlines()), ""))
         raise BadInputError(
             f"{printable(repo_id)}: README.md: the front matter cannot be read: {words}", hint="mend it there"
@@ -151,7 +153,7 @@ def _front_matter(repo_id: str, card: str) -> dict[str, Any]:
 
 
 def _same_source(one: Manifest, other: Manifest) -> bool:
-    """Of the same repo, or of the same files."""
+    """Whether both were made from the same repo, or from the same files."""
     if one.repo_id and other.repo_id and _repo(one) == _repo(other):
         return True
     return _digests(one.source_files) == _digests(other.source_files)
@@ -166,7 +168,7 @@ def _digests(files: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def check_public(place: str, terms: Terms) -> None:
-    """Raises PolicyError where it takes the user's word to publish the model openly, and there is none."""
+    """Raise PolicyError if publishing the model openly takes the user's word, and there is none."""
     if terms.obstacle and not terms.stated:
         known = terms.licence or "ID"
         raise PolicyError(

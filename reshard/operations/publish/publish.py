@@ -32,9 +32,9 @@ _CARD = "README.md"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What was published, or would be. `size` in bytes; `card` is whether the repo's page is written too.
+    """A publication that was made, or would be. `size` is in bytes; `card` says whether the repo's page is written.
 
-    `commit` and `url` are None for a dry run; `url` is the page that shows it, of the pull request where one was made.
+    `commit` and `url` are None for a dry run; `url` is the page of the commit, or of the pull request if one was made.
     """
 
     repo_id: str
@@ -52,7 +52,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class _Remote:
-    """The repo as it is: the commit to go onto (None: there is no repo), its branch, and its files by path."""
+    """The repo as it is: `head`, the parent of the commit to come (None: there is no repo), and its files by path."""
 
     private: bool
     head: str | None
@@ -74,26 +74,26 @@ def publish(
 ) -> Published:
     """Publish a resharded folder as `place`: a Hub repo, `org/name`, or a folder of one, `org/name/tp4`.
 
-    Its digests are checked first. The repo, and the branch `revision`, are made where they are missing. All of it
-    becomes visible in one commit, onto the one that was there at the start, and what the Hub then holds is compared
-    with what is here. Run again after an interruption, only what is missing is sent.
+    The folder's digests are checked first. The repo and the branch `revision` are created if they are missing. One
+    commit, onto the head found at the start, makes everything visible; then the Hub's files are compared with the local
+    ones. If the same call is made again after an interruption, only what is missing is sent.
 
-    `licence` is the user's word that the model may be public: needed where the source is gated or private, names no
+    `licence` is the user's word that the model may be public. It is needed if the source is gated or private, names no
     licence, or cannot be asked.
 
     Raises:
         IntegrityError: a file here, or on the Hub afterwards, is not what it should be.
-        PolicyError: that word is missing, the repo is public though `private` is asked for, it holds models of other
-            sources under another licence, or its own page, written by hand, says another.
-        DestinationExistsError: other weights are there, or other files of the same names.
+        PolicyError: that word is missing, the repo is public though `private` is given, it holds models of other
+            sources under another licence, or its hand-written page states another licence.
+        DestinationExistsError: the repo holds other weights there, or other files of the same names.
         UsageError: `place` is the URL of a store, or `out` is a URL.
-        NetworkError: the Hub cannot be reached, or refuses; says which right is missing.
+        NetworkError: the Hub cannot be reached, or refuses; the message says which right is missing.
         RemoteMovedError: somebody else has changed the repo meanwhile.
     """
     if is_url(place):
         raise UsageError(
             f"{printable(place)}: not a place on the Hub, such as org/name",
-            hint="in a store it is put by convert, with its URL as OUT",
+            hint="reshard convert writes into a store, with its URL as OUT",
         )
     folder, where = local_folder(out), Place.parse(place)
     if "/" not in where.repo_id:
@@ -155,7 +155,7 @@ def publish(
 
 
 def _look(repo_id: str, revision: str | None, private: bool) -> _Remote:
-    """The repo, or if there is none what it would be."""
+    """Look the repo up. If there is none, return what it would be."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.hf_api import RepoFile
@@ -178,7 +178,7 @@ def _look(repo_id: str, revision: str | None, private: bool) -> _Remote:
 
 
 def _create(where: Place, remote: _Remote, revision: str | None) -> _Remote:
-    """The repo, made if there is none. Raises RemoteMovedError where another one has just come about."""
+    """Create the repo if there is none. Raises RemoteMovedError if another one has just appeared."""
     from huggingface_hub import HfApi
 
     if remote.head is not None:
@@ -194,9 +194,9 @@ def _create(where: Place, remote: _Remote, revision: str | None) -> _Remote:
 def _obsolete(
     where: Place, remote: _Remote, manifest: Manifest, known: Manifest | None, files: Mapping[str, LocalFile]
 ) -> tuple[str, ...]:
-    """What an earlier publication, whose manifest is `known`, has left there that this one has no more.
+    """Return the paths that an earlier publication (manifest `known`) has in the repo and this one has not.
 
-    Raises DestinationExistsError where what is there is not of such a one: weights, or what `files` would replace.
+    Raises DestinationExistsError if other weights are there, or other files that `files` would replace.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -207,7 +207,7 @@ def _obsolete(
     if where.path == f"tp{manifest.world_size}":
         hint = "name another folder of the repo, or remove them there first"
     beside = [path for path in remote.files if path.rpartition("/")[0] == where.path]
-    there = {*beside, *(remote.files.keys() & {*earlier, *files})}  # those in folders of the place too
+    there = {*beside, *(remote.files.keys() & {*earlier, *files})}  # subfolders too
     foreign = [path for path in beside if is_weights(path) and path not in earlier]
     if foreign:
         raise DestinationExistsError(f"{where}: holds other weights: {listed(foreign)}", hint=hint)
@@ -222,7 +222,7 @@ def _obsolete(
 
 
 def _page(where: Place, remote: _Remote) -> str | None:
-    """The text of the repo's page, ours or that of somebody, which stays."""
+    """Return the text of the repo's page, ours or written by hand; None if it has none."""
     from huggingface_hub import hf_hub_download
 
     if _CARD not in remote.files:
@@ -233,7 +233,7 @@ def _page(where: Place, remote: _Remote) -> str | None:
 
 
 def _card(where: Place, degrees: Mapping[str, Manifest], terms: Terms, revision: str | None) -> str:
-    """The page for all degrees in the repo, checked by the Hub."""
+    """Return the page for all resharded folders in the repo, checked by the Hub."""
     ordered = dict(sorted(degrees.items(), key=lambda item: (item[1].world_size, item[0])))
     card = render(where.repo_id, ordered, terms, revision=revision)
     _check_card(where, card)
@@ -241,8 +241,10 @@ def _card(where: Place, degrees: Mapping[str, Manifest], terms: Terms, revision:
 
 
 def _check_card(where: Place, card: str) -> None:
-    """Before anything is uploaded. As `ModelCard.validate`, which asks huggingface.co whatever HF_ENDPOINT says until
-    huggingface_hub 2. Raises BadInputError."""
+    """Have the Hub check the card, before anything is uploaded. Raises BadInputError.
+
+    `ModelCard.validate` does so too, but asks huggingface.co whatever HF_ENDPOINT says until huggingface_hub 2.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
@@ -255,7 +257,7 @@ def _check_card(where: Place, card: str) -> None:
 
 
 def _degrees(where: Place, remote: _Remote, *, every: bool) -> dict[str, Manifest]:
-    """The resharded folders of the repo by path: `every` one, or that of the place alone."""
+    """Return the manifests in the repo by folder: `every` one, or only the one at `where`."""
     found = {}
     for path in remote.files:
         folder, _, name = path.rpartition("/")
@@ -265,7 +267,7 @@ def _degrees(where: Place, remote: _Remote, *, every: bool) -> dict[str, Manifes
 
 
 def _manifest_there(repo_id: str, path: str, remote: _Remote) -> Manifest:
-    """Of the Hub, also where a local folder has the same name."""
+    """Read a manifest from the Hub, even if a local folder has the repo's name."""
     from huggingface_hub import hf_hub_download
 
     with doing(f"read {printable(path)}", repo_id):

@@ -1,4 +1,4 @@
-"""Files to the Hub in one commit, onto a commit that is known, and compared with what the Hub then holds."""
+"""An upload to the Hub: one commit onto a known parent, and a comparison with what the Hub then holds."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A commit to be: onto `parent`, on the branch `revision` (None: the main one), made first if it is `new_branch`.
+    """A commit to make onto `parent`, on the branch `revision` (None: the main one), created first if `new_branch`.
 
-    `files` and `texts` by path in the repo.
+    The keys of `files` and `texts` are paths in the repo.
     """
 
     repo_id: str
@@ -50,11 +50,11 @@ class Change:
 
 
 def upload(change: Change) -> tuple[str, str]:
-    """Upload and commit. Returns the commit, and the page that shows it. What the Hub has already is not sent.
+    """Upload and commit. Returns the commit, and its page. Files that the Hub has already are not sent.
 
     Raises:
         IntegrityError: a file has changed meanwhile, or the Hub holds something else afterwards.
-        NetworkError, RemoteMovedError: as `doing` tells them.
+        NetworkError, RemoteMovedError: as `doing` raises them.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -96,7 +96,7 @@ def holds(entry: Any, addition: Any) -> bool:
 
 
 def _compare(api: Any, repo_id: str, commit: str, additions: list[Any], deleted: tuple[str, ...]) -> None:
-    """Size and digest of each file, as the Hub tells them for the commit. Raises IntegrityError."""
+    """Compare each file's size and digest with the Hub's for the commit. Raises IntegrityError."""
     tree = again(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
     there = {entry.path: entry for entry in tree}
     wrong = [path for path in deleted if path in there]
