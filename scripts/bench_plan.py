@@ -27,7 +27,8 @@ MEASURE = """
 import json, resource, sys, time
 start = time.perf_counter()
 import reshard, torch, transformers
-from reshard.operations.convert import plan, plan_layouts
+from reshard.operations.plan import plan
+from reshard.planning.plan import plan_layouts
 from importlib import import_module
 kind = json.load(open(sys.argv[1] + "/config.json"))["model_type"]
 import_module(f"transformers.models.{kind}.modeling_{kind}")

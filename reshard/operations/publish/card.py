@@ -70,47 +70,48 @@ def is_ours(text: str) -> bool:
     return _MARK in text
 
 
-def render(repo_id: str, degrees: Mapping[str, Manifest], terms: Terms, *, revision: str | None = None) -> str:
-    """Return the card's text. `degrees` are the manifests by folder of the repo ("" for its root), on `revision`.
+def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, revision: str | None = None) -> str:
+    """Return the card's text. `manifests` are the manifests by folder of the repo ("" for its root), on `revision`.
 
     The same folders give the same card: it holds no date.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    places = {path: f"{repo_id}/{path}" if path else repo_id for path in degrees}
-    first = next(iter(degrees))
+    places = {path: f"{repo_id}/{path}" if path else repo_id for path in manifests}
+    first = next(iter(manifests))
     branch = f" --revision {_plain(revision)}" if revision else ""
-    sources = sorted({_plain(m.repo_id) for m in degrees.values() if m.repo_id})
-    partial = degrees[first].dropped or _is_cast(degrees[first])
+    sources = sorted({_plain(m.repo_id) for m in manifests.values() if m.repo_id})
+    partial = manifests[first].dropped or _is_cast(manifests[first])
     text = _TEXT.format(
-        front_matter=ModelCardData(**_front_matter(degrees, terms), ignore_metadata_errors=True).to_yaml(),
+        front_matter=ModelCardData(**_front_matter(manifests, terms), ignore_metadata_errors=True).to_yaml(),
         mark=_MARK,
-        title=", ".join(sources) or _plain(degrees[first].architecture),
-        opening=_opening(sources, cast=any(map(_is_cast, degrees.values()))),
+        title=", ".join(sources) or _plain(manifests[first].architecture),
+        opening=_opening(sources, cast=any(map(_is_cast, manifests.values()))),
         summary=_table(
             ("folder", "ranks", "largest file", "all files", "dtype", "opens in plain transformers"),
-            [_summary(path, manifest) for path, manifest in degrees.items()],
+            [_summary(path, manifest) for path, manifest in manifests.items()],
         ),
         generate=_shell(f'reshard run {place}{branch} --prompt "Hello"' for place in places.values()),
         python=_python(places[first], revision),
-        pull=_shell(f"reshard pull {places[path]}{branch} --ranks 0-{m.world_size - 1}" for path, m in degrees.items()),
-        custom=_custom(degrees),
+        pull=_shell(
+            f"reshard pull {places[path]}{branch} --ranks 0-{m.world_size - 1}" for path, m in manifests.items()
+        ),
+        custom=_custom(manifests),
         merge=_shell([f"reshard merge {places[first]}{branch} DEST{' --layout hf' if partial else ''}"]),
         merged="what there is of it" if partial else "the source's files, byte for byte as they were",
         origin=_table(
             ("folder", "source", "commit", "with"),
-            [_origin(path, manifest) for path, manifest in degrees.items()],
+            [_origin(path, manifest) for path, manifest in manifests.items()],
         ),
-        licence=_licence(terms, degrees),
-        files="".join(_files(path, manifest) for path, manifest in degrees.items()),
+        licence=_licence(terms, manifests),
+        files="".join(_files(path, manifest) for path, manifest in manifests.items()),
     )
     return str(ModelCard(text))
 
 
-def _front_matter(degrees: Mapping[str, Manifest], terms: Terms) -> dict[str, Any]:
-    manifests = list(degrees.values())
-    sources = sorted({_plain("/".join(m.repo_id.split("/")[:2])) for m in manifests if m.repo_id})
-    sizes = sorted({manifest.topology.tp for manifest in manifests})
+def _front_matter(manifests: Mapping[str, Manifest], terms: Terms) -> dict[str, Any]:
+    sources = sorted({_plain("/".join(m.repo_id.split("/")[:2])) for m in manifests.values() if m.repo_id})
+    sizes = sorted({manifest.topology.tp for manifest in manifests.values()})
     found: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["reshard", "tensor-parallel", *(f"tp{size}" for size in sizes)],
@@ -118,7 +119,7 @@ def _front_matter(degrees: Mapping[str, Manifest], terms: Terms) -> dict[str, An
     }
     if terms.licence:
         found["license"] = terms.licence
-    tasks = {task for m in manifests for ending, task in _TASKS.items() if m.architecture.endswith(ending)}
+    tasks = {task for m in manifests.values() for ending, task in _TASKS.items() if m.architecture.endswith(ending)}
     if len(tasks) == 1:
         found.setdefault("pipeline_tag", tasks.pop())
     if sources:  # the nearest relation that the Hub knows: the same model in another form
@@ -163,8 +164,8 @@ def _origin(path: str, manifest: Manifest) -> tuple[str, ...]:
     return _tick(_folder(path)), source, _tick(manifest.commit) if manifest.commit else "–", tools
 
 
-def _custom(degrees: Mapping[str, Manifest]) -> str:
-    styles = sorted({name for manifest in degrees.values() for name in manifest.custom})
+def _custom(manifests: Mapping[str, Manifest]) -> str:
+    styles = sorted({name for manifest in manifests.values() for name in manifest.custom})
     if not styles:
         return ""
     return (
@@ -180,9 +181,9 @@ def _files(path: str, manifest: Manifest) -> str:
     return f"\n### {_folder(path)}\n\n{_table(('rank', 'file', 'bytes', 'digest (xxh3-128)'), lines)}\n"
 
 
-def _licence(terms: Terms, degrees: Mapping[str, Manifest]) -> str:
+def _licence(terms: Terms, manifests: Mapping[str, Manifest]) -> str:
     name = f"`{terms.licence}`" if terms.licence else "not known"
-    names = {extra.name for manifest in degrees.values() for extra in manifest.extras}
+    names = {extra.name for manifest in manifests.values() for extra in manifest.extras}
     legal = sorted(filter(is_licence, names))
     along = f" The source's {', '.join(map(_tick, legal))} came along unchanged." if legal else ""
     return f"Licence: {name}.{along}"

@@ -86,6 +86,7 @@ def publish(
         PolicyError: that word is missing, the repo is public though `private` is given, it holds models of other
             sources under another licence, or its hand-written page states another licence.
         DestinationExistsError: the repo holds other weights there, or other files of the same names.
+        BadInputError: `place` names no owner, or the Hub refuses the card.
         UsageError: `place` is the URL of a store, or `out` is a URL.
         NetworkError: the Hub cannot be reached, or refuses; the message says which right is missing.
         RemoteMovedError: somebody else has changed the repo meanwhile.
@@ -108,7 +109,7 @@ def publish(
         raise PolicyError(f"{where.repo_id}: is public", hint="make it private in its settings, or take another name")
     page = _page(where, remote)
     ours = page is None or is_ours(page)
-    there = _degrees(where, remote, every=ours)
+    there = _manifests(where, remote, every=ours)
     terms = source_terms(manifest, licence)
     if page is not None and not ours:
         terms = agreed_by_hand(where, terms, page)
@@ -232,9 +233,9 @@ def _page(where: Place, remote: _Remote) -> str | None:
         return Path(path).read_text(errors="replace")
 
 
-def _card(where: Place, degrees: Mapping[str, Manifest], terms: Terms, revision: str | None) -> str:
+def _card(where: Place, manifests: Mapping[str, Manifest], terms: Terms, revision: str | None) -> str:
     """Return the page for all resharded folders in the repo, checked by the Hub."""
-    ordered = dict(sorted(degrees.items(), key=lambda item: (item[1].world_size, item[0])))
+    ordered = dict(sorted(manifests.items(), key=lambda item: (item[1].world_size, item[0])))
     card = render(where.repo_id, ordered, terms, revision=revision)
     _check_card(where, card)
     return card
@@ -256,7 +257,7 @@ def _check_card(where: Place, card: str) -> None:
         hf_raise_for_status(answer)
 
 
-def _degrees(where: Place, remote: _Remote, *, every: bool) -> dict[str, Manifest]:
+def _manifests(where: Place, remote: _Remote, *, every: bool) -> dict[str, Manifest]:
     """Return the manifests in the repo by folder: `every` one, or only the one at `where`."""
     found = {}
     for path in remote.files:
