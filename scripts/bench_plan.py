@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 from big_checkpoints import DEEPSEEK_V3, LLAMA_70B, write
 
+MODELS = {"llama 70B": (LLAMA_70B, 30), "DeepSeek-V3": (DEEPSEEK_V3, 163)}  # sizes, and the number of files
 CASES: tuple[tuple[str, dict[str, int]], ...] = (
     ("llama 70B", {"tp_size": 8}),
     ("DeepSeek-V3", {"tp_size": 16}),
@@ -47,10 +48,7 @@ print(json.dumps([imported - start, done - imported, laid - done, anonymous / 10
 def main(repeat: int) -> None:
     """Plan a 70B llama and a DeepSeek-V3 and print how long it takes."""
     with tempfile.TemporaryDirectory() as root:
-        tensors = {
-            "llama 70B": write(Path(root, "llama 70B"), LLAMA_70B, files=30)[0],
-            "DeepSeek-V3": write(Path(root, "DeepSeek-V3"), DEEPSEEK_V3, files=163)[0],
-        }
+        tensors = {name: write(Path(root, name), sizes, files=files)[0] for name, (sizes, files) in MODELS.items()}
         click.echo(f"{'case':14} {'tensors':>8}  {'mesh':28} {'imports':>8} {'plan':>8} {'layout':>8} {'memory':>9}")
         for name, sizes in CASES:
             command = [sys.executable, "-P", "-c", MEASURE, str(Path(root, name)), json.dumps(sizes)]

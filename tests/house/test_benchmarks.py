@@ -12,6 +12,7 @@ import bench_forward
 import bench_hub
 import bench_load
 import bench_overhead
+import bench_plan
 import bench_sequence
 import pytest
 from big_checkpoints import LLAMA_1B
@@ -72,6 +73,12 @@ def test_the_benchmark_of_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, rows in ((first, [*ours, "load and split", r"transformers \+ DCP"]), (second, ours)):
         for row in rows:
             assert re.search(rf"^  {row}  .*\d", text, re.MULTILINE), output
+
+
+def test_the_benchmark_of_planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_plan, "MODELS", {"small": (SMALL, 2)})
+    monkeypatch.setattr(bench_plan, "CASES", (("small", {"tp_size": 2}),))
+    assert re.search(r"^small +\d+  tp_size 2 .* \d+ MiB$", run(bench_plan.main, "--repeat", "1"), re.MULTILINE)
 
 
 def test_the_benchmark_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
