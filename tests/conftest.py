@@ -32,6 +32,29 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What `scripts/test --quick` runs: rooms whose tests stay in this process, less files that start others all the same.
+_QUICK = ("files", "sharding", "strategies", "checkpoint", "resharded", "planning", "execution", "operations", "cli")
+_NOT_QUICK = {
+    *("test_plans", "test_golden", "test_untrusted_sources", "test_hostile_config", "test_memory", "test_descriptors"),
+    *("test_publish", "test_published_together", "test_pull", "test_env", "test_card", "test_resharded"),
+    *("test_speaking", "test_cli_output", "test_hints", "test_switches", "test_strategies"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests that stay in this process: a few minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item.path)])
+        items[:] = [item for item in items if _is_quick(item.path)]
+
+
+def _is_quick(path: Path) -> bool:
+    return path.stem == "test_house" or (path.parent.name in _QUICK and path.stem not in _NOT_QUICK)
+
+
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in _ENVIRONMENT.items():
