@@ -60,8 +60,8 @@ def run(*command: str, folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where SOURCE is a pico model with a tokenizer, OUT is made of it for 2 ranks, MOE has experts, and LINKS and
-    VARIANT have their weights elsewhere."""
+    """Where SOURCE is a pico model with a tokenizer, OUT is made of it for 2 ranks, MOE has experts, and VARIANT has
+    its weights under another name."""
     root = tmp_path_factory.mktemp("sources")
     run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
     (root / "SOURCE" / "recipe.yaml").write_text("steps: 1\n")
@@ -69,20 +69,20 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pico.save("qwen3_moe", root / "MOE")
     pico.build("llama").save_pretrained(root / "VARIANT", variant="fp16")
     pico.save("llama", root / "LINKS")
-    (root / "store").mkdir()
-    for path in (root / "LINKS").glob("*.safetensors"):
-        link(path, root / "store" / path.name)
     return root
 
 
 @pytest.fixture
 def folder_of(sources: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A folder for a page: what it begins with is there, and its own files."""
+    """A folder for a page: what it begins with is there, and its own files. The weights of LINKS are links."""
 
     def make(page: str) -> Path:
         folder = tmp_path / "page"
         left_out = shutil.ignore_patterns(*([] if page in HAVE_OUT else ["OUT"]))
-        shutil.copytree(sources, folder, symlinks=True, ignore=left_out)
+        shutil.copytree(sources, folder, ignore=left_out)
+        (folder / "store").mkdir()
+        for path in (folder / "LINKS").glob("*.safetensors"):
+            link(path, folder / "store" / path.name)
         for _, block in BLOCKS[page]:
             if match := NAMED.match(block):
                 (folder / match[1]).write_text(block)
