@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,16 +218,26 @@ def commands(path: Path) -> list[str]:
     return [f.name for f in functions if any(ast.unparse(item).startswith(made) for item in f.decorator_list)]
 
 
-def test_readme_mentions_every_command() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_pages_name_every_command() -> None:
     offline = [name for home in MODULES if home.startswith("reshard.cli.") for name in commands(MODULES[home])]
     homes = [path for name, path in MODULES.items() if name.startswith("runtime.commands.")]
     online = [name for home in homes for name in commands(home)]
     assert len(offline) >= 8
     assert len(online) >= 3
-    missing = [f"reshard {name}" for name in offline if f"reshard {name}" not in readme]
-    missing += [f"reshard-rank {name}" for name in online if f"reshard-rank {name}" not in readme]
-    assert not missing
+    page = (ROOT / "reshard" / "cli" / "README.md").read_text()
+    assert not [name for name in offline if f"`reshard {name}" not in page]
+    page = (ROOT / "runtime" / "README.md").read_text()
+    assert not [name for name in online if f"reshard-rank {name}" not in page]
+
+
+@pytest.mark.parametrize(("package", "rooms"), [("reshard", ROOMS), ("runtime", RUNTIME_ROOMS)])
+def test_pages_have_the_rooms(package: str, rooms: dict[str, set[str]]) -> None:
+    """In their order, each with the rooms it may take from."""
+    page = (ROOT / package / "README.md").read_text()
+    listed: dict[str, set[str]] = {}
+    for name, taken in re.findall(r"^\| `(\w+)/` \| .* \| ?(.*?) ?\|$", page, re.M):
+        listed[name] = set(listed) if taken == "all above" else set(re.findall(r"`(\w+)`", taken))
+    assert list(listed.items()) == list(rooms.items())
 
 
 def test_fault_table_is_that_of_the_tests() -> None:

@@ -1,4 +1,4 @@
-"""Every command and every script of the README, run as it stands, in its order, on a pico model."""
+"""The pages: every command and script of each, run as it stands, in its order, on a pico model; and their links."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import object_store
@@ -17,106 +19,205 @@ from cli_tools import link
 from fake_hub import FakeHub
 from places import ROOT
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    if line.startswith(("reshard ", "torchrun ", "scripts/", "python -m "))
+import reshard
+
+FRONT = "README.md"
+COMMANDS = "reshard/cli/README.md"
+RUNTIME = "runtime/README.md"
+STYLES = "reshard/strategies/README.md"
+PAGES = [
+    *(FRONT, COMMANDS, RUNTIME, STYLES, "reshard/README.md", "reshard/resharded/README.md", "scripts/README.md"),
+    *("tests/README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 ]
+FRONT_LINES = 200
+HAVE_OUT = {COMMANDS, RUNTIME}  # pages that begin with a resharded folder
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+BLOCKS = {page: re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) for page, text in TEXTS.items()}
 NAMED = re.compile(r"# (\w+\.(?:py|toml))\n")
-FILES = {match[1]: block for _, block in BLOCKS if (match := NAMED.match(block))}
-SCRIPTS = [block for language, block in BLOCKS if language == "python" and not NAMED.match(block)]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 ENVIRONMENT = {"PATH": PATH, "OMP_NUM_THREADS": "1"}
+TOLD = "Once upon a time every rank opened the whole checkpoint"  # what the pico model knows by heart
+# Options that are neither ours nor those of a script.
+FOREIGN = {"--no-python", "--nproc-per-node", "--private_key", "--public_key", "--signature"}
+
+
+def lines_of(page: str) -> list[str]:
+    """The commands of a page: lines of blocks without a language. Those of `sh` blocks need what tests do not have."""
+    lines = [line for language, block in BLOCKS[page] if not language for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines]
+
+
+def scripts_of(page: str) -> list[str]:
+    return [block for language, block in BLOCKS[page] if language == "python" and not NAMED.match(block)]
 
 
 def run(*command: str, folder: Path, **variables: str) -> str:
     there = {**os.environ, **variables, **ENVIRONMENT}
     done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, (command, done.stderr)
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where SOURCE is a pico model with a tokenizer, MOE one with experts, LINKS and VARIANT have their weights
-    elsewhere, and the README's own files are there."""
-    root = tmp_path_factory.mktemp("readme")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where SOURCE is a pico model with a tokenizer, OUT is made of it for 2 ranks, MOE has experts, and VARIANT has
+    its weights under another name."""
+    root = tmp_path_factory.mktemp("sources")
     run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
     (root / "SOURCE" / "recipe.yaml").write_text("steps: 1\n")
+    reshard.convert(root / "SOURCE", root / "OUT", tp_size=2)
     pico.save("qwen3_moe", root / "MOE")
     pico.build("llama").save_pretrained(root / "VARIANT", variant="fp16")
     pico.save("llama", root / "LINKS")
-    (root / "store").mkdir()
-    for path in (root / "LINKS").glob("*.safetensors"):
-        link(path, root / "store" / path.name)
-    for name, text in FILES.items():
-        (root / name).write_text(text)
     return root
 
 
-def test_commands(folder: Path, hub: FakeHub) -> None:
+@pytest.fixture
+def folder_of(sources: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A folder for a page: what it begins with is there, and its own files. The weights of LINKS are links."""
+
+    def make(page: str) -> Path:
+        folder = tmp_path / "page"
+        left_out = shutil.ignore_patterns(*([] if page in HAVE_OUT else ["OUT"]))
+        shutil.copytree(sources, folder, ignore=left_out)
+        (folder / "store").mkdir()
+        for path in (folder / "LINKS").glob("*.safetensors"):
+            link(path, folder / "store" / path.name)
+        for _, block in BLOCKS[page]:
+            if match := NAMED.match(block):
+                (folder / match[1]).write_text(block)
+        return folder
+
+    return make
+
+
+def contents(folder: Path, under: str = "") -> dict[str, bytes]:
+    return {under + path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def folded(text: str) -> set[str]:
+    """Its lines, with a # for each number."""
+    return {re.sub(r"\d[\d.,]*(e-?\d+)?", "#", line.strip()) for line in text.splitlines()}
+
+
+@pytest.mark.parametrize("page", [FRONT, COMMANDS, RUNTIME, STYLES])
+def test_commands(page: str, folder_of: Callable[[str], Path], sources: Path, hub: FakeHub) -> None:
+    folder = folder_of(page)
     said = {}
-    contents = {path.name: path.read_bytes() for path in (folder / "SOURCE").iterdir()}
-    hub.create("org/llama", {**contents, "README.md": b"---\nlicense: apache-2.0\n---\n"})
+    hub.create("org/llama", {**contents(sources / "SOURCE"), "README.md": b"---\nlicense: apache-2.0\n---\n"})
+    if page == RUNTIME:
+        hub.create("org/model", contents(sources / "OUT", "tp2/"))
     with object_store.serve() as store:
-        store.put("llama", contents)
+        store.put("llama", contents(sources / "SOURCE"))
         variables = {**hub.environment(folder / "home"), **store.environment(folder)}
-        for command in COMMANDS:
-            if command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
-                assert os.access(ROOT / command.split()[0], os.X_OK)
-            else:
+        for command in lines_of(page):
+            if command.startswith(("reshard ", "torchrun ")):
                 said[command] = run(*shlex.split(command), folder=folder, **variables)
-        assert "reshard.json" in store.objects("llama-tp4")
-    assert "apache-2.0" in hub.repos["org/model"].files["README.md"].decode()
-    assert {"plan", "convert", "verify", "run", "publish", "pull"} <= {command.split()[1] for command in said}
-    generated = {command: text for command, text in said.items() if "--prompt" in command}
-    [batch] = [generated.pop(command) for command in list(generated) if "--format json" in command]
-    found = [json.loads(line) for line in batch.splitlines()]
-    assert [one["ended"] for one in found] == ["stop", "stop"]
-    assert found[1]["text"] == " every rank opened the whole "
-    assert len(generated) == 4
-    for text in generated.values():
-        assert text.startswith("Once upon a time every rank opened the whole checkpoint")
-    checked = [text for command, text in said.items() if " check " in command]
-    assert len(checked) == 6
-    assert all("tokens equal" in text for text in checked)
-    assert next(text for command, text in said.items() if "--per-layer" in command).endswith("no module differs\n")
-    one_command, on_ranks = (text for command, text in said.items() if " bench " in command)
-    assert "reshard tp 1" in one_command
-    assert all("reshard tp 2" in text for text in (one_command, on_ranks))
-    assert (folder / "speed-up.png").read_bytes().startswith(b"\x89PNG")
+        assert page != COMMANDS or "reshard.json" in store.objects("llama-tp4")
+    if page in (FRONT, COMMANDS):
+        assert "apache-2.0" in hub.repos["org/model"].files["README.md"].decode()
+    for command, text in said.items():
+        if "--prompt" in command and "--format json" not in command:
+            assert text.startswith(TOLD), command
+        if " check " in command:
+            assert "tokens equal" in text, command
+        if "--per-layer" in command:
+            assert text.endswith("no module differs\n")
+    if page == FRONT:
+        assert {command.split()[1] for command in said} == {
+            *("plan", "convert", "run", "merge", "verify", "check", "publish", "pull"),
+        }
+        shown = "".join(block for language, block in BLOCKS[page] if language == "text")
+        assert folded(shown) <= folded("\n".join(said.values()))
+    if page == RUNTIME:
+        [batch] = [text for command, text in said.items() if "--format json" in command]
+        found = [json.loads(line) for line in batch.splitlines()]
+        assert [one["ended"] for one in found] == ["stop", "stop"]
+        assert found[1]["text"] == " every rank opened the whole "
+        on_ranks, one_command = (text for command, text in said.items() if " bench " in command)
+        assert "reshard tp 1" in one_command
+        assert all("reshard tp 2" in text for text in (one_command, on_ranks))
+        assert (folder / "speed-up.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_python(folder: Path, tmp_path: Path) -> None:
-    offline, online = SCRIPTS
-    (tmp_path / "SOURCE").symlink_to(folder / "SOURCE")
-    (tmp_path / "offline.py").write_text(offline)
-    (tmp_path / "online.py").write_text(online + "\nprint(tuple(tokens.shape), tuple(weight.shape))\n")
-    run(sys.executable, "offline.py", folder=tmp_path)
-    said = run("torchrun", "--standalone", "--nproc-per-node", "2", "online.py", folder=tmp_path)
-    assert (said.count("(1, 7)"), said.count("(330, 64)")) == (2, 2)  # the ranks' lines may mix
+@pytest.mark.parametrize("page", [FRONT, COMMANDS])
+def test_python(page: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(page)
+    for number, script in enumerate(scripts_of(page)):
+        name = f"script_{number}.py"
+        if "import runtime" not in script:
+            (folder / name).write_text(script)
+            run(sys.executable, name, folder=folder)
+        else:
+            (folder / name).write_text(script + "\nprint(tuple(tokens.shape), tuple(weight.shape))\n")
+            said = run("torchrun", "--standalone", "--nproc-per-node", "2", name, folder=folder)
+            assert (said.count("(1, 7)"), said.count("(330, 64)")) == (2, 2)  # the ranks' lines may mix
 
 
-def test_map_of_the_house() -> None:
-    """Every module is on the map, and the map has no others."""
-    block = next(block for _, block in BLOCKS if block.startswith("reshard/  "))
-    house = {line.split()[0].rstrip("/") for line in block.splitlines() if not line.startswith(" ")}
-    named = set(re.findall(r"[\w]+\.py\b", block)) | {"strategies", "hub", "commands", "cli", "launch"}
-    there = {path.name for package in house for path in (ROOT / package).iterdir() if not path.name.startswith("_")} - {
-        *("py.typed", "manifest.schema.json"),
-    }
-    assert named == there
+def test_nothing_else_is_to_be_run() -> None:
+    """Commands and scripts are on pages that are run; scripts of ours are there, and can be started."""
+    assert {page for page in PAGES if scripts_of(page)} == {FRONT, COMMANDS}
+    for page in PAGES:
+        for line in filter(None, lines_of(page)):
+            command = line.split()[0]
+            if command in ("reshard", "torchrun"):
+                assert page in (FRONT, COMMANDS, RUNTIME, STYLES), line
+            elif command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
+                assert os.access(ROOT / command, os.X_OK), line
+            else:  # test_benchmarks.py runs them
+                assert command == ".venv/bin/python", line
+                assert (ROOT / line.split()[1]).is_file(), line
+
+
+def test_options_exist() -> None:
+    """Those of our commands, wherever a page names one."""
+    from reshard.cli.main import cli
+    from runtime.commands.bench import bench
+    from runtime.commands.check import check
+    from runtime.commands.generate import generate
+
+    commands = [*cli.commands.values(), bench, check, generate]
+    known = {name for command in commands for option in command.params for name in option.opts} | {"--help"}
+    known |= FOREIGN
+    scripts = "".join(path.read_text() for path in (ROOT / "scripts").iterdir() if path.suffix not in (".svg", ".md"))
+    known |= set(re.findall(r"--[a-z][a-z-]+", scripts + (ROOT / "tests/tools/family_report.py").read_text()))
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXTS[page]))
+        assert named <= known | {"--quick"}, page
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are called in links, as GitHub has it."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+def test_pages_are_layers() -> None:
+    """The front page is one page, and leads to all others."""
+    assert len(TEXTS[FRONT].splitlines()) <= FRONT_LINES
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[FRONT])}
+    assert {page for page in PAGES if page != FRONT} <= linked
+    rooms = [ROOT / name for name in ("reshard", "runtime", "scripts", "tests")]
+    assert {path.relative_to(ROOT).as_posix() for room in rooms for path in room.rglob("README.md")} <= set(PAGES)
 
 
 def test_styles_named() -> None:
     from reshard.strategies import ALL_PARALLEL_STYLES
 
-    section = README.split("## Styles")[1].split("##")[0]
-    assert set(re.findall(r"`(\w+)`", section)) == set(ALL_PARALLEL_STYLES)
+    rows = [line for line in TEXTS[STYLES].split("## The styles")[1].splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split(" | ")[1])}
+    assert named == set(ALL_PARALLEL_STYLES)
 
 
 def test_ci_runs_the_readme_test_command() -> None:

@@ -234,7 +234,7 @@ def test_completion_of_a_folder(name: str) -> None:
 
 
 def test_completion_in_a_shell() -> None:
-    """As the README has it switched on: by the console script's own name, and without torch."""
+    """As the page of the commands has it switched on: by the console script's own name, and without torch."""
     script = Path(sys.executable).parent / "reshard"
     asked = {"_RESHARD_COMPLETE": "bash_complete", "COMP_WORDS": "reshard run out --sd", "COMP_CWORD": "3"}
     done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60)

@@ -121,7 +121,7 @@ def test_the_hub_checks_it(here: FakeHub, manifests: dict[str, Manifest], reshar
 def test_its_commands(
     here: FakeHub, resharded: Path, checkpoint: Callable[..., Path], out: Path, cli: Callable[..., Result]
 ) -> None:
-    """`pull` and `merge` as they stand there; the others are the README's too."""
+    """`pull` and `merge` as they stand there; the others are on our own pages too."""
     reshard.publish(resharded, "me/two/tp2", private=True)
     card = here.repos["me/two"].files["README.md"].decode()
     generate, pull, merge = re.findall(r"^reshard .*$", card, re.M)

@@ -414,10 +414,10 @@ def test_what_else_can_be_wrong_is_said(found: dict[str, Found]) -> None:
     assert "so a style or a kernel is wrong" in hooks["text"]
 
 
-def test_what_the_readme_shows(found: dict[str, Found]) -> None:
+def test_what_the_page_shows(found: dict[str, Found]) -> None:
     """Figures apart, which may change in their last digit."""
-    readme = (ROOT / "README.md").read_text()
-    shown = re.search(r"^```text\n(first difference: .*?)^```", readme, re.M | re.S)
+    page = (ROOT / "runtime" / "README.md").read_text()
+    shown = re.search(r"^```text\n(first difference: .*?)^```", page, re.M | re.S)
     assert shown
     said = found["rows of one rank's weight swapped"]["text"].partition("\n")[2]
     assert re.sub(r"(max \w+) [\d.]+", r"\1", said) == re.sub(r"(max \w+) [\d.]+", r"\1", shown[1].rstrip())

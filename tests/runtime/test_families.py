@@ -128,9 +128,11 @@ def test_plans_put_right_are_wrong_upstream() -> None:
     assert set(CORRECTIONS) <= wrong
 
 
-def test_the_readme_says_what_the_tables_say() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_pages_say_what_the_tables_say() -> None:
+    page = " ".join((ROOT / "scripts" / "README.md").read_text().split())
     for version in TABLES:
         records = family_report.read(version)
         exact, built = sum(map(family_report.is_exact, records)), sum(bool(r["meshes"]) for r in records)
-        assert f"{exact} of the {built} families" in readme, version
+        assert f"{exact} of the {built} families" in page, version
+        if version == NEWEST:
+            assert f"{exact} of the {built} families" in (ROOT / "README.md").read_text()
