@@ -183,7 +183,7 @@ def test_options_exist() -> None:
     known |= set(re.findall(r"--[a-z][a-z-]+", scripts + (ROOT / "tests/tools/family_report.py").read_text()))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXTS[page]))
-        assert named <= known | {"--quick"}, page
+        assert named <= known, page
 
 
 def anchors(text: str) -> set[str]:
