@@ -8,19 +8,20 @@ import json
 import os
 import pty
 import re
+import select
 import shlex
 import struct
-import subprocess
-import sys
 import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import warm_ranks
 from cli_tools import ESCAPED, EVIL, FIRST, Checkpoint, Cli, assert_one_error, convert
 
 import reshard
@@ -191,15 +192,16 @@ def terminal(*arguments: object, width: int = 80, **variables: str) -> str:
     fcntl.ioctl(write, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {**os.environ, "TERM": "xterm", **variables}
     environment.pop("COLUMNS", None)
-    command = [sys.executable, "-m", "reshard", *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=write, stdout=write, stderr=write, env=environment)
-    os.close(write)
-    shown = b""
-    with contextlib.suppress(OSError):  # EIO: nobody holds the other end any more
-        while piece := os.read(read, 65536):
-            shown += piece
+    command, shown = ("-m", "reshard", *map(str, arguments)), b""
+    with ThreadPoolExecutor(1) as pool:
+        files = (write, write, write)
+        job = pool.submit(warm_ranks.run, 1, *command, timeout=60, environment=environment, files=files)
+        while (waiting := select.select([read], [], [], 0.02)[0]) or not job.done():
+            if waiting:
+                shown += os.read(read, 65536)
     os.close(read)
-    assert process.wait(60) == 0, shown
+    os.close(write)
+    assert job.result().returncode == 0, shown
     return shown.decode().replace("\r\n", "\n")
 
 

@@ -171,7 +171,8 @@ def test_replicas_share_the_prompts(out: Path, single: Any) -> None:
     """In order, whoever continued them; one round has --batch-size for each replica."""
     prompts = ["Once upon", "Then somebody", "The model said", "every rank", "Once upon a time every"]
     options = [part for prompt in prompts for part in ("--prompt", prompt)]
-    done = run(out, "--dp", "2", *options, "--batch-size", "1", "--format", "json", "--max-new-tokens", "8")
+    asked = ["--dp", "2", *options, "--batch-size", "1", "--format", "json", "--max-new-tokens", "8"]
+    done = on_ranks(4, "-m", "runtime", "generate", str(out), *asked)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["prompt"] for one in found] == prompts
@@ -189,7 +190,8 @@ def test_sampling(kernels: list[str], note: str, out: Path, single: Any) -> None
     """The same seed gives the same text, and the same as in one process, by whichever kernels."""
     options = {"temperature": 5.0, "top_p": 0.9, "top_k": 20, "max_new_tokens": 24}
     asked = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    done = run(out, "--prompt", BEGINNING, *asked, "--seed", "11", "--format", "json", *kernels)
+    asked += ["--seed", "11", "--format", "json", *kernels]
+    done = on_ranks(2, "-m", "runtime", "generate", str(out), "--prompt", BEGINNING, *asked)
     assert done.returncode == 0, done.stderr
     assert done.stderr.partition(" graphs")[0] == note
     [found] = map(json.loads, done.stdout.splitlines())

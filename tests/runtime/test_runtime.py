@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import pico
 import pytest
 import torch
 import torch.distributed as dist
+import warm_ranks
+from torchrun_tools import on_ranks, torchrun
 
 import reshard
 from reshard.errors import IntegrityError, RemoteMovedError, TopologyError, UsageError
@@ -42,25 +43,18 @@ def folder(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def check(world_size: int, folder: Path, source: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    return subprocess.run(
-        [*command, "-m", "runtime", "check", str(folder), "--reference", str(source), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+def check(world_size: int, folder: Path, source: Path, *options: str) -> warm_ranks.Done:
+    arguments = ["-m", "runtime", "check", str(folder), "--reference", str(source), *options]
+    return on_ranks(world_size, *arguments, timeout=120)
 
 
 def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
 
 
-def exit_codes(done: subprocess.CompletedProcess[str]) -> set[int]:
-    """Of the ranks, from torchrun's table. Ranks that it stopped while they waited to speak are left out."""
-    return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)} - {-15}
+def exit_codes(done: warm_ranks.Done) -> set[int]:
+    """Of the ranks. Those that were stopped while they waited to speak are left out."""
+    return {*done.codes} - {-15}
 
 
 @pytest.mark.fault(24)
@@ -102,7 +96,7 @@ def test_a_style_of_ones_own_means_the_same_at_run_time(
     made.write_text(STRATEGIES.format(style=style, name="Mine"))
     cut = ["--tp-size", "2", "--plan", str(plan), "--strategies", str(made)]
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-m", "reshard", "convert", str(source), str(out), *cut], check=True, timeout=120)
+    assert on_ranks(1, "-m", "reshard", "convert", str(source), str(out), *cut).returncode == 0
     if options is None:
         done = check(2, out, source)
     else:
@@ -132,9 +126,10 @@ def test_altered_tensor_in_one_rank_file_stops_all_ranks(folder: Path, source: P
 
 @pytest.mark.fault(21)
 def test_missing_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
+    """Under torchrun, whose table has the ranks' exit codes."""
     (folder / PARTS.format(1)).unlink()
-    done = check(2, folder, source)
-    assert exit_codes(done) == {4}
+    done = torchrun(2, "-m", "runtime", "check", str(folder), "--reference", str(source))
+    assert {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)} - {-15} == {4}
     assert len(errors(done)) == 1
     assert f"{PARTS.format(1)}: is missing" in errors(done)[0]
 

@@ -9,7 +9,7 @@ import sys
 import warm_ranks
 
 
-def on_ranks(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def on_ranks(world_size: int, *arguments: str, timeout: float = 600) -> warm_ranks.Done:
     """Run `python ARGUMENTS` on every rank, as torchrun does, but started within milliseconds (see `warm_ranks`)."""
     return warm_ranks.run(world_size, *arguments, timeout=timeout)
 

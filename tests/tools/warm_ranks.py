@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,45 @@ _DIGITS = 5  # digits of a port
 _GRACE = 3.0  # seconds that ranks have to end by themselves when another has failed
 
 
-def run(world_size: int, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` on each of `world_size` ranks. Return their output when all have ended."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as line:
-        line.connect(_server())
-        line.settimeout(timeout)
-        job = {
-            "world_size": world_size,
-            "arguments": arguments,
-            "environment": {**os.environ, "OMP_NUM_THREADS": "1"},
-            "path": sys.path,
-            "folder": os.getcwd(),
-        }
-        socket.send_fds(line, [json.dumps(job).encode() + b"\n"], [out.fileno(), err.fileno()])
-        try:
-            code = int(line.makefile().readline() or 1)
-        except TimeoutError:
-            raise subprocess.TimeoutExpired(list(arguments), timeout) from None
+class Done(subprocess.CompletedProcess[str]):
+    """A job that has ended: `returncode` is torchrun's, `codes` are the ranks' own, negative if a signal ended one."""
+
+    codes: list[int]
+
+
+def run(
+    world_size: int,
+    *arguments: str,
+    timeout: float,
+    environment: Mapping[str, str] = os.environ,
+    files: tuple[int, int, int] | None = None,
+) -> Done:
+    """Run `python ARGUMENTS` on each of `world_size` ranks, and return when all have ended, with what they printed.
+
+    With `files`, three descriptors, they read and print there instead.
+    """
+    with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given = files or (nothing.fileno(), out.fileno(), err.fileno())
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(_server())
+            line.settimeout(timeout)
+            job = {
+                "world_size": world_size,
+                "arguments": arguments,
+                "environment": {**environment, "OMP_NUM_THREADS": "1"},
+                "path": sys.path,
+                "folder": os.getcwd(),
+            }
+            socket.send_fds(line, [json.dumps(job).encode() + b"\n"], given)
+            try:
+                codes = json.loads(line.makefile().readline() or "[1]")
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(list(arguments), timeout) from None
         out.seek(0)
         err.seek(0)
-        return subprocess.CompletedProcess(arguments, code, out.read().decode(), err.read().decode())
+        done = Done(arguments, int(any(codes)), out.read().decode(), err.read().decode())
+        done.codes = codes
+        return done
 
 
 @functools.cache
@@ -108,7 +128,7 @@ def _serve(place: str) -> None:
 
 def _agent(line: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    text, files, _, _ = socket.recv_fds(line, 1 << 20, 2)
+    text, files, _, _ = socket.recv_fds(line, 1 << 20, 3)
     while not text.endswith(b"\n"):
         text += line.recv(1 << 20)
     job = json.loads(text)
@@ -120,14 +140,15 @@ def _agent(line: socket.socket) -> None:
             line.close()
             _rank(job, rank, port, files)
         ranks[pid] = rank
-    code, until = 0, None
+    codes, until = [0] * len(ranks), None
     while ranks:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            ranks.pop(pid, None)
             ended = os.waitstatus_to_exitcode(status)
-            if ended and not code:
-                code, until = ended, time.monotonic() + _GRACE
+            if pid in ranks:
+                codes[ranks.pop(pid)] = ended
+            if ended and not until:
+                until = time.monotonic() + _GRACE
                 _signal(ranks, signal.SIGTERM)
         elif (until and time.monotonic() > until) or _hung_up(line):
             _signal(ranks, signal.SIGKILL)
@@ -135,7 +156,7 @@ def _agent(line: socket.socket) -> None:
             time.sleep(0.01)
     os.kill(store, signal.SIGKILL)
     with contextlib.suppress(OSError):
-        line.sendall(f"{1 if code else 0}\n".encode())  # torchrun's exit code, whatever the ranks' are
+        line.sendall(json.dumps(codes).encode() + b"\n")
     os._exit(0)
 
 
@@ -176,8 +197,8 @@ def _rank(job: dict[str, Any], rank: int, port: int, files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(job["environment"], **places, **_MEETING, MASTER_PORT=str(port))
     os.chdir(job["folder"])
-    os.dup2(files[0], 1)
-    os.dup2(files[1], 2)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
     code = 1
     try:
         what, *rest = job["arguments"]
