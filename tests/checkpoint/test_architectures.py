@@ -1,5 +1,5 @@
-"""Which class of transformers a checkpoint is: what `architectures` names where that is one of its `model_type`, else
-what the auto classes take."""
+"""The transformers class of a checkpoint: the one in `architectures` if it belongs to the `model_type`, else the one
+that the auto classes take."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import runtime
 from reshard.checkpoint.architecture import model_class
 from reshard.operations.reference import single_model
 
-LEFT = {  # by wrappers, forks and mergers of models
+LEFT = {  # names that wrappers, forks and mergers leave behind
     "FSDPLlamaForCausalLM": "LlamaForCausalLM",
     "LLaMAForCausalLM": "LlamaForCausalLM",
     "PeftModelForCausalLM": "LlamaForCausalLM",
@@ -60,7 +60,7 @@ def test_an_encoder_decoder(names: list[str], tmp_path: Path) -> None:
 
 
 def test_a_class_of_a_part_of_the_configuration(tmp_path: Path) -> None:
-    """As `AutoModelForCausalLM` does: the text model of one with images is made of its part."""
+    """The text model of an image model is made of its part of the configuration, as in `AutoModelForCausalLM`."""
     source = write_config(tmp_path / "source", "llama4", architectures=["Llama4ForCausalLM"])
     taken, config = model_class(source)
     assert taken is transformers.Llama4ForCausalLM

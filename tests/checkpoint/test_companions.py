@@ -85,7 +85,7 @@ def test_unknown_kinds_are_for_the_user_to_take(path: str) -> None:
 
 
 def test_every_file_that_a_tokenizer_of_transformers_reads() -> None:
-    """As each class names them."""
+    """Each tokenizer class names its files."""
     import transformers
 
     names = set()
@@ -104,7 +104,7 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 
 @pytest.mark.parametrize("held", ["model.safetensors", "reshard.json", "pytorch_model.bin", rank_file_name(0)])
 def test_a_folder_of_another_model_stays_whole(held: str) -> None:
-    """Also what is in folders of it; not what stands beside it."""
+    """The files in its subfolders stay too, but not the files beside it."""
     found = items("tp4/config.json", f"tp4/{held}", "tp4/more/tokenizer.json", "config.json", "tokenizer/vocab.txt")
     taken, left = choose(found, include=["*"])
     assert taken == ("config.json", "tokenizer/vocab.txt")
@@ -117,7 +117,7 @@ def test_a_folder_of_the_source_s_own_weights_is_no_other_model() -> None:
 
 
 def test_names_that_differ_only_by_case() -> None:
-    """On a disk that tells no cases apart, one would replace the other: that in lower case is what is opened."""
+    """On a disk that ignores case, one would replace the other, so the lower-case one is taken."""
     taken, left = choose(items("Config.json", "config.json", "LICENSE", "license", "Tok/vocab.txt", "tok/merges.txt"))
     assert taken == ("config.json", "license", "tok/merges.txt")
     assert [entry.path for entry in left] == ["Config.json", "LICENSE", "Tok/vocab.txt"]
@@ -167,7 +167,7 @@ def test_first_bytes(head: bytes, why: str) -> None:
     assert kinds.known_by_content(head) == why
 
 
-# Made here, so that nobody who looks for keys finds one in this file.
+# The keys are made here, so that nobody who looks for keys finds one in this file.
 _SECRETS = {
     "Hub": "note: hf_" + "aB" * 17,
     "GitHub": "ghp_" + "a1" * 18,
@@ -204,7 +204,7 @@ PATHS = st.lists(st.builds(lambda step, end: step + end, STEPS, ENDS), min_size=
 
 @given(PATHS, st.sampled_from([(), ("*",)]))
 def test_whatever_the_names_are(paths: list[str], include: tuple[str, ...]) -> None:
-    """What is taken is safe to make below a folder, on any disk; and every file is taken, left, or of no checkpoint."""
+    """Every file is taken, left, or of no checkpoint; the names that are taken are safe below a folder on any disk."""
     taken, left = choose(items(*paths), include=include)
     assert len({path.casefold() for path in taken}) == len(taken)
     behind = [entry.path for entry in left]
@@ -221,7 +221,7 @@ def test_whatever_the_names_are(paths: list[str], include: tuple[str, ...]) -> N
 
 
 def test_walk_enters_no_folder_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one in a folder of another model, nor any after a good number of files."""
+    """The walk does not enter folders of another model, and enters none once it has listed many files."""
     tree = {
         "": (["config.json"], ["tok", "wandb", ".git", "tp4"]),
         "tok/": (["vocab.txt"], ["inner"]),

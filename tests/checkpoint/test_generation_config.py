@@ -1,4 +1,4 @@
-"""What a folder's generation_config.json says that cannot be done, and what transformers would say of our calls."""
+"""Entries of generation_config.json that cannot be followed, and what transformers would say of our calls."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_another_failure_is_not_the_files(made: Path, tokenizer: Any, monkeypatc
 
 
 def test_a_conversation_goes_on_without_a_warning(made: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the installed transformers calls the cache: its turns give what one call gives, from the cache."""
+    """The turns give the text of a single call, from the cache, whatever name transformers has for the cache."""
     said: list[str] = []
     logger = logging.get_logger("transformers")
     for level in ("warning", "warning_once"):

@@ -23,7 +23,7 @@ from reshard.errors import ReshardError
 CODES = {3, 8, 9, 11}
 SECONDS = 3
 MEMORY = 200 << 20
-# Fields that transformers, or a model, looks at without their being in a saved configuration.
+# Fields that transformers or a model reads, though a saved configuration may lack them.
 MORE_FIELDS = [
     *("auto_map", "configuration_files", "text_config", "vision_config", "sub_configs", "quantization_config"),
     *("num_labels", "id2label", "label2id", "problem_type", "torch_dtype", "dtype", "head_dim", "rope_scaling"),
@@ -45,19 +45,19 @@ VALUES = st.recursive(
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
 def source(request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(shutil.copytree(checkpoint(request.param), tmp_path_factory.mktemp("config") / request.param))
-    reshard.plan(source, tp_size=2)  # what it imports is there
+    reshard.plan(source, tp_size=2)  # so that its imports are done
     return source
 
 
 def memory(what: str) -> int:
-    """VmRSS, or VmHWM: the most it was."""
+    """Return VmRSS, or VmHWM (its peak), in bytes."""
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) << 10
 
 
 def outcome(folder: Path) -> Any:
-    """The exit code of a plan, whose error is one printable line; None where it is a plan."""
+    """Return the exit code of a plan, whose error must be one printable line; None if the plan is made."""
     started = time.monotonic()
     try:
         reshard.plan(folder, tp_size=2)
@@ -81,7 +81,7 @@ def fuzz(source: Path, examples: int) -> Counter[Any]:
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],  # shrinking what waits or allocates would take for ever
+        phases=[Phase.generate],  # shrinking a case that waits or allocates would take for ever
     )
     @given(st.dictionaries(fields, VALUES, min_size=1, max_size=3))
     def run(changes: dict[str, Any]) -> None:
@@ -99,10 +99,10 @@ def fuzz(source: Path, examples: int) -> Counter[Any]:
 
 @pytest.fixture
 def little_memory(source: Path) -> Iterator[None]:
-    """Nothing takes much memory for a moment either."""
+    """Memory must stay low throughout, at its peak too."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs /proc")
-    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what it is now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
     before = memory("VmRSS")
     yield
     assert memory("VmHWM") - before < MEMORY
@@ -113,7 +113,7 @@ def little_memory(source: Path) -> Iterator[None]:
 def test_fields_of_any_value(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
     counts = fuzz(source, 150)
     assert counts.total() >= 150
-    assert capfd.readouterr() == ("", "")  # nor has transformers anything to say
+    assert capfd.readouterr() == ("", "")  # transformers prints nothing either
 
 
 @pytest.mark.fault(14)
@@ -139,7 +139,7 @@ def test_every_number_huge(value: int, source: Path) -> None:
 
 @pytest.mark.fault(14)
 def test_a_number_that_only_one_family_has(tmp_path: Path, refused: Refused) -> None:
-    """gemma3n makes a module for each of these, before any is part of the model."""
+    """gemma3n makes a module for each of these before the model has any part."""
     families.build("gemma3n_text").save_pretrained(tmp_path / "source")
     configure(tmp_path / "source", altup_num_inputs=10**6)
     refused(3, convert(tmp_path / "source", tmp_path / "out"), "more than", "parameters")

@@ -38,7 +38,7 @@ from reshard.files.header import Header, TensorInfo
 
 
 def assert_converts(source: Path, out: Path, resharded: Path | None, **where: Any) -> reshard.ReshardPlan:
-    """The rank files are those of the checkpoint as it was, and merge gives back what was taken. Returns the plan."""
+    """Check that rank files match the original checkpoint and merge restores what was read. Returns the plan."""
     planned = reshard.plan(source, tp_size=2, **where)
     reshard.convert(source, out, tp_size=2, sync=False, **where)
     if resharded:
@@ -52,7 +52,7 @@ def assert_converts(source: Path, out: Path, resharded: Path | None, **where: An
 
 
 def assert_loads(folder: Path, resharded: Path) -> None:
-    """transformers finds the weights of the folder by itself, and they are those of the checkpoint."""
+    """Check that transformers finds the weights of the folder by itself, and that they are the checkpoint's."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model.state_dict()[NORM], load_file(resharded / RANK_FILES[0])[NORM])
     assert torch.equal(model.state_dict()[HEAD][:65], load_file(resharded / RANK_FILES[0])[HEAD])
@@ -71,7 +71,7 @@ def test_an_index_at_odds_with_its_files(case: str, source: Path, out: Path, res
 
 
 def test_a_folder_of_copies_says_so(source: Path, out: Path) -> None:
-    """To a reader that takes a tensor in two files for a mistake."""
+    """The manifest warns readers that take a tensor in two files for a mistake."""
     _twice(source)
     reshard.convert(source, out, tp_size=1, sync=False)
     content = json.loads((out / "reshard.json").read_text())
@@ -125,7 +125,7 @@ def test_one_file_that_the_index_names_too_is_one_of_its_files(source: Path, out
 
 
 def _headers(*tensors: tuple[str, int, int]) -> dict[str, Header]:
-    """One tensor of so many bytes in each file, from a byte on."""
+    """Return one header per (file, offset, bytes), each with a single tensor."""
     return {
         file: Header(b"", (TensorInfo("x", "U8", (size,), file, start, start + size),)) for file, start, size in tensors
     }
@@ -147,9 +147,9 @@ def test_copies_are_compared_whole_in_pieces_of_4_mib() -> None:
     content["a"] = content["a"][:-1] + b"!"
     with pytest.raises(BadInputError, match="x \\(a, b\\)"):
         join(headers, Weights(("a", "b"), "index", {"x": "b"}), read)
-    with pytest.raises(BadInputError):  # nothing is read of another shape
+    with pytest.raises(BadInputError):  # tensors of different shapes are not read
         join(_headers(("a", 1, size), ("b", 0, 4)), Weights(("a", "b")), lambda *_: pytest.fail("read"))
-    with pytest.raises(BadInputError):  # a file that is cut short meanwhile shows no equal bytes
+    with pytest.raises(BadInputError):  # a file that was cut short meanwhile does not count as equal bytes
         join(headers, Weights(("a", "b")), lambda *_: b"")
 
 
@@ -169,7 +169,7 @@ def test_weights_elsewhere_in_the_folder(case: str, source: Path, out: Path, res
 
 @pytest.mark.parametrize("case", ["one file in a subfolder", "one file of a variant", "one file of another name"])
 def test_reference_logits_of_weights_elsewhere(case: str, source: Path, out: Path, tmp_path: Path) -> None:
-    """The other file, which nobody names, is of another model."""
+    """The file that nobody names belongs to another model."""
     make, weights, _ = PLACES[case]
     make(source)
     reshard.convert(source, out, tp_size=1, weights=weights, sync=False, reference_logits=True)
@@ -248,7 +248,7 @@ def test_what_is_named_and_is_not_there(source: Path, out: Path, refused: Refuse
 
 def test_an_adapter_beside_the_model_is_told(source: Path, out: Path, resharded: Path) -> None:
     _adapter(source)
-    (source / "adapter_model.safetensors").unlink()  # which merge does not give back, as it is no weights of the model
+    (source / "adapter_model.safetensors").unlink()  # merge does not restore it, as it is no weights of the model
     planned = assert_converts(source, out, resharded)
     assert any("adapter" in note and "base" in note for note in planned.notes), planned.notes
     assert not [path for path in out.iterdir() if path.name.startswith("adapter")]
@@ -263,7 +263,7 @@ def test_a_file_in_place_of_a_folder(source: Path, out: Path, refused: Refused) 
 
 
 def _linked(source: Path, *stores: Path) -> None:
-    """Each file of weights is a link into one of the stores in turn."""
+    """Replace each weight file with a link into one of the stores, in turn."""
     for number, path in enumerate(sorted(source.glob("model-*"))):
         store = stores[number % len(stores)]
         store.mkdir(exist_ok=True)
@@ -288,7 +288,7 @@ def test_other_links_are_refused_as_before(source: Path, out: Path, tmp_path: Pa
     refused(11, convert(source, out), "leads out", hint=f"--links-into {tmp_path / 'one'}")
     refused(11, convert(source, out, "--links-into", tmp_path / "one"), hint=f"--links-into {tmp_path / 'two'}")
     both = ("--links-into", tmp_path / "one", "--links-into", tmp_path / "two")
-    link(source / "config.json", tmp_path / "one" / "config")  # which is not weights
+    link(source / "config.json", tmp_path / "one" / "config")  # this is not a weight file
     refused(11, convert(source, out, *both), "config.json")
 
 

@@ -1,4 +1,4 @@
-"""What goes along with a checkpoint through every command, and what is said of the rest."""
+"""Files that go along with a checkpoint through every command, and what is said of the rest."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def put(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by path."""
+    """Return every file by its path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """What is not of the model itself."""
+    """Return the files that are not the model itself."""
     own = (".safetensors", "reshard.json", "index.json", "config.json")
     return {name: data for name, data in contents(folder).items() if not name.endswith(own)}
 
@@ -94,14 +94,14 @@ EXPECTED = {name: data for name, data in ALONG.items() if not name.endswith("con
 
 @pytest.fixture(scope="module")
 def full(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama with everything that can be beside it. Read only."""
+    """A llama with every kind of companion file. Read only."""
     source = shutil.copytree(checkpoint("llama"), tmp_path_factory.mktemp("full") / "source")
     return put(source, {**ALONG, **BEHIND})
 
 
 @pytest.fixture(scope="module")
 def made(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It, on two ranks. Read only."""
+    """The full checkpoint on two ranks. Read only."""
     out = tmp_path_factory.mktemp("full") / "out"
     reshard.convert(full, out, tp_size=2)
     return out
@@ -142,7 +142,7 @@ def test_nothing_is_said_where_all_goes_along(source: Path, out: Path, cli: Cli)
 
 @pytest.mark.fault(37)
 def test_for_other_ranks_and_back(full: Path, made: Path, tmp_path: Path) -> None:
-    """N→M gives the bytes of a conversion from the source; merge gives all that had gone along."""
+    """N→M gives the bytes of a conversion from the source; merge restores all files that went along."""
     reshard.convert(made, tmp_path / "from-out", tp_size=4)
     reshard.convert(full, tmp_path / "from-source", tp_size=4)
     assert contents(tmp_path / "from-out") == contents(tmp_path / "from-source")
@@ -155,7 +155,7 @@ def test_for_other_ranks_and_back(full: Path, made: Path, tmp_path: Path) -> Non
 
 @pytest.mark.fault(37)
 def test_include(full: Path, out: Path, cli: Cli, tmp_path: Path) -> None:
-    """Never code, keys or pickles, whatever the pattern says."""
+    """Code, keys and pickles are never included, whatever the pattern says."""
     result = cli(
         *convert(full, out, "--include", "assets/", "--include", "*.py", "--include", "*.key"), seconds=60, aloud=True
     )
@@ -193,7 +193,7 @@ def test_verify_looks_into_folders(made: Path, cli: Cli, out: Path) -> None:
 
 @pytest.mark.fault(23)
 def test_a_reader_that_knows_no_folders_in_it_refuses(made: Path, resharded: Path, out: Path) -> None:
-    """By its version, not as damaged; without such folders all is as it was."""
+    """An old reader refuses the version, not a damaged folder; without subfolders the version stays 2.0."""
     content = json.loads((made / "reshard.json").read_text())
     assert (content["format_version"], content["requires"]) == ("3.0", ["subfolders"])
     code, line = old_reader.read("2.0", made)
@@ -207,7 +207,7 @@ def test_folders_reach_the_disk(full: Path, out: Path, monkeypatch: pytest.Monke
     reshard.convert(full, out, tp_size=2)
     assert {"additional_chat_templates", "licenses"} <= set(synced)
     last = synced.index("licenses")
-    assert any(name.startswith("out.part-") for name in synced[last:])  # the one that holds it comes after
+    assert any(name.startswith("out.part-") for name in synced[last:])  # their parent folder comes later
 
 
 @pytest.mark.fault(12)
@@ -251,7 +251,7 @@ def test_from_the_hub(here: FakeHub, full: Path, made: Path, tmp_path: Path, mon
 def test_without_a_list_of_the_repo(
     here: FakeHub, home: Path, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline, what is in the cache is all that can be known; else nothing is left behind because a list is missing."""
+    """Offline, only the cache is known; online, a missing list is an error, so that no file is left behind silently."""
     here.create("org/model", contents(full))
     reshard.convert("org/model", tmp_path / "out", tp_size=2, keep_cache=True)
     for lists in home.rglob("trees"):
@@ -269,7 +269,7 @@ def test_without_a_list_of_the_repo(
 
 
 def test_a_snapshot_in_the_hub_s_cache(here: FakeHub, full: Path, tmp_path: Path) -> None:
-    """As a local folder: its files are links, into the cache's own folder of bytes."""
+    """A snapshot is like a local folder whose files are links into the cache's own blobs."""
     here.create("org/model", contents(full))
     root = reshard.plan("org/model", tp_size=2).source.root
     assert (root / TEMPLATE).is_symlink()
@@ -295,7 +295,7 @@ def test_a_load_fetches_and_checks_them(here: FakeHub, made: Path) -> None:
     flip(blob, 2)
     with pytest.raises(IntegrityError, match=TEMPLATE):
         locate_all()
-    assert (locate_all() / TEMPLATE).read_bytes() == ALONG[TEMPLATE]  # it was let go of, and fetched again
+    assert (locate_all() / TEMPLATE).read_bytes() == ALONG[TEMPLATE]  # it was dropped and fetched again
 
 
 def test_from_the_hub_with_more(here: FakeHub, full: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_from_the_hub_with_more(here: FakeHub, full: Path, tmp_path: Path) -> No
 
 @pytest.mark.fault(37)
 def test_published_and_pulled(here: FakeHub, made: Path, resharded: Path, tmp_path: Path) -> None:
-    """A template that is gone is removed from the repo; what others have put there stays, and is not replaced."""
+    """A template that is gone is removed from the repo; files of others stay and are not replaced."""
     reshard.publish(made, "org/model/tp2", private=True)
     there = here.repos["org/model"].files
     assert {name: there[f"tp2/{name}"] for name in contents(made)} == contents(made)
@@ -329,7 +329,7 @@ def test_another_s_file_in_a_folder_is_not_replaced(here: FakeHub, made: Path) -
 
 @pytest.mark.fault(37)
 def test_stores(store: ObjectStore, full: Path, made: Path, tmp_path: Path) -> None:
-    """As a source, and as OUT, and that as a source again."""
+    """A store works as a source, as OUT, and OUT as a source again."""
     source = store.put("llama", contents(full))
     manifest = reshard.convert(source, "s3://bucket/out", tp_size=2)
     assert store.objects("out") == contents(made)
@@ -352,7 +352,7 @@ def test_a_change_in_a_folder_is_another_version_of_the_source(store: ObjectStor
 
 
 def test_a_conversion_into_the_source_s_own_folder(source: Path, out: Path) -> None:
-    """What is under way beside it, or was left by a run that failed, is none of its files."""
+    """Unfinished work beside it, or left by a failed run, does not count as a file of the source."""
     put(source, {"tp4.part-0123456789abcdef-01234567/config.json": b"{}", "tp4.lock": b""})
     manifest = reshard.convert(source, source / "tp4", tp_size=4)
     assert manifest.left == ()
@@ -361,7 +361,7 @@ def test_a_conversion_into_the_source_s_own_folder(source: Path, out: Path) -> N
 
 
 def test_a_key_in_what_cannot_be_left_behind(source: Path, out: Path, cli: Cli, refused: Refused) -> None:
-    """Nothing is published by accident; what copies nothing goes on."""
+    """Nothing is published by accident; commands that copy nothing go on."""
     convert_it = convert(source, out)
     assert cli(*convert_it).code == 0
     config = source / "config.json"

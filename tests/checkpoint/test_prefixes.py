@@ -1,4 +1,4 @@
-"""Names as wrappers of models leave them: with a prefix that all have, which is no part of the model's names."""
+"""Tensor names with a prefix that wrappers left on all of them and that is no part of the model's names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PREFIXES = ["module.", "_orig_mod.", "base_model.model.", "module.module.", "_or
 
 
 def rename(source: Path, names: dict[str, str]) -> Path:
-    """A checkpoint of several files with its tensors under other names."""
+    """Write a checkpoint of several files with its tensors under other names."""
     index = json.loads((source / INDEX).read_text())
     for path in source.glob("*.safetensors"):
         tensors = {names[name]: tensor for name, tensor in load_file(path).items()}
@@ -44,7 +44,7 @@ def prefixed(source: Path, prefix: str) -> Path:
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_prefix_of_all_names(family: str, prefix: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Taken off to find the parameters, and not from the source's names: those come back."""
+    """The prefix is dropped to find the parameters, and merge restores the source's names."""
     plain = checkpoint(family)
     source = prefixed(Path(shutil.copytree(plain, tmp_path / "source")), prefix)
     said: list[str] = []
@@ -61,7 +61,7 @@ def test_a_prefix_of_all_names(family: str, prefix: str, checkpoint: Checkpoint,
 
 
 def test_the_single_process_model_has_the_same_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """transformers alone would leave all weights as they were drawn."""
+    """transformers alone would leave all weights at their random values."""
     source = prefixed(Path(shutil.copytree(checkpoint("llama"), tmp_path / "source")), "_orig_mod.")
     expected = logits(transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama")))
     with torch.inference_mode():

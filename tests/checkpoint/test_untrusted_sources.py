@@ -41,7 +41,7 @@ from reshard.files.header import read_header
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one file of a few kilobytes."""
+    """A checkpoint of one file with a few kilobytes."""
     folder = tmp_path_factory.mktemp("cut") / "tiny"
     return single_file(pico.save("llama", folder, **TINY))
 
@@ -62,7 +62,7 @@ def test_every_length(tiny: Path) -> None:
 
 @pytest.mark.fault(8)
 def test_convert_at_every_boundary(tiny: Path, tmp_path: Path, refused: Refused) -> None:
-    """Of the length, the header and each tensor: one byte less, none and one more."""
+    """The file is cut at the end of the length, the header and each tensor, and one byte before and after."""
     source = Path(shutil.copytree(tiny, tmp_path / "source"))
     path = source / "model.safetensors"
     data, header = path.read_bytes(), read_header(path, file="")
@@ -75,11 +75,11 @@ def test_convert_at_every_boundary(tiny: Path, tmp_path: Path, refused: Refused)
 # --- leading elsewhere: the real command line, and what it opens ---
 
 
-PLANTED = "planted"  # in the name of all that must not be opened
+PLANTED = "planted"  # part of the name of every file that must not be opened
 
 
 def _plant(source: Path) -> Path:
-    """Another checkpoint's file, outside the source."""
+    """Put another checkpoint's file outside the source."""
     target = source.parent / f"{PLANTED}.safetensors"
     shutil.copy(first_file(source), target)
     return target
@@ -107,7 +107,7 @@ def _loop(source: Path) -> None:
 def _socket(source: Path) -> None:
     first_file(source).unlink()
     here = os.getcwd()
-    os.chdir(source)  # the address of a socket is short
+    os.chdir(source)  # the address of a socket must be short
     try:
         socket.socket(socket.AF_UNIX).bind(FIRST)
     finally:
@@ -200,7 +200,7 @@ def test_what_nobody_needs_and_leads_elsewhere_is_left_behind(case: str, source:
 
 
 def _convert_all(folder: str) -> None:
-    """Every case's conversion, in one process: that of the trace. Prints the exit codes."""
+    """Convert every case in one process, the traced one. Prints the exit codes."""
     import reshard.cli.main
 
     codes = {}
@@ -218,7 +218,7 @@ def _convert_all(folder: str) -> None:
 @pytest.mark.fault(12)
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_nothing_elsewhere_is_opened(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Every path that reaches open(2) in the conversions above, as strace sees it."""
+    """strace shows every path that reaches open(2) in the conversions above."""
     wanted = {"sound": 0}
     for number, case in enumerate(["sound", *ELSEWHERE]):
         source = Path(shutil.copytree(checkpoint("llama"), tmp_path / str(number) / "source"))
@@ -242,7 +242,7 @@ def test_nothing_elsewhere_is_opened(checkpoint: Checkpoint, tmp_path: Path) -> 
     lines = log.read_text().splitlines()
     opened = [match for line in lines for match in re.findall(r'open\w*\([^"]*"([^"]*)"', line)]
     ours = [name for name in opened if name.startswith(str(tmp_path))]
-    assert f"{tmp_path}/0/source/{FIRST}" in ours  # the trace sees what is opened
+    assert f"{tmp_path}/0/source/{FIRST}" in ours  # the trace does show opened files
     assert [name for name in opened if PLANTED in name] == []
     followed = [match for line in lines for match in re.findall(r"= \d+<([^>]*)>", line)]
     assert [name for name in followed if PLANTED in name or name.startswith("/dev/zero")] == []
@@ -252,7 +252,7 @@ def test_nothing_elsewhere_is_opened(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 @pytest.mark.fault(28)
 def test_names_that_are_no_text_are_kept(source: Path, tmp_path: Path, cli: Cli) -> None:
-    """Nor are they shown as they are."""
+    """Such names are never shown raw."""
     name = os.fsdecode(b"\xff\n.safetensors")
     first_file(source).rename(source / name)
     weight_map(source, lambda found: found.update({tensor: name for tensor in found if found[tensor] == FIRST}))
