@@ -1,4 +1,4 @@
-"""The command line from outside: what works, its help and its usage errors."""
+"""The command line from outside: results, help and usage errors."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_dtype(source: Path, out: Path, cli: Cli) -> None:
 
 @pytest.fixture
 def evil(source: Path) -> Path:
-    """A checkpoint with a tensor that the model does not use, and whose name would paint the terminal."""
+    """A checkpoint with an unused tensor whose name would paint the terminal."""
     return single_file(source, lambda tensors: tensors.update({EVIL: torch.arange(6.0)}))
 
 

@@ -1,4 +1,4 @@
-"""Where `reshard convert` writes: what is there already, locks, disks, signals, and what changes meanwhile."""
+"""`reshard convert` and its destination: existing files, locks, disks, signals, and changes meanwhile."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_folders_above_out_are_made(resharded: Path, source: Path, tmp_path: Pat
 
 
 def test_folders_above_out_go_again_after_a_failure(source: Path, tmp_path: Path, refused: Refused) -> None:
-    """Those that were made for it, and no others: `refused` compares all that is there."""
+    """Only the folders made for OUT are removed: `refused` compares all files."""
     (tmp_path / "a").mkdir()
     os.truncate(first_file(source), 5000)
     refused(3, convert(source, tmp_path / "a" / "b" / "c" / "out"), first_file(source).name)
@@ -135,7 +135,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_too_small_is_said_before_writing(
     source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reshard.operations.convert, "write_files", None)  # would fail otherwise
+    monkeypatch.setattr(reshard.operations.convert, "write_files", None)  # any write would fail
     result = refused(5, convert(source, small_disk / "out"), "needs 1,1", "only 65,536 are free")
     assert "out" in result.error
 
@@ -205,7 +205,7 @@ def test_after_a_signal_the_next_run_goes_on(
     def interrupt() -> None:
         seen.append(bool(list(out.parent.glob("out.part-*"))))
         os.kill(os.getpid(), number)
-        time.sleep(0.3)  # the main thread takes the signal meanwhile
+        time.sleep(0.3)  # meanwhile the main thread takes the signal
 
     if overwrite:
         shutil.copytree(resharded, out)

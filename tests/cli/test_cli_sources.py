@@ -64,7 +64,7 @@ def _index_to(source: Path, file: str) -> None:
     weight_map(source, lambda found: found.update({"lm_head.weight": file}))
 
 
-# What is done to the source, the exit code, and what the error must name.
+# Each case: what is done to the source, the exit code, and what the error must name.
 SPOILT: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "missing file": (lambda s: first_file(s).unlink(), 3, (FIRST,)),
     "tensor in two files": (

@@ -134,7 +134,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_manifest_of_the_wrong_types(part: str, folder: Path, cli: Cli) -> None:
-    """Whatever a sealed manifest says, `inspect` and `verify` have a word for it."""
+    """`inspect` and `verify` explain every wrong value of a sealed manifest."""
     pick, path = PARTS[part], folder / "reshard.json"
     clean = path.read_bytes()
     unexpected = []
@@ -190,7 +190,7 @@ def test_against_a_source_with_one_altered_element(name: str, resharded: Path, s
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
 def test_elements_that_are_nowhere(name: str, folder: Path, source: Path, refused: Refused) -> None:
-    """The digests are right, and what a parameter is made of is not all of the source."""
+    """The digests are right, but the manifest leaves out elements of the source."""
 
     def forget(content: dict[str, Any]) -> None:
         [parameter] = [p for p in content["parameters"] if p["name"] == name]
@@ -220,7 +220,7 @@ def test_against_another_size_of_the_model(
 
 
 def _halve_last(source: Path, name: str) -> None:
-    """Put a tensor into a file of its own, less the second half of its last dim."""
+    """Move a tensor into a file of its own, without the second half of its last dim."""
     path = file_of(source, name)
     tensor = load_file(path)[name]
     rewrite(path, lambda tensors: tensors.pop(name))

@@ -1,4 +1,4 @@
-"""Names and strings that nobody vouches for never reach a terminal as they are: not in what is said, nor in JSON."""
+"""Untrusted names and strings never reach a terminal raw, neither in messages nor in JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cli_tools import (
     weight_map,
 )
 
-# Colours, a bell, new lines of any kind, DEL and C1, characters that reorder what follows, or that are not seen.
+# Colours, a bell, new lines of any kind, DEL and C1, reordering characters, and invisible ones.
 HOSTILE = "evil\x1b[31m\n\r\x07\x7f\x85\x9b\u2028\u202e\u2066\u200b\ufeff\U000e0041"
 SHOWN = "evil\\x1b[31m\\n\\r\\x07\\x7f\\x85\\x9b\\u2028\\u202e\\u2066\\u200b\\ufeff\\U000e0041"
 
@@ -45,7 +45,7 @@ def add_unused(source: Path, name: str) -> None:
 
 @pytest.fixture
 def hostile(source: Path) -> Path:
-    """A sound checkpoint with such names for a file, a tensor that the model does not use, and a small file."""
+    """A sound checkpoint; a file, an unused tensor and a small file have the name HOSTILE."""
     add_unused(source, HOSTILE)
     name = f"{HOSTILE}.safetensors"
     first_file(source).rename(source / name)
@@ -91,7 +91,7 @@ def _twice(source: Path) -> None:
 
 
 def _header(source: Path, name: str) -> None:
-    """The same file, but its first tensor has no dtype, and this name."""
+    """Write a file whose only tensor has this name and an unknown dtype."""
     path = source / f"{HOSTILE}.safetensors"
     raw = json.dumps({name: {"dtype": HOSTILE, "shape": [], "data_offsets": [0, 0]}}).encode()
     path.write_bytes(len(raw).to_bytes(8, "little") + raw)
@@ -122,7 +122,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
 
 
 def add_second(source: Path) -> None:
-    """A tensor of a name that transformers takes for that of a parameter, and of another shape."""
+    """Add a tensor whose name transformers takes for a parameter's, in another shape."""
     name = f"{HOSTILE}.safetensors"
     rewrite(source / name, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(5)}))
 
@@ -152,7 +152,7 @@ def test_what_is_told_of_a_class_and_of_a_prefix(hostile: Path, tmp_path: Path, 
 
 
 def strings(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where a manifest holds a string, and at the end of the path True where that is a key."""
+    """Yield the path of every string in a manifest, followed by whether the string is a key."""
     if isinstance(value, str):
         yield (*path, False)
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
@@ -173,7 +173,7 @@ def put(content: Any, place: tuple[Any, ...], text: str) -> None:
 
 @pytest.mark.fault(28)
 def test_every_kind_of_string_in_a_manifest(folder: Path, source: Path, tmp_path: Path, cli: Cli) -> None:
-    """Each alone, in a manifest that is sealed again: also where other things are read from what it says."""
+    """Each string is changed alone and the manifest sealed again."""
     merged = tmp_path / "merged"
     original = (folder / "reshard.json").read_bytes()
     kinds = {
@@ -212,7 +212,7 @@ def test_files_of_a_folder(folder: Path, cli: Cli) -> None:
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("command", ["plan", "convert", "inspect", "verify", "merge", "run"])
 def test_arguments(command: str, tmp_path: Path, cli: Cli) -> None:
-    """They may come from a list of models that somebody made."""
+    """Arguments may come from a list of models that somebody made."""
     more = {
         "plan": ["--tp-size", 2],
         "convert": [tmp_path / "o", "--tp-size", 2],

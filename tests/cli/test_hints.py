@@ -1,4 +1,4 @@
-"""A hint is of the cause that is known, and of no other."""
+"""A hint names the known cause, and no other."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_folder_without_a_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_engine_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That it is not installed, and that it does not go with what is, are two things."""
+    """An engine that is missing gets another hint than one that fails to import."""
     with pytest.raises(BadInputError) as refused:
         _tensor_parallel(tmp_path, 2, None)  # type: ignore[arg-type]
     assert refused.value.hint == "pip install tensor_parallel"
@@ -61,7 +61,7 @@ def test_an_engine_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.M
 
 
 class ConnectTimeoutError(Exception):
-    """As botocore calls one."""
+    """An error with botocore's name."""
 
 
 @pytest.mark.parametrize("kind", [ConnectionResetError, TimeoutError, ConnectTimeoutError])

@@ -1,4 +1,4 @@
-"""What the commands say while they work: on stderr, and nothing of it by the library itself."""
+"""Progress and notes of the commands on stderr; the library itself prints nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOTE = "left behind: model.py"
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan that has something to remark."""
+    """A plan with a remark."""
 
     def remarking(*arguments: Any, **options: Any) -> Any:
         return replace(read_model(*arguments, **options), notes=(NOTE, f"a tensor {EVIL}"))
@@ -72,7 +72,7 @@ def test_notes_in_python(source: Path, out: Path, capfd: pytest.CaptureFixture[s
 
 
 class Progress:
-    """A `progress` that keeps what it is told."""
+    """A `progress` that records what it is told."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int, int]] = []
@@ -85,7 +85,7 @@ class Progress:
 
 
 def test_progress_is_one_thing(source: Path, out: Path, tmp_path: Path) -> None:
-    """The same protocol everywhere, and what is done adds up to what was to come."""
+    """Every operation reports in the same way, and what is done adds up to the announced total."""
     progress = Progress()
     reshard.convert(source, out, tp_size=2, progress=progress)
     reshard.verify(out, against=source, progress=progress)
@@ -94,7 +94,7 @@ def test_progress_is_one_thing(source: Path, out: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in out.iterdir() if path.name != "reshard.json")
     assert progress.told[1] == ("checking", size, size)
     for what, total, done in progress.told:
-        assert total * 0.9 < done <= total, what  # headers are not told of
+        assert total * 0.9 < done <= total, what  # headers are not counted
         assert done > 90_000
 
 
@@ -132,7 +132,7 @@ def test_a_line_now_and_then_without_a_terminal(capfd: pytest.CaptureFixture[str
         time.sleep(0.2)
     lines = capfd.readouterr().err.splitlines()
     assert re.fullmatch(r"writing: 1\.0 MB of 4\.0 MB \(25%\), [\d.]+ MB/s, [\d.]+ s left", lines[0])
-    assert lines[-1] == "writing: 3.0 MB of 4.0 MB (75%), 0 B/s"  # it stands still, and that is told
+    assert lines[-1] == "writing: 3.0 MB of 4.0 MB (75%), 0 B/s"  # a standstill is reported
     assert not [thread for thread in threading.enumerate() if thread.name == "reshard-progress"]
 
 
@@ -168,7 +168,7 @@ def test_lines_of_a_command(source: Path, out: Path, cli: Cli, monkeypatch: pyte
 
 
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every file that is written be waited for."""
+    """Delay every write of files."""
     write = reshard.operations.convert.write_files
 
     def waiting(*arguments: Any, **options: Any) -> Any:
@@ -187,7 +187,7 @@ def test_durations(seconds: float, words: str) -> None:
 
 
 def terminal(*arguments: object, width: int = 80, **variables: str) -> str:
-    """What a command shows on a terminal."""
+    """Return what a command shows on a terminal."""
     read, write = pty.openpty()
     fcntl.ioctl(write, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {**os.environ, "TERM": "xterm", **variables}
@@ -226,7 +226,7 @@ def test_the_end_of_a_conversion(checkpoint: Checkpoint, source: Path, out: Path
 
 
 def test_what_the_end_of_a_conversion_says_to_do_can_be_done(source: Path, out: Path, tmp_path: Path, cli: Cli) -> None:
-    """Options that say where the weights are hold for it too."""
+    """The next command repeats the options that say where the weights are."""
     inside, store = source / "fp16", tmp_path / "a store"
     inside.mkdir()
     for file in source.glob("model*"):
@@ -248,7 +248,7 @@ def test_what_to_do_with_what_came_from_elsewhere(source: Path, out: Path) -> No
 
     assert line("org/model") == "reshard check OUT --reference org/model"
     assert line("org/model", revision="v2", dtype=None) == "reshard check OUT --reference org/model --revision v2"
-    for resharded in ("org/cut/tp2", "hf://org/cut", "s3://bucket/cut"):  # one process cannot run it
+    for resharded in ("org/cut/tp2", "hf://org/cut", "s3://bucket/cut"):  # one process cannot run a resharded source
         assert line(resharded) == "reshard verify OUT"
 
 
@@ -260,7 +260,7 @@ def test_a_plan_announces_itself(style: str, source: Path, cli: Cli) -> None:
 
 
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have nothing be planned, nor fetched."""
+    """Fail if anything is planned or fetched."""
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it was looked at")
@@ -296,7 +296,7 @@ def test_what_is_in_the_way_is_seen_first(
 
 
 def tables(text: str) -> list[list[str]]:
-    """The lines of each table of a report."""
+    """Return the lines of each table of a report."""
     return [block.splitlines() for block in text.split("\n\n") if "  " in block.strip().splitlines()[0]]
 
 
@@ -329,7 +329,7 @@ def test_any_table_in_any_width(width: int) -> None:
     shown = table(lines, width=width, shorten=((2, 12), (0, 21))).splitlines()
     assert max(map(len, shown)) <= width
     assert shown[1].split()[0].endswith("weight"[-2:])
-    assert table([("name",), ("a.b",)], width=2).splitlines()[1].strip() == "…"  # as narrow as can be
+    assert table([("name",), ("a.b",)], width=2).splitlines()[1].strip() == "…"  # the narrowest possible
 
 
 def test_no_colour_in_a_table(source: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every command takes anywhere in its line: `-v`, `--quiet`; and failures as JSON."""
+"""Switches that every command takes anywhere in its line (`-v`, `--quiet`), and failures as JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_command_takes_them_before_and_behind(switch: str, name: str) -> N
     finally:
         command.callback = before
     assert found == [["--verbose" if "v" in switch else "--quiet"]] * 3
-    assert not is_quiet()  # of a command that has ended
+    assert not is_quiet()  # the switch ends with its command
 
 
 def test_commands_of_a_rank_take_them_too() -> None:
