@@ -1,4 +1,4 @@
-"""More files than a process may open: any number of source files and of ranks, with 64 descriptors."""
+"""More files than a process may open: any number of source files and ranks, with 64 descriptors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(source: Path) -> Path:
-    """It on as many ranks, made without a limit."""
+    """The source on RANKS ranks, made without a limit on descriptors."""
     reshard.convert(source, source.with_name("made"), tp_size=RANKS)
     return source.with_name("made")
 
@@ -124,7 +124,7 @@ def test_from_store_to_store(source: Path, store: ObjectStore, tmp_path: Path) -
 def opened_in(folder: Path) -> int:
     found = 0
     for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # another thread's, closed meanwhile
+        with contextlib.suppress(OSError):  # another thread closed it meanwhile
             found += Path(os.readlink(f"/proc/self/fd/{fd}")).parent == folder
     return found
 
@@ -134,7 +134,7 @@ def mappings_of(path: Path) -> int:
 
 
 def test_a_source_file_is_mapped_while_it_is_needed(tmp_path: Path) -> None:
-    """There is a limit on mappings too (vm.max_map_count)."""
+    """The system limits mappings too (vm.max_map_count)."""
     tensors = [{f"t{i}": torch.full((8,), i)} for i in range(40)]
     source = make_source(tmp_path / "source", *tensors)
     most: list[int] = []
@@ -157,7 +157,7 @@ def test_a_mapping_holds_none(tmp_path: Path) -> None:
     assert (opened_in(tmp_path), mappings_of(tmp_path)) == (0, 50)
     view = torch.frombuffer(held[0].data, dtype=torch.uint8)
     del held
-    assert bytes(view.numpy()) == b"x" * 9999  # as long as anybody looks at it
+    assert bytes(view.numpy()) == b"x" * 9999  # the view keeps the mapping
     assert mappings_of(tmp_path) == 1
     del view
     assert mappings_of(tmp_path) == 0

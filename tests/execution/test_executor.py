@@ -1,4 +1,4 @@
-"""The executor: what it writes is what torch computes, block by block, in bounded memory."""
+"""The executor writes what torch computes, block by block, in bounded memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def placements(draw: st.DrawFn, shape: Sequence[int]) -> Placement:
 
 @st.composite
 def parameters(draw: st.DrawFn, number: int) -> tuple[torch.Tensor, Target, torch.Tensor]:
-    """A source tensor, a parameter made of it by some copies, and what torch makes by the same copies."""
+    """Draw a source tensor, a parameter made of it by some copies, and torch's result of the same copies."""
     shape, steps = draw(programs())
     name = draw(st.sampled_from(DTYPES))
     data = random_bits(shape, getattr(torch, name), number)
@@ -66,7 +66,7 @@ def parameters(draw: st.DrawFn, number: int) -> tuple[torch.Tensor, Target, torc
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_bytes_are_torchs(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Random copies, placements, dtypes, ranks, blocks and workers. Digests are of what is on disk."""
+    """Copies, placements, dtypes, ranks, blocks and workers are random; digests are of the bytes on disk."""
     root = tmp_path_factory.mktemp("plan")
     made = [data.draw(parameters(i)) for i in range(data.draw(st.integers(1, 4)))]
     half = len(made) // 2
@@ -102,9 +102,9 @@ def test_bytes_are_torchs(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
 def test_casts_are_those_of_tensor_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, have: str, want: str
 ) -> None:
-    """As it is, gathered (transposed), and sharded. What is too large becomes infinite; NaNs stay NaNs.
+    """Data is taken straight, gathered (transposed) and sharded. Overflow becomes infinite; NaNs stay NaNs.
 
-    Which NaN is up to torch: its vectorised cast to bfloat16 gives another one than its strided cast.
+    torch decides which NaN: its vectorised cast to bfloat16 gives another one than its strided cast.
     """
     monkeypatch.setattr(executor, "BLOCK_BYTES", block_bytes)
     tensor = torch.randn(37, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path, dtype: str) -> None:
 
 
 def test_unaligned_source_data(tmp_path: Path) -> None:
-    """Foreign files may put a tensor at any byte: whole, gathered and cast, it is read all the same."""
+    """Files by other writers may put a tensor at any byte; it is still read as it is, gathered and cast."""
     tensor = torch.randn(5, 6, dtype=torch.float64)
     raw = tensor.numpy().tobytes()
     entries = {
@@ -178,7 +178,7 @@ def test_unaligned_source_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", sorted(CODES.values()))
 def test_every_dtype_is_gathered(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those included that torch has no kernels for, or that safetensors does not hand out: bytes are compared."""
+    """Bytes are compared, also for dtypes without torch kernels and those that safetensors does not hand out."""
     monkeypatch.setattr(executor, "BLOCK_BYTES", 64)
     width = getattr(torch, NAMES[code]).itemsize
     raw = random_bits((7, 6, width), torch.uint8)
@@ -229,7 +229,7 @@ def test_equal_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_never_exceed_the_buffer(tmp_path: Path) -> None:
-    """In order, without a gap, each at most the buffer: also where runs come straight from the mapping."""
+    """Blocks come in order and without a gap, each at most the buffer, even if runs come straight from the mapping."""
     source = make_source(tmp_path, {"x": torch.randn(40, 30)})
     target = Target("x", (40, 30), "float32", Shard(1), whole("x", (40, 30)))
     buffer = memoryview(bytearray(256))
@@ -244,7 +244,7 @@ def test_blocks_never_exceed_the_buffer(tmp_path: Path) -> None:
 
 
 def convert_big(folder: Path) -> None:
-    """Runs in a process of its own: print by how many bytes anonymous memory grew at most, meanwhile."""
+    """Print by how many bytes anonymous memory grew at most; runs in a process of its own."""
     shape, count = BIG, math.prod(BIG) * 4
     head = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, count]}}).encode()
     (folder / "config.json").write_text("{}")
@@ -276,7 +276,7 @@ def anonymous_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
-    """600 MB gathered over two ranks. File pages are the cache's: only anonymous memory counts."""
+    """600 MB are gathered over two ranks. Only anonymous memory counts: file pages belong to the cache."""
     try:
         done = subprocess.run(
             [sys.executable, __file__, str(tmp_path)],
@@ -298,7 +298,7 @@ if __name__ == "__main__":
 
 
 def test_digests_made_ahead_are_those_of_the_files(tmp_path: Path) -> None:
-    """Files that were begun are taken as they are, the others are digested after they were cut."""
+    """Digests that were begun are taken as they are; the other files are digested after the cut."""
     source, tensors = simple_job(tmp_path, files=3)
     paths = {file.name: file.path for file in source.files}
     for count in range(4):

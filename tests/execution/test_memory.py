@@ -1,4 +1,4 @@
-"""Memory does not grow with the model: anonymous memory of a whole `reshard convert`, above what its imports take."""
+"""Memory does not grow with the model: anonymous memory of a whole `reshard convert`, above its imports."""
 
 from __future__ import annotations
 
