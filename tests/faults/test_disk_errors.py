@@ -1,4 +1,4 @@
-"""A disk that is full or fails or takes half: one line, exit code 5, nothing at the destination, and a way on."""
+"""A disk that is full, fails or writes half: one line, exit code 5, nothing at the destination, and a way on."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import reshard
 from reshard.errors import StorageError
 from reshard.execution.journal import JOURNAL_NAME
 
-STEP = 7  # of the sweeps that CI runs; the slow ones take every call
+STEP = 7  # step of the sweeps in CI; the slow tests take every call
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_RETRIED = ("open", "close", "mkdir", "unlink", "rmdir", "rename", "replace", "flock", "renameat2")  # after EINTR
 
 
 @dataclass
 class Fault:
-    """Makes the `at`-th call fail, or with `on` that and every later one. 0: none."""
+    """Makes call number `at` fail, and with `on` every later one too. 0: none."""
 
     at: int
     code: int
@@ -45,7 +45,7 @@ class Fault:
         if call.name in self.only and (self.made == self.at or (self.on and self.made > self.at > 0)):
             self.met = self.met or call
             if call.name == "close":
-                call()  # it is closed, whatever it says
+                call()  # the file is closed, whatever error it reports
             if call.name == "fsync":
                 self.unsynced.add(file)
             raise OSError(self.code, os.strerror(self.code))
@@ -54,7 +54,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Job:
-    """A command, what was where it works before, and what is to be at its destination."""
+    """A command, the files before it, and its expected destination."""
 
     run: Callable[[Path], object]
     before: Tree
@@ -97,18 +97,18 @@ def there(out: Path) -> Tree | None:
 
 
 def beside(out: Path) -> list[str]:
-    """What is there besides the destination."""
+    """Return the names beside the destination."""
     return sorted(name for name in os.listdir(out.parent) if name != out.name)
 
 
 def open_files(root: Path) -> list[str]:
-    """Those below `root`. The source's are mapped, and stay as long as the traceback of an error."""
+    """Return open files below `root`. Mappings of the source last as long as an error's traceback."""
     links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
     return [path for link in links if os.path.lexists(link) and (path := os.readlink(link)).startswith(str(root))]
 
 
 def attempt(job: Job, out: Path, fault: Callable[[Call], Any]) -> StorageError | None:
-    """Run with a fault. What must hold of every failure is asserted."""
+    """Run with a fault, and assert what every failure guarantees."""
     try:
         with passing(out.parent, fault):
             job.run(out)
@@ -127,7 +127,7 @@ def attempt(job: Job, out: Path, fault: Callable[[Call], Any]) -> StorageError |
 
 
 def again(job: Job, out: Path) -> None:
-    """The same command, on a disk that works."""
+    """Run the same command on a disk that works."""
     if there(out) != job.whole or "out" in job.before:
         job.run(out)
     assert there(out) == job.whole
@@ -149,7 +149,7 @@ def sweep(job: Job, root: Path, code: int, step: int, only: tuple[str, ...] = CA
         error = attempt(job, out, fault)
         assert fault.met is not None
         failed[fault.met.name] += 1
-        if error is None:  # nothing was lost: a lock that is not removed is free, a journal that is not closed is gone
+        if error is None:  # harmless: a lock that is not removed is free, a journal that is not closed is gone
             again_after = ("renameat2",) if code == errno.EINTR else ()
             assert fault.met.name in ("close", "unlink", *again_after), fault.met
             assert fault.met.path.startswith((f"{out}.lock", f"{out}.part-")), fault.met
@@ -161,7 +161,7 @@ def sweep(job: Job, root: Path, code: int, step: int, only: tuple[str, ...] = CA
             assert os.strerror(code) in error.message
             harmless = ("open",) if code not in FULL else tuple(set(CALLS) - {"fsync", "close"})
             if fault.met.path.endswith(tuple(RANK_FILES)) and fault.met.name not in harmless:
-                assert not [name for name in beside(out) if ".part-" in name], fault.met  # nothing that was kept of it
+                assert not [name for name in beside(out) if ".part-" in name], fault.met  # nothing of it is kept
         again(job, out)
     return failed
 
@@ -192,7 +192,7 @@ def test_every_call_fails(name: str, code: int, jobs: dict[str, Job], room: Path
 @pytest.mark.fault(7)
 @pytest.mark.parametrize("name", ["convert", "overwrite"])
 def test_interrupted_calls(name: str, jobs: dict[str, Job], room: Path) -> None:
-    """Python makes the other calls again after EINTR by itself."""
+    """Python itself repeats the other calls after EINTR."""
     assert sweep(jobs[name], room / "root", errno.EINTR, STEP - 3, NOT_RETRIED).total() > 5
 
 
@@ -200,7 +200,7 @@ def test_interrupted_calls(name: str, jobs: dict[str, Job], room: Path) -> None:
 @pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.ENOSPC], ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", JOBS)
 def test_nothing_works_any_more(name: str, code: int, jobs: dict[str, Job], room: Path) -> None:
-    """From some call on every one fails, the tidying up too."""
+    """Every call fails from some call on, in the cleanup too."""
     job = jobs[name]
     for at in range(1, calls_of(job, room / "root") + 1, STEP):
         out = job.prepare(room / "root")
@@ -212,9 +212,9 @@ def test_nothing_works_any_more(name: str, code: int, jobs: dict[str, Job], room
         except StorageError as error:
             refused = error
         if refused is not None:
-            # Python's rmtree closes again what it could not close, and tells of that.
+            # Python's rmtree closes again what it could not close, and reports that error.
             assert os.strerror(code) in refused.message or "is in place" in refused.message
-            assert there(out) in (job.before.get("out"), job.whole)  # the whole: it could not be taken back
+            assert there(out) in (job.before.get("out"), job.whole)  # job.whole: it could not be taken back
         else:
             assert there(out) == job.whole
         again(job, out)
@@ -223,7 +223,7 @@ def test_nothing_works_any_more(name: str, code: int, jobs: dict[str, Job], room
 @pytest.mark.fault(7)
 @pytest.mark.parametrize("name", JOBS)
 def test_short_writes(name: str, jobs: dict[str, Job], room: Path) -> None:
-    """At once, or at any one write and then no more of it: the journal too."""
+    """Every write takes half of its data, the journal's too."""
     job = jobs[name]
 
     def half(call: Call) -> Any:
@@ -248,7 +248,7 @@ def test_a_write_that_takes_nothing(jobs: dict[str, Job], room: Path) -> None:
 def test_a_journal_that_was_cut_short_claims_what_came_before(
     jobs: dict[str, Job], room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a line, then the disk is full: the lines before it are believed, and those after it are whole."""
+    """Half a line, then the disk is full: the lines before it are believed, and later lines are complete."""
     job = jobs["convert"]
     out = job.prepare(room / "root")
     lines = 0

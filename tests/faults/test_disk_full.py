@@ -1,4 +1,4 @@
-"""Real disks that are full or fail: a small file system in memory, a limit on file sizes, calls that strace spoils."""
+"""Real disks that are full or fail: a small file system in memory, a limit on file sizes, calls spoilt by strace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path, free: int) -> Path:
-    """Leave so many bytes free."""
+    """Leave this many bytes free."""
     filler = folder / "filler"
     with open(filler, "ab") as file:
         os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(folder).free - free, 1))
@@ -68,7 +68,7 @@ def test_too_little_room_from_the_start(checkpoint: Any, small: Path, cli: Cli, 
 def test_another_file_takes_the_room(
     checkpoint: Any, small: Path, cli: Cli, resharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the check, and one page less each time: the rank files do not fit, the journal, a small file."""
+    """The room shrinks after the check, by a page each time: rank files, the journal or a small file does not fit."""
     out, hints, pages = small / "out", [], 0
     source = checkpoint("llama")
     rank_files = sum(-(-path.stat().st_size // PAGE) for path in resharded.glob("shard-*"))
@@ -103,7 +103,7 @@ def command(source: Path, out: Path) -> list[str]:
 
 @pytest.mark.fault(7)
 def test_files_may_not_be_so_large(checkpoint: Any, tmp_path: Path, resharded: Path) -> None:
-    """The signal that comes with it would end the process."""
+    """The signal that comes with this error would end the process."""
     source, out = checkpoint("llama"), tmp_path / "out"
     limited = f"ulimit -f 20; exec {shlex.join(command(source, out))}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The executor when the source changes, a worker fails or the disk is full."""
+"""The executor if the source changes, a worker fails or the disk is full."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reshard.resharded.layout import file_layout
 
 
 def once(action: Callable[[], object]) -> Callable[[int], None]:
-    """A `progress` that does something when the first block is written."""
+    """A `progress` that does something once the first block is written."""
     lock = threading.Lock()
     done: list[bool] = []
 
@@ -82,7 +82,7 @@ def test_a_source_file_that_vanishes_after_it_was_digested_is_named(tmp_path: Pa
 
     def progress(size: int) -> None:
         told.append(size)
-        if len(told) == 2:  # with one worker, the first file is done and digested by then
+        if len(told) == 2:  # one worker has written and digested the first file by then
             first.path.unlink()
 
     with pytest.raises(IntegrityError, match=first.name):
@@ -103,7 +103,7 @@ def test_the_first_failure_stops_the_rest(tmp_path: Path, workers: int) -> None:
 
     def fail_once(size: int) -> None:
         calls.append(size)
-        last = threading.current_thread().name.endswith(f"_{workers - 1}")  # not the one that is waited for first
+        last = threading.current_thread().name.endswith(f"_{workers - 1}")  # not the worker that is waited for first
         if last and not failed:
             failed.append(True)
             raise RuntimeError("no more")
@@ -113,7 +113,7 @@ def test_the_first_failure_stops_the_rest(tmp_path: Path, workers: int) -> None:
         write_files(
             tmp_path, [file_layout("out.safetensors", tensors)], Inputs(source), workers=workers, progress=fail_once
         )
-    assert len(calls) < 20  # each other worker ends the tensor it is at
+    assert len(calls) < 20  # each other worker finishes its current tensor
 
 
 @pytest.mark.fault(5)
@@ -165,7 +165,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_thread_that_the_pool_does_not_know_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C can come between the start of a thread and the pool's note of it. Its files are not closed under it."""
+    """Ctrl-C can come between a thread's start and the pool's note of it. Its files stay open until it ends."""
     source, tensors = simple_job(tmp_path)
     seen: list[str] = []
     begun = threading.Event()

@@ -1,4 +1,4 @@
-"""Every flipped bit of every file of a resharded folder is found, and the file named."""
+"""Every flipped bit in every file of a resharded folder is found, and the file named."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import reshard
 from reshard.errors import BadInputError, IntegrityError, VersionError
 from reshard.resharded.manifest import read_manifest
 
-STEP = 29  # bytes between the flips that CI tries; the slow sweep takes every bit
+STEP = 29  # bytes between the flips in CI; the slow sweep takes every bit
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a few kilobytes that has every kind of file."""
+    """A folder of a few kilobytes with every kind of file."""
     root = tmp_path_factory.mktemp("bits")
     source = pico.save("llama", root / "source", **TINY)
     (source / "LICENSE").write_text("do as you please\n")
@@ -26,8 +26,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sweep(folder: Path, bits: range, step: int) -> int:
-    """Flip each `step`-th byte's bits, one at a time, and verify. Returns how many were flipped."""
-    # What says the format, and its version, is read before the seal can be.
+    """Flip the bits of each `step`-th byte, one at a time, and verify. Returns the number of flips."""
+    # The format and its version are read before the seal can be.
     of_manifest = (IntegrityError, BadInputError, VersionError)
     flips = 0
     for path in sorted(folder.iterdir()):

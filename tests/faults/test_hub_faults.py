@@ -1,4 +1,4 @@
-"""What the Hub, the network and the disk do to a question that the client would ask only once, and how it is told."""
+"""Faults of the Hub, the network and the disk in requests that the client makes only once, and how they are told."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reshard.storage.hub.snapshot import snapshot as hub_snapshot
 
 NAME = "org/model-tp2"
 INFO = f"GET /api/models/{NAME}"
-# What a command does with the Hub of its environment, without waiting between attempts.
+# A command against the Hub of its environment, without waiting between attempts.
 AT_ONCE = """
 import shutil, sys, time
 time.sleep = lambda seconds: None
@@ -49,7 +49,7 @@ def repo(here: FakeHub, resharded: Path) -> FakeHub:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long anybody wanted to sleep, who does not."""
+    """The lengths of all sleeps, none of which is slept."""
     found: list[float] = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
@@ -57,7 +57,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def default_factory() -> Iterator[None]:
-    """The client makes its sessions by itself again afterwards."""
+    """Afterwards the client makes its own sessions again."""
     from huggingface_hub.utils import _http
 
     _http.set_client_factory(_http.default_client_factory)
@@ -66,7 +66,7 @@ def default_factory() -> Iterator[None]:
 
 
 def limited(seconds: int) -> Fault:
-    """Too many requests, as the Hub says it."""
+    """Return the Hub's reply to too many requests."""
     return lambda handler, answer: Reply({}, 429, {"RateLimit": f'"api";r=0;t={seconds}'})
 
 
@@ -107,7 +107,7 @@ def test_a_file_is_asked_for_again(cdn: bool, code: int, repo: FakeHub, resharde
 
 @pytest.mark.fault(18)
 def test_each_file_is_asked_for_again(repo: FakeHub, resharded: Path) -> None:
-    """What fails once for one file takes no attempt from another."""
+    """Failures of one file use up no attempts of another."""
     for name in contents(resharded):
         repo.fail(f"GET .*/{name}$", status(503), times=3)
     assert contents(reshard.pull(NAME)) == contents(resharded)
@@ -143,7 +143,7 @@ def test_questions_of_publish_are_asked_again(question: str, here: FakeHub, resh
 
 @pytest.mark.fault(18)
 def test_a_commit_is_not_made_again(here: FakeHub, resharded: Path, cli: Cli) -> None:
-    """Nobody knows whether the first was made."""
+    """The first commit may have been made."""
     here.create("org/out", token="hf_test")
     here.fail("POST .*/commit/", lose_answer(), times=5)
     assert_one_error(cli("publish", resharded, "org/out", "--private"), 10, "could not commit")
@@ -154,7 +154,7 @@ def test_a_commit_is_not_made_again(here: FakeHub, resharded: Path, cli: Cli) ->
 def test_a_licence_that_cannot_be_asked_for_is_no_obstacle(
     here: FakeHub, checkpoint: Callable[..., Path], tmp_path: Path, cli: Cli
 ) -> None:
-    """It is not known: the network is what is wrong."""
+    """The licence is unknown because the network fails."""
     card = b"---\nlicense: mit\n---\n"
     here.create("org/model", {**contents(checkpoint("llama")), "README.md": card})
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
@@ -169,7 +169,7 @@ def test_a_licence_that_cannot_be_asked_for_is_no_obstacle(
 def test_a_request_that_fails_gives_no_older_commit(
     repo: FakeHub, resharded: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only a Hub that stays away does, and that is told."""
+    """Only a Hub that does not answer at all gives an older commit, with a warning."""
     first = reshard.pull(NAME)
     second = repo.repos[NAME].commit({"config.json": (resharded / "config.json").read_bytes(), "new.txt": b"-"})
     repo.fail(INFO + "$", status(503), times=3)
@@ -185,7 +185,7 @@ def test_a_request_that_fails_gives_no_older_commit(
 
 
 def test_the_cache_knows_the_commit_by_its_name(repo: FakeHub, home: Path) -> None:
-    """As the client would have it, so that other programs find it too."""
+    """The name is stored as the client does, so that other programs find it too."""
     folder = reshard.pull(NAME, ranks=[0])
     assert [path.name for path in (folder.parents[1] / "refs").iterdir()] == ["main"]
     assert (folder.parents[1] / "refs" / "main").read_text() == folder.name
@@ -202,7 +202,7 @@ def test_a_refusal_gives_nothing_of_the_cache(repo: FakeHub) -> None:
 
 
 def refusal(code: int, why: str = "", message: str = "") -> Fault:
-    """As the Hub refuses: with a name for the reason, and words."""
+    """Return the Hub's reply to a refused request: a name for the reason, and words."""
     headers = {"X-Error-Code": why, "X-Error-Message": message}
     return lambda handler, answer: Reply({}, code, {name: value for name, value in headers.items() if value})
 
@@ -229,7 +229,7 @@ REFUSALS = {
 def test_a_refusal_is_not_taken_for_a_bad_connection(
     fault: Fault, words: str, hint: str, request_: str, repo: FakeHub, cli: Cli
 ) -> None:
-    """Whatever it is that is refused, and with it what helps."""
+    """The error says what is refused, and what helps."""
     repo.fail(request_, fault, times=1000)
     done = cli("inspect", NAME)
     assert_one_error(done, 10, words, hint=hint)
@@ -274,7 +274,7 @@ def test_the_note_is_one_line(
 def test_a_part_of_a_repo_is_not_taken_for_all(
     offline: bool, repo: FakeHub, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the cache is what another program wanted."""
+    """The cache holds only the files that another program wanted."""
     from huggingface_hub import hf_hub_download
 
     hf_hub_download(NAME, "config.json")
@@ -312,7 +312,7 @@ def test_a_cache_that_cannot_be_written(
     "number", ["ENOENT", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EIO", "ENOSPC", "EDQUOT", "EROFS"]
 )
 def test_what_the_disk_says(number: str) -> None:
-    """By itself, as the cause of another error, or in the words of hf_xet."""
+    """The error comes by itself, as the cause of another error, or in the words of hf_xet."""
     code = getattr(errno, number)
     bare = OSError(code, os.strerror(code), "/cache/blobs/x")
     told = f"org/model: could not be kept here: /cache/blobs/x: {os.strerror(code)}"
@@ -352,7 +352,7 @@ def test_the_same_is_not_said_twice() -> None:
 @pytest.mark.fault(18)
 @pytest.mark.usefixtures("default_factory")
 def test_patience_outlasts_the_session(here: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client closes it where it cannot connect; the next has no timeout of its own."""
+    """The client closes its session if it cannot connect; the next one has no timeout of its own."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import close_session
 
@@ -369,7 +369,7 @@ def test_patience_outlasts_the_session(here: FakeHub, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.usefixtures("default_factory")
 def test_a_session_of_the_users_stays(bare: bool, repo: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the client's own making with another header, and one that the client knows nothing of."""
+    """The session is the client's own kind with another header, or one without a timeout."""
     from huggingface_hub.utils import _http, close_session, get_session, set_client_factory
 
     kind = type(get_session())
@@ -430,7 +430,7 @@ def test_nothing_is_said_of_what_went_well(
 
 
 def test_the_log_of_the_process_is_as_it_was() -> None:
-    """Also where several threads are at it; a level that somebody has chosen stays all the time."""
+    """The level is restored after several threads too; a level that the user set stays throughout."""
     logger = logging.getLogger("huggingface_hub")
     assert logger.level == logging.WARNING
     inside, leave = threading.Event(), threading.Event()

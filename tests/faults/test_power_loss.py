@@ -1,4 +1,4 @@
-"""The power fails: `OUT` is absent or whole whatever the disk had kept, and the same command makes it."""
+"""Power loss: `OUT` is absent or whole whatever the disk kept, and the same command completes it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from power_loss import Disk, Step, Sync, Tree, put, record, states, taken
 
 import reshard
 
-OFTEN = 40  # of the states that CI looks at; the slow test takes every one
+OFTEN = 40  # number of states in CI; the slow test takes every one
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, what was at its destination before, what is to be there, and every change that it made to the disk."""
+    """A command, its destination before and after, and every change that it made to the disk."""
 
     run: Callable[[Path], object]
     before: Tree | None
@@ -60,14 +60,14 @@ def jobs(room: Path) -> Iterator[dict[str, Job]]:
 
 
 def violations(job: Job, found: Iterable[Tree], room: Path) -> Iterator[str]:
-    """What is wrong in any of these states, or when the command is run again there; None for one that is right."""
+    """Yield what is wrong in any state, or after running the command again there; nothing if all are right."""
     for state in found:
         there = state.get("out")
         if there not in (None if job.before is None else job.before, job.whole):
             yield f"OUT holds {sorted(there or ())}"
             continue
         if there == job.whole and job.before is None:
-            continue  # the command would say that it exists
+            continue  # the command would say that OUT exists
         root = room / "state"
         put(state, root)
         try:
@@ -83,7 +83,7 @@ def violations(job: Job, found: Iterable[Tree], room: Path) -> Iterator[str]:
 
 
 def count(job: Job, room: Path, often: int) -> int:
-    """Look at the states of a job. Returns how many there were."""
+    """Check the states of a job. Returns their number."""
     seen = 0
 
     def counted() -> Iterator[Tree]:
@@ -122,10 +122,10 @@ def test_done_means_on_disk(name: str, jobs: dict[str, Job]) -> None:
 @pytest.mark.fault(2)
 @pytest.mark.parametrize("name", ["convert", "overwrite", "merge"])
 def test_without_any_one_sync_there_is_a_bad_state(name: str, jobs: dict[str, Job]) -> None:
-    """That of every file and folder is needed, and the replay sees it missing."""
+    """The sync of every file and folder is needed, and the replay notices if one is missing."""
     job = jobs[name]
     syncs = [at for at, step in enumerate(job.steps) if isinstance(step, Sync)]
-    assert len(syncs) == len(job.whole) + 2  # each file, the folder, and that which it is in
+    assert len(syncs) == len(job.whole) + 2  # each file, the folder, and its parent
     for at in syncs:
         steps = job.steps[:at] + job.steps[at + 1 :]
         assert any(state.get("out") != job.whole for state in states(job.start, steps, first=len(steps))), at

@@ -1,4 +1,4 @@
-"""Two processes write to one destination: one wins and the other says so, with locks, and where locks do nothing."""
+"""Two processes write to one destination: one wins and the other says so, with locks and without."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from race_tools import LOCKS, Work, racers
 import reshard
 from reshard.errors import BusyError, DestinationExistsError
 
-RACES = 10  # that CI runs of a kind; the slow test runs 50
+RACES = 10  # races of each kind in CI; the slow test runs 50
 PAIRS = ["same work", "other work", "merge and convert"]
 
 
@@ -30,7 +30,7 @@ class Track:
     race: Any
     works: dict[str, tuple[Work, Work]]
     results: dict[Work, Tree]
-    left: Tree  # by a conversion that was interrupted
+    left: Tree  # the files of an interrupted conversion
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def run(track: Track, pair: str, locks: str, races: int) -> None:
 
 
 @pytest.mark.fault(22)
-@pytest.mark.parametrize("locks", LOCKS[:-1])  # without renameat2 folders are not exchanged in one step
+@pytest.mark.parametrize("locks", LOCKS[:-1])  # without renameat2, folders are not exchanged in one step
 def test_what_is_replaced_is_one_or_the_other(locks: str, track: Track) -> None:
-    """With --overwrite both can win, one after the other."""
+    """With --overwrite both may win, one after the other."""
     two, four = (replace(work, overwrite=True) for work in track.works["other work"])
     results = [track.results[work] for work in track.works["other work"]]
     for seed in range(RACES):

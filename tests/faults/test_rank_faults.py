@@ -1,4 +1,4 @@
-"""A rank that is killed, raises, sleeps or is stopped, in any phase of a load: it is named in one line, and all end."""
+"""A rank that is killed, raises, sleeps or is stopped, in any phase of a load: one line names it, and all ranks end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import reshard
 
 FAULTS = WORKERS / "faults.py"
 TIMEOUT = 4.0  # seconds, after imports
-PROMPTLY = 2.0  # and this long at most until all processes are gone
+PROMPTLY = 2.0  # the limit from then until all processes are gone
 AT_ONCE = 5.0
 
 BEFORE_ANY_GROUP = ("handshake", "open", "import", "build", "read", "agree")
@@ -32,7 +32,7 @@ QUICK = [
     *("1 read kill", "0 read raise", "1 read crash", "0 agree sleep", "1 agree kill torchrun"),
     *("1 mesh sleep", "0 group stop", "1 group crash", "0 group kill", "1 wrap raise", "1 wrap stop"),
 ]
-# What a rank raises of itself is caught and told; in the handshake and in `agree` that is only torch's errors.
+# The runtime catches and reports a rank's own errors; in the handshake and in `agree` only torch raises any.
 IMPOSSIBLE = [f"{rank} {phase} raise" for rank in (0, 1) for phase in ("handshake", "agree")]
 IMPOSSIBLE += [f"{rank} agree crash" for rank in (0, 1)]
 ALL = [" ".join(words) for words in itertools.product("01", PHASES, ("kill", "raise", "crash", "sleep", "stop"))]
@@ -41,7 +41,7 @@ SLOW = [fault for fault in ALL if fault not in (*QUICK, *IMPOSSIBLE)]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended. `seconds` are from the beginning of the load until all ranks were gone."""
+    """The end of a job. `seconds` run from the beginning of the load until all ranks were gone."""
 
     code: int
     out: str
@@ -50,7 +50,7 @@ class Ended:
 
 
 def running(pid: int) -> bool:
-    """Whether a process has not ended; its parent may not have taken note."""
+    """Whether a process has not ended, even if its parent has not taken note."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -93,7 +93,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def ended(
     request: pytest.FixtureRequest, folders: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Ended]]:
-    """`ended(fault)` of `reshard run`. Those of all the tests to come run two at a time: most of each is waiting."""
+    """`ended(fault)` of `reshard run`. The runs of all coming tests go two at a time: each mostly waits."""
     root = tmp_path_factory.mktemp("logs")
     calls = [getattr(item, "callspec", None) for item in request.session.items if item.module is request.module]
     faults = [call.params["fault"] for call in calls if call and "fault" in call.params]
@@ -109,7 +109,7 @@ def ended(
 
 
 def expected(rank: str, phase: str, kind: str) -> tuple[int, str, str]:
-    """Exit code, the line and the hint."""
+    """Return the exit code, the line and the hint."""
     if kind == "raise":
         return 4, f"rank {rank}: injected", "mend it"
     if kind == "kill":
@@ -130,7 +130,7 @@ def expected(rank: str, phase: str, kind: str) -> tuple[int, str, str]:
 def assert_named(fault: str, found: Ended) -> None:
     rank, phase, kind = fault.split(maxsplit=2)
     code, line, hint = expected(rank, phase, kind)
-    # A rank that was stopped while the group was made finds, for a moment, that the others have gone: gloo logs that.
+    # A rank stopped while the group was made briefly finds the others gone, and gloo logs that.
     said = re.sub(r"\[\S*gloo.*", "", found.err).splitlines()
     said = [text for text in said if text and "gloo" not in text.lower()]
     assert [text.split(": ")[0] for text in said] == ["Error", "Hint"][: 1 + bool(hint)], found
@@ -160,7 +160,7 @@ def test_one_of_four_ranks_is_stopped_under_torchrun(folders: dict[int, Path], t
     assert [line for line in found.err.splitlines() if line.startswith("Error: ")] == [
         "Error: loading: no answer from rank 0 in time"
     ]
-    assert found.err.count("Traceback") == 1  # torchrun's own
+    assert found.err.count("Traceback") == 1  # torchrun's own code
     assert set(re.findall(r"exitcode +: (-?\d+)", found.err)) <= {"9", "-15"}
     assert TIMEOUT <= found.seconds < TIMEOUT + PROMPTLY
 

@@ -22,7 +22,7 @@ from reshard.execution import executor
 from reshard.execution.journal import JOURNAL_NAME, Journal
 from reshard.files.header import TensorInfo, read_header
 
-STEP = 7  # of the sweep that CI runs; the slow one takes every call
+STEP = 7  # step of the sweep in CI; the slow one takes every call
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(origin: Path) -> dict[str, object]:
-    """The folder as an uninterrupted conversion makes it."""
+    """The folder that an uninterrupted conversion makes."""
     reshard.convert(origin, origin.with_name("whole"), tp_size=2)
     return tree(origin.with_name("whole"))
 
@@ -43,7 +43,7 @@ def unfinished(out: Path) -> list[Path]:
 
 @pytest.fixture
 def half(origin: Path, tmp_path: Path) -> Iterator[Path]:
-    """Where a conversion is to be that was interrupted after nine tensors."""
+    """The destination of a conversion that was interrupted after nine tensors."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(patch, 9)
         with pytest.raises(KeyboardInterrupt):
@@ -53,7 +53,7 @@ def half(origin: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def tensors_written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tensors that are journaled from now on."""
+    """Return a list that receives each tensor journaled from now on."""
     real, seen = Journal.add, []
 
     def add(self: Journal, file: str, tensor: str, digest: str) -> None:
@@ -87,7 +87,7 @@ def test_an_interrupted_conversion_goes_on(
 def test_the_bytes_are_the_same(
     block_bytes: int, workers: int, origin: Path, tmp_path: Path, whole: dict[str, object]
 ) -> None:
-    """For any number of threads, any size of block, and when others of both have begun."""
+    """The bytes depend on neither threads nor block size, nor on an earlier run with others of both."""
     for begun in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if begun:
@@ -104,7 +104,7 @@ def test_the_bytes_are_the_same(
 def test_what_a_journal_claims_is_checked(
     half: Path, origin: Path, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power loss can keep the line and lose the data."""
+    """After a power loss the journal's line may be there without the data."""
     [part] = unfinished(half)
     with open(part / RANK_FILES[0], "r+b") as file:
         file.seek(4096)
@@ -216,7 +216,7 @@ def test_a_full_disk_goes_on_when_there_is_room(
 
 @pytest.mark.fault(6)
 def test_nothing_is_kept_of_a_disk_that_failed(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a failed fsync the cache still shows what was written, and a second fsync would say that all is well."""
+    """After a failed fsync the cache still shows the written data, and a second fsync would report success."""
 
     def fsync(_: int) -> None:
         raise OSError(5, os.strerror(5))
@@ -249,7 +249,7 @@ def bytes_of(path: Path, info: TensorInfo) -> bytes:
 
 
 def sweep(origin: Path, root: Path, whole: dict[str, object], step: int) -> int:
-    """Kill a conversion at every `step`-th call, before it and after it, then run it again. Returns the kills."""
+    """Kill a conversion before and after every `step`-th call, then run it again. Returns the number of kills."""
     context = server()
     code, calls, everything = convert_until(context, origin, root / "whole")
     assert code == 0
@@ -258,7 +258,7 @@ def sweep(origin: Path, root: Path, whole: dict[str, object], step: int) -> int:
     for call, after in itertools.product(range(1, calls + 1, step), (False, True)):
         out = root / f"{call}-{after}"
         code, made, _ = convert_until(context, origin, out, call=call, after=after)
-        # Reading ahead makes a call or two fewer where the work overtakes it.
+        # Reading ahead makes a call or two fewer if the work overtakes it.
         assert code == KILLED or (code == 0 and made < call), (call, after, made)
         kills += code == KILLED
         if out.exists():  # all or nothing
@@ -290,7 +290,7 @@ def test_killed_at_every_call(origin: Path, tmp_path: Path, whole: dict[str, obj
 def test_at_most_one_tensor_of_a_writer_is_done_again(
     share: float, origin: Path, tmp_path: Path, whole: dict[str, object]
 ) -> None:
-    """What was written is claimed but for the tensor that the kill met, and what is claimed is not written again."""
+    """Every tensor written is claimed, but for the one that the kill met, and no claimed tensor is written again."""
     context = server()
     _, calls, everything = convert_until(context, origin, tmp_path / "whole")
     out = tmp_path / "out"

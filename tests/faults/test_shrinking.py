@@ -1,4 +1,4 @@
-"""Files that are cut short while they are read: exit code 4, nothing kept, and never the end of the process."""
+"""Files that are cut short while they are read: exit code 4, nothing kept, and no crash."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_reading_on_gives_zeros(read: Callable[[Any], object], size: int, thread
     with pytest.raises(IntegrityError, match="changed while it was being read"):
         mapped.check()
     path.write_bytes(b"\x01" * SIZE)
-    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))  # as if nothing had been: but it was read as zeros
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))  # the times are as before, but zeros were read
     with pytest.raises(IntegrityError, match="was cut short while it was being read, and put right again"):
         mapped.check()
 
@@ -164,7 +164,7 @@ def here() -> dict[str, str]:
 
 
 def after(calls: int, action: Callable[[], object]) -> Callable[..., None]:
-    """A `progress` that does something at its `calls`-th call."""
+    """A `progress` that does something at call number `calls`."""
     left = [calls]
     lock = threading.Lock()
 
@@ -177,7 +177,7 @@ def after(calls: int, action: Callable[[], object]) -> Callable[..., None]:
     return progress
 
 
-ROWS = 4096  # of 4 kB: the tensor is four blocks
+ROWS = 4096  # rows of 4 kB: the tensor is four blocks
 
 
 def straight() -> LocalTensor:
@@ -186,7 +186,7 @@ def straight() -> LocalTensor:
 
 
 def gathered(dtype: str = "float32") -> LocalTensor:
-    """The right half of every row: what a rank holds of a rowwise weight."""
+    """Return the right half of every row: a rank's part of a rowwise weight."""
     region = Region("w", 512, (1024, 1), (ROWS, 512), (0, 0))
     return LocalTensor("w", (ROWS, 512), dtype, (0, 512), (region,))
 
@@ -204,14 +204,14 @@ def test_writing(tensor: LocalTensor, workers: int, share: float, tmp_path: Path
     told = threading.Lock()
 
     def progress(size: int) -> None:
-        with told:  # until it is cut, nobody goes on to claim what was read before
+        with told:  # until the cut, no thread goes on to claim what was read before
             done.append(size)
             if len(done) == 1:
                 cut(path, share)
 
     with pytest.raises(IntegrityError, match=r"model\.safetensors: changed while it was being read"):
         write_files(tmp_path, layouts, Inputs(source), journal=journal, workers=workers, progress=progress)
-    assert sum(done) < 8 * tensor.nbytes or share > 0.9  # it ends at the next block, and not at the end of all
+    assert sum(done) < 8 * tensor.nbytes or share > 0.9  # the work ends at the next block, not at the end
     journal.close()
     assert Journal(tmp_path).claimed == {}
 
@@ -302,7 +302,7 @@ def test_merge(workers: int, root: Path) -> None:
 @pytest.mark.parametrize("share", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("digested", [True, False], ids=["digested before", "not digested"])
 def test_convert_while_it_plans(digested: bool, share: float, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that reads ahead uses read(2), which says nothing of the end coming early."""
+    """The thread that reads ahead uses read(2), which does not report an early end."""
     real = planning.read_model
 
     def read_model(*arguments: Any, **options: Any) -> Any:
@@ -341,8 +341,8 @@ READS = {"convert": "source", "merge": "out", "verify": "out", "against": "sourc
 
 
 def _job(arguments: list[str], folder: Path) -> None:
-    """The command line in a process that has its libraries imported. A nap at each write, or digest of what is
-    verified, makes it long enough; the first one leaves `begun` behind."""
+    """Run the command line in a process with its libraries imported. A nap at each write, or digest in a verify,
+    makes it long enough; the first one leaves `begun` behind."""
     import reshard.cli.main
     import reshard.execution.executor
     import reshard.resharded.rank_file
@@ -365,7 +365,7 @@ def _job(arguments: list[str], folder: Path) -> None:
 
 
 def started(context: Any, arguments: list[str], root: Path) -> Any:
-    """The job, from the moment that it reads data."""
+    """Start the job, and return once it reads data."""
     (root / "begun").unlink(missing_ok=True)
     process = context.Process(target=_job, args=(arguments, root))
     process.start()
@@ -375,7 +375,7 @@ def started(context: Any, arguments: list[str], root: Path) -> Any:
 
 
 def sweep(command: str, rounds: int, pristine: Path, root: Path) -> dict[int, int]:
-    """Cut some file that the command reads, at some moment after it began. Returns how often each code came."""
+    """Cut some file that the command reads, at some moment after its begin. Returns how often each code came."""
     arguments, new, context = COMMANDS[command], root / "new", server()
     inputs = sorted(path for read in {*arguments} & {*READS} for path in (root / READS[read]).glob("*.safetensors"))
     process = started(context, arguments, root)
@@ -399,7 +399,7 @@ def sweep(command: str, rounds: int, pristine: Path, root: Path) -> dict[int, in
             assert_one_error(Result(process.exitcode, "", said), 3 if late else 4, path.name)
             assert late or "changed while it was being read" in said or "bytes, got" in said
             assert sorted(os.listdir(root)) == ["begun", "out", "said", "source"]
-        else:  # it was done with the file
+        else:  # the file was no longer needed
             assert tree(new) == whole
         shutil.copyfile(pristine / path.relative_to(root), path)
     return codes

@@ -1,4 +1,4 @@
-"""An object store that fails, changes, or holds what it should not: said in one line, and nothing half-done."""
+"""An object store that fails, changes, or has wrong contents: one line says so, and nothing is left half-done."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_folder_that_changes_is_not_mixed(store: ObjectStore, stored_source: s
 
 @pytest.mark.fault(15)
 def test_small_files_and_weights_are_of_one_version(store: ObjectStore, stored_source: str, out: Path) -> None:
-    """The weights change once the small files have been fetched, before headers are read."""
+    """The weights change after the small files are fetched and before headers are read."""
     name, changed = "model-00001-of-00003.safetensors", []
 
     def change(call: Call) -> None:
@@ -83,7 +83,7 @@ def test_a_file_that_changes_while_it_is_fetched(store: ObjectStore, stored_sour
 def test_work_on_another_version_is_not_gone_on_with(
     store: ObjectStore, stored_source: str, out: Path, tmp_path: Path, checkpoint: Checkpoint
 ) -> None:
-    """Same names, sizes and headers, but other values."""
+    """The new version has the same names, sizes and headers, but other values."""
     files = contents(checkpoint("llama"))
     last = "model-00003-of-00003.safetensors"
     store.fault = lambda call: (
@@ -201,7 +201,7 @@ def test_refusals(
 def test_a_store_that_takes_nothing(
     store: ObjectStore, source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said before any work, and nothing of it stays."""
+    """The error comes before any work, and nothing of it stays."""
     store.fault = lambda call: denied(call) if call.method == "PUT" else None
     monkeypatch.setattr(reshard.operations.convert, "open_origin", None)
     assert_one_error(cli("convert", source, "s3://bucket/out", "-tp", 2), 10, "may not write", hint="credentials")
@@ -210,7 +210,7 @@ def test_a_store_that_takes_nothing(
 
 
 def test_a_store_that_removes_nothing(store: ObjectStore, checkpoint: Checkpoint, resharded: Path, out: Path) -> None:
-    """What it was tried out with stays, and is in nobody's way."""
+    """The object that tries the store stays, and does no harm."""
     store.fault = lambda call: denied(call) if call.method == "DELETE" else None
     for _ in range(2):
         with pytest.raises(BadInputError, match="no such folder"):
@@ -280,7 +280,7 @@ def test_nothing_there_is_replaced(store: ObjectStore, stored_source: str, resha
 
 @pytest.mark.fault(22)
 def test_another_run_was_first(store: ObjectStore, stored_source: str, checkpoint: Checkpoint) -> None:
-    """With other bytes: nothing of it is replaced, and no manifest says that what there is belongs together."""
+    """Another run's different bytes are not replaced, and no manifest says that the files belong together."""
 
     def meanwhile(call: Call) -> None:
         if call.method == "PUT" and call.path.endswith(RANK_FILES[1]) and RANK_FILES[1] not in store.objects("out"):
@@ -302,8 +302,8 @@ def sent_to(store: ObjectStore) -> set[str]:
 def test_killed_while_sending(
     store: ObjectStore, checkpoint: Checkpoint, resharded: Path, tmp_path: Path, at: int
 ) -> None:
-    """At the request number `at` that sends something, the first of which tries it out before any work. The next run
-    sends what is missing, and only that."""
+    """The kill comes at sending request number `at`; request 0 tries the store before any work. The next run sends only
+    what is missing."""
     sending: list[subprocess.Popen[bytes]] = []
 
     def kill(call: Call) -> None:
@@ -327,10 +327,10 @@ def test_killed_while_sending(
     store.fault = None
     before = store.objects("out")
     assert bool(kept(tmp_path)) == (at > 0)
-    if MANIFEST in before:  # it was sent already
+    if MANIFEST in before:  # the manifest was sent already
         assert before == contents(resharded)
         return
-    under_way = sent_to(store)  # what was asked of the store before the kill can be there a moment later
+    under_way = sent_to(store)  # requests made before the kill may take effect a moment later
     store.log.clear()
     reshard.convert(checkpoint("llama"), "s3://bucket/out", tp_size=2)
     assert store.objects("out") == contents(resharded)

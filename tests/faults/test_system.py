@@ -1,4 +1,4 @@
-"""An error of the operating system is storage's (5), with what can be done, and never says that bytes are wrong."""
+"""An error of the operating system is a storage error (5) with a way out, and never says that bytes are wrong."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from runtime.distributed.agreement import words_of
 SYSTEM = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOLCK]
 PATH = [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG]
 
-# What reads a file, and what it makes of one that is not there.
+# Functions that read a file, and the error of each for a missing one.
 READERS: dict[str, tuple[Callable[[Path], object], type[ReshardError]]] = {
     "vetted_path": (lambda path: vetted_path(path.parent, path.name, what="file"), BadInputError),
     "read_json": (read_json, BadInputError),
@@ -57,7 +57,7 @@ def failing(code: int) -> Callable[..., Any]:
 
 @pytest.fixture
 def no_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`no_files(code)`: from now on, no file can be opened or asked for."""
+    """`no_files(code)`: from now on, every open or stat of a file fails."""
 
     def start(code: int) -> None:
         import builtins
@@ -101,7 +101,7 @@ def test_what_can_be_done(code: int, hint: str) -> None:
 
 
 def test_what_another_library_makes_of_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers says that the configuration is bad when it only could not be opened."""
+    """transformers says that the configuration is bad if it could not open it."""
     import transformers
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -135,7 +135,7 @@ def test_one_that_nobody_expected(cli: Cli, source: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.fault(30)
 def test_really_too_many_open_files(resharded: Path) -> None:
-    """Every reading command, with no descriptor left once it is under way."""
+    """Every reading command runs out of descriptors once it is under way."""
     code = """
 import os, resource, sys
 from pathlib import Path
@@ -174,7 +174,7 @@ for call in calls:
 
 @pytest.mark.fault(15)
 def test_a_disk_that_fails_under_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same signal as for a file cut short; then a system call is asked."""
+    """The signal is the same as for a file cut short; a system call then tells them apart."""
     path = tmp_path / "file"
     path.write_bytes(b"x" * 9999)
     status = path.stat()
@@ -196,7 +196,7 @@ def test_a_disk_that_fails_under_a_mapping(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_no_room_for_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mmap(2) refuses what its limits do not let it map."""
+    """mmap(2) refuses to map beyond its limits."""
     (tmp_path / "file").write_bytes(b"x")
     real = mapping.mapped
     monkeypatch.setattr(mapping, "mapped", lambda fd, _: real(fd, 1 << 47))
@@ -213,7 +213,7 @@ def test_what_is_written_is_lost_with_a_disk_alone(code: int, tmp_path: Path) ->
 
 
 def test_a_file_that_may_not_be_read_is_kept(resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a pull finds damage it removes the file, to fetch it again. This is none."""
+    """A pull removes a damaged file to fetch it again, but an unreadable file is not damaged."""
     from reshard.resharded.rank_file import check_file
 
     record = reshard.inspect(resharded).rank_files[0]
@@ -223,7 +223,7 @@ def test_a_file_that_may_not_be_read_is_kept(resharded: Path, tmp_path: Path, mo
 
 
 def test_reading_what_is_there(tmp_path: Path) -> None:
-    """So that the refusals above mean something."""
+    """The readers work, so the refusals above mean something."""
     source = make_source(tmp_path / "source", {"w": torch.ones(4)})
     assert open_source(source.root).tensors.keys() == {"w"}
     assert read_header(source.files[0].path, file="x").tensors
