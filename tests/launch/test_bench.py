@@ -1,4 +1,4 @@
-"""`bench`: what it measures of two degrees, how it is summed up and drawn, and what it refuses."""
+"""`bench`: its measurements at two TP sizes, its summary and drawing, and its refusals."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> N
     assert list(series)[:2] == ["reshard tp 1", "reshard tp 2"]
     for name, one in series.items():
         assert (one["model"], one["dtype"], one["device"], one["threads"]) == ("LlamaForCausalLM", "float32", "cpu", 1)
-        assert one["length"] == 62  # of 64 positions
+        assert one["length"] == 62  # of the model's 64 positions
         assert 0 < one["load"] < one["first_token"] < 120
         assert 50 << 20 < one["memory"] < 4 << 30
         assert [point["batch"] for point in one["points"]] == [1, 2]
@@ -91,7 +91,7 @@ def test_two_degrees_another_engine_and_a_chart(root: Path, tmp_path: Path) -> N
     picture = plot.read_text()
     assert "<svg" in picture
     for words in (*series, "batch size", "speed-up over one rank"):
-        assert f"<!-- {words} -->" in picture  # matplotlib notes the text that it draws
+        assert f"<!-- {words} -->" in picture  # matplotlib writes each text into a comment
 
 
 def test_one_folder_under_torchrun(root: Path) -> None:
@@ -101,7 +101,7 @@ def test_one_folder_under_torchrun(root: Path) -> None:
     assert "reshard tp 2" in done.stdout
     assert "prompts of 8 tokens" in done.stdout
     assert "tokens/s  " in done.stdout
-    assert done.stdout.count("MiB") == 1  # one rank speaks
+    assert done.stdout.count("MiB") == 1  # only one rank prints
 
 
 @pytest.mark.slow

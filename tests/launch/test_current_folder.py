@@ -1,4 +1,4 @@
-"""Nothing of the current folder is ever run, by any process that the tool starts; and whose `runtime` a rank runs."""
+"""No process that the tool starts runs anything from the current folder; and whose `runtime` a rank runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import reshard
 from reshard.launch import current_folder
 
 BIN = Path(sys.executable).parent
-# What Python, the tool or a library of it would import, or run at its start.
+# Modules that Python, the tool or one of its libraries would import, or run at its start.
 NAMES = ["runtime", "reshard", "torch", "transformers", "tokenizers", "click", "xxhash", "numpy", "nothing_at_all"]
 CUSTOM = ["sitecustomize", "usercustomize"]
 RECORD = "import os\nwith open({path!r}, 'a') as file:\n    file.write({name!r} + f' {{os.getpid()}}\\n')\n"
-# Run on every rank: what a library there starts with `python -m` finds no module in the current folder either.
+# Run on every rank: a library's own `python -m` finds no module in the current folder either.
 STYLES = """
 import os, subprocess, sys
 from reshard.strategies import ALL_PARALLEL_STYLES, ColwiseParallel
@@ -36,7 +36,7 @@ TORCHRUN = [str(BIN / "torchrun"), "--no-python", "--standalone", "--nproc-per-n
 
 
 class Trap:
-    """A folder full of modules that tell that they were run."""
+    """A folder full of modules that record that they were run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "trap"
@@ -48,7 +48,7 @@ class Trap:
             (self.folder / f"{name}.py").write_text(RECORD.format(path=str(self.log), name=name))
 
     def run(self, *command: object, **variables: str) -> tuple[subprocess.CompletedProcess[str], int]:
-        """What a command does in the folder, and its process id."""
+        """Run a command in the folder; return its result and its process id."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         environment |= {"OMP_NUM_THREADS": "1", "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]), **variables}
         with subprocess.Popen(
@@ -78,7 +78,7 @@ def styles(tmp_path: Path) -> Path:
 
 
 def test_no_rank_runs_what_lies_there(trap: Trap, styles: Path, resharded: Path) -> None:
-    """Neither the launcher nor its ranks, nor what they start. That there is no tokenizer is the last to be found."""
+    """The launcher, its ranks and their processes do not run it. The missing tokenizer is the last thing found."""
     trap.set([*NAMES, *CUSTOM])
     done, _ = trap.run(BIN / "reshard", "run", resharded, "--prompt", "x", "--strategies", styles)
     assert "holds no tokenizer" in done.stderr
@@ -96,7 +96,7 @@ def test_nor_under_torchrun(trap: Trap, styles: Path, resharded: Path, checkpoin
 
 @pytest.mark.parametrize("entry", ["", "."])
 def test_an_entry_of_the_path_that_means_it(entry: str, trap: Trap, styles: Path, resharded: Path) -> None:
-    """What Python itself runs at its start cannot be helped: in the process that was started so, and in no other."""
+    """Python's own start-up may run files there, in the process started that way and in no other."""
     trap.set([*CUSTOM, "runtime", "torch", "transformers", "numpy", "nothing_at_all"])
     path = os.pathsep.join([entry, "/somewhere/else"])
     command = ["run", resharded, "--prompt", "x", "--strategies", styles]
@@ -116,7 +116,7 @@ def test_python_that_was_told_to_look_there(start: list[str], trap: Trap, checkp
 
 
 def test_a_runtime_of_somebody_else_is_named(trap: Trap, resharded: Path) -> None:
-    """One that Python is told to find first: by the launcher before it starts a rank; of several ranks, by one."""
+    """Python is told to find it first. The launcher names it before it starts a rank; of several ranks, one does."""
     trap.set(["runtime"])
     stranger = f"Error: {trap.folder / 'runtime.py'}: Python takes it for `runtime`, which is a package of reshard"
     hint = "Hint: rename it, or take its folder out of PYTHONPATH"
@@ -136,7 +136,7 @@ def test_a_runtime_of_somebody_else_is_named(trap: Trap, resharded: Path) -> Non
         ("", "/elsewhere", None),
         (":", "/elsewhere", None),
         (":/a:.:b:/c:", "/elsewhere", "/a:/c"),
-        ("/a", "{home}", "/a:{home}"),  # reshard itself is there, and not installed
+        ("/a", "{home}", "/a:{home}"),  # the folder of reshard, as it is not installed
         ("/a:{home}", "{home}", "/a:{home}"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
 
 
 def started(path: Path) -> Iterator[list[str]]:
-    """The words that a file gives to `sys.executable`: behind it in a list or a call, or to what was given it."""
+    """Yield the words that a file passes after `sys.executable`, in a list, a call or a partial call."""
     for node in ast.walk(ast.parse(path.read_text())):
         words: list[ast.expr] = []
         if isinstance(node, ast.List):
@@ -175,7 +175,7 @@ def started(path: Path) -> Iterator[list[str]]:
 
 
 def test_every_python_that_we_start_is_told() -> None:
-    """Here and in the scripts: `-P` is the first that it is given, but where that is a file, whose folder is meant."""
+    """`-P` comes first, here and in the scripts, unless Python runs a file, whose folder is meant to be found."""
     files = [path for folder in ("reshard", "runtime", "scripts") for path in (ROOT / folder).rglob("*.py")]
     starts = [(path.name, words) for path in files for words in started(path)]
     assert {"agent.py", "environment.py", "bench_common.py", "device_check.py"} <= {name for name, _ in starts}

@@ -1,4 +1,4 @@
-"""`reshard run`, `check` and `bench` until a rank starts: options, what is looked at before, what ranks are told."""
+"""`reshard run`, `check` and `bench` until a rank starts: options, checks beforehand, and the ranks' arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Started = list[tuple[list[str], int]]
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
-    """The ranks that would have been started: their words, and how many they are. All end with 4."""
+    """The words and the number of the ranks that would have been started. Every launch returns 4."""
     found: Started = []
 
     def launch(words: list[str], processes: int) -> int:
@@ -47,7 +47,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 
 @pytest.fixture
 def files(tmp_path: Path, resharded: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: `tp2` is a resharded one; `damaged` has lost a rank file."""
+    """The current folder: `tp2` is a resharded folder; `damaged` lacks a rank file."""
     (tmp_path / "tp2").symlink_to(resharded)
     shutil.copytree(resharded, tmp_path / "damaged")
     (tmp_path / "damaged" / RANK_FILES[1]).unlink()
@@ -196,7 +196,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_check_says_what_the_ranks_say(folder: Path, checkpoint: Callable[..., Path]) -> None:
-    """One line, the rank's exit code, nothing of torchrun's; `-v` behind the command shows where it was raised."""
+    """One error line, the rank's exit code, and nothing of torchrun's; `-v` after the command adds the traceback."""
     done = run("check", folder, "--reference", checkpoint("llama"), "--format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["ok"] is True
@@ -234,7 +234,7 @@ def test_completion_of_a_folder(name: str) -> None:
 
 
 def test_completion_in_a_shell() -> None:
-    """As the page of the commands has it switched on: by the console script's own name, and without torch."""
+    """Completion works as the commands' page says: by the console script's name, and without torch."""
     script = Path(sys.executable).parent / "reshard"
     asked = {"_RESHARD_COMPLETE": "bash_complete", "COMP_WORDS": "reshard run out --sd", "COMP_CWORD": "3"}
     done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60)
@@ -247,7 +247,7 @@ def test_completion_in_a_shell() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows by /proc what a process has imported")
 def test_an_interrupted_rank_leaves_the_words_to_its_launcher(tmp_path: Path) -> None:
-    """Also while it imports: once a traceback of each rank stood before the line."""
+    """The rank prints nothing, even while it imports: once each rank's traceback stood before the line."""
     command = [sys.executable, "-P", "-m", "reshard.launch.rank", "generate", str(tmp_path), "--prompt", "Once"]
     ranked = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
     with subprocess.Popen(command, env=ranked, stderr=subprocess.PIPE, text=True) as rank:
