@@ -30,7 +30,7 @@ PUBLIC: dict[str, Callable[..., Any]] = {
     **{name: getattr(reshard, name) for name in ("plan", "convert", "inspect", "verify", "merge", "publish", "pull")},
     "load": runtime.load,
 }
-# What makes each call complete but for the argument in question.
+# The rest of each call, apart from the argument in question.
 GIVEN: dict[str, dict[str, Any]] = {
     "plan": {"source": "/nowhere/at/all", "tp_size": 2},
     "convert": {"source": "/nowhere/at/all", "out": "/nowhere/out", "tp_size": 2},
@@ -195,7 +195,7 @@ def test_an_error_survives_another_process() -> None:
     error = pickle.loads(pickle.dumps(reshard.StorageError("disk: full", hint="make room")))
     assert (type(error), str(error), error.exit_code) == (reshard.StorageError, "disk: full\nHint: make room", 5)
     assert str(reshard.StorageError("disk: full")) == "disk: full"
-    assert printable(error) == "disk: full"  # told inside another one
+    assert printable(error) == "disk: full"  # as part of another error
 
 
 def test_plans_and_manifests_are_short_to_look_at(source: Path, folder: Path, cli: Cli) -> None:

@@ -1,4 +1,4 @@
-"""The model card: valid, in our own words, and with commands that do what it says."""
+"""The model card: valid, in our own words, and with commands that work as it says."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNKNOWN = Terms(None, "it is not known", False, {})
 
 @pytest.fixture(scope="module")
 def manifests(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
-    """Of two degrees, as if made from `org/model`."""
+    """Manifests for two and four ranks, as if made from `org/model`."""
     root = tmp_path_factory.mktemp("card")
     found = {}
     for size in (2, 4):
@@ -107,7 +107,7 @@ def test_nothing_of_a_manifest_is_markup(manifests: dict[str, Manifest]) -> None
 def test_the_hub_checks_it(here: FakeHub, manifests: dict[str, Manifest], resharded: Path) -> None:
     import huggingface_hub
 
-    if huggingface_hub.__version__ >= "2":  # until then it asks huggingface.co, whatever the endpoint
+    if huggingface_hub.__version__ >= "2":  # older clients ask huggingface.co, whatever the endpoint
         huggingface_hub.ModelCard(render("me/two", manifests, OPEN)).validate()
         assert here.count("POST /api/validate-yaml") == 1
     with pytest.raises(BadInputError, match="does not take its card"):
@@ -121,7 +121,7 @@ def test_the_hub_checks_it(here: FakeHub, manifests: dict[str, Manifest], reshar
 def test_its_commands(
     here: FakeHub, resharded: Path, checkpoint: Callable[..., Path], out: Path, cli: Callable[..., Result]
 ) -> None:
-    """`pull` and `merge` as they stand there; the others are on our own pages too."""
+    """`pull` and `merge` run as the card has them; the others are on our own pages too."""
     reshard.publish(resharded, "me/two/tp2", private=True)
     card = here.repos["me/two"].files["README.md"].decode()
     generate, pull, merge = re.findall(r"^reshard .*$", card, re.M)

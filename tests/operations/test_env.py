@@ -1,4 +1,4 @@
-"""`reshard env`: what an issue should tell, without secrets, and without failing where something is broken."""
+"""`reshard env`: what an issue should tell, without secrets, and without failing if something is broken."""
 
 from __future__ import annotations
 

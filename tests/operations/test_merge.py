@@ -1,4 +1,4 @@
-"""`merge` gives back the source files byte for byte, whatever was done to their tensors in between."""
+"""`merge` restores the source files byte for byte, whatever was done to their tensors in between."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reshard.strategies.symbolic import RegionTensor
 @settings(max_examples=400, deadline=None)
 @given(programs())
 def test_every_element_goes_back_where_it_came_from(program: tuple[tuple[int, ...], list]) -> None:
-    """Against torch: what a program of views and copies made of a tensor is put back, and nothing else is touched."""
+    """Against torch: the elements that views and copies took from a tensor are put back, and no others are touched."""
     shape, steps = program
     source = torch.arange(torch.Size(shape).numel()).reshape(shape)
     made, symbolic = source, RegionTensor.of_source("source", shape, torch.int64)
@@ -52,7 +52,7 @@ def test_every_element_goes_back_where_it_came_from(program: tuple[tuple[int, ..
         ((8, 3), (8, 3), (8, 3)),
         ((8, 3), (2, 4, 3), (2, 4, 3)),
         ((8, 3), (24,), (8, 3)),
-        ((3, 4), (2, 6), (3, 4)),  # its dims cross those of the tensor
+        ((3, 4), (2, 6), (3, 4)),  # its dims do not line up with the tensor's
         ((), (), (1,)),
         ((0, 4), (0, 4), (0,)),
     ],
@@ -63,7 +63,7 @@ def test_refined_shape(shape: tuple[int, ...], seen: tuple[int, ...], refined: t
 
 
 def test_a_whole_dim_is_one_region_however_it_was_seen() -> None:
-    """Rows of a flattened tensor, cut in the middle of none of them, come back as one box."""
+    """Adjacent whole rows of a flattened tensor come back as one box."""
     region = Region("source", 12, (1,), (24,), (0,))
     [back] = invert(region, "held", (24,), (6, 2, 6))
     assert (back.target_start, back.extent) == ((1, 0, 0), (2, 2, 6))
@@ -127,7 +127,7 @@ def open_with_transformers(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3"])
 def test_a_standard_checkpoint_of_what_was_cast_and_dropped(family: str, tmp_path: Path) -> None:
-    """It is what transformers makes of the source in that dtype, without the tensors that it does not use."""
+    """The checkpoint is transformers' copy of the source in that dtype, without the tensors that it does not use."""
     source = pico.save(family, tmp_path / "source")
     add(source, {"unknown.weight": torch.zeros(2)})
     reshard.convert(source, tmp_path / "out", tp_size=2, dtype="bfloat16", drop_unused=True)
@@ -180,7 +180,7 @@ def test_one_file_of_another_name_has_an_index(tmp_path: Path) -> None:
 
 
 def test_tied_weights_that_are_cut_differently(tmp_path: Path) -> None:
-    """The one is whole on every rank, the other is cut: each element is taken once all the same."""
+    """One tied weight is replicated and the other is cut; each element is still taken once."""
     source = pico.save("llama", tmp_path / "source", tie_word_embeddings=True)
     plan = {"extends": "auto", "model.embed_tokens": "replicate"}
     made = reshard.convert(source, tmp_path / "out", tp_size=2, tp_plan=plan)
@@ -222,7 +222,7 @@ def test_a_shorter_rank_file_and_a_place_that_is_taken(resharded_llama: Path, tm
 
 
 def rewrite(folder: Path, old: str, new: str) -> None:
-    """Change a manifest's text, and seal it again."""
+    """Change a manifest's text and seal it again."""
     text = (folder / "reshard.json").read_text()
     assert old in text
     content = json.loads(text.replace(old, new))

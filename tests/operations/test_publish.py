@@ -1,4 +1,4 @@
-"""`reshard publish`, through the real client against the stand-in: one commit, or nothing that can be seen."""
+"""`reshard publish`, through the real client against the stand-in: one commit, or nothing visible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def published(hub: FakeHub, name: str = NAME, branch: str = "main") -> dict[str, bytes]:
-    """What a branch holds besides what the Hub puts there, and the card."""
+    """Return the files of a branch, without the card and the Hub's own file."""
     repo = hub.repos[name]
     tree = repo.commits[repo.revisions[branch]]
     return {path: data for path, data in tree.items() if path not in (".gitattributes", "README.md")}
@@ -45,7 +45,7 @@ def degrees(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def of_hub(resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A resharded folder whose manifest says that it comes from `org/model`."""
+    """A resharded folder whose manifest names `org/model` as its source."""
     folder = tmp_path / "of-hub"
     folder.mkdir()
     for path in resharded.iterdir():
@@ -64,12 +64,12 @@ def test_one_commit_that_holds_everything(here: FakeHub, of_hub: Path) -> None:
     done = reshard.publish(of_hub, NAME)
     repo = here.repos[NAME]
     assert published(here) == contents(of_hub)
-    assert len(repo.commits) == 2  # the Hub's own, and ours
+    assert len(repo.commits) == 2  # the Hub's first commit, and ours
     assert done.commit == repo.revisions["main"]
     assert (done.private, done.licence, done.card) == (False, "apache-2.0", True)
     assert done.size == sum(map(len, published(here).values())) + len(repo.files["README.md"])
     assert done.files == len(published(here)) + 1
-    assert here.count(PUT) == 2  # the ranks' files
+    assert here.count(PUT) == 2  # the rank files
     assert b"license: apache-2.0\n" in repo.files["README.md"]
     assert b"Secret upstream words" not in repo.files["README.md"]
 
@@ -117,7 +117,7 @@ def test_several_degrees_in_one_repo(here: FakeHub, degrees: dict[int, Path]) ->
 
 
 def test_another_degree_in_the_same_place(here: FakeHub, degrees: dict[int, Path]) -> None:
-    """What the earlier one has left goes in the same commit."""
+    """One commit writes the new files and deletes the earlier ones."""
     reshard.publish(degrees[4], NAME, private=True)
     done = reshard.publish(degrees[2], NAME, private=True)
     assert set(done.deleted) == set(contents(degrees[4])) - set(contents(degrees[2]))
@@ -140,7 +140,7 @@ def test_other_weights_stay(here: FakeHub, degrees: dict[int, Path]) -> None:
 def test_a_page_by_hand_that_says_another_licence(
     stated: str | None, here: FakeHub, checkpoint: Callable[..., Path], tmp_path: Path, cli: Cli
 ) -> None:
-    """It stays, so what is said here would be shown nowhere."""
+    """The page stays, so a licence given here would be shown nowhere."""
     folder = tmp_path / "out"
     here.create("org/source", {**contents(checkpoint("llama")), **card_of("license: mit\n")})
     reshard.convert("org/source" if stated is None else checkpoint("llama"), folder, tp_size=2)
@@ -205,7 +205,7 @@ def test_dry_run(here: FakeHub, resharded: Path, cli: Cli) -> None:
 def test_what_takes_your_word(
     card: dict[str, bytes] | None, gated: bool, private: bool, why: str, here: FakeHub, of_hub: Path
 ) -> None:
-    """Openly only with the licence's name; privately without."""
+    """Publishing openly needs the licence's name; publishing privately does not."""
     if card is not None:
         here.create("org/model", card, gated=gated, token="hf_test" if gated or private else None)
     with pytest.raises(PolicyError, match=why) as refused:
@@ -299,7 +299,7 @@ def test_the_repo_moves_meanwhile(here: FakeHub, resharded: Path, monkeypatch: p
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("request_", [PUT, "POST .*objects/batch", "POST .*preupload", COMMIT])
 def test_interrupted_anywhere(request_: str, here: FakeHub, resharded: Path) -> None:
-    """The Hub is gone from some request on: nothing can be seen of what was sent, and it is not sent again."""
+    """The Hub fails from some request on: nothing that was sent is visible, and it is not sent again."""
     repo = here.create(NAME)
     here.fail(request_, status(503), times=20)
     with pytest.raises(NetworkError, match="too busy"):
@@ -316,7 +316,7 @@ def test_interrupted_anywhere(request_: str, here: FakeHub, resharded: Path) -> 
 
 @pytest.mark.fault(26)
 def test_the_answer_to_the_commit_is_lost(here: FakeHub, resharded: Path) -> None:
-    """Whether it was made cannot be known; the next run finds it made, and makes no other."""
+    """The client cannot know whether the commit was made; the next run finds it, and makes no other."""
     repo = here.create(NAME)
     here.fail(COMMIT, lose_answer())
     with pytest.raises(NetworkError, match="could not commit"):
@@ -347,7 +347,7 @@ def test_a_hub_that_says_nothing(here: FakeHub, resharded: Path) -> None:
 
 @pytest.mark.fault(26)
 def test_what_the_hub_then_holds_is_compared(here: FakeHub, resharded: Path) -> None:
-    """The commit holds another file of the same size."""
+    """After the commit, the Hub holds another file of the same size."""
 
     def commit_something_else(_: Handler, answer: Callable[[], Reply]) -> Reply:
         reply = answer()
@@ -360,7 +360,7 @@ def test_what_the_hub_then_holds_is_compared(here: FakeHub, resharded: Path) -> 
 
 
 def test_through_xet(home: Path, tmp_path: Path, resharded: Path) -> None:
-    """As on the Hub today: chunks into a content-addressed store, here a folder; what is stored is not stored again."""
+    """Uploads work as on the Hub today: chunks go to a content-addressed store, here a folder, and each only once."""
     cas = tmp_path / "cas"
     cas.mkdir()
     with FakeHub(cas=cas) as hub:
@@ -393,7 +393,7 @@ def test_through_xet(home: Path, tmp_path: Path, resharded: Path) -> None:
 
 @pytest.mark.fault(26)
 def test_ctrl_c_while_uploading(hub: FakeHub, home: Path, resharded: Path) -> None:
-    hub.fail(PUT, stall(seconds=5), times=2)  # the client waits for uploads under way
+    hub.fail(PUT, stall(seconds=5), times=2)  # the client waits for running uploads
     command = [sys.executable, "-m", "reshard", "publish", str(resharded), NAME, "--private"]
     process = subprocess.Popen(
         command, env=hub.environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Publications beside others, and beside files that are none: one card, one licence, and nothing is lost."""
+"""Publications beside each other and beside other files: one card, one licence, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from reshard.errors import BadInputError, DestinationExistsError, PolicyError
 
 @pytest.fixture
 def other(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    """Of another source, on two ranks."""
+    """A folder made from another source, on two ranks."""
     reshard.convert(checkpoint("phi3"), tmp_path / "other", tp_size=2)
     return tmp_path / "other"
 
 
 @pytest.fixture
 def wider(resharded: Path, tmp_path: Path) -> Path:
-    """Of the source of `resharded`, on four ranks."""
+    """A folder made from `resharded`, on four ranks."""
     reshard.convert(resharded, tmp_path / "wider", tp_size=4)
     return tmp_path / "wider"
 
@@ -35,7 +35,7 @@ def front_matter(hub: FakeHub, name: str = "org/model") -> dict[str, object]:
 
 
 def of_hub(folder: Path, repo_id: str) -> None:
-    """Let its manifest say that it comes from there."""
+    """Name this repo as the source in a folder's manifest."""
     manifest = dataclasses.replace(reshard.inspect(folder), repo_id=repo_id, commit="0" * 40)
     (folder / "reshard.json").write_bytes(manifest.to_bytes())
 
@@ -52,7 +52,7 @@ def test_a_later_degree_keeps_the_licence(here: FakeHub, resharded: Path, wider:
 
 
 def test_what_belongs_to_a_licence_is_kept_with_it(here: FakeHub, resharded: Path, wider: Path) -> None:
-    """The source says it once, and cannot be asked the next time."""
+    """The source states the licence at first, and cannot be asked the next time."""
     says = b"---\nlicense: other\nlicense_name: tongyi\nlicense_link: LICENSE\npipeline_tag: text-to-image\n---\n"
     here.create("org/source", {"README.md": says})
     of_hub(wider, "org/source")
@@ -72,7 +72,7 @@ def test_a_word_about_the_same_source_is_the_last_one(here: FakeHub, resharded: 
 
 @pytest.mark.parametrize("licence", [None, "apache-2.0"])
 def test_other_sources_under_another_licence(licence: str | None, here: FakeHub, resharded: Path, other: Path) -> None:
-    """One card would say of one of them what is not so."""
+    """One card would state a wrong licence for one of the sources."""
     reshard.publish(resharded, "org/model/tp2", licence="mit", private=True)
     commits = len(here.repos["org/model"].commits)
     with pytest.raises(PolicyError, match="states the licence mit for models of other sources") as refused:
@@ -111,7 +111,7 @@ def test_other_weights(name: str, dry_run: bool, here: FakeHub, resharded: Path)
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("path", ["", "tp2/"])
 def test_other_files_are_not_replaced(path: str, dry_run: bool, here: FakeHub, resharded: Path) -> None:
-    """But for those that are the same, and those of an earlier publication."""
+    """Equal files and those of an earlier publication may stay or be replaced."""
     files = contents(resharded)
     same, another = f"{path}generation_config.json", f"{path}config.json"
     repo = here.create("org/model", {same: files["generation_config.json"], another: b"{}"}, token="hf_test")

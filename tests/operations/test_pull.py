@@ -1,4 +1,4 @@
-"""`reshard pull`, through the real client against the stand-in: the right bytes of one commit, or none are kept."""
+"""`reshard pull`, through the real client against the stand-in: the right bytes of one commit, or nothing is kept."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ GET = f"GET .*/{SECOND}"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder; a Hub's cache holds links, and `.cache` is the client's."""
+    """Return the files of a folder; a Hub's cache holds links, and `.cache` is the client's."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def expected(out: Path, *ranks: int) -> dict[str, bytes]:
-    """What a pull of some ranks must give."""
+    """Return the files that a pull of some ranks must give."""
     others = {name for rank, name in enumerate(RANK_FILES) if rank not in ranks} | {"unused.safetensors"}
     return {name: data for name, data in contents(out).items() if name not in others}
 
 
 def kept(home: Path) -> list[bytes]:
-    """Every file below the cache."""
+    """Return the bytes of every file below the cache."""
     return [path.read_bytes() for path in home.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
 def repo(here: FakeHub, resharded: Path) -> FakeHub:
-    """The Hub, with a resharded repo that holds a page and a stranger's file too."""
+    """The Hub, with a resharded repo that also holds a page and a stranger's file."""
     here.create(NAME, {**contents(resharded), "README.md": b"# Words\n", "notes.txt": b"-"})
     return here
 
 
 @pytest.fixture
 def fine_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client writes what it gets every thousand bytes, and so can go on there."""
+    """The client writes its data every thousand bytes, and can resume at each."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
@@ -125,7 +125,7 @@ def test_into_a_folder_of_another_model(repo: FakeHub, tmp_path: Path) -> None:
 def test_into_a_folder_with_files_of_other_making(
     repo: FakeHub, resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of the user's is replaced; what an interrupted run has left is gone on with."""
+    """The user's files are not replaced; an interrupted run is continued."""
     folder = tmp_path / "here"
     folder.mkdir()
     (folder / "config.json").write_text('{"mine": 1}')
@@ -188,7 +188,7 @@ def test_what_is_no_resharded_repo(here: FakeHub, tmp_path: Path) -> None:
 
 
 def test_a_repo_that_lacks_a_rank_file(here: FakeHub, resharded: Path, tmp_path: Path, cli: Cli) -> None:
-    """To fetch it again would not help. What is there of it can be had."""
+    """Fetching it again would not help. The files that the repo has can still be pulled."""
     here.create(NAME, {name: data for name, data in contents(resharded).items() if name != SECOND})
     assert cli("pull", NAME, "--rank", 0).code == 0
     for command in (
@@ -208,7 +208,7 @@ def test_a_repo_that_lacks_a_rank_file(here: FakeHub, resharded: Path, tmp_path:
 
 
 def test_a_repo_that_holds_another_file_than_its_manifest_says(here: FakeHub, resharded: Path, cli: Cli) -> None:
-    """As it is there, so it would come again."""
+    """Fetching the file again would give the same bytes."""
     data = bytearray(contents(resharded)[SECOND])
     data[-1] ^= 1
     here.create(NAME, {**contents(resharded), SECOND: bytes(data)})
@@ -225,7 +225,7 @@ def test_no_access(here: FakeHub, resharded: Path) -> None:
 
 
 def test_a_cdn_gets_no_token(repo: FakeHub, resharded: Path) -> None:
-    """Large files come from another origin, where the token has no business."""
+    """Large files come from another origin, which must not get the token."""
     repo.cdn = True
     assert contents(reshard.pull(NAME)) == contents(resharded)
     elsewhere = [request for request in repo.requests if request.path.startswith("/cdn/")]
@@ -240,7 +240,7 @@ def test_a_cdn_gets_no_token(repo: FakeHub, resharded: Path) -> None:
 def test_wrong_bytes(
     name: str, into: str | None, repo: FakeHub, resharded: Path, home: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    """Of the right size, so that the client takes them."""
+    """The bytes have the right size, so the client accepts them."""
     repo.fail(f"GET .*/{name}", corrupt())
     to = ["--to", tmp_path / into] if into else []
     assert_one_error(cli("pull", NAME, *to), 4, name)
@@ -270,7 +270,7 @@ def test_bytes_that_turn_wrong_in_the_cache(repo: FakeHub, resharded: Path) -> N
 @pytest.mark.fault(18)
 @pytest.mark.usefixtures("fine_steps")
 def test_a_connection_that_breaks(repo: FakeHub, resharded: Path) -> None:
-    """What has come is not asked for again."""
+    """Bytes that have arrived are not requested again."""
     size = len(contents(resharded)[SECOND])
     repo.fail(GET, drop(after=20_000), times=2)
     assert contents(reshard.pull(NAME)) == contents(resharded)
@@ -282,7 +282,7 @@ def test_a_connection_that_breaks(repo: FakeHub, resharded: Path) -> None:
 @pytest.mark.fault(17)
 @pytest.mark.usefixtures("fine_steps")
 def test_content_that_changes_after_the_break(repo: FakeHub, resharded: Path, home: Path) -> None:
-    """The client puts two halves together that are not of one file."""
+    """The client joins two halves of different files."""
     repo.fail(GET, drop(after=20_000))
     repo.fail(GET, corrupt())
     with pytest.raises(IntegrityError, match=SECOND):
@@ -336,7 +336,7 @@ def test_a_request_that_fails_once(request_: str, fault: Fault, repo: FakeHub, r
     ids=["drop", "429", "503", "stall", "HEAD 500", "tree 502", "stall at once"],
 )
 def test_a_hub_that_stays_broken(request_: str, fault: Fault, repo: FakeHub, resharded: Path, cli: Cli) -> None:
-    """It ends in bounded time, and the next run fetches only what is missing."""
+    """The pull ends in bounded time, and the next one fetches only what is missing."""
     repo.fail(request_, fault, times=100)
     start = time.monotonic()
     assert_one_error(cli("pull", NAME, seconds=60), 10)

@@ -1,4 +1,4 @@
-"""A resharded folder as a source: what is made of it is, byte for byte, what is made of the checkpoint it came from."""
+"""A resharded folder as a source: its conversions equal, byte for byte, those of the original checkpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_any_program_can_be_run_on_what_another_left(one: tuple, other: tuple) -
     for step in second:
         try:
             wanted, wanted_regions = run(wanted, step), run(wanted_regions, step)
-        except (RuntimeError, IndexError, ValueError):  # drawn for another shape
+        except (RuntimeError, IndexError, ValueError):  # a step drawn for another shape
             break
     held = kept.contiguous().reshape(-1).clone()
     refined = refined_shape(shape, kept_regions.regions)
@@ -61,7 +61,7 @@ def test_what_overlaps_is_taken_once(drawn: list) -> None:
 
     def painted(regions: Any) -> torch.Tensor:
         picture = torch.full(shape, -1)
-        for region in reversed(regions):  # the first is on top
+        for region in reversed(regions):  # so the first is on top
             box = tuple(slice(s, s + e) for s, e in zip(region.target_start, region.extent))
             picture[box] = region.offset + torch.as_strided(torch.arange(121), region.extent, region.strides)
         return picture

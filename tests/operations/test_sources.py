@@ -34,7 +34,7 @@ def test_tied_with_only_the_owner(tmp_path: Path) -> None:
 
 
 def test_tied_with_only_the_tied_name(tmp_path: Path) -> None:
-    """transformers ties to whichever exists."""
+    """transformers ties to the name that exists."""
     source = single("llama", tmp_path / "source", tie_word_embeddings=True)
     rewrite(source, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
     manifest = assert_same_model(source, tmp_path / "out")
@@ -42,7 +42,7 @@ def test_tied_with_only_the_tied_name(tmp_path: Path) -> None:
 
 
 def test_tied_with_both_and_equal(tmp_path: Path) -> None:
-    """Stored once, and the manifest remembers the other name."""
+    """The tensor is stored once, and the manifest remembers the other name."""
     source = single("llama", tmp_path / "source", tie_word_embeddings=True)
     rewrite(source, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     manifest = assert_same_model(source, tmp_path / "out")
@@ -98,8 +98,8 @@ def test_cast_equals_torch(tmp_path: Path, dtype: str) -> None:
 
 
 def test_parameters_that_stay_in_fp32_are_not_cast(tmp_path: Path) -> None:
-    """transformers keeps some parameters in fp32 whatever dtype is asked for, the router's weight too since 5.24: so do
-    the rank files."""
+    """transformers keeps some parameters in fp32 under any dtype, from 5.24 on also the router's weight; so do the
+    rank files."""
     source = single("glm4_moe", tmp_path / "source")
     reshard.convert(source, tmp_path / "out", tp_size=1, dtype="bfloat16")
     stored = load_file(tmp_path / "out" / "shard-00001-model-00001-of-00001.safetensors")
@@ -111,7 +111,7 @@ def test_parameters_that_stay_in_fp32_are_not_cast(tmp_path: Path) -> None:
 
 
 def test_renamed_tensors(tmp_path: Path) -> None:
-    """gpt_neox checkpoints of old name their head `embed_out`; transformers renames it."""
+    """Old gpt_neox checkpoints name their head `embed_out`; transformers renames it."""
     source = single("gpt_neox", tmp_path / "source")
     names = set(load_file(source / "model.safetensors"))
     manifest = assert_same_model(source, tmp_path / "out")

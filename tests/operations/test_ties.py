@@ -1,4 +1,4 @@
-"""Tied parameters in groups: whichever of them the checkpoint has, each gets what transformers gives it."""
+"""Tied parameters in groups: each gets the value that transformers gives it, whichever of them the checkpoint has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RULES = {"decoder.block.*.layer.*.DenseReluDense.wi": "colwise", "decoder.block.
 
 
 def t5(folder: Path, values: dict[str, int], *, tied: bool = True) -> Path:
-    """A T5 that stores those of `GROUP` that are in `values`, alike where their numbers are."""
+    """Save a T5 with only the members of `GROUP` in `values`; equal numbers mean equal tensors."""
     sizes = {"vocab_size": 130, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     torch.manual_seed(0)
     config = transformers.T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=tied)
@@ -33,7 +33,7 @@ def t5(folder: Path, values: dict[str, int], *, tied: bool = True) -> Path:
 
 
 def assert_as_transformers(source: Path, out: Path) -> reshard.operations.convert.Manifest:
-    """Every parameter is the one of `from_pretrained`, and those are one that are one there."""
+    """Check that every parameter is the one of `from_pretrained`."""
     manifest = reshard.convert(source, out, tp_size=1, tp_plan=RULES)
     reshard.verify(out, against=source)
     expected, loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(source), runtime.load(out)
@@ -45,7 +45,7 @@ def assert_as_transformers(source: Path, out: Path) -> reshard.operations.conver
 
 @pytest.mark.parametrize("stored", [s for n in (1, 2, 3, 4) for s in itertools.combinations(GROUP, n)], ids="+".join)
 def test_any_of_them_serves(stored: tuple[str, ...], tmp_path: Path) -> None:
-    """All that are stored are alike, so there is one; the source's names come back."""
+    """All stored members are equal, so one is kept; the source's names come back."""
     source = t5(tmp_path / "source", dict.fromkeys(stored, 1))
     manifest = assert_as_transformers(source, tmp_path / "out")
     assert set(manifest.tied) == set(GROUP) - {"shared.weight"}
@@ -75,7 +75,7 @@ def test_stored_ones_that_differ_stay_apart(values: dict[str, int], tmp_path: Pa
 
 @pytest.mark.parametrize("member", GROUP[:3])
 def test_a_head_of_its_own(member: str, tmp_path: Path) -> None:
-    """madlad400 has the decoder's embedding and a head, and says that nothing is tied; 5.17 ties all the same."""
+    """madlad400 stores the decoder's embedding and a head, and says that nothing is tied; 5.17 ties them anyway."""
     source = t5(tmp_path / "source", {member: 1, "lm_head.weight": 2}, tied=False)
     assert_as_transformers(source, tmp_path / "out")
 
