@@ -1,4 +1,4 @@
-"""Experts cut by expert: which meshes there are, how the parameters lie on them, and what is refused."""
+"""Experts cut by expert: possible meshes, the placement of parameters on them, and refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reshard.errors import TopologyError
 from reshard.sharding.placement import Nested, PackedShard, Placement, Replicate, Shard
 from reshard.sharding.topology import Topology
 
-HALVES = PackedShard(1, (24, 24))  # gate|up of 24 each
+HALVES = PackedShard(1, (24, 24))  # gate|up, 24 columns each
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_axes_that_do_not_share_ranks(tp: int, ep: int) -> None:
         Topology(tp, ep)
 
 
-# How the experts' gate|up and down, and a query projection, lie on the ranks.
+# Placements of the experts' gate|up and down, and of a query projection.
 LAYOUTS: dict[tuple[int, int], tuple[Placement, Placement, Placement]] = {
     (4, 1): (HALVES, Shard(2), Shard(0)),
     (4, 4): (Shard(0), Shard(0), Shard(0)),
@@ -66,7 +66,7 @@ def test_placements(tp: int, ep: int, source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("tp", "ep"), [(2, 2), (2, 4), (1, 2)])
 def test_whole_experts_open_in_plain_transformers(tp: int, ep: int, source: Path, tmp_path: Path) -> None:
-    """Cut by expert each parameter is one box for each rank; cut inside, gate|up is two, and the folder says so."""
+    """Cut by expert, each parameter is one box per rank; cut inside, gate|up is two, and the folder says so."""
     assert reshard.plan(source, tp_size=2).runtime_only != ()
     manifest = reshard.convert(source, tmp_path / "out", tp_size=tp, ep_size=ep)
     assert manifest.runtime_only == ()

@@ -1,4 +1,4 @@
-"""Experts of several dtypes, which become one parameter: stored in what holds them all, or in the dtype asked for."""
+"""Experts of several dtypes in one parameter: stored in a dtype that holds them all, or in the dtype asked for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANK_FILE = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def mixed(folder: Path, *, dtype: torch.dtype = torch.bfloat16, other: torch.dtype = torch.float32) -> Path:
-    """Mixtral in `dtype`, with the second expert of each layer in `other`, its values finer than those of `dtype`."""
+    """Save a Mixtral in `dtype` whose second expert of each layer is in `other`, with values finer than `dtype`'s."""
     source = single("mixtral", folder, dtype=dtype)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -44,7 +44,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, str]:
-    """A checkpoint, the dtype of its model, and the one that holds all its experts."""
+    """A checkpoint, its model's dtype, and the dtype that holds all its experts."""
     dtype, other, stored = KINDS[request.param]
     source = mixed(tmp_path / "source", dtype=dtype, other=other)
     return source, str(dtype).removeprefix("torch."), stored
@@ -55,7 +55,7 @@ def experts(manifest: Any) -> list[Any]:
 
 
 def test_no_bit_is_lost(kind: tuple[Path, str, str], tmp_path: Path) -> None:
-    """Each expert is in the rank file with the values that it had; the model computes as transformers' does."""
+    """Each expert has its source values in the rank file; the model computes as transformers' does."""
     source, dtype, stored = kind
     manifest = reshard.convert(source, tmp_path / "out", tp_size=1)
     assert {target.dtype for target in experts(manifest)} == {stored}
@@ -115,7 +115,7 @@ def test_what_a_cast_has_lost_is_refused(tmp_path: Path, refused: Refused) -> No
 
 
 def test_a_wider_dtype_loses_nothing(tmp_path: Path) -> None:
-    """Not of experts alone: a whole checkpoint that was widened is given back byte for byte."""
+    """A whole checkpoint that was widened comes back byte for byte, not its experts alone."""
     source = single("llama", tmp_path / "source", dtype=torch.bfloat16)
     reshard.convert(source, tmp_path / "out", tp_size=2, dtype="float32")
     reshard.merge(tmp_path / "out", tmp_path / "again")
@@ -154,7 +154,7 @@ def test_integers_among_floats_are_refused(tmp_path: Path, refused: Refused) -> 
 
 
 def test_dtypes_that_hold_others() -> None:
-    """Against torch: what `promote_types` says of every pair."""
+    """Every pair of dtypes agrees with torch's `promote_types`."""
     for one in FLOATING:
         for other in FLOATING:
             promoted = torch.promote_types(getattr(torch, one), getattr(torch, other))
@@ -173,7 +173,7 @@ model.save_pretrained(sys.argv[2])
 
 
 def test_a_loaded_model_is_saved_in_the_dtypes_of_the_source(tmp_path: Path) -> None:
-    source = mixed(tmp_path / "source", dtype=torch.float32, other=torch.bfloat16)  # loaded without loss
+    source = mixed(tmp_path / "source", dtype=torch.float32, other=torch.bfloat16)  # loads without loss
     reshard.convert(source, tmp_path / "out", tp_size=2)
     (tmp_path / "save.py").write_text(SAVE)
     done = torchrun(2, str(tmp_path / "save.py"), str(tmp_path / "out"), str(tmp_path / "saved"))
@@ -187,7 +187,7 @@ def test_a_loaded_model_is_saved_in_the_dtypes_of_the_source(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_floats_of_8_bits_are_no_model_s_own(stored: torch.dtype, tmp_path: Path, cli: Cli, refused: Refused) -> None:
-    """A model without quantization computes in its own dtype what is stored in 8 bits; `--dtype` casts that too."""
+    """A model without quantization computes 8-bit weights in its own dtype; `--dtype` casts them too."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors |= {name: tensor.to(stored) for name, tensor in tensors.items()}

@@ -1,5 +1,5 @@
-"""Plans that are not the model's own, and meshes with an expert axis: run under torchrun on gloo, they compute what the
-single-process model does, and every parameter assembled again is the source's."""
+"""Plans of our own, and meshes with an expert axis: under torchrun on gloo they compute what the single-process
+model does, and every reassembled parameter is the source's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unplanned import UNPLANNED, unplanned
 import reshard
 from reshard.planning.sizes import legal_sizes
 
-# Families of tests/pico.py with rules beside their own.
+# Families of tests/pico.py, with extra rules.
 PLANNED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "phi3-packed": (
         "phi3",
@@ -52,7 +52,7 @@ Results = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def singles(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Each checkpoint, and what one process computes of it."""
+    """Each checkpoint, and the results of one process."""
     root, found = tmp_path_factory.mktemp("sources"), {}
     models = {name: unplanned(name) for name in UNPLANNED}
     models |= {name: pico.build(family, **options) for name, (family, options, _) in PLANNED.items()}
@@ -76,12 +76,12 @@ def singles(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def sharded(singles: Results, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
-    """The results of so many ranks, made when they are first asked for."""
+    """`sharded(ranks)`: the results of so many ranks, made on the first call."""
     return functools.cache(lambda ranks: run(ranks, singles, tmp_path_factory.mktemp(f"ranks{ranks}")))
 
 
 def run(ranks: int, singles: Results, root: Path) -> Results:
-    """Every plan and every mesh of so many ranks, converted, checked against its source, and run in one job."""
+    """Convert, check against its source and run, in one job, every plan and mesh for this number of ranks."""
     cuts: dict[str, tuple[str, dict[str, Any]]] = {
         **{name: (name, {"tp_size": ranks, "tp_plan": plan}) for name, (_, _, plan) in UNPLANNED.items()},
         **{

@@ -1,4 +1,4 @@
-"""Rules of a plan: whose they are, what they match, and what is refused because it matches nothing or too much."""
+"""Rules of a plan: where they come from, what they match, and refusals of rules that match nothing or too much."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_stands_before_may_be_left_out_where_it_is_clear(model: Any) -> Non
     ("pattern", "candidate"),
     [
         ("text.layers.*.up_porj", "text.layers.*.up_proj"),
-        ("text.layers.0.up_proj", "text.layers.*.up_proj"),  # `*` is every layer; one alone cannot be named
+        ("text.layers.0.up_proj", "text.layers.*.up_proj"),  # `*` is every layer; a single layer cannot be named
         ("model.layers.*.mlp.up_proj", "vision.layers.*.up_proj"),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_rule_that_matches_nothing_lists_candidates(model: Any, pattern: str, 
 
 def test_two_rules_for_one_name_are_refused(model: Any) -> None:
     rules = {"text.layers.*.up_proj": "colwise", "layers.*.up_proj": "rowwise"}
-    del model.vision  # so that the second is clear, and the same
+    del model.vision  # so that the second rule is unambiguous, and matches the same names
     with pytest.raises(BadInputError, match=r"two rules are for text\.layers\.\*\.up_proj"):
         model_rules(model, rules)
 
