@@ -39,7 +39,7 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-UNWRITTEN = {"F4", "F6_E2M3", "F6_E3M2"}  # codes without a torch dtype of one element
+UNWRITTEN = {"F4", "F6_E2M3", "F6_E3M2"}  # these codes have no torch dtype of one element
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 SHAPES = st.lists(st.integers(0, 4), max_size=4)
 METADATA = st.none() | st.dictionaries(
@@ -73,7 +73,7 @@ def test_dtype_table_is_what_safetensors_accepts() -> None:
 def test_round_trip(tmp_path: Path, wanted: dict[str, tuple[str, list[int]]], metadata: dict[str, str] | None) -> None:
     path = tmp_path / FILE
     if not wanted and not metadata:
-        metadata = None  # for {} and {} safetensors 0.8 writes `{},"__metadata__":{}}`, which it refuses to read
+        metadata = None  # safetensors 0.8 writes `{},"__metadata__":{}}` for {} and {}, and refuses to read it
     save_file({name: tensor(*spec) for name, spec in wanted.items()}, path, metadata)
     blob = path.read_bytes()
     found = read_header(path, file=FILE)
@@ -299,7 +299,7 @@ def test_entry_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fifo_does_not_hang(tmp_path: Path) -> None:
     path = tmp_path / FILE
     os.mkfifo(path)
-    signal.alarm(10)  # ends the tests if the call blocks
+    signal.alarm(10)  # ends the test run if the call blocks
     try:
         assert "regular file" in refused(lambda: read_header(path, file=FILE))
     finally:
@@ -315,7 +315,7 @@ def test_folder_missing_and_device(tmp_path: Path) -> None:
 
 
 def test_reads_the_header_only(tmp_path: Path) -> None:
-    """A sparse file of a terabyte: reading its data would not end."""
+    """The file is a sparse terabyte: reading its data would not end."""
     raw = members(entry("w", 0, 2**40))
     path = tmp_path / FILE
     path.write_bytes(join(raw))

@@ -44,7 +44,7 @@ EDITS = st.lists(
 
 
 def edited(base: bytes, edits: list[tuple[int, int, bytes]], length_by: int | None, tail: int) -> bytes:
-    """`base` with parts of its header replaced; its length moved by `length_by` or right; its data cut or grown."""
+    """Return `base` with parts of its header replaced, the length right or off by `length_by`, data cut or longer."""
     size = int.from_bytes(base[:8], "little")
     raw, data = base[8 : 8 + size], base[8 + size :]
     for at, count, new in edits:
@@ -67,7 +67,7 @@ NUMBERS = st.sampled_from(["0", "1", "2", "3", "-0", "-1", "1.0", "1e1", str(2**
 
 @st.composite
 def made_up(draw: st.DrawFn) -> bytes:
-    """Entries of numbers that may not go together."""
+    """Draw a file whose numbers need not fit together."""
     parts = []
     for _ in range(draw(st.integers(0, 3))):
         name, dtype = draw(st.sampled_from("abc")), draw(st.sampled_from(["U8", "F4", "F16", "X"]))
@@ -78,7 +78,7 @@ def made_up(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def legal(draw: st.DrawFn) -> bytes:
-    """A file as the format has it, written in an unusual way: any order, white space, escapes and padding."""
+    """Draw a legal file in an unusual form: any order, white space, escapes and padding."""
 
     def space() -> str:
         return draw(st.text(" \t\n\r", max_size=2))
@@ -118,7 +118,7 @@ def legal(draw: st.DrawFn) -> bytes:
 
 
 def verdict(blob: bytes) -> str:
-    """Who accepts it. Nothing that safetensors refuses may be accepted, or be read as anything else."""
+    """Return who accepts it. Our parser may accept nothing that safetensors refuses, nor read it differently."""
     found, reference = ours(blob), theirs(blob)
     assert found is None or found == reference
     return "accepted" if found is not None else "refused" if reference is None else "refused by us alone"
@@ -221,7 +221,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }  # fmt: skip
 
 
-# Reads the file under a limit: what it may take beside what Python and the modules have taken already.
+# Reads the file under a limit on memory beyond what Python and the modules already take.
 READ = f"""
 import re, resource, sys, time
 from pathlib import Path
@@ -240,7 +240,7 @@ except BadInputError as error:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("name", BOMBS)
 def test_bomb(name: str, tmp_path: Path) -> None:
-    """Refused in about a second of one CPU, with 64 MB of memory beside the file's own pages."""
+    """A bomb is refused in about a second of one CPU, with 64 MB of memory beside the file's own pages."""
     raw = BOMBS[name]()
     assert len(raw) <= HEADER_LIMIT
     (tmp_path / "bomb").write_bytes(struct.pack("<Q", len(raw)) + raw)

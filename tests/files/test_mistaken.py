@@ -1,4 +1,4 @@
-"""Files that are not what their names promise: the error names what they are, and what can be done."""
+"""Files that are not what their names promise: the error says what they are, and what can be done."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ def test_a_length_that_is_only_wrong_stays_a_length() -> None:
 
 
 def test_a_configuration_may_have_an_error_of_its_own(source: Path, out: Path, refused: Refused) -> None:
-    """Only one that is nothing else is a message."""
+    """A file counts as an error message only if it holds nothing else."""
     (source / "config.json").write_text('{"model_type": "nope", "error": "no"}')
     refused(8, convert(source, out), "nope")
