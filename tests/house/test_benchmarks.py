@@ -1,4 +1,4 @@
-"""The benchmarks run, at a size where their figures mean nothing: that they print a figure for everything they name."""
+"""The benchmarks run and print every named figure, at a size that makes the figures meaningless."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/gpu_check, where no GPU is and nothing can be installed: what it lacks, its budget, and what did not fit."""
+"""scripts/gpu_check without a GPU and without installing: what is missing, its budget, and what did not fit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GPU_CHECK = Path(device_check.__file__).parent / "gpu_check"
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run `main` in this process, for some parts instead of its own."""
+    """`check(parts, *arguments)`: run `main` in this process, on other parts than its own."""
 
-    import torch  # which takes seconds the first time
+    import torch  # takes seconds the first time
 
     assert torch
 
@@ -30,7 +30,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.setattr(device_check, "parts", lambda device: iter(listed))
         monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", *arguments])
         monkeypatch.setattr(sys, "path", list(sys.path))
-        for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "PYTHONDONTWRITEBYTECODE"):  # and is as it was afterwards
+        for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "PYTHONDONTWRITEBYTECODE"):  # monkeypatch restores them afterwards
             monkeypatch.setenv(name, "")
         return device_check.main()
 
@@ -38,7 +38,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 def test_a_bare_environment(tmp_path: Path) -> None:
-    """One line says what it lacks; nothing is put into it, nor elsewhere."""
+    """One line names what is missing; nothing is installed into it, nor elsewhere."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     python = tmp_path / "bare" / "bin" / "python"
     before = sorted(tmp_path.rglob("*"))
@@ -49,7 +49,7 @@ def test_a_bare_environment(tmp_path: Path) -> None:
             assert (done.returncode, done.stderr) == (2, "")
             assert done.stdout.count("\n") == 1
             assert words in done.stdout
-        else:  # what is on PYTHONPATH counts
+        else:  # modules on PYTHONPATH count
             assert "lacks" not in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -1,4 +1,4 @@
-"""The architecture, executable: what may import what, how long files are, what is documented."""
+"""The architecture, executable: allowed imports, lengths of files, documentation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import pytest
 from places import ROOT
 
 MAX_LINES = 330
-MOST_ENTRIES = 12  # of a room; the command line has a file for each command
+MOST_ENTRIES = 12  # per room; the command line has a file for each command
 FILES = sorted(path for package in ("reshard", "runtime") for path in (ROOT / package).rglob("*.py"))
-# Every module of reshard may take from these.
+# Every module of reshard may import these.
 SHARED = {"errors", "text", "process", "_version"}
-# The floors of each package, from the ground up: a room, and the rooms below it that it may take from.
+# The floors of each package, from the ground up: a room, and the rooms below it that it may import from.
 ROOMS: dict[str, set[str]] = {
     "files": set(),
     "sharding": set(),
@@ -48,7 +48,7 @@ RUNTIME_ROOMS: dict[str, set[str]] = {
     "commands": {"distributed", "model", "generation", "loading", "checking", "benchmark"},
 }
 FRONT = {"cli": {""}}  # the commands call what the package `reshard` itself exports
-# What the runtime may take of reshard: these rooms, and two modules.
+# The rooms and two modules of reshard that the runtime may import.
 RUNTIME_MAY_TAKE = {"files", "sharding", "checkpoint", "resharded", "strategies", "storage", "launch"}
 RUNTIME_MAY_TAKE_TOO = {"reshard.operations.arguments", "reshard.operations.reference"}
 HEAVY = {"torch", "transformers", "numpy"}
@@ -63,11 +63,11 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in FILES}
-IMPORTABLE = [name for name in MODULES if not name.endswith("__main__")]  # those run when they are imported
+IMPORTABLE = [name for name in MODULES if not name.endswith("__main__")]  # a __main__ runs when it is imported
 
 
 def imported(module: str, *, at_import: bool) -> Iterator[str]:
-    """Dotted names that a module imports; with `at_import`, only those that importing it runs."""
+    """Yield the dotted names that a module imports; with `at_import`, only those imported when it is imported."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
 
@@ -101,7 +101,7 @@ def python(code: str) -> str:
 
 
 def room(module: str) -> str:
-    """The room of its package that a module is in; its own name where it is in none."""
+    """Return the room of its package that a module is in, or its own name if it is in none."""
     return (*module.split("."), "")[1]
 
 
@@ -139,7 +139,7 @@ print("heavy:", sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
 
 
 def test_reshard_never_imports_runtime() -> None:
-    """`reshard run` starts it as other processes."""
+    """`reshard run` starts the runtime as other processes."""
     for module in MODULES:
         if module.startswith("reshard"):
             assert not [name for name in imported(module, at_import=False) if name.split(".")[0] == "runtime"], module
@@ -147,7 +147,7 @@ def test_reshard_never_imports_runtime() -> None:
 
 @pytest.mark.parametrize(("package", "rooms"), [("reshard", ROOMS), ("runtime", RUNTIME_ROOMS)])
 def test_a_room_takes_only_from_rooms_below_it(package: str, rooms: dict[str, set[str]]) -> None:
-    """So no import runs up, and no circle is left, not even of imports that functions make."""
+    """No import goes up, and there is no cycle, not even of imports within functions."""
     below: set[str] = set()
     for name, taken in rooms.items():
         assert taken <= below, f"{package}.{name} would take from a room above it"
@@ -202,7 +202,7 @@ def test_nothing_is_printed_but_through_click() -> None:
 
 @pytest.mark.parametrize("module", IMPORTABLE)
 def test_public_names_are_documented(module: str) -> None:
-    """Errors may inherit theirs: reshard.errors tells them apart in its own docstring."""
+    """Errors may inherit a docstring: that of reshard.errors tells them apart."""
     found = importlib.import_module(module)
     assert found.__doc__ or module.endswith("_version"), module
     for name in getattr(found, "__all__", ()):
@@ -212,7 +212,7 @@ def test_public_names_are_documented(module: str) -> None:
 
 
 def commands(path: Path) -> list[str]:
-    """Functions that `@click.command()`, or that of a group, makes commands of."""
+    """Return the functions that `@click.command()` or `@cli.command()` makes commands."""
     functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
     made = ("cli.command(", "click.command(")
     return [f.name for f in functions if any(ast.unparse(item).startswith(made) for item in f.decorator_list)]
@@ -232,7 +232,7 @@ def test_pages_name_every_command() -> None:
 
 @pytest.mark.parametrize(("package", "rooms"), [("reshard", ROOMS), ("runtime", RUNTIME_ROOMS)])
 def test_pages_have_the_rooms(package: str, rooms: dict[str, set[str]]) -> None:
-    """In their order, each with the rooms it may take from."""
+    """The rooms are in order, each with the rooms it may import from."""
     page = (ROOT / package / "README.md").read_text()
     listed: dict[str, set[str]] = {}
     for name, taken in re.findall(r"^\| `(\w+)/` \| .* \| ?(.*?) ?\|$", page, re.M):

@@ -1,4 +1,4 @@
-"""The pages: every command and script of each, run as it stands, in its order, on a pico model; and their links."""
+"""The pages: each one's commands and scripts run unchanged and in order on a pico model; their links."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ BLOCKS = {page: re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) for page,
 NAMED = re.compile(r"# (\w+\.(?:py|toml))\n")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 ENVIRONMENT = {"PATH": PATH, "OMP_NUM_THREADS": "1"}
-TOLD = "Once upon a time every rank opened the whole checkpoint"  # what the pico model knows by heart
-# Options that are neither ours nor those of a script.
+TOLD = "Once upon a time every rank opened the whole checkpoint"  # a text that the pico model was trained on
+# Options of other programs than ours and the scripts.
 FOREIGN = {"--no-python", "--nproc-per-node", "--private_key", "--public_key", "--signature"}
 
 
 def lines_of(page: str) -> list[str]:
-    """The commands of a page: lines of blocks without a language. Those of `sh` blocks need what tests do not have."""
+    """Return a page's commands: lines of blocks without a language. The `sh` blocks need more than tests have."""
     lines = [line for language, block in BLOCKS[page] if not language for line in block.splitlines()]
     return [line.split("  #")[0].strip() for line in lines]
 
@@ -60,7 +60,7 @@ def run(*command: str, folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where SOURCE is a pico model with a tokenizer, OUT is made of it for 2 ranks, MOE has experts, and VARIANT has
+    """A folder with SOURCE, a pico model with a tokenizer; OUT, made of it for 2 ranks; MOE, with experts; and VARIANT,
     its weights under another name."""
     root = tmp_path_factory.mktemp("sources")
     run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
@@ -74,7 +74,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder_of(sources: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A folder for a page: what it begins with is there, and its own files. The weights of LINKS are links."""
+    """`folder_of(page)`: a folder with a page's own files and those it starts from. LINKS has links to its weights."""
 
     def make(page: str) -> Path:
         folder = tmp_path / "page"
@@ -96,7 +96,7 @@ def contents(folder: Path, under: str = "") -> dict[str, bytes]:
 
 
 def folded(text: str) -> set[str]:
-    """Its lines, with a # for each number."""
+    """Return its lines, with a # for each number."""
     return {re.sub(r"\d[\d.,]*(e-?\d+)?", "#", line.strip()) for line in text.splitlines()}
 
 
@@ -151,18 +151,18 @@ def test_python(page: str, folder_of: Callable[[str], Path]) -> None:
         else:
             (folder / name).write_text(script + "\nprint(tuple(tokens.shape), tuple(weight.shape))\n")
             said = run("torchrun", "--standalone", "--nproc-per-node", "2", name, folder=folder)
-            assert (said.count("(1, 7)"), said.count("(330, 64)")) == (2, 2)  # the ranks' lines may mix
+            assert (said.count("(1, 7)"), said.count("(330, 64)")) == (2, 2)  # the lines of the ranks may mix
 
 
 def test_nothing_else_is_to_be_run() -> None:
-    """Commands and scripts are on pages that are run; scripts of ours are there, and can be started."""
+    """Only pages that are run have commands and scripts; our scripts exist and can be started."""
     assert {page for page in PAGES if scripts_of(page)} == {FRONT, COMMANDS}
     for page in PAGES:
         for line in filter(None, lines_of(page)):
             command = line.split()[0]
             if command in ("reshard", "torchrun"):
                 assert page in (FRONT, COMMANDS, RUNTIME, STYLES), line
-            elif command.startswith("scripts/"):  # the demo is the same commands; the tests would run themselves
+            elif command.startswith("scripts/"):  # the demo runs these commands too; scripts/test would run the tests
                 assert os.access(ROOT / command, os.X_OK), line
             else:  # test_benchmarks.py runs them
                 assert command == ".venv/bin/python", line
@@ -170,7 +170,7 @@ def test_nothing_else_is_to_be_run() -> None:
 
 
 def test_options_exist() -> None:
-    """Those of our commands, wherever a page names one."""
+    """Every option that a page names is one of our commands' or scripts'."""
     from reshard.cli.main import cli
     from runtime.commands.bench import bench
     from runtime.commands.check import check
@@ -187,7 +187,7 @@ def test_options_exist() -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """What the headings of a page are called in links, as GitHub has it."""
+    """Return the names that GitHub gives a page's headings in links."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -204,7 +204,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_pages_are_layers() -> None:
-    """The front page is one page, and leads to all others."""
+    """The front page is short, and links to all others."""
     assert len(TEXTS[FRONT].splitlines()) <= FRONT_LINES
     linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[FRONT])}
     assert {page for page in PAGES if page != FRONT} <= linked
