@@ -111,7 +111,7 @@ def test_other_weights(name: str, dry_run: bool, here: FakeHub, resharded: Path)
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("path", ["", "tp2/"])
 def test_other_files_are_not_replaced(path: str, dry_run: bool, here: FakeHub, resharded: Path) -> None:
-    """Equal files and those of an earlier publication may stay or be replaced."""
+    """Other files stop the publication; equal files and those of an earlier publication do not."""
     files = contents(resharded)
     same, another = f"{path}generation_config.json", f"{path}config.json"
     repo = here.create("org/model", {same: files["generation_config.json"], another: b"{}"}, token="hf_test")
