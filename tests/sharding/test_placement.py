@@ -36,7 +36,7 @@ def box(start: Sequence[int], extent: Sequence[int]) -> tuple[slice, ...]:
 
 @st.composite
 def placed_shapes(draw: st.DrawFn) -> tuple[tuple[int, ...], Placement]:
-    """A shape (0-d, empty dims and dims of one included) and a placement that fits it."""
+    """Draw a shape (0-d, empty dims and dims of one included) and a placement that fits it."""
     shape = draw(st.lists(st.integers(0, 7), max_size=4))
     kind = draw(st.sampled_from(["replicate", "shard", "packed"])) if shape else "replicate"
     if kind == "replicate":
@@ -128,7 +128,7 @@ def test_blocks_must_fill_the_dim() -> None:
 
 @st.composite
 def nested(draw: st.DrawFn) -> tuple[tuple[int, ...], Nested, int]:
-    """A placement over rows of ranks and inside them, along two dims; and the number of rows."""
+    """Draw a shape, a placement over rows of ranks and within them along two dims, and the number of rows."""
     rows, row = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     sizes, cuts = [], []
     for _ in range(2):
@@ -147,7 +147,7 @@ def nested(draw: st.DrawFn) -> tuple[tuple[int, ...], Nested, int]:
 @settings(max_examples=300, deadline=None)
 @given(nested())
 def test_nested_is_one_cut_after_the_other(case: tuple[tuple[int, ...], Nested, int]) -> None:
-    """Ranks in a row cut among them what the row holds, were the rows the ranks."""
+    """The outer placement cuts over rows, then the inner one cuts each row's part over its ranks."""
     shape, placement, rows = case
     tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
     for rank in range(rows * placement.row):

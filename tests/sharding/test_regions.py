@@ -1,4 +1,4 @@
-"""Regions against torch: what is cut, tiled or called a run is checked on real elements."""
+"""Regions against torch: cuts, tilings and runs are checked on real elements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 
 def materialise(regions: Sequence[Region], shape: Sequence[int], sources: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor that `regions` describe; elements that none of them fills are -1."""
+    """Return the tensor that `regions` describe; elements that none of them fills are -1."""
     out = torch.full(tuple(shape), -1)
     for r in regions:
         view = torch.as_strided(sources[r.source], r.extent, r.strides, r.offset)
@@ -44,7 +44,7 @@ def test_cut_is_slicing(program: tuple[tuple[int, ...], list], data: st.DataObje
     out = materialise(found, [at + e for at, e in zip(local, extent)], {"x": source})
     inside = tuple(slice(at, at + e) for at, e in zip(local, extent))
     assert torch.equal(out[inside], expected[tuple(slice(s, s + e) for s, e in zip(start, extent))])
-    assert (out == -1).sum() == out.numel() - math.prod(extent)  # nothing stands outside
+    assert (out == -1).sum() == out.numel() - math.prod(extent)  # no region is empty
 
 
 def test_cut_leaves_out_what_lies_elsewhere() -> None:
@@ -56,7 +56,7 @@ def test_cut_leaves_out_what_lies_elsewhere() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=4).map(tuple), st.integers(1, 300))
 def test_boxes_tile_in_memory_order(shape: tuple[int, ...], limit: int) -> None:
-    """The flat indices of the boxes, one after the other, are 0, 1, 2 … so each is a run and they tile in order."""
+    """The flat indices of the boxes in order are 0, 1, 2 …, so each box is a run and they tile in order."""
     flat = torch.arange(math.prod(shape)).reshape(shape)
     at = 0
     for box in boxes(shape, limit):
@@ -84,7 +84,7 @@ def target_box(start: Sequence[int], extent: Sequence[int]) -> Region:
 
 @st.composite
 def tilings(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
-    """Cut a box in two, again and again."""
+    """Draw a tiling: a box cut in two, again and again."""
     found = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 8))):
         start, extent = found.pop(draw(st.integers(0, len(found) - 1)))
@@ -102,7 +102,7 @@ def tilings(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
 
 
 def tiles_once(regions: Sequence[Region], shape: Sequence[int]) -> bool:
-    """By counting every element."""
+    """Whether the regions tile the shape once, by counting every element."""
     cells = [
         cell
         for r in regions
@@ -121,7 +121,7 @@ def test_a_tiling_covers(data: st.DataObject) -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_covers_detects_holes_overlaps_and_what_is_outside(data: st.DataObject) -> None:
-    """Tilings with one box moved, resized, dropped or doubled, against counting."""
+    """Tilings with one box moved, resized, dropped or doubled are compared with counting."""
     shape = data.draw(SHAPES.filter(bool))
     regions = data.draw(tilings(shape))
     i = data.draw(st.integers(0, len(regions) - 1))
@@ -139,7 +139,7 @@ def test_covers_by_example() -> None:
     left, right = target_box((0, 0), (2, 2)), target_box((0, 2), (2, 2))
     assert covers([left, right], (2, 4))
     assert not covers([left], (2, 4))
-    assert not covers([left, left], (2, 4))  # as many elements as the whole, but a hole and an overlap
+    assert not covers([left, left], (2, 4))  # as many elements as the tensor, but with a hole and an overlap
     assert not covers([left, target_box((0, 3), (2, 2))], (2, 4))
     assert not covers([left, right], (2, 3))
     assert covers([target_box((), ())], ())
@@ -153,7 +153,7 @@ def test_covers_by_example() -> None:
         ((4, 1), (3, 4), True),
         ((4, 1), (3, 2), False),
         ((4, 1), (1, 2), True),
-        ((99, 4, 1), (1, 2, 4), True),  # the stride of a dim of one is never taken
+        ((99, 4, 1), (1, 2, 4), True),  # the stride of a dim of one is never used
         ((1, 3), (3, 3), False),
         ((2,), (3,), False),
         ((0,), (3,), False),
