@@ -1,4 +1,4 @@
-"""A format that can grow: what a reader does not know it refuses and names, and what needs nothing new is as it was."""
+"""A format that can grow: readers refuse and name unknown parts, and folders without new features are as before."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def within(content: dict[str, Any]) -> None:
     nested["placement"]["outer"]["unit"] = 8
 
 
-# Of any version: what says which part a rank holds.
+# Unknown parts of any version that decide which part a rank holds.
 CUTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a placement": (twisted, "a placement twist"),
     "a placement's member": (unit, "a placement shard with unit"),
     "one within another": (within, "a placement shard with unit"),
     "an axis of the mesh": (lambda content: content["mesh"].update(pp=2), "a mesh axis pp"),
 }
-# Of 2.x, which has no word for what can be passed over.
+# Unknown members of 2.x, where a reader may pass over none.
 MEMBERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "of the manifest": (lambda content: content.update(cuts=[]), "has cuts"),
     "requires": (lambda content: content.update(requires=[]), "has requires"),
@@ -143,7 +143,7 @@ def test_what_needs_nothing_new_is_written_as_before(golden: Path) -> None:
 
 
 def test_a_feature_adds_its_name_in_one_place(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer finds from the content what is needed; a release without the name refuses what was written."""
+    """The writer derives the features from the content; a release without the name refuses the folder."""
     manifest = read_manifest(golden)
 
     def has_unused(manifest: Manifest) -> bool:
@@ -226,7 +226,7 @@ def test_the_schema_knows_no_more_than_the_reader(what: str) -> None:
 
 
 def test_nor_does_it_want_less(fresh: dict[str, Any]) -> None:
-    """Without a member that the reader wants, it does not fit."""
+    """The schema needs every member that the reader needs."""
     content = copy.deepcopy(fresh)
     optional = {"tensors", "compute_dtype", "reason", "ep"}
     places = [content, *(content[name] for name in ("model", "source", "mesh")), content["source"]["files"][0]]
@@ -240,7 +240,7 @@ def test_nor_does_it_want_less(fresh: dict[str, Any]) -> None:
 
 
 def test_the_members_are_those_of_the_schema() -> None:
-    """Two lists of them, one that any tool reads and one that costs a reader nothing: they are the same."""
+    """The schema is for any tool, and the reader's list costs it nothing: both have the same members."""
     defined = SCHEMA["$defs"]
     where = {
         (): "manifest",

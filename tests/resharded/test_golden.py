@@ -1,7 +1,7 @@
 """A folder of every format version stays readable: it was made once, by the release that wrote that version.
 
-What it holds of the format: several source files, fused experts (regions), packed blocks and a KV head that two ranks
-share (placements), a tensor that the model does not use, and copied files; that of 3.0 also what is required in it.
+Its contents cover the format: several source files, fused experts (regions), packed blocks and a KV head that two
+ranks share (placements), an unused tensor, and copied files; the folder of 3.0 also has a required feature.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEW_TOKENS = 4
 
 
 def make(folder: Path) -> None:
-    """How a golden folder is made, with what is expected of it beside. Once for each format version."""
+    """Make a golden folder, and the expected results beside it. Run once for each format version."""
     sizes = {"vocab_size": 21, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
     experts = {"num_experts": 2, "moe_intermediate_size": 6, "num_key_value_heads": 1, "head_dim": 4}
     source = folder.with_name("golden-source")
@@ -51,13 +51,13 @@ def make(folder: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the index, which is no original: merging writes another that says the same."""
+    """Return the SHA-256 of every file but the index: merging writes another index with the same content."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def compute(folder: Path, scratch: Path) -> dict:
-    """Logits and greedy tokens of the folder, on two processes."""
+    """Return logits and greedy tokens of the folder, on two processes."""
     jobs, out = scratch / "jobs.json", scratch / "out.json"
     jobs.write_text(json.dumps([{"name": "golden", "folder": str(folder), "ids": IDS, "new_tokens": NEW_TOKENS}]))
     done = on_ranks(2, str(PARITY), str(jobs), str(out))

@@ -1,4 +1,4 @@
-"""Rank files before they are written: what `file_layout` says, safetensors and torch's checkpoint reader understand."""
+"""Rank files before they are written: safetensors and torch's checkpoint reader understand `file_layout`'s result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reshard.resharded.targets import LocalTensor, Target, rank_tensors
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard
 from reshard.sharding.regions import whole
 
-# safetensors cannot hand these to torch as such: their layout is that of their same-sized neighbours
+# safetensors cannot give torch these dtypes; their layout is that of others of the same size
 DTYPES = [name for code, name in NAMES.items() if code not in ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")]
 
 
@@ -36,7 +36,7 @@ def data_of(tensor: LocalTensor) -> torch.Tensor:
 
 
 def write(layout: FileLayout, path: Path) -> None:
-    """The file that the layout describes, filled with each tensor's data at its slot."""
+    """Write the file of a layout, with each tensor's data at its slot."""
     content = bytearray(layout.size)
     content[: len(layout.head)] = layout.head
     for slot in layout.slots:

@@ -1,4 +1,4 @@
-"""`reshard.json`: read back as written, and never believed when it is altered, newer or incomplete."""
+"""`reshard.json`: read back as written, and never believed if it is altered, newer or incomplete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a small manifest says."""
+    """The content of a small manifest."""
     root = tmp_path_factory.mktemp("small")
     source = pico.save("gemma2", root / "source", num_hidden_layers=1)
     reshard.convert(source, root / "out", tp_size=2)
@@ -39,7 +39,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def sealed(content: dict[str, Any]) -> bytes:
-    """The content with the seal that belongs to it, as one who alters it on purpose would make."""
+    """Return the content with a valid seal, as deliberate tampering would produce it."""
     return sealed_text({key: value for key, value in content.items() if key != "seal"})
 
 
@@ -89,7 +89,7 @@ _NESTED = {"type": "nested", "outer": _CUT, "inner": _WHOLE, "row": 2}
             "row": 2,
         },
         {"type": "nested", "outer": _CUT, "inner": {"type": "packed", "dim": 1, "blocks": [1]}, "row": 2},
-        {"type": "explicit", "shapes": [[1, 1]], "boxes": [[]]},  # one rank of two
+        {"type": "explicit", "shapes": [[1, 1]], "boxes": [[]]},  # boxes for one rank of two
         {
             "type": "explicit",
             "shapes": [[1, 1]] * 2,
@@ -137,7 +137,7 @@ def test_meshes_that_cannot_be(content: dict[str, Any], tmp_path: Path, mesh: An
 
 
 def test_manifests_here_hold_every_kind_of_record(converted: tuple[Manifest, Path]) -> None:
-    """So that the round trip means something."""
+    """The manifests hold every kind of record, so the round trip means something."""
     manifest, folder = converted
     assert manifest.world_size == len(manifest.rank_files) == 2
     assert {type(parameter.placement) for parameter in manifest.parameters} >= {Shard}
@@ -153,7 +153,7 @@ def test_manifests_here_hold_every_kind_of_record(converted: tuple[Manifest, Pat
 
 
 def test_own_seal_is_the_documented_one(content: dict[str, Any], tmp_path: Path) -> None:
-    """`sealed` makes what `to_bytes` makes, so the tests below fail for what they alter and not for their seal."""
+    """`sealed` makes the bytes of `to_bytes`, so the tests below fail for their alteration and not for their seal."""
     assert json.loads(sealed(content)) == content
     assert read(tmp_path, sealed(content)).model_type == "gemma2"
 
@@ -170,7 +170,7 @@ def test_another_major_version(content: dict[str, Any], tmp_path: Path, version:
 
 
 def test_no_flipped_bit_is_accepted(converted: tuple[Manifest, Path], tmp_path: Path) -> None:
-    """A flip may pass only where the JSON still says the same (white space, the case of a \\u escape)."""
+    """A flip may pass only if the JSON still means the same (white space, the case of a \\u escape)."""
     manifest, folder = converted
     data = (folder / MANIFEST_NAME).read_bytes()
     draw = random.Random(7)
@@ -250,7 +250,7 @@ def test_missing_fields(content: dict[str, Any], tmp_path: Path, path: str) -> N
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of everything in it, at most three items of a list."""
+    """Yield (container, key) of everything in it, for lists at most three items."""
     keys = list(node) if isinstance(node, dict) else range(min(3, len(node)))
     for key in keys:
         yield node, key
@@ -260,7 +260,7 @@ def places(node: Any) -> Iterator[tuple[Any, Any]]:
 
 @pytest.mark.parametrize("value", [None, "x", -1, [], {}, [[]], True, 1e999], ids=str)
 def test_absurd_values_are_told_and_not_a_traceback(content: dict[str, Any], tmp_path: Path, value: Any) -> None:
-    """Sealed on purpose: every field in turn holds something else. Either it is refused, or it is read."""
+    """Every field in turn gets another value, and the seal is valid. The manifest is either refused or read."""
     altered = copy.deepcopy(content)
     for container, key in list(places(altered)):
         kept, container[key] = container[key], value
