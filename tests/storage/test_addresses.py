@@ -1,4 +1,4 @@
-"""One place under every name that people have for it, and texts that are no place."""
+"""Every address of one folder, and texts that are no address."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLACES = ["org/model", "org/model/", "hf://org/model", "{hub}/org/model", "{hub}
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_source_on_the_hub(place: str, here: FakeHub, source: Path, out: Path) -> None:
-    """However it is called, the manifest has its id and commit."""
+    """Whatever its address, the manifest has the source's id and commit."""
     repo = here.create("org/model", contents(source))
     manifest = reshard.convert(place.format(hub=here.url), out, tp_size=2)
     assert (manifest.repo_id, manifest.commit) == ("org/model", repo.revisions["main"])
@@ -38,7 +38,7 @@ def test_publish_and_pull(place: str, here: FakeHub, resharded: Path) -> None:
 
 @pytest.mark.parametrize("start", ["https://huggingface.co", "https://hf.co"])
 def test_the_hub_s_own_address(start: str, here: FakeHub) -> None:
-    """Where another endpoint stands for it too."""
+    """These addresses stay the Hub even if another endpoint is set."""
     assert Place.parse(f"{start}/org/model") == Place("org/model")
 
 
@@ -80,7 +80,7 @@ def test_publish_names_what_a_store_takes(resharded: Path, refused: Refused) -> 
 
 
 def test_a_path_of_a_url_is_that_url(stored_source: str, stored: str, store: ObjectStore, out: Path) -> None:
-    """A Path takes one of two slashes from it."""
+    """A Path takes one of a URL's two slashes."""
     assert str(Path(stored)) == stored.replace("//", "/")
     reshard.convert(Path(stored_source), out, tp_size=2)
     assert reshard.inspect(Path(stored)).world_size == 2
@@ -96,7 +96,7 @@ def test_a_path_of_a_url_is_that_url(stored_source: str, stored: str, store: Obj
 def test_a_url_where_only_a_folder_will_do(
     make: Callable[[str], object], resharded: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is named as it was given, and nothing is made of it on this machine."""
+    """The error shows the URL as given, and nothing is created on this machine."""
     monkeypatch.chdir(out.parent)
     url: Any = make("s3://bucket/x")
     found = find_resharded(str(resharded))

@@ -1,4 +1,4 @@
-"""Files that arrive one after another: in order, a few ahead, out of order for those who cannot wait."""
+"""Files that arrive one after another: in order, a few ahead, out of order for waiters that need it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Harbour:
-    """Where files arrive at once; it knows which are here, and the most that ever were."""
+    """A `fetch` and `discard` without delay; it records the files that are here, and the most at a time."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -63,7 +63,7 @@ def test_more_at_once_where_they_are_needed_at_once() -> None:
         arrivals.expect({**EACH, "3": 4})
         until(lambda: len(harbour.log) == 2)
         arrivals.done("0")
-        until(lambda: len(harbour.log) == 4)  # 1, 2 and 3 are here, and nobody is done with any
+        until(lambda: len(harbour.log) == 4)  # 1, 2 and 3 are here, and none of them is done
         arrivals.done("1")
         time.sleep(0.05)
         assert harbour.log == ["0", "1", "2", "3"]
@@ -174,7 +174,7 @@ def test_how_many_are_needed_at_once() -> None:
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sets(st.sampled_from(NAMES), min_size=1, max_size=4), min_size=1, max_size=8), st.integers(1, 3))
 def test_nobody_waits_for_ever(together: list[set[str]], workers: int) -> None:
-    """Whatever files the pieces of work need, they are all done, and no more files are here than must be."""
+    """All pieces of work end, whatever files they need, and no more files are here than necessary."""
     jobs = sorted(together, key=max)
     needs = in_order(jobs)
     uses = Counter(name for job in jobs for name in job)

@@ -1,4 +1,4 @@
-"""A folder that a plain web server gives: read as any other store, and not written to."""
+"""A folder on a plain web server: read as any other store, and never written to."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from reshard.storage import stores
 
 
 class Server(SimpleHTTPRequestHandler):
-    """Python's own, which ignores ranges."""
+    """Python's own server, which ignores ranges."""
 
     def log_message(self, *_: Any) -> None:
         pass
 
 
 class Silent(Server):
-    """One that does not say when a file was changed."""
+    """A server that does not say when a file was changed."""
 
     def send_header(self, keyword: str, value: str) -> None:
         if keyword != "Last-Modified":
@@ -38,7 +38,7 @@ class Silent(Server):
 
 @contextmanager
 def serving(folder: Path, server_class: type[Server] = Server) -> Iterator[str]:
-    """The URL of a folder."""
+    """Serve a folder; gives its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(server_class, directory=str(folder.parent)))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -62,14 +62,14 @@ def site(checkpoint: Checkpoint) -> Iterator[str]:
 
 @pytest.mark.fault(18)
 def test_a_server_that_ignores_ranges(site: str, out: Path, resharded: Path) -> None:
-    """A header is cut out of the whole file, which is small."""
+    """A header is cut out of the whole small file."""
     reshard.convert(site, out, tp_size=2)
     assert contents(out) == contents(resharded)
 
 
 @pytest.mark.fault(18)
 def test_large_files_need_ranges(site: str, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole of them would come with every range."""
+    """The whole file would come with every range."""
     monkeypatch.setattr(stores, "_RANGE", 30_000)
     words = ("model-0", "the server gives no part of it, only the whole")
     assert_one_error(cli(*convert(site, out)), 2, *words, hint="the path of their folder")
@@ -77,7 +77,7 @@ def test_large_files_need_ranges(site: str, out: Path, cli: Cli, monkeypatch: py
 
 
 def test_nothing_is_written_there(site: str, source: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before any work."""
+    """The error comes before any work."""
     monkeypatch.setattr(reshard.operations.convert, "open_origin", None)
     assert_one_error(cli(*convert(source, f"{site}/new")), 2, f"{site}/new: a store of this kind cannot be written to")
 
@@ -85,7 +85,7 @@ def test_nothing_is_written_there(site: str, source: Path, cli: Cli, monkeypatch
 def test_what_was_fetched_of_a_changed_file_is_not_used_again(
     checkpoint: Checkpoint, resharded: Path, tmp_path: Path
 ) -> None:
-    """Of the same name and size, by the time of its change, which a page of links does not tell."""
+    """The new file has the same name and size; only its time of change differs, which a page of links does not show."""
     folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "llama"))
     with serving(folder) as url:
         reshard.convert(url, tmp_path / "first", tp_size=2, keep_cache=True)

@@ -27,7 +27,7 @@ import runtime.loading.locate
 from reshard.errors import IntegrityError, NetworkError, TopologyError
 from runtime.distributed.agreement import Deadline
 
-# What a repo may hold besides the checkpoint, and nobody asked for.
+# Files beside the checkpoint that nobody asked for.
 UNWANTED = {
     "README.md": b"# A model\n",
     "pytorch_model.bin": b"\x80\x04.",
@@ -40,7 +40,7 @@ UNWANTED = {
     "adapter_model.safetensors": b"junk",
     "consolidated.safetensors": b"junk",
 }
-# With "apart", each rank has a cache of its own, so that it shows what the rank fetched.
+# With "apart", each rank has its own cache, which shows what the rank fetched.
 LOAD = """
 import os, sys
 place, *apart = sys.argv[1:]
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same_conversion(out: Path, local: Path, *, commit: str) -> None:
-    """`out` is `local`, but for where the manifest says it comes from."""
+    """Check that `out` is `local`, but for the source that the manifest names."""
     found, expected = contents(out), contents(local)
     manifest = found.pop("reshard.json"), expected.pop("reshard.json")
     assert found == expected
@@ -97,7 +97,7 @@ def assert_network_error(done: subprocess.CompletedProcess[str], words: str) -> 
 def test_convert_then_again_without_the_network(
     hub: FakeHub, home: Path, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Equal to a local conversion; only safetensors and small files of the root are fetched; the token stays away."""
+    """The result equals a local conversion; only safetensors and small root files are fetched; no token leaks."""
     canary = "hf_canary_PxQ7vJ2mW9"
     source = checkpoint("llama")
     reshard.convert(source, tmp_path / "local", tp_size=2)
@@ -122,7 +122,7 @@ def test_convert_then_again_without_the_network(
 def test_a_resharded_repo_is_a_source(
     hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Cut for two ranks by somebody else, and here for four, without the checkpoint itself."""
+    """A repo cut for two ranks is cut for four here, without the checkpoint itself."""
     for size in (2, 4):
         reshard.convert(checkpoint("llama"), tmp_path / f"tp{size}", tp_size=size)
     hub.create("org/model-tp2", {**contents(tmp_path / "tp2"), **UNWANTED})
@@ -142,7 +142,7 @@ def test_a_folder_of_a_repo_is_a_source(here: FakeHub, one_rank: Path, resharded
 def test_no_command_tells_the_token(
     hub: FakeHub, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In no output, traceback or file, whether the command ends well or not."""
+    """The token is in no output, traceback or file, whether the command ends well or not."""
     canary = "hf_canary_Zt4LkQ8sB1"
     hub.create("org/model", contents(checkpoint("llama")), token=canary)
     out, again = tmp_path / "out", tmp_path / "again"
@@ -254,7 +254,7 @@ def test_server_gone(here: FakeHub, cli: Cli, tmp_path: Path, monkeypatch: pytes
 
 
 def test_server_hangs_up(here: FakeHub, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the connection and closes it without a word, as an overloaded proxy does."""
+    """The server closes the connection without an answer, as an overloaded proxy does."""
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -279,7 +279,7 @@ def test_load_in_one_process(here: FakeHub, one_rank: Path, checkpoint: Callable
 
 
 def test_load_takes_the_degree_that_fits(here: FakeHub, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Where a repo holds several, the one for the number of ranks; else the error says which there are."""
+    """If a repo holds several, the folder for the number of ranks is taken; else the error lists them."""
     source = checkpoint("llama")
     files = {}
     for size in (1, 2):
@@ -290,7 +290,7 @@ def test_load_takes_the_degree_that_fits(here: FakeHub, checkpoint: Callable[...
     assert_computes(model, source)
     assert Path(model.name_or_path).name == "tp1"
     assert not [path for path in here.asked("org/model") if path.startswith("tp2")]
-    assert_computes(runtime.load(tmp_path), source)  # a folder on disk likewise
+    assert_computes(runtime.load(tmp_path), source)  # as for a folder on disk
 
     here.create("org/others", {name.replace("tp1", "tp4"): data for name, data in files.items()})
     with pytest.raises(TopologyError, match="holds no model for 1 ranks itself, but in folders: tp2, tp4"):
@@ -314,7 +314,7 @@ def test_load_keeps_no_wrong_bytes(name: str, here: FakeHub, home: Path, one_ran
 
 
 def test_what_stops_rank_0_is_told_to_the_others(here: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They ask nothing themselves, and wait no longer than they are told to."""
+    """The other ranks send no requests, and wait no longer than they are told to."""
     monkeypatch.setattr(runtime.loading.locate, "_calls", itertools.repeat(0))
     locate = functools.partial(
         runtime.loading.locate.locate_together, "org/none", revision=None, world_size=2, digests=True
@@ -335,7 +335,7 @@ def test_what_stops_rank_0_is_told_to_the_others(here: FakeHub, monkeypatch: pyt
 def test_publish_inspect_and_load(
     hub: FakeHub, home: Path, python: Command, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A folder goes up with `hf upload` too; `inspect` fetches the manifest, and each rank its own file."""
+    """`hf upload` publishes a folder too; `inspect` fetches the manifest, and each rank its own file."""
     source = checkpoint("llama")
     reshard.convert(source, tmp_path / "out", tp_size=2)
     done = python("-m", "huggingface_hub.cli.hf", "upload", "org/model-tp2", tmp_path / "out")
@@ -363,7 +363,7 @@ def test_publish_inspect_and_load(
 def test_ranks_take_one_commit_and_fetch_each_file_once(
     hub: FakeHub, home: Path, python: Command, resharded: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The repo moves on while they start; then they start without the network."""
+    """The repo moves on while the ranks start; then they start without the network."""
     repo = hub.create("org/model", {f"tp2/{name}": data for name, data in contents(resharded).items()})
 
     def move(_: Handler, answer: Callable[[], Reply]) -> Reply:
@@ -391,7 +391,7 @@ def test_ranks_take_one_commit_and_fetch_each_file_once(
 
 
 def assert_logits(home: Path, source: Path) -> None:
-    """What a rank of LOAD computed is what the source's model computes in this process."""
+    """Check that a rank of LOAD computed the logits of the source's model in this process."""
     torch.testing.assert_close(torch.load(home / "logits.pt"), expected_logits(source), rtol=1e-5, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Layouts of checkpoints on the Hub and in an object store: found, fetched, and written back as in a folder."""
+"""Layouts of checkpoints on the Hub and in an object store: found, fetched, and written back as for a folder."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Put = Callable[[Path], str]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by path."""
+    """Return every file of a folder, by path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(params=["hub", "store"])
 def put(request: pytest.FixtureRequest) -> Put:
-    """Put a folder there; returns its place."""
+    """`put(folder)`: upload it and return its address."""
     if request.param == "store":
         store: ObjectStore = request.getfixturevalue("store")
         return lambda folder: store.put("odd", contents(folder))
@@ -51,7 +51,7 @@ def put(request: pytest.FixtureRequest) -> Put:
 
 
 def assert_converts(place: str, out: Path, local: Path, weights: str | None) -> reshard.ReshardPlan:
-    """As from a folder of this machine, and back to what was taken."""
+    """Check that the conversion equals that of a local folder, and that merge restores the files."""
     planned = reshard.plan(place, tp_size=2, weights=weights)
     reshard.convert(place, out, tp_size=2, weights=weights, sync=False)
     for name in RANK_FILES:

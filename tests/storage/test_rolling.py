@@ -1,4 +1,4 @@
-"""Converting straight from the Hub: each file is here while it is cut, and fetched once, whatever comes between."""
+"""Conversion straight from the Hub: each file is here only while it is cut, and fetched once, despite interruptions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same(out: Path, local: Path, place: str = "org/model") -> None:
-    """`out` is `local`, but for where the manifest says it comes from."""
+    """Check that `out` is `local`, but for the source that the manifest names."""
     found, expected = contents(out), contents(local)
     assert found.pop("reshard.json") != expected.pop("reshard.json")
     assert found == expected
@@ -60,7 +60,7 @@ def local(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 def fetched(hub: FakeHub, sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Bytes of weights that were asked for: of each file as a whole or its rest, and of ranges for headers."""
+    """Return the requested bytes of weights: for each file in full or its rest, and in ranges for headers."""
     bodies: dict[str, int] = dict.fromkeys(sizes, 0)
     headers = 0
     for request in hub.requests:
@@ -149,13 +149,13 @@ def test_an_interrupted_conversion_fetches_only_what_is_missing(
     before, _ = fetched(published, sizes)
     whole = {path.name for path in tmp_path.glob("out.part-fetched-*/*.safetensors")}
     published.requests.clear()
-    (tmp_path / f"out.part-fetched-{'0' * 40}").mkdir()  # of a commit before
+    (tmp_path / f"out.part-fetched-{'0' * 40}").mkdir()  # the fetched files of an earlier commit
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
     bodies, _ = fetched(published, sizes)
     again = {name for name in sizes if before[name] and bodies[name]}
     assert not whole & {name for name in bodies if bodies[name]}
-    assert len(again) <= AHEAD  # what was under way
+    assert len(again) <= AHEAD  # the files that were being fetched
     assert all(before[name] or bodies[name] for name in sizes)
 
 
@@ -164,7 +164,7 @@ def test_a_broken_connection_goes_on_where_it_was(
     published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
 ) -> None:
     name = "model-00002-of-00003.safetensors"
-    published.fail(f"GET .*{name}", faults.stall(0, seconds=0))  # of the header
+    published.fail(f"GET .*{name}", faults.stall(0, seconds=0))  # the header's request
     published.fail(f"GET .*{name}", faults.drop(20_000), times=1)
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
@@ -176,7 +176,7 @@ def test_a_hub_that_has_gone_is_waited_for_no_longer(
     published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path
 ) -> None:
     name = "model-00002-of-00003.safetensors"
-    published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # its header
+    published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # the header's request
     published.fail(f"(GET|HEAD) /org/model/resolve.*{name}", faults.status(503), times=100)
     with pytest.raises(NetworkError) as failed:
         reshard.convert("org/model", tmp_path / "out", tp_size=2)
@@ -187,13 +187,13 @@ def test_a_hub_that_has_gone_is_waited_for_no_longer(
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
     bodies, _ = fetched(published, sizes_of(checkpoint("llama")))
-    assert bodies["model-00001-of-00003.safetensors"] == 0  # cut before
+    assert bodies["model-00001-of-00003.safetensors"] == 0  # it was cut before
 
 
 @pytest.mark.fault(16)
 def test_wrong_bytes_are_not_cut(published: FakeHub, checkpoint: Checkpoint, local: Path, tmp_path: Path) -> None:
     name = "model-00002-of-00003.safetensors"
-    published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # its header
+    published.fail(f"GET /org/model/resolve.*{name}", lambda handler, answer: answer())  # the header's request
     published.fail(f"GET /org/model/resolve.*{name}", faults.corrupt(), times=1)
     with pytest.raises(IntegrityError, match=f"org/model: {name} did not arrive intact"):
         reshard.convert("org/model", tmp_path / "out", tp_size=2, workers=1)
@@ -203,11 +203,11 @@ def test_wrong_bytes_are_not_cut(published: FakeHub, checkpoint: Checkpoint, loc
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
     bodies, _ = fetched(published, sizes_of(checkpoint("llama")))
-    assert bodies["model-00001-of-00003.safetensors"] == 0  # what was made of that was good
+    assert bodies["model-00001-of-00003.safetensors"] == 0  # its results were good
 
 
 def test_tied_tensors_are_compared_as_they_arrive(here: FakeHub, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The one is in the first file and the other in the last: both are there at once, and fetched once."""
+    """One is in the first file and the other in the last: both files are here together, and are fetched once."""
     source = Path(shutil.copytree(checkpoint("llama", tie_word_embeddings=True), tmp_path / "source"))
     index = source / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -305,7 +305,7 @@ def test_a_disk_that_is_full_of_what_arrives(published: FakeHub, local: Path, tm
 
 
 def test_a_file_that_changes_its_size_is_refused(published: FakeHub, tmp_path: Path) -> None:
-    """Of a Hub that gives no digest."""
+    """The Hub gives no digest."""
     remote_fetch = Remote.fetch
 
     def fetch(self: Remote, name: str, *arguments: Any, **options: Any) -> Path:
@@ -323,7 +323,7 @@ def test_a_file_that_changes_its_size_is_refused(published: FakeHub, tmp_path: P
 def test_nothing_stays_of_what_was_fetched_for_a_plan_that_cannot_be(
     published: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a slow Hub: what is under way is broken off."""
+    """The Hub is slow, and running downloads are broken off."""
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     published.rate = 10_000
     with pytest.raises(TopologyError):
@@ -367,7 +367,7 @@ def test_room_for_two_source_files_is_asked_for(
 
 @pytest.mark.fault(27)
 def test_a_cdn_gets_no_token(published: FakeHub, local: Path, tmp_path: Path) -> None:
-    """Neither with a header's range nor with a file."""
+    """Neither the range of a header nor a file is requested with the token."""
     published.cdn = True
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     assert_same(tmp_path / "out", local)
@@ -385,7 +385,7 @@ HfApi().preupload_lfs_files("org/model", files)
 
 
 def test_through_xet(home: Path, checkpoint: Checkpoint, local: Path, tmp_path: Path) -> None:
-    """As large files come today: in chunks from a content-addressed store. Only headers come by HTTP."""
+    """Large files come as they do today, in chunks from a content-addressed store. Only headers come by HTTP."""
     (tmp_path / "cas").mkdir()
     with FakeHub(cas=tmp_path / "cas") as hub:
         hub.create("org/model")

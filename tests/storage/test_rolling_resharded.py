@@ -1,4 +1,4 @@
-"""A resharded folder that is elsewhere, as a source: planned from headers, cut as its rank files arrive."""
+"""A remote resharded folder as a source: planned from headers, cut as its rank files arrive."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def repo(here: FakeHub, resharded: Path) -> FakeHub:
 
 @pytest.fixture
 def wider(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    """What must come out for four ranks."""
+    """The expected folder for four ranks."""
     reshard.convert(checkpoint("llama"), tmp_path / "wider", tp_size=4)
     return tmp_path / "wider"
 
 
 def fetched(hub: FakeHub) -> list[str]:
-    """The rank files asked for as a whole, in order; those of which only a header was are left out."""
+    """Return the rank files that were requested in full, in order, without requests for headers."""
     matches = [(WHOLE.fullmatch(str(request)), request.headers.get("range", "")) for request in hub.requests]
     return [match[1] for match, asked in matches if match and not re.fullmatch(r"bytes=\d+-\d+", asked)]
 
@@ -60,7 +60,7 @@ def test_from_a_store(store: ObjectStore, stored: str, wider: Path, out: Path) -
 
 @pytest.mark.parametrize("after", [1, 9, 40])
 def test_an_interrupted_conversion_fetches_nothing_twice(after: int, repo: FakeHub, wider: Path, out: Path) -> None:
-    """But what was under way."""
+    """Only files that were being fetched are fetched again."""
     with interrupted_after(after):
         reshard.convert("org/model/tp2", out, tp_size=4, workers=1)
     came = {path.name for path in out.parent.glob("out.part-fetched-*/tp2/*.safetensors")}
@@ -73,7 +73,7 @@ def test_an_interrupted_conversion_fetches_nothing_twice(after: int, repo: FakeH
 
 
 def test_what_comes_a_second_time_is_checked_again(store: ObjectStore, stored: str, wider: Path, out: Path) -> None:
-    """A store gives no digests, and an interrupted run leaves nothing that a power loss could not have spoiled."""
+    """A store gives no digests, and a power loss may have spoiled the files of an interrupted run."""
     with interrupted_after(60):
         reshard.convert(stored, out, tp_size=4, workers=1)
     real = Store.read

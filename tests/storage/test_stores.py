@@ -25,7 +25,7 @@ MANIFEST = "reshard.json"
 def test_from_a_store(
     store: ObjectStore, stored_source: str, resharded: Path, checkpoint: Checkpoint, out: Path
 ) -> None:
-    """The same bytes as from a folder, manifest included; each byte of weights is asked for once, but for headers."""
+    """The bytes equal those from a folder, manifest included; weights are requested once, except for headers."""
     reshard.convert(stored_source, out, tp_size=2)
     assert contents(out) == contents(resharded)
     weights = list(checkpoint("llama").glob("*.safetensors"))
@@ -60,7 +60,7 @@ def test_keep_cache(store: ObjectStore, stored_source: str, out: Path, tmp_path:
 
 
 def test_to_a_store(store: ObjectStore, checkpoint: Checkpoint, resharded: Path, tmp_path: Path) -> None:
-    """The same bytes; the manifest is sent last, and nothing stays on this machine."""
+    """The bytes are the same; the manifest is sent last, and nothing stays on this machine."""
     reshard.convert(checkpoint("llama"), "s3://bucket/out", tp_size=2)
     assert store.objects("out") == contents(resharded)
     sent = [call.path for call in store.log if call.method in ("PUT", "POST")]
@@ -82,7 +82,7 @@ def test_from_store_to_store_and_on(store: ObjectStore, stored_source: str, out:
 def test_large_files_are_sent_in_parts(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint
 ) -> None:
-    """Of 5 MiB, which is S3's least; nobody sees a file before the last part is there."""
+    """Parts have 5 MiB, S3's least; nobody sees a file before its last part has arrived."""
     monkeypatch.setitem(stores._PART, "chunksize", 5 << 20)
     source = tmp_path / "source"
     source.mkdir()
@@ -119,7 +119,7 @@ def test_pull_one_rank(store: ObjectStore, stored: str, resharded: Path, tmp_pat
     store.log.clear()
     assert reshard.pull(stored, ranks=[1]) == folder
     assert {call.method for call in store.log} == {"GET"}
-    assert all("list-type" in call.query for call in store.log)  # nothing but whether it is as it was
+    assert all("list-type" in call.query for call in store.log)  # only lists, to see whether anything changed
     assert reshard.pull(stored, to=tmp_path / "here") == tmp_path / "here"
     assert contents(tmp_path / "here") == contents(resharded)
 
