@@ -1,4 +1,4 @@
-"""Styles: `partition_tensor`, the regions the executor uses, DTensor and torch.chunk cut alike, bit for bit."""
+"""Styles: `partition_tensor`, the executor's regions, DTensor and torch.chunk cut alike, bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from reshard.strategies import (
     take,
 )
 
-# The dim that each style cuts of a 1-d, a 2-d and a 3-d parameter; None: whole on every rank.
+# The dim that each style cuts of a 1-d, a 2-d and a 3-d parameter; None: replicated.
 DIMS: dict[str, tuple[int | None, int | None, int | None]] = {
     "colwise": (0, 0, 1),
     "colwise_gather_output": (0, 0, 1),
@@ -68,7 +68,7 @@ DIMS: dict[str, tuple[int | None, int | None, int | None]] = {
 
 
 def joined(parts: list[torch.Tensor], placement: Placement, shape: tuple[int, ...]) -> torch.Tensor:
-    """The inverse of the cut, by concatenation alone."""
+    """Join the parts by concatenation alone."""
     if isinstance(placement, Replicate):
         return parts[0]
     if isinstance(placement, Shard):
@@ -174,7 +174,7 @@ def test_get_packed_weights(blocks: Any, dim: int) -> None:
 
 
 def test_get_packed_weights_drops_no_row() -> None:
-    """gate|up of 5 rows each over 2 ranks: 3 + 2 rows of both. Dividing each block by the ranks would lose one."""
+    """gate|up of 5 rows each over 2 ranks: 3 + 2 rows of both. Block sizes divided by the ranks would lose one."""
     tensor = torch.arange(10)
     assert get_packed_weights(tensor, tensor, mesh_of(2), 0, 0).tolist() == [0, 1, 2, 5, 6, 7]
     assert get_packed_weights(tensor, tensor, mesh_of(2), 1, 0).tolist() == [3, 4, 8, 9]
@@ -203,7 +203,7 @@ def test_lazy_slices_are_cut_as_tensors_are(dtype: torch.dtype, tmp_path: Path) 
 
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_dtensor_cuts_alike(world_size: int) -> None:
-    """`take` against `distribute_tensor(...).to_local()`, `as_dtensor` against `full_tensor()`, on real ranks."""
+    """On real ranks, `take` equals `distribute_tensor(...).to_local()`, and `as_dtensor` equals `full_tensor()`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     done = subprocess.run(
         [*command, str(WORKERS / "distribute.py")],
@@ -250,7 +250,7 @@ def test_every_interface_sees_the_built_in_styles() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_token_that_no_rank_has_is_refused_as_in_one_process(rank: int) -> None:
-    """Its row would be all zeros, and the text go on."""
+    """The token's row would be all zeros, and the text would go on."""
     mesh: Any = SimpleNamespace(size=lambda: 2, get_local_rank=lambda: rank)
     module = torch.nn.Embedding(3 - rank, 4)
     module.num_embeddings = 5

@@ -59,7 +59,7 @@ def test_computing_is_refused() -> None:
 
 
 def test_a_cast_between_floating_dtypes_is_left_to_the_copy() -> None:
-    """Its elements are the same: what they are cast to is a matter of where they are stored."""
+    """A cast keeps the elements; the dtype matters only where they are stored."""
     tensor = RegionTensor.of_source("x", (4, 4), torch.float32)
     with casts_left_to_the_copy():
         half, brain = tensor.to(torch.float16), tensor.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Strategies written from the guide, cut offline: what their `partition_tensor` takes is what the plan writes."""
+"""Strategies written from the guide, cut offline: the plan writes what their `partition_tensor` takes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_shape_of_ones_does_not_hide_a_transposition() -> None:
 
 
 def test_converted_verified_and_told(tmp_path: Path) -> None:
-    """A cut that no plain placement says goes all the way to disk, to the manifest and back to every element."""
+    """A cut that no plain placement expresses goes all the way to disk, to the manifest and back to every element."""
     source = pico.save("llama", tmp_path / "source", shard_bytes="1GB")
     mine = ParallelInterface()
     mine.register_strategy("round_robin", style(CUTS["round robin"][0]))
@@ -107,9 +107,9 @@ def test_block_sizes_in_a_styles_name(name: str) -> None:
     dim = 0 if "colwise" in name else 1
     assert strategy.placement("weight", (12, 24)) == PackedShard(dim, (8, 2, 2) if dim == 0 else (16, 4, 4))
     if dim == 0:
-        assert strategy.placement("bias", (12,)) == PackedShard(0, (8, 2, 2))  # as its weight
+        assert strategy.placement("bias", (12,)) == PackedShard(0, (8, 2, 2))  # like its weight
     plain = ParallelInterface().find(name.split("[")[0])
-    assert plain.placement("weight", (12, 24)) == PackedShard(dim, (6, 6) if dim == 0 else (12, 12))  # as it was
+    assert plain.placement("weight", (12, 24)) == PackedShard(dim, (6, 6) if dim == 0 else (12, 12))  # even blocks
 
 
 @pytest.mark.parametrize(
