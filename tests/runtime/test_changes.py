@@ -1,4 +1,4 @@
-"""What is done to a loaded model: its forward and what it saves see it, or it is refused in one line."""
+"""Changes to a loaded model: its forward and its saved files have them, or one line refuses them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_change_is_seen_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {"tie_word_embeddings": True}), ("phi3", {})],  # DTensor has no word for phi3's packed weights
+    [("llama", {"tie_word_embeddings": True}), ("phi3", {})],  # DTensor cannot express phi3's packed weights
 )
 def test_what_is_assigned_is_seen_in_other_layouts(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     source = pico.save(family, tmp_path / "source", **options)
@@ -97,7 +97,7 @@ BACKWARDS: dict[str, Callable[[Any], torch.Tensor]] = {
     "a part of them": lambda model: model(IDS).logits[:, -1].max(),
     "hidden states": lambda model: model(IDS, output_hidden_states=True).hidden_states[1].sum(),
     "inputs of one's own": lambda model: model(
-        inputs_embeds=torch.randn(1, 5, 32).requires_grad_()  # through the layers it would come without the other ranks
+        inputs_embeds=torch.randn(1, 5, 32).requires_grad_()  # behind the layers it would lack the other ranks' part
     ).logits.sum(),
     "a parameter": lambda model: (model.lm_head.weight.requires_grad_(), model(IDS).logits.sum())[1],
 }
@@ -140,7 +140,7 @@ def test_a_module_that_sees_dtensors_is_compiled_and_sees_what_is_assigned(tmp_p
 
 
 def test_a_bias_that_is_added_behind_the_sum_is_not_written_to_unheard() -> None:
-    """gpt2's module shows zeros instead: what is written there would reach no other rank, and no file."""
+    """gpt2's module shows zeros instead: a write to it would reach no other rank and no file."""
     module = Conv1D(4, 8)
     with torch.no_grad():
         module.bias.fill_(3)

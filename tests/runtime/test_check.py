@@ -1,4 +1,4 @@
-"""`check` on folders that were damaged on purpose: it names the layer, and what is wrong with it."""
+"""`check` on folders damaged on purpose: it names the layer and its damage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Found = dict[str, Any]
 
 
 def in_file(rank: int, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
-    """Change a tensor of one rank file where it stands, as a bad disk or a bad tool would."""
+    """Change a tensor of one rank file in place, as a bad disk or a bad tool would."""
 
     def damage(folder: Path) -> None:
         path = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
@@ -70,7 +70,7 @@ def swap_heads(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def row_10(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a token that none of the fixed ones is, whether the embedding is cut or not."""
+    """Change the row of a token that is not in the fixed prompt, whether the embedding is cut or not."""
     altered = tensor.clone()
     altered[10] = -tensor[10]
     return altered
@@ -95,8 +95,8 @@ NORM = "model.layers.1.input_layernorm"
 QUERIES = "model.layers.0.self_attn.q_proj"
 FILE = "shard-0000{}-model-00001-of-00001.safetensors"
 
-# Family, damage; then module, where it shows, ranks that see it, parameters and the files they are wrong in. The ranks
-# that see an embedding's damage depend on whether the plan cuts it, as that of transformers 5.17 does not.
+# Family, damage; then module, symptom, ranks that see it, and parameters with the files they are wrong in. The ranks
+# that see an embedding's damage depend on whether the plan cuts it; transformers 5.17's does not.
 CASES: dict[str, tuple[str, Damage, str, str, list[int] | None, dict[str, set[str]]]] = {
     "rows of one rank's weight swapped": (
         *("llama", in_file(1, f"{DOWN}.weight", swap_rows)),
@@ -158,12 +158,12 @@ CASES: dict[str, tuple[str, Damage, str, str, list[int] | None, dict[str, set[st
 FAMILIES = sorted({"no numbers", *(case[0] for case in CASES.values())})
 
 
-# In a model that has NaN elsewhere: NaN in place of a number.
+# NaN in place of a number, in a model that has NaN elsewhere.
 LOST = {"NaN in a block": f"{DOWN}.weight", "NaN in a norm": "model.layers.0.post_attention_layernorm.weight"}
 
 
 def make(family: str, root: Path, ranks: int) -> tuple[Path, Path]:
-    """A source and its resharded folder, with reference logits."""
+    """Return a source and its resharded folder, with reference logits."""
     source, out = root / f"{family}.source", root / family
     plan: dict[str, Any] = {}
     if family in UNPLANNED:
@@ -185,7 +185,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def no_numbers() -> Any:
-    """A llama with rows that nobody has written: of a token that is fed last, and of the head on either rank."""
+    """Return a llama with NaN rows: for a token that is fed last, and in the head on either rank."""
     model = pico.build("llama")
     nan, inf = torch.nan, torch.inf
     with torch.no_grad():
@@ -198,7 +198,7 @@ def no_numbers() -> Any:
 
 
 def stored(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Other reference logits, as another machine might have made them."""
+    """Replace the reference logits, as if another machine had made them."""
     tensors = load_file(folder / REFERENCE_NAME)
     change(tensors)
     data = save(tensors)
@@ -212,7 +212,7 @@ def stored(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
 
 
 def off_by(share: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    """Logits that are a share of the largest one apart."""
+    """Move one logit by a share of the largest one."""
     return lambda tensors: tensors["values"].view(-1)[7].add_(share * tensors["values"].abs().max())
 
 
@@ -223,8 +223,8 @@ def last_token(change: Callable[[int], int]) -> Callable[[dict[str, torch.Tensor
     return changed
 
 
-# Of a model whose tokens 2k and 2k + 1 have the same logit: whether it is fine on CPU, and on another device than that
-# of the stored logits.
+# For a model whose tokens 2k and 2k + 1 have the same logit: a change, whether it passes on CPU, and whether on
+# another device than that of the stored logits.
 STORED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], bool, bool]] = {
     "as it is": (lambda tensors: None, True, True),
     "logits within the looser limit": (off_by(5e-5), False, True),
@@ -250,7 +250,7 @@ def job(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    """What check finds on two ranks, of every damaged folder and of those that are sound."""
+    """The results of check on two ranks, for every damaged folder and every sound one."""
     root = tmp_path_factory.mktemp("check")
     made = {family: make(family, root, 2) for family in FAMILIES}
     jobs = []
@@ -345,7 +345,7 @@ def test_parameters_that_the_tokens_do_not_reach_are_compared(found: dict[str, F
 def test_nan_where_a_number_is_expected_is_a_difference(name: str, found: dict[str, Found]) -> None:
     result, parameter = found[name], LOST[name]
     assert not result["ok"]
-    assert (result["max_abs"], result["max_rel"]) == (None, None)  # JSON has no NaN
+    assert (result["max_abs"], result["max_rel"]) == (None, None)  # JSON cannot hold NaN
     assert "max abs nan" in result["text"]
     assert result["difference"]["module"] == parameter.removesuffix(".weight")
     assert [one["name"] for one in result["difference"]["altered"]] == [parameter]
@@ -359,7 +359,7 @@ NAN, INF = float("nan"), float("inf")
     ("values", "expected", "apart"),
     [
         ([NAN, 1.0, INF, -INF], [NAN, 1.0, INF, -INF], (0.0, 0.0)),
-        ([NAN, 1.5, INF, -4.0], [NAN, 1.0, INF, -4.0], (0.5, 0.125)),  # the scale is that of numbers
+        ([NAN, 1.5, INF, -4.0], [NAN, 1.0, INF, -4.0], (0.5, 0.125)),  # only finite numbers give the scale
         ([NAN], [NAN], (0.0, 0.0)),
         ([], [], (0.0, 0.0)),
         ([0.5], [0.0], (0.5, 0.5)),
@@ -415,7 +415,7 @@ def test_what_else_can_be_wrong_is_said(found: dict[str, Found]) -> None:
 
 
 def test_what_the_page_shows(found: dict[str, Found]) -> None:
-    """Figures apart, which may change in their last digit."""
+    """The page shows this output, but for figures, whose last digit may change."""
     page = (ROOT / "runtime" / "README.md").read_text()
     shown = re.search(r"^```text\n(first difference: .*?)^```", page, re.M | re.S)
     assert shown
@@ -492,7 +492,7 @@ def test_what_cannot_be_compared_is_said_on_every_rank(
 
 
 def test_reference_logits_are_a_file_of_the_folder(checkpoint: Any, tmp_path: Path, cli: Cli) -> None:
-    """Written by `convert`, checked by `verify`, handed on to other degrees, and no part of what `merge` gives back."""
+    """`convert` writes the file, `verify` checks it, other numbers of ranks keep it, and `merge` leaves it out."""
     source, out = checkpoint("llama"), tmp_path / "out"
     assert cli("convert", source, out, "--tp-size", 2, "--reference-logits", seconds=60).code == 0
     record = next(extra for extra in read_manifest(out).extras if extra.name == REFERENCE_NAME)

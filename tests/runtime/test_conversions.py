@@ -1,4 +1,4 @@
-"""Conversions that transformers 5.24 brought, on checkpoints as they are published."""
+"""Conversions new in transformers 5.24, on checkpoints as they are published."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK_FILE = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def assert_as_transformers(source: Path, out: Path, *, dtype: str | None = None) -> Any:
-    """What is stored is what `from_pretrained` makes of the source."""
+    """Check that the folder holds what `from_pretrained` makes of the source."""
     manifest = reshard.convert(source, out, tp_size=1, dtype=dtype)
     reshard.verify(out, against=source)
     wanted = getattr(torch, dtype) if dtype else "auto"
@@ -33,7 +33,7 @@ def assert_as_transformers(source: Path, out: Path, *, dtype: str | None = None)
 
 
 def padded(folder: Path, dtype: torch.dtype) -> Path:
-    """The unembedding has ten rows more than the vocabulary, as checkpoints of this family store it."""
+    """Save a model whose unembedding has ten rows more than the vocabulary, as checkpoints of this family do."""
     config = families.small_config("inkling2_text")
     config.vocab_size, config.unpadded_vocab_size, config.dtype = 140, 130, dtype
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
@@ -42,7 +42,7 @@ def padded(folder: Path, dtype: torch.dtype) -> Path:
     tensors = load_file(path)
     (head,) = [name for name in tensors if "unembed" in name or name == "lm_head.weight"]
     assert tensors[head].shape[0] == 140
-    tensors[head][130:] = torch.randn(10, tensors[head].shape[1]).to(dtype)  # whatever is there comes back
+    tensors[head][130:] = torch.randn(10, tensors[head].shape[1]).to(dtype)  # these rows come back whatever they hold
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
@@ -64,7 +64,7 @@ def test_padded_rows_are_not_in_the_model_and_are_given_back(dtype: torch.dtype,
 
 
 def test_a_cast_within_a_conversion(tmp_path: Path) -> None:
-    """transformers casts the head to the model's dtype as it takes the padding off."""
+    """transformers casts the head to the model's dtype while removing the padding."""
     source = padded(tmp_path / "source", torch.bfloat16)
     assert_as_transformers(source, tmp_path / "wide", dtype="float32")
     source = padded(tmp_path / "wide-source", torch.float32)

@@ -1,4 +1,4 @@
-"""What the runtime does on a device: on CPU always, on GPUs where there are any (`-m cuda`, or scripts/gpu_check)."""
+"""The runtime on a device: on CPU always, on GPUs if there are any (`-m cuda`, or scripts/gpu_check)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to decode that must give the same tokens: without gathering logits, compiled, with a static cache."""
+"""Ways to decode with the same tokens: without gathering logits, compiled, with a static cache."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whatever family of model transformers can shard: resharded, it computes what one process does.
+"""Every family of model that transformers can shard: resharded, it computes what one process does.
 
-CI runs a sample that uses every style and every conversion there is; `scripts/families --write` runs all families on
-all meshes and writes the table that is checked here.
+CI runs a sample that uses every style and every conversion; `scripts/families --write` runs all families on all
+meshes and writes the table that is checked here.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SAMPLE = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_oss", "deepseek_v2"),
     *("deepseek_v3", "qwen3_moe", "mixtral", "qwen3_next", "longcat_flash", "mimo_v2_flash", "falcon_h1"),
     *("llava", "qwen2_5_vl", "gemma3", "mistral3", "llama4", "aria", "t5gemma2"),
-    "higgs_audio_v2",  # its generate admits some processors of logits only
+    "higgs_audio_v2",  # its generate admits only some processors of logits
     # upstream is wrong, or refuses
     *("hrm_text", "step3p7", "qwen3_vl_moe", "inkling2", "inkling_text", "ernie4_5_vl_moe", "minimax_m3_vl"),
     *("doge", "esmc", "gemma3n_text", "neomme", "glm5_next_text", "diffusion_gemma"),
-    *("dory", "inkling2_loop_text", "sarvam_moe"),  # conversions that 5.24 brought
+    *("dory", "inkling2_loop_text", "sarvam_moe"),  # conversions new in 5.24
 )
-# Why a family is not in the walk, where that is not for want of a package.
+# Reasons why a family is not in the walk, other than a missing package.
 UNBUILT = {
     "diffusion_gemma": "its configuration has no vision part by default (5.17)",
     "apertus1p5": "no small configuration of it is known",
@@ -72,7 +72,7 @@ def test_every_family(tp: int, ep: int, tmp_path: Path) -> None:
 
 @pytest.fixture(params=TABLES)
 def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """The written table of one release of transformers."""
+    """Return the written table of one release of transformers."""
     return family_report.read(request.param)
 
 
@@ -119,7 +119,7 @@ def test_the_walk_runs_every_conversion() -> None:
 
 
 def test_plans_put_right_are_wrong_upstream() -> None:
-    """A correction that no supported release has need of would only cost speed."""
+    """A correction that no supported release needs would only cost speed."""
     wrong = set()
     for record in (record for version in TABLES for record in family_report.read(version)):
         error = record.get("upstream", 0.0)

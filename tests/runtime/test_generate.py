@@ -1,4 +1,4 @@
-"""`generate`: what it prints is what the single process generates, however it is asked; and what it refuses."""
+"""`generate`: it prints what the single process generates, whatever the options; and its refusals."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_rank_generates_what_one_process_does(ranks: int, models: list[Any
 
 
 def encoder(root: Path) -> dict[str, str]:
-    """A BERT, which comes without a plan, on two ranks."""
+    """A BERT, a family without a plan, on two ranks."""
     sizes = {"vocab_size": 130, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=32))
     model.save_pretrained(root / "bert.source")
@@ -95,7 +95,7 @@ def encoder(root: Path) -> dict[str, str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has begun to learn its text, and a tokenizer with a chat template.
 
-    Its files hold what transformers warns of, on every rank: no test of stderr is to see any of it.
+    Their files make transformers warn on every rank: no test may see a warning on stderr.
     """
     folder = tmp_path_factory.mktemp("generate") / "source"
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +117,7 @@ def out(source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def single(source: Path) -> Any:
-    """`single(text, **options)`: what one process continues a text with."""
+    """`single(text, **options)`: one process's continuation of a text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
 
@@ -147,14 +147,14 @@ def test_text_and_report(out: Path, single: Any) -> None:
     done = run(out, "--prompt", BEGINNING, "--max-new-tokens", "20", "--report")
     assert done.stdout == BEGINNING + single(BEGINNING, max_new_tokens=20) + "\n"
     lines = done.stderr.splitlines()
-    assert 1 <= len(lines) <= 2  # rank 0, and the slowest where it is another: nothing else is on stderr
+    assert 1 <= len(lines) <= 2  # rank 0, and the slowest rank if another; stderr has no other lines
     assert lines[0].startswith("rank 0: loaded 0.000 GB at ")
     assert "import" in lines[0]
     assert done.returncode == 0
 
 
 def test_a_batch_from_stdin(out: Path, single: Any) -> None:
-    """More prompts than go into one batch, of several lengths; empty lines are none."""
+    """There are more prompts than go into one batch, of several lengths; empty lines are skipped."""
     options = ["--prompt", "The model said", "--stop", "out its", "--max-new-tokens", "30", "--batch-size", "2"]
     done = run(out, "--prompts", "-", *options, "--format", "json", typed=f"{BEGINNING}\n\nThen somebody cut it\n")
     assert (done.returncode, done.stderr) == (0, "")
@@ -168,7 +168,7 @@ def test_a_batch_from_stdin(out: Path, single: Any) -> None:
 
 
 def test_replicas_share_the_prompts(out: Path, single: Any) -> None:
-    """In order, whoever continued them; one round has --batch-size for each replica."""
+    """Answers come in order, whichever replica made them; one round has --batch-size for each replica."""
     prompts = ["Once upon", "Then somebody", "The model said", "every rank", "Once upon a time every"]
     options = [part for prompt in prompts for part in ("--prompt", prompt)]
     asked = ["--dp", "2", *options, "--batch-size", "1", "--format", "json", "--max-new-tokens", "8"]
@@ -187,7 +187,7 @@ def test_replicas_share_the_prompts(out: Path, single: Any) -> None:
     ],
 )
 def test_sampling(kernels: list[str], note: str, out: Path, single: Any) -> None:
-    """The same seed gives the same text, and the same as in one process, by whichever kernels."""
+    """The same seed gives the same text as in one process, with any kernels."""
     options = {"temperature": 5.0, "top_p": 0.9, "top_k": 20, "max_new_tokens": 24}
     asked = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     asked += ["--seed", "11", "--format", "json", *kernels]
@@ -201,7 +201,7 @@ def test_sampling(kernels: list[str], note: str, out: Path, single: Any) -> None
 
 
 def test_a_chat(out: Path, single: Any) -> None:
-    """Each answer is to all that was said before it."""
+    """Each answer follows from all earlier turns."""
     said, answers = BEGINNING, []
     for turn in ("", "Then somebody"):
         said += turn
@@ -238,7 +238,7 @@ def until(terminal: int, text: str, seconds: float = 60) -> str:
 
 
 def test_a_reader_who_has_gone(out: Path) -> None:
-    """Ends as a pipe's writer does, and no rank complains."""
+    """The command ends as a pipe's writer does, and no rank complains."""
     reading, writing = os.pipe()
     os.close(reading)
     done = run(out, "--prompt", BEGINNING, stdout=writing)
@@ -260,7 +260,7 @@ def test_a_reader_who_has_gone(out: Path) -> None:
     ],
 )
 def test_options_that_make_no_sense(options: list[str], words: str, tmp_path: Path) -> None:
-    """Said before anything is loaded."""
+    """The error comes before anything is loaded."""
     with pytest.raises(UsageError, match=words):
         generate.main([str(tmp_path / "nowhere"), *options], standalone_mode=False)
 
@@ -384,7 +384,7 @@ TEXTS = st.text("ab ä€🏖", max_size=12)
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, TEXTS, st.lists(st.text("ab ä", min_size=1, max_size=3), max_size=3))
 def test_a_stream_is_the_text_before_the_first_stop(prompt: str, text: str, stops: list[str]) -> None:
-    """No character is told by halves, nor anything that a stop text begins with; and rows end where one is complete."""
+    """The stream never prints half a character or the start of a stop text, and a row ends at a complete stop text."""
     pieces: list[str] = []
     stream = Stream(Bytes(), stops, pieces.append)
     ids, new = list(prompt.encode()), list(text.encode())

@@ -1,4 +1,4 @@
-"""`generate` at its limits: prompts and chats that are too long, folders that ask for what is not here, odd files."""
+"""`generate` at its limits: prompts and chats that are too long, folders that ask for unsupported things, odd files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Letters:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Several would wait for each other longer than such small models take."""
+    """Several threads would wait for each other longer than such small models take."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Whose padding has no row in a model of 330 tokens."""
+    """A tokenizer whose padding token has no row in a model of 330 tokens."""
     tokenizer = make_pico.make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.chat_template = TEMPLATE
@@ -84,13 +84,13 @@ def made(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def own(made: Path, tmp_path: Path) -> Path:
-    """A copy, to be changed."""
+    """A copy of `made` that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "own"))
 
 
 @pytest.fixture(scope="module")
 def single(model: Any, tokenizer: Any) -> Callable[..., str]:
-    """`single(text, new)`: what the model continues a text with, alone."""
+    """`single(text, new)`: the model's continuation of a text by itself."""
 
     def go_on(text: str, new: int) -> str:
         ids = tokenizer(text, return_tensors="pt").input_ids
@@ -105,7 +105,7 @@ def run(*arguments: object) -> None:
 
 
 def long(tokenizer: Any, tokens: int) -> str:
-    """A text of so many tokens."""
+    """Return a text of so many tokens."""
     text = "~" * tokens
     assert len(tokenizer(text).input_ids) == tokens
     return text
@@ -188,7 +188,7 @@ def test_positions_of_an_encoder() -> None:
 
 
 def test_stop_texts_of_the_file(own: Path, single: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Are as those of the option: left out, and said to be why the text ends; padding behind them is no text."""
+    """The file's stop texts work like the option's: left out, and named as the end; padding after them is no text."""
     prompts = ("Once upon a time", "cut")
     first = single(prompts[0], 12)
     stop = first[2:4]
@@ -216,7 +216,7 @@ def test_searches_that_are_not_here(fields: dict[str, Any], words: str, own: Pat
 
 
 def test_drafts_make_the_same_text(own: Path, single: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a batch too, which transformers drafts none for."""
+    """A batch also gets drafts, though transformers makes none for it."""
     edit_json(own / "generation_config.json", lambda said: said.update(prompt_lookup_num_tokens=3))
     run(own, "--prompt", "Once upon", "--prompt", "cut", "--max-new-tokens", 8, "--format", "json")
     found = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
@@ -254,7 +254,7 @@ def test_a_chat_that_outgrows_the_positions(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Goes on with its last turns, and says so; each answer is to what is left."""
+    """The chat goes on with its last turns, and says so; each answer follows from the turns that are left."""
     turns = [f"every rank {number}" for number in range(8)]
     monkeypatch.setattr(command, "chat_turns", lambda timeout: iter(turns))
     seen: list[str] = []
@@ -283,7 +283,7 @@ def said(messages: list[dict[str, str]]) -> str:
 def test_a_chat_that_is_ended_at_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By Ctrl-D, which leaves no line of its own."""
+    """Ctrl-D ends the chat and leaves no line of its own."""
     terminal, typed = pty.openpty()
     os.write(terminal, b"hello\n\x04")
     with open(typed) as stdin:
@@ -294,7 +294,7 @@ def test_a_chat_that_is_ended_at_a_terminal(
 
 
 def test_lines_of_a_file(tmp_path: Path) -> None:
-    """End where editors end them; the mark that some begin a file with is no part of the first."""
+    """Lines end where editors end them; a byte order mark is no part of the first."""
     (tmp_path / "prompts").write_bytes("\ufeffone\u2028two\x0cthree\r\n\r\nfour\x85\n".encode())
     assert read_prompts(str(tmp_path / "prompts"), 5) == ["one\u2028two\x0cthree", "four\x85"]
 
@@ -338,7 +338,7 @@ def test_text_behind_characters_that_are_spelt_in_bytes(prompt: str, new: str, f
 
 
 def conversation(model: Any, memory: Memory, turns: int) -> Iterator[tuple[str, str, int]]:
-    """Each turn's text with a memory and without one, and its tokens."""
+    """Yield each turn's text with a memory and without one, and its number of tokens."""
     ids: tuple[int, ...] = tuple(range(3, 10))
     for turn in range(turns):
         prompt = [Prompt("", ids, chat=True)]
@@ -349,7 +349,7 @@ def conversation(model: Any, memory: Memory, turns: int) -> Iterator[tuple[str, 
 
 
 def test_a_chat_in_which_longrope_takes_other_frequencies() -> None:
-    """What was computed with those for short texts is not gone on from."""
+    """The cache computed with the frequencies for short texts is not continued."""
     rope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.0], "long_factor": [9.0, 30.0]}
     rope["original_max_position_embeddings"] = 20
     model = pico.build("llama", rope_parameters={**rope, "factor": 3.2})
@@ -369,7 +369,7 @@ def test_a_chat_says_the_same_whatever_layers_it_has(family: str) -> None:
 
 
 def test_what_is_remembered() -> None:
-    """A cache of exactly the tokens that were seen, of a kind that can be gone on from."""
+    """Only a cache of exactly the seen tokens, and of a kind that can be continued, is recalled."""
     config = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
     states = torch.zeros(1, 2, 3, 4)
 
@@ -382,7 +382,7 @@ def test_what_is_remembered() -> None:
 
     cache = DynamicCache()
     assert recalled(cache) is cache
-    assert recalled(DynamicCache(), (5, 6, 7)) is None  # something was cut off, or is ahead
+    assert recalled(DynamicCache(), (5, 6, 7)) is None  # the cache was cut or is ahead
     assert recalled(StaticCache(config, max_cache_len=8)) is None
     assert recalled(None) is None
     sliding = DynamicCache()
@@ -390,7 +390,7 @@ def test_what_is_remembered() -> None:
     assert recalled(sliding) is sliding
 
     class Recurrent(DynamicCache):
-        """With a state beside its layers."""
+        """A cache with a state beside its layers."""
 
     assert recalled(Recurrent()) is None
 

@@ -1,4 +1,4 @@
-"""A load in this process, as the only rank: what stops it, each in one line, and what a loaded model refuses."""
+"""A load in this process, as the only rank: faults that stop it, each in one line, and a loaded model's refusals."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_generation_config_that_is_none(text: str, folder: Path) -> None:
 
 
 class Lines(logging.Handler):
-    """Keeps what is logged."""
+    """Keeps the logged lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_flags_of_generation_that_do_not_go_together_are_not_talked_of(folder: P
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.add_handler(handler)
     once: Any = logging.Logger.warning_once  # type: ignore[attr-defined]
-    once.cache_clear()  # transformers says a thing once
+    once.cache_clear()  # transformers says each thing once
     try:
         model = runtime.load(folder, check_digests=False)
         quiet = list(handler.lines)
@@ -103,7 +103,7 @@ def test_flags_of_generation_that_do_not_go_together_are_not_talked_of(folder: P
         transformers.utils.logging.set_verbosity(level)
     assert model.generation_config.temperature == 0.3
     assert quiet == []
-    assert any("temperature" in line for line in handler.lines)  # or nothing was shown here
+    assert any("temperature" in line for line in handler.lines)  # the handler does see warnings
 
 
 def to(*arguments: Any) -> Callable[[Any], Any]:
@@ -136,7 +136,7 @@ def test_what_changes_nothing_is_allowed(made: Path) -> None:
     for change in same:
         assert change(model) is model
         assert change(model.lm_head) is model.lm_head
-    assert model.model.rotary_emb.to(torch.float64).inv_freq.dtype == torch.float64  # nothing of it is in a file
+    assert model.model.rotary_emb.to(torch.float64).inv_freq.dtype == torch.float64  # none of it is in a file
 
 
 def test_parameters_kept_in_fp32_are_no_reason_to_refuse(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_what_the_chosen_kernel_cannot_compute_is_refused_by_the_load(
     assert asked == [(torch.float32, 4)]
     with runtime.sdpa("math"), pytest.raises(UsageError, match="goes with attention sdpa, and this model uses eager"):
         runtime.load(made, attn_implementation="eager")
-    runtime.load(made)  # none is chosen any more
+    runtime.load(made)  # no kernel is chosen any more
 
 
 def test_a_kernel_that_there_is_not() -> None:
@@ -178,7 +178,7 @@ def test_a_kernel_that_there_is_not() -> None:
 
 
 def test_a_kernel_is_asked_with_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU's flash kernels are: those of a CPU take one."""
+    """The replacement takes no mask, like a GPU's flash kernels; a CPU's take one."""
 
     def attention(*_: Any, attn_mask: Any = None) -> None:
         if attn_mask is not None:
@@ -220,7 +220,7 @@ def stranger() -> Iterator[int]:
             while True:
                 taken.append(server.accept()[0])
         except BlockingIOError:
-            for connection in taken:  # so that whoever waits for an answer ends
+            for connection in taken:  # so that waiting clients end
                 connection.close()
 
 
@@ -237,8 +237,8 @@ def test_the_deadline_is_kept_with_a_stranger_on_the_port(stranger: int, monkeyp
 
 
 def test_a_group_of_some_ranks_is_not_split_off_one_that_is_bound(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The split is a collective of all ranks, and not all are there."""
-    runtime.load(made)  # and with it the process group
+    """The split is a collective of all ranks, and not all of them take part."""
+    runtime.load(made)  # this also makes the process group
     world = dist.group.WORLD
 
     def split(_group: Any) -> None:

@@ -26,7 +26,7 @@ Ranks = list[dict[str, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def ranks(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What each of four ranks wrote down."""
+    """The output of each of four ranks."""
     root = tmp_path_factory.mktemp("meshes")
     for size in (1, 2, 4):
         reshard.convert(checkpoint("llama"), root / f"tp{size}", tp_size=size, sync=False)

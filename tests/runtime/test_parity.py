@@ -19,7 +19,7 @@ from torchrun_tools import on_ranks
 import reshard
 
 IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7)).tolist()
-# Sizes that split vocabulary, intermediate size and experts unevenly, and the four ways weights are tied.
+# Sizes that split vocabulary, intermediate size and experts unevenly, and the four ways to tie weights.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in pico.FAMILIES},
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -35,7 +35,7 @@ WORLD_SIZES = (1, 2, 4)
 
 
 def experts(name: str) -> dict[str, str]:
-    """grouped_mm cannot take the uneven sizes, not even in one process."""
+    """Choose eager experts for uneven sizes, which grouped_mm cannot take even in one process."""
     return {"experts_implementation": "eager"} if name == "mixtral-uneven" else {}
 
 
@@ -47,7 +47,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def singles(sources: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """What the single-process models compute."""
+    """The results of the single-process models."""
     found = {}
     ids = torch.tensor(IDS)
     for name, folder in sources.items():
@@ -67,7 +67,7 @@ def singles(sources: dict[str, Path]) -> dict[str, dict[str, Any]]:
 def sharded(
     request: pytest.FixtureRequest, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, dict[str, Path], dict[str, Any]]:
-    """Every variant converted for a world size, and run in one torchrun job."""
+    """`sharded`: every variant converted for a world size, and run in one torchrun job."""
     world_size = request.param
     root = tmp_path_factory.mktemp(f"tp{world_size}")
     folders = {name: root / name for name in sources}
@@ -90,7 +90,7 @@ def test_logits_and_tokens_equal_single_process(name: str, sharded: Any, singles
     scale = expected["logits"].abs().max()
     error = ((got["logits"].float() - expected["logits"].float()).abs().max() / scale).item()
     if expected["logits"].dtype == torch.bfloat16:
-        # Rounding: no further from the same weights computed in fp32 than twice what one process is.
+        # Rounding: at most twice as far as one process is from the same weights computed in fp32.
         exact = expected["exact"]
         ours, theirs = got["logits"].float() - exact, expected["logits"].float() - exact
         assert ours.abs().max() <= 2 * theirs.abs().max()
@@ -112,7 +112,7 @@ def test_full_tensors_equal_the_source(name: str, sharded: Any, singles: Any) ->
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_are_dtensors(name: str, sharded: Any) -> None:
-    """Only packed blocks that do not divide evenly have no placement in DTensor."""
+    """Only packed blocks that do not divide evenly have no DTensor placement."""
     world_size, _, results = sharded
     plain = results[name]["plain"]
     if name == "mixtral-uneven" and world_size == 4:
@@ -127,11 +127,11 @@ def test_parameters_are_dtensors(name: str, sharded: Any) -> None:
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_opens_in_plain_transformers_where_the_manifest_says_so(name: str, sharded: Any, singles: Any) -> None:
-    """A folder that says it does, does; one that says it does not is refused rather than misread."""
+    """If the manifest says so, the folder opens; otherwise transformers refuses it and does not misread it."""
     _, folders, _ = sharded
     expected = singles[name]["logits"]
     if reshard.inspect(folders[name]).runtime_only:
-        # Upstream's own error, whichever: anything but a silent load. Its CheckpointException is a BaseException.
+        # Any error of upstream's will do: only a silent load is wrong. Its CheckpointException is a BaseException.
         with pytest.raises(BaseException):  # noqa: B017, PT011
             transformers.AutoModelForCausalLM.from_pretrained(folders[name])
         return

@@ -26,7 +26,7 @@ Bring = Callable[..., Callable[[], dict[str, torch.Tensor]]]
 
 
 class Postman:
-    """A copy to a device that does nothing until somebody waits for it: the latest a device may read a buffer."""
+    """A copy to a device that happens only once somebody waits for it: the latest moment at which a device may read."""
 
     sent = 0
 
@@ -86,7 +86,7 @@ def test_every_tensor_arrives_bit_for_bit(bring: Bring, pool: Executor, digests:
 
 
 def test_the_lazy_device_was_asked(pool: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without this, the test above could pass by never sending anything lazily."""
+    """Without this test, the one above could pass without ever sending anything lazily."""
     monkeypatch.setattr(reading, "BUFFER_BYTES", 64)
     path, record = written(tmp_path)
     before = Postman.sent

@@ -1,4 +1,4 @@
-"""What no rank goes on with: rank files that are not those that were written, and another number of ranks."""
+"""Folders that no rank accepts: altered rank files, and another number of ranks."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def down_of(content: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of one parameter, which the ranks hold cut by dim 1."""
+    """Return a manifest's entry of a parameter that is cut along dim 1."""
     return next(parameter for parameter in content["parameters"] if parameter["name"] == DOWN)
 
 
-# The error of all ranks: its type, and words of its line.
+# The error on all ranks: its type, and words of its line.
 DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     "a bit of the first tensor": (
         lambda f: flip(f / FIRST, DATA_START),
@@ -100,7 +100,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def refusals(resharded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str] | None]]:
-    """How each of two ranks was refused, by damage. "none" is a whole folder, loaded last by the same processes."""
+    """The refusals of two ranks, by damage. "none" is an undamaged folder, loaded last by the same processes."""
     root = tmp_path_factory.mktemp("refusals")
     for name in (*DAMAGED, "none"):
         shutil.copytree(resharded, root / name)

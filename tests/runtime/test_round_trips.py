@@ -1,4 +1,4 @@
-"""A loaded model's parameters are the source's bytes, however they are placed; and the model is saved as the source."""
+"""A loaded model's parameters are the source's bytes in any placement; and the model is saved as the source."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}, {}),
     "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}, {}),  # shared by all ranks
     "phi3": ("phi3", {}, {}),
-    "gpt_neox": ("gpt_neox", {}, {}),  # renamed when it is loaded
-    "mixtral": ("mixtral", {}, {}),  # its experts are fused when it is loaded
-    "mixtral-uneven": ("mixtral", {"intermediate_size": 22}, {}),  # blocks that do not divide by 4
+    "gpt_neox": ("gpt_neox", {}, {}),  # renamed while loading
+    "mixtral": ("mixtral", {}, {}),  # experts fused while loading
+    "mixtral-uneven": ("mixtral", {"intermediate_size": 22}, {}),  # blocks that 4 does not divide
     "qwen3_moe-ep": ("qwen3_moe", {}, {"ep_size": 2}),
     "glm4_moe-bf16": ("glm4_moe", {"dtype": torch.bfloat16}, {}),  # a router bias that is loaded in fp32
 }
@@ -43,7 +43,7 @@ def source(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     return lambda name: checkpoint(VARIANTS[name][0], **VARIANTS[name][1])
 
 
-ON = {  # ranks → variants, and the kinds of layouts among them
+ON = {  # number of ranks → variants, and the kinds of their layouts
     2: (
         ["llama-tied", "llama-one-kv-head", "mixtral", "glm4_moe-bf16"],
         {"Replicate", "Shard", "_StridedShard", "Shard Replicate"},
@@ -57,7 +57,7 @@ ON = {  # ranks → variants, and the kinds of layouts among them
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, source: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder in which the models are saved, and what each rank wrote down."""
+    """The folder of the saved models, and the output of each rank."""
     root = tmp_path_factory.mktemp(f"tp{request.param}")
     jobs = []
     for name in ON[request.param][0]:
@@ -72,7 +72,7 @@ def ranks(request: pytest.FixtureRequest, source: Any, tmp_path_factory: pytest.
 
 
 def test_every_layout_goes_to_every_other_and_back(ranks: Any) -> None:
-    """The worker compares; here, that it met every kind of layout."""
+    """The worker compares the layouts; this test checks that it met every kind."""
     _, ranks = ranks
     for found in ranks:
         kinds = {kind for result in found.values() for kind in result["kinds"]}
@@ -95,7 +95,7 @@ def assert_same(source: Path, saved: Path) -> None:
         assert after[tensor].dtype == value.dtype
         assert torch.equal(after[tensor], value), tensor
     assert not list(saved.glob("*.part"))
-    # Not grouped_mm: it does not take the uneven sizes.
+    # Not grouped_mm, which cannot take the uneven sizes.
     options = {"experts_implementation": "eager"}
     one, other = (transformers.AutoModelForCausalLM.from_pretrained(path, **options) for path in (source, saved))
     assert type(one) is type(other)
@@ -124,7 +124,7 @@ def test_what_cannot_be_saved_is_refused_on_every_rank(ranks: Any) -> None:
     "regions",
     [
         [Region("w", 0, (1,), (3,), (0,))],
-        [Region("w", 0, (1,), (3,), (0,)), Region("w", 1, (1,), (2,), (3,))],  # one element more than there are
+        [Region("w", 0, (1,), (3,), (0,)), Region("w", 1, (1,), (2,), (3,))],  # one element too many
         [Region("w", 0, (2,), (2,), (0,)), Region("w", 2, (1,), (2,), (2,))],
     ],
 )

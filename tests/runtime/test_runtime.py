@@ -1,4 +1,4 @@
-"""What the runtime says when it cannot run: one line, the right exit code, on every rank, before any forward."""
+"""The runtime when it cannot run: one line, the right exit code, on every rank, before any forward."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def exit_codes(done: warm_ranks.Done) -> set[int]:
-    """Of the ranks. Those that were stopped while they waited to speak are left out."""
+    """Return the ranks' exit codes, without ranks that were stopped while waiting to speak."""
     return {*done.codes} - {-15}
 
 
@@ -126,7 +126,7 @@ def test_altered_tensor_in_one_rank_file_stops_all_ranks(folder: Path, source: P
 
 @pytest.mark.fault(21)
 def test_missing_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
-    """Under torchrun, whose table has the ranks' exit codes."""
+    """The table of torchrun has the ranks' exit codes."""
     (folder / PARTS.format(1)).unlink()
     done = torchrun(2, "-m", "runtime", "check", str(folder), "--reference", str(source))
     assert {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)} - {-15} == {4}
@@ -195,7 +195,7 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "cpu", 2, "gloo"),
         (None, "cuda:1", 2, "nccl"),
         ("cuda", "cuda:1", 2, "nccl"),
-        ("cuda:0", "cuda:0", 2, "gloo"),  # both ranks on it
+        ("cuda:0", "cuda:0", 2, "gloo"),  # both ranks on one GPU
         ("cuda:0", "cuda:0", 1, "nccl"),
     ],
 )
@@ -209,14 +209,14 @@ def test_what_an_attempt_before_a_restart_has_said_is_over(monkeypatch: pytest.M
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
     stores = []
     for attempt in range(2):
-        monkeypatch.setattr("runtime.distributed.mesh._store", None)  # another process
+        monkeypatch.setattr("runtime.distributed.mesh._store", None)  # as in another process
         stores.append(connect(RankInfo(0, 2, 0, attempt=attempt), Deadline.after(5)))
     stores[0].set("key", "failed")
     assert [store.check(["key"]) for store in stores] == [True, False]
 
 
 def meet(monkeypatch: pytest.MonkeyPatch, *answers: tuple[Exception | None, str]) -> list[Exception | None]:
-    """What `agree` raises on every rank, when each brings its failure and value. The ranks are threads."""
+    """Return what `agree` raises on every rank if each brings its failure and value. The ranks are threads."""
     monkeypatch.setattr("runtime.distributed.agreement._meetings", itertools.repeat(0))
     store = dist.HashStore()
 
@@ -315,7 +315,7 @@ def test_own_failure_is_said_even_when_nobody_answers() -> None:
 
 
 def test_shared_heads_that_no_attention_holds_are_refused() -> None:
-    """A manifest can say so of any parameter; looking for the attention around it must end."""
+    """A manifest can mark any parameter so, and the search for its attention must end."""
     model = torch.nn.Sequential(torch.nn.LayerNorm(4))
     target = Target("0.weight", (4,), "float32", Nested(Shard(0), Replicate(), 2), ())
     manifest = SimpleNamespace(topology=Topology(4), parameters=(target,))

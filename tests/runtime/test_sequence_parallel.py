@@ -1,4 +1,4 @@
-"""With its sequence split between the blocks, a model computes what the single process does; and it is split."""
+"""A model with its sequence split between the blocks computes what the single process does, and is really split."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from reshard.sharding.placement import shard_bounds
 from reshard.strategies import ALL_PARALLEL_STYLES, RowwiseParallel, load_strategies
 from runtime.model.sequence import split_points
 
-# Norms that split the sequence by themselves where the model does not, one of them behind the layers.
+# Norms that split the sequence themselves although the model does not; one is behind the layers.
 STYLED = {"extends": "auto", "layers.*.input_layernorm": "sequence_parallel", "norm": "sequence_parallel"}
-# name → family, its options, and how it is converted
+# name → family, its options, and options of its conversion
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
@@ -38,11 +38,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3": ("qwen3", {}, {}),
     "gemma2": ("gemma2", {}, {}),  # norms behind the blocks too
     "mistral": ("mistral", {}, {}),
-    "gpt_neox": ("gpt_neox", {}, {}),  # both blocks beside each other
+    "gpt_neox": ("gpt_neox", {}, {}),  # both blocks in parallel
     "glm4_moe": ("glm4_moe", {}, {}),  # a shared expert, and a dense layer
     "qwen3_moe": ("qwen3_moe", {}, {}),
     "qwen3_moe-ep": ("qwen3_moe", {}, {"ep_size": 2}),
-    "qwen3_moe-wide-ep": ("qwen3_moe", {}, {"tp_size": 2, "ep_size": 4}),  # two ranks have the same tokens
+    "qwen3_moe-wide-ep": ("qwen3_moe", {}, {"tp_size": 2, "ep_size": 4}),  # two ranks get the same tokens
 }
 AT_TWO = ["llama", "llama-one-kv-head", "gpt_neox", "qwen3_moe-ep"]
 AT_FOUR = [name for name in VARIANTS if name not in AT_TWO]
@@ -51,7 +51,7 @@ ALL = {**{family: (family, {}, {}) for family in pico.FAMILIES}, **VARIANTS}
 
 
 def inputs() -> list[dict[str, torch.Tensor]]:
-    """Lengths that divide by the ranks and that do not, that leave a rank nothing or are not split; and padding."""
+    """Return lengths that the ranks divide or not, that leave a rank nothing or stay unsplit; and a padded input."""
     found = []
     for length in (12, 5, 3, 13):
         ids = torch.randint(3, 130, (2, length), generator=torch.Generator().manual_seed(length))
@@ -68,7 +68,7 @@ def source(checkpoint: Checkpoint) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def single(source: Callable[[str], Path]) -> Callable[[str], list[dict[str, Any]]]:
-    """What the single-process model computes of each input."""
+    """The results of the single-process model for each input."""
     made: dict[Path, list[dict[str, Any]]] = {}
 
     def compute(name: str) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def single(source: Callable[[str], Path]) -> Callable[[str], list[dict[str, Any]
 
 
 def run(root: Path, world_size: int, names: Iterable[str], source: Callable[[str], Path]) -> list[dict[str, Any]]:
-    """What each rank wrote down."""
+    """Return the output of each rank."""
     jobs = []
     torch.save(inputs(), root / "inputs")
     for name in names:
@@ -141,7 +141,7 @@ def calls_of(names: set[str], ranks: list[dict[str, Any]]) -> list[dict[str, dic
 
 
 def test_sums_are_scattered_and_inputs_gathered(ranks: Any) -> None:
-    """Two blocks in each of two layers: where one sum was, there is a scattered one, and a gather in front.
+    """Each sum of two blocks in two layers becomes a scattered one, with a gather in front.
 
     gloo's scattered sum is an exchange of parts. One more gather joins the sequence behind the layers.
     """
@@ -154,7 +154,7 @@ def test_sums_are_scattered_and_inputs_gathered(ranks: Any) -> None:
 
 
 def test_the_sum_of_experts_is_cut_behind_them(ranks: Any) -> None:
-    """It is made of tokens without their sequence: it stays whole in the block, and so does its reduction."""
+    """The sum covers tokens without their sequence, so the block keeps all of it and its reduction."""
     for calls in calls_of(EXPERTS, ranks):
         split, whole = calls["split"], calls["whole"]
         assert split["alltoall_base_"] == 3  # attention, and the MLP of the layer without experts

@@ -1,4 +1,4 @@
-"""A folder that one transformers made and another loads: it computes what the one that loads it does, or says why not.
+"""A folder made by one transformers and loaded by another: it computes what the loading one does, or says why not.
 
 The folders in tests/data were made once, each by the release in its name:
     PYTHONPATH=tests/tools:tests/runtime .venv-compat/bin/python -c 'import test_versions; test_versions.make()'
@@ -26,13 +26,13 @@ from reshard.errors import VersionError
 
 MADE = sorted(path.name.removeprefix("made-by-") for path in DATA.glob("made-by-*"))
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 130, "num_attention_heads": 4, "head_dim": 4}
-OTHER = "5.0.0"  # no release that is supported
+OTHER = "5.0.0"  # an unsupported release
 
 
 def make() -> None:
-    """The folders of the transformers that is installed: a checkpoint in bfloat16, and one in float32 that is cast.
+    """Make the folders of the installed transformers: a checkpoint in bfloat16, and one in float32 that is cast.
 
-    Of this family, 5.17 keeps a bias of the router in float32, and 5.24 its weight too.
+    In this family, 5.17 keeps a bias of the router in float32, and 5.24 its weight too.
     """
     folder = DATA / f"made-by-{'.'.join(transformers.__version__.split('.')[:2])}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -43,7 +43,7 @@ def make() -> None:
 
 
 def load(folder: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
-    """The model, and what was said of it."""
+    """Return the model, and the warnings of its load."""
     with caplog.at_level(logging.WARNING, "runtime"):
         model = runtime.load(folder)
     return model, [record.getMessage() for record in caplog.records if record.name.startswith("runtime")]
@@ -86,7 +86,7 @@ def test_bits_that_are_wanted_and_no_longer_there_are_named(version: str, caplog
 
 @pytest.fixture
 def made(resharded: Path, tmp_path: Path) -> Path:
-    """A folder that says that another transformers made it."""
+    """A folder whose manifest names another transformers."""
     out = Path(shutil.copytree(resharded, tmp_path / "out"))
     reshard.convert(out, tmp_path / "one", tp_size=1)
     reseal(tmp_path / "one", lambda content: content["tool"].update(transformers=OTHER))
@@ -94,7 +94,7 @@ def made(resharded: Path, tmp_path: Path) -> Path:
 
 
 def test_a_difference_that_does_not_matter_is_not_told(made: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Another plan, for one: the folder's own is used."""
+    """Another plan does not matter, for one: the folder's own is used."""
     reseal(made, lambda content: content["hooks"].pop("lm_head", None))
     assert load(made, caplog)[1] == []
 
