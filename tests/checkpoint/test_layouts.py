@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint are: indexes at odds with their files, subfolders, variants, links; and merge."""
+"""The places of a checkpoint's weights: indexes at odds with their files, subfolders, variants, links; and merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of the Hub, the network and the disk in requests that the client makes only once, and how they are told."""
+"""Faults of the Hub, the network and the disk in requests that the client makes only once, and their errors."""
 
 from __future__ import annotations
 
