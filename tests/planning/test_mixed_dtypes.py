@@ -13,7 +13,7 @@ from cli_tools import Cli, Refused
 from merge_tools import both_ways, digests
 from safetensors.torch import load_file
 from single_process import logits, rewrite, single
-from torchrun_tools import torchrun
+from torchrun_tools import on_ranks
 
 import reshard
 import runtime
@@ -176,7 +176,7 @@ def test_a_loaded_model_is_saved_in_the_dtypes_of_the_source(tmp_path: Path) -> 
     source = mixed(tmp_path / "source", dtype=torch.float32, other=torch.bfloat16)  # loads without loss
     reshard.convert(source, tmp_path / "out", tp_size=2)
     (tmp_path / "save.py").write_text(SAVE)
-    done = torchrun(2, str(tmp_path / "save.py"), str(tmp_path / "out"), str(tmp_path / "saved"))
+    done = on_ranks(2, str(tmp_path / "save.py"), str(tmp_path / "out"), str(tmp_path / "saved"))
     assert done.returncode == 0, done.stderr
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
     assert before.keys() == after.keys()

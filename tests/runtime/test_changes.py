@@ -14,7 +14,7 @@ import pico
 import pytest
 import torch
 from places import WORKERS
-from torchrun_tools import torchrun
+from torchrun_tools import on_ranks, torchrun
 from transformers.pytorch_utils import Conv1D
 
 import reshard
@@ -57,7 +57,7 @@ IDS = torch.arange(5)[None]
 
 def refusals(source: Path, room: Path, *names: str) -> dict[str, str | None]:
     reshard.convert(source, room / "out", tp_size=2, sync=False)
-    done = torchrun(2, str(WORKERS / "changes.py"), str(source), str(room / "out"), str(room), *names)
+    done = on_ranks(2, str(WORKERS / "changes.py"), str(source), str(room / "out"), str(room), *names)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pico
 import pytest
 from places import WORKERS
+from torchrun_tools import torchrun
 
 import reshard
 
@@ -26,15 +24,6 @@ import reshard
 def test_every_way_to_decode_gives_the_same_tokens(family: str, gathers: str, backend: str, tmp_path: Path) -> None:
     source = pico.save(family, tmp_path / "source")
     reshard.convert(source, tmp_path / "out", tp_size=2, sync=False)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = WORKERS / "decoding.py"
-    done = subprocess.run(
-        [*command, str(worker), str(source), str(tmp_path / "out"), gathers, backend],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = torchrun(2, str(WORKERS / "decoding.py"), str(source), str(tmp_path / "out"), gathers, backend)
     assert done.returncode == 0, done.stderr
     assert "all ways agree" in done.stdout
