@@ -27,6 +27,16 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file that was written: its size in bytes, its digest, and the digest of each of its tensors if it holds any."""
+
+    name: str
+    size: int
+    digest: str
+    tensors: dict[str, str]
+
+
 def written_file(folder: Path, record: FileRecord) -> Path:
     """Return the path of a file of a resharded folder. Raises IntegrityError if it is missing, or of another size."""
     path = folder / record.name
@@ -72,16 +82,6 @@ def check_digests(path: Path, record: FileRecord, header: Header, found: Mapping
             )
     if tree_digest(header.head, (found[info.name] for info in header.tensors)) != record.digest:
         raise IntegrityError(f"{printable(path)}: its header was altered")
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file that was written: its size in bytes, its digest, and the digest of each of its tensors if it holds any."""
-
-    name: str
-    size: int
-    digest: str
-    tensors: dict[str, str]
 
 
 def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: None) -> None:

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 NEW_TOKENS = 6
-
-
 IDS = torch.randint(3, 130, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
