@@ -178,5 +178,6 @@ def _manifest(
         rank_files=tuple(written[: plan.world_size]),
         unused_file=written[plan.world_size] if plan.unused else None,
         extras=tuple(extras),
+        groups=plan.groups,
         left=source.left,
     )

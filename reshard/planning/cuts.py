@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
 import torch
 
 from ..errors import BadInputError, TopologyError
-from ..sharding.placement import Nested, PackedShard, Placement, Replicate, Shard, local_shape, shared
+from ..sharding.dealing import deal, deal_heads, placement_of_ranges, scaled
+from ..sharding.placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard, local_shape, shared
 from ..sharding.topology import Topology
 from ..strategies import TensorParallelLayer
 from ..strategies.registry import ParallelInterface
@@ -13,7 +17,7 @@ from ..strategies.tracing import placement_on
 from ..text import printable
 from .model import Parameter
 
-__all__ = ["copies_of", "does_cut", "placement_of"]
+__all__ = ["does_cut", "groups_on", "placement_of"]
 
 
 def does_cut(strategy: TensorParallelLayer) -> bool:
@@ -31,11 +35,26 @@ def placement_of(parameter: Parameter, strategies: ParallelInterface, topology: 
             return _expert_placement(parameter, parameter.expert_style, strategies, topology)
         if parameter.style is None or topology.tp == 1 < topology.world_size:
             return Replicate()
-        copies = copies_of(parameter, topology.tp)
-        placement = _cut(parameter, parameter.style, strategies, parameter.shape, topology.tp // copies)
-        return shared(placement, topology.tp_row * copies)
+        placement = _cut(parameter, parameter.style, strategies, parameter.shape, topology.tp)
+        if parameter.heads and isinstance(placement, Shard):
+            placement = _by_heads(parameter, placement.dim, topology.tp)
+        return shared(placement, topology.tp_row)
     except ValueError as error:
         raise BadInputError(f"{printable(parameter.name)}: {parameter.style}: {error}") from None
+
+
+def _by_heads(parameter: Parameter, dim: int, ranks: int) -> Placement:
+    heads, size = parameter.heads, parameter.shape[dim]
+    assert heads is not None
+    return _of_heads(heads.query, heads.key_value, heads.is_query, dim, size // heads.count, ranks)
+
+
+@lru_cache(maxsize=1024)  # so that all layers share one object
+def _of_heads(query: int, key_value: int, is_query: bool, dim: int, unit: int, ranks: int) -> Placement:
+    held = deal_heads(query, key_value, ranks)
+    mine = [(part,) for part in held.query] if is_query else held.key_value
+    size = unit * (query if is_query else key_value)
+    return placement_of_ranges(dim, size, [scaled(parts, unit) for parts in mine])
 
 
 def _cut(
@@ -50,9 +69,13 @@ def _expert_placement(
 ) -> Placement:
     """Cut by expert over the ep axis. If ranks share their experts, the tensor-parallel rule cuts these among them."""
     outer = _cut(parameter, expert_style, strategies, parameter.shape, topology.ep)
-    if topology.ep_row == 1 or not isinstance(outer, Shard):
+    if not isinstance(outer, Shard):
         return outer
-    held = local_shape(outer, parameter.shape, rank=0, world_size=topology.ep)
+    experts = parameter.shape[outer.dim]
+    dealt = placement_of_ranges(outer.dim, experts, [(part,) for part in deal(experts, topology.ep)])
+    if topology.ep_row == 1 or not isinstance(dealt, (Shard, Ranges)):
+        return dealt
+    held = local_shape(dealt, parameter.shape, rank=0, world_size=topology.ep)
     inner = _cut(parameter, parameter.style, strategies, held, topology.ep_row) if parameter.style else Replicate()
     if not isinstance(inner, (Shard, PackedShard)):
         raise TopologyError(
@@ -60,10 +83,18 @@ def _expert_placement(
             " would share its experts",
             hint=f"use --ep-size {topology.world_size}",
         )
-    return Nested(outer, inner, topology.ep_row)
+    return Nested(dealt, inner, topology.ep_row)
 
 
-def copies_of(parameter: Parameter, tp: int) -> int:
-    """Return how many ranks in a row hold the same KV head: `tp` / heads if there are more ranks than heads, else 1."""
-    heads = parameter.heads if parameter.shared else None
-    return tp // heads if heads and tp > heads and tp % heads == 0 else 1
+def groups_on(
+    parameters: Iterable[Parameter], placements: Mapping[str, Placement], topology: Topology
+) -> dict[str, tuple[int, ...]]:
+    """Return, by attention, the query heads for each KV head on every rank, where a plain placement does not tell."""
+    found = {}
+    for parameter in parameters:
+        heads = parameter.heads
+        if heads and heads.uneven and isinstance(placements[parameter.name], Ranges):
+            groups = deal_heads(heads.query, heads.key_value, topology.tp).groups
+            if set(groups) != {heads.query // heads.key_value}:
+                found[heads.attention] = tuple(size for size in groups for _ in range(topology.tp_row))
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..checkpoint.architecture import KV_GROUPS, class_note, expected_dtypes, meta_model
+from ..checkpoint.architecture import class_note, expected_dtypes, meta_model
 from ..checkpoint.naming import Naming
 from ..checkpoint.source import Source
 from ..errors import BadInputError, TopologyError
@@ -22,17 +22,10 @@ from ..files.dtypes import FLOATING, torch_name
 from ..sharding.regions import Region, covers
 from ..strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 from ..text import listed, printable
+from .heads import Heads, heads_of
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 
 __all__ = ["Model", "Parameter", "read_model"]
-
-# Projections whose output the attention views as heads, and the config field that counts them.
-_HEADS = {
-    **dict.fromkeys(("q_proj", "query", "q", "query_key_value"), "num_attention_heads"),
-    **dict.fromkeys(("k_proj", "key", "k", "v_proj", "value", "v"), "num_key_value_heads"),
-}
-# Names of the size of a head in attention modules.
-_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
 _PARAMETERS = 20  # allowed for each tensor of the checkpoint: conversions make far fewer of one
@@ -43,17 +36,14 @@ class Parameter:
     """One entry of the model's state dict: a parameter or a persistent buffer.
 
     `dtype` is what the model computes with (a torch name). `style` cuts it by tensor parallelism, `expert_style` by
-    expert. `heads` counts the attention heads along its cut dim if the module views its output as heads, so that no
-    head may be cut in two. `shared` says that several ranks may hold the same heads: KV heads, each used by the query
-    heads of its group.
+    expert. `heads` are the attention heads along its cut dim, none of which may be cut in two.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     style: str | None
-    heads: int | None = None
-    shared: bool = False
+    heads: Heads | None = None
     expert_style: str | None = None
 
 
@@ -108,6 +98,7 @@ def read_model(
     if experts and not expert:
         raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
     styles = expand(model, rules.styles, expert if experts else {})
+    heads = heads_of(model, styles.parameters, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
     counts = {wanted[name].shape[0] for name in expand(model, {}, expert).experts}
     dtypes = expected_dtypes(model, dtype)
     tied = _tied(model, wanted)
@@ -119,7 +110,7 @@ def read_model(
             tuple(tensor.shape),
             str(dtypes[name]).removeprefix("torch."),
             styles.parameters.get(name),
-            *_heads(model, name, styles.parameters.get(name), tuple(tensor.shape)),
+            heads.get(name),
             styles.experts.get(name),
         )
         for name, tensor in wanted.items()
@@ -234,22 +225,6 @@ def _model_dtype(source: Source) -> str:
 
 def _pattern(patterns: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
-
-
-def _heads(model: Any, name: str, style: str | None, shape: tuple[int, ...]) -> tuple[int | None, bool]:
-    """Return how many heads a parameter's cut dim holds, and whether ranks may share them."""
-    module = name.rpartition(".")[0].removesuffix(".linear")  # gemma4's vision projections wrap a linear layer
-    projection = module.rpartition(".")[2]
-    if style not in ("colwise", "local_colwise") or projection not in _HEADS:
-        return None, False
-    config = model.config.get_text_config()
-    attention = model.get_submodule(module.rpartition(".")[0])
-    # A rank then runs fewer query heads for each KV head it holds, so the attention must have an attribute for that.
-    shared = _HEADS[projection] == "num_key_value_heads" and hasattr(attention, KV_GROUPS)
-    head_dim = next((getattr(attention, size) for size in _HEAD_SIZES if hasattr(attention, size)), None)
-    if projection != "query_key_value" and isinstance(head_dim, int) and shape[0] % head_dim == 0:
-        return shape[0] // head_dim, shared
-    return getattr(config, _HEADS[projection], None) or getattr(config, "num_attention_heads", None), shared
 
 
 def _map_sources(

@@ -19,7 +19,7 @@ from ..sharding.regions import Region
 from ..sharding.topology import Topology
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from ..text import listed, printable
-from .cuts import does_cut, placement_of
+from .cuts import does_cut, groups_on, placement_of
 from .model import Model, Parameter
 from .remarks import dtypes_of, mixed_note, partly_note
 from .sizes import has_plan, legal_sizes, refusal_of
@@ -33,8 +33,8 @@ class ReshardPlan:
 
     `tied` parameters share the tensor of their owner. `duplicates` are source tensors equal to another that is stored.
     `unused` source tensors are kept apart, so that all can be given back: those that no parameter takes, and those that
-    parameters take only a part of. `custom` maps the names of custom styles to their classes. `notes` are remarks for
-    the user, one line each: `plan` and `convert` show them.
+    parameters take only a part of. `custom` maps the names of custom styles to their classes. `groups` are those of the
+    manifest. `notes` are remarks for the user, one line each: `plan` and `convert` show them.
     """
 
     source: Source
@@ -47,6 +47,7 @@ class ReshardPlan:
     dropped: tuple[str, ...]
     runtime_only: tuple[str, ...]
     custom: dict[str, str]
+    groups: dict[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
 
     @property
@@ -135,6 +136,7 @@ def build_plan(
         dropped=model.unused if drop_unused else (),
         runtime_only=(*_runtime_only(targets, tied, topology.world_size), *apart),
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
+        groups=groups_on(model.parameters, placements, topology),
         notes=(*model.notes, *mixed_note(targets, source), *partly_note(partly), *source.notes),
     )
 

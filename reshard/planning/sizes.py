@@ -10,7 +10,7 @@ from ..sharding.placement import local_shape
 from ..sharding.topology import Topology
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from ..text import printable
-from .cuts import copies_of, placement_of
+from .cuts import placement_of
 from .model import Model
 
 __all__ = ["has_plan", "legal_sizes", "refusal_of", "smallest_fit"]
@@ -32,11 +32,13 @@ def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) 
     if topology.tp > 1 and not has_plan(model):
         return "it has no tensor-parallel plan, so every rank would hold all of it"
     for parameter in model.parameters:
-        heads, experts = parameter.heads, parameter.shape[:1] if parameter.expert_style else ()
-        if heads and heads % (topology.tp // copies_of(parameter, topology.tp)):
-            return f"the {heads} heads of {printable(parameter.name)} do not divide"
-        if experts and experts[0] % topology.ep:
-            return f"the {experts[0]} experts of {printable(parameter.name)} do not divide"
+        heads, experts = parameter.heads, parameter.shape[0] if parameter.expert_style else topology.ep
+        if heads and heads.query < topology.tp:
+            return f"{printable(heads.attention)} has only {heads.query} query heads"
+        if heads and heads.key_value < topology.tp and not heads.uneven and heads.key_value < heads.query:
+            return f"{printable(heads.attention)} has only {heads.key_value} KV heads, which ranks cannot share"
+        if experts < topology.ep:
+            return f"{printable(parameter.name)} has only {experts} experts"
         if parameter.style == "embedding_rowwise":
             last = {"rank": topology.world_size - 1, "world_size": topology.world_size}
             if not local_shape(placement_of(parameter, strategies, topology), parameter.shape, **last)[0]:

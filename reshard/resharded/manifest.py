@@ -17,7 +17,7 @@ from ..files.untrusted import UnknownError, count, counts, maybe, one_of, read_j
 from ..sharding.regions import Region, covers, whole
 from ..sharding.topology import Topology
 from ..text import printable
-from .placement_json import placement_from_json, placement_to_json
+from .placement_json import Cuts, placement_from_json, placement_to_json
 from .rank_file import FileRecord
 from .report import replicated_bytes, rows
 from .targets import Target
@@ -34,7 +34,8 @@ class Manifest:
 
     `hooks` maps each module to its style. `custom` names the classes of the styles that are not built in.
     `runtime_only` says why plain transformers cannot open the folder; it is empty if it can. `extras` are named by
-    path. `left` are the source files that were left behind: known when the folder is made, but not written.
+    path. `groups` gives, by attention, the query heads for each KV head on every rank, if ranks differ; else the model
+    has the number. `left` are the source files that were left behind: known when the folder is made, but not written.
     """
 
     tool: dict[str, str]
@@ -55,6 +56,7 @@ class Manifest:
     rank_files: tuple[FileRecord, ...]
     unused_file: FileRecord | None
     extras: tuple[FileRecord, ...]
+    groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     left: tuple[Left, ...] = field(default=(), compare=False)
 
     @property
@@ -92,6 +94,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the file's text: the same for the same content, and sealed with its own digest."""
+        cuts = Cuts()
+        parameters = [_parameter_to_json(parameter, cuts) for parameter in self.parameters]
         content = {
             "format": "reshard",
             **version_members(self),
@@ -99,7 +103,8 @@ class Manifest:
             "model": {"architecture": self.architecture, "model_type": self.model_type, "dtype": self.dtype},
             "mesh": self.topology.to_json(),
             "source": {"repo_id": self.repo_id, "commit": self.commit, "files": list(self.source_files)},
-            "parameters": [_parameter_to_json(parameter) for parameter in self.parameters],
+            **({"cuts": cuts.to_json(), "key_value_groups": self.groups} if cuts else {}),
+            "parameters": parameters,
             "hooks": self.hooks,
             "custom_strategies": self.custom,
             "tied": self.tied,
@@ -137,13 +142,13 @@ def _file_to_json(record: FileRecord) -> dict[str, Any]:
     return {**content, "tensors": record.tensors} if record.tensors else content
 
 
-def _parameter_to_json(record: Target) -> dict[str, Any]:
+def _parameter_to_json(record: Target, cuts: Cuts) -> dict[str, Any]:
     content: dict[str, Any] = {
         "name": record.name,
         "shape": list(record.shape),
         "dtype": record.dtype,
         "style": record.style,
-        "placement": placement_to_json(record.placement),
+        "placement": placement_to_json(record.placement, cuts),
         "from": _regions_to_json(record),
     }
     if record.compute_dtype:
@@ -209,6 +214,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     topology = Topology(count(mesh["tp"]), count(mesh.get("ep", 1)))
     if topology.world_size != len(ranks):
         raise ValueError(f"{len(ranks)} rank files for a mesh of {mesh}")
+    cuts = Cuts.from_json(content.get("cuts", ()))
     return Manifest(
         tool=texts(content["tool"]),
         architecture=text(model["architecture"]),
@@ -218,7 +224,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         repo_id=maybe(text, source["repo_id"]),
         commit=maybe(text, source["commit"]),
         source_files=tuple(_source_file(item) for item in source["files"]),
-        parameters=tuple(_parameter(item, len(ranks)) for item in content["parameters"]),
+        parameters=tuple(_parameter(item, len(ranks), cuts) for item in content["parameters"]),
         hooks=texts(content["hooks"]),
         custom=texts(content["custom_strategies"]),
         tied=texts(content["tied"]),
@@ -228,6 +234,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         rank_files=ranks,
         unused_file=maybe(_file, content["unused"]),
         extras=tuple(_file(item) for item in content["extras"]),
+        groups={text(name): _groups(of, len(ranks)) for name, of in content.get("key_value_groups", {}).items()},
     )
 
 
@@ -237,12 +244,19 @@ def _file(content: dict[str, Any]) -> FileRecord:
     )
 
 
+def _groups(content: Any, world_size: int) -> tuple[int, ...]:
+    groups = counts(content)
+    if len(groups) != world_size or 0 in groups:
+        raise ValueError(f"query heads of a KV head: {groups}")
+    return groups
+
+
 def _source_file(content: dict[str, Any]) -> dict[str, Any]:
     kinds = {"file": text, "size": count, "digest": text, "header": text}
     return {key: read(content[key]) for key, read in kinds.items()}
 
 
-def _parameter(content: dict[str, Any], world_size: int) -> Target:
+def _parameter(content: dict[str, Any], world_size: int, cuts: Cuts) -> Target:
     shape, origin = counts(content["shape"]), content["from"]
     if isinstance(origin, str):
         regions = whole(origin, shape)
@@ -254,7 +268,7 @@ def _parameter(content: dict[str, Any], world_size: int) -> Target:
         name=text(content["name"]),
         shape=shape,
         dtype=one_of(CODES, content["dtype"]),
-        placement=placement_from_json(content["placement"], shape, world_size),
+        placement=placement_from_json(content["placement"], shape, world_size, cuts),
         regions=regions,
         style=maybe(text, content["style"]),
         compute_dtype=maybe(text, content.get("compute_dtype")),

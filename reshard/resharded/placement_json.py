@@ -2,36 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..files.untrusted import UnknownError, count, counts, one_of, text
-from ..sharding.placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard, pieces
+from ..sharding.dealing import scaled
+from ..sharding.placement import Explicit, Nested, PackedShard, Piece, Placement, Ranges, Replicate, Shard, pieces
 from ..sharding.regions import Region, covers
 from ..text import printable
 
-__all__ = ["placement_from_json", "placement_to_json"]
+__all__ = ["Cuts", "placement_from_json", "placement_to_json"]
 
 # Each kind and its members. An unknown member could say where to cut, so none is ignored, in any version.
 _KINDS = {
     "replicate": {"type"},
     "shard": {"type", "dim"},
     "packed": {"type", "dim", "blocks"},
+    "ranges": {"type", "dim", "cut", "unit"},
     "nested": {"type", "outer", "inner", "row"},
     "explicit": {"type", "shapes", "boxes"},
 }
 
 
-def placement_to_json(placement: Placement) -> dict[str, Any]:
-    """Return a placement as a JSON object."""
+_Cut = tuple[tuple[tuple[int, int], ...], ...]  # for each rank, ranges of items
+
+
+class Cuts:
+    """The manifest's table of cuts: for each rank, the ranges of items that it holds.
+
+    A placement refers to a cut, and says how many elements an item stands for. So a table of a few cuts serves all
+    layers, and parameters that are cut together have one cut.
+    """
+
+    def __init__(self, cuts: Iterable[_Cut] = ()) -> None:
+        self._numbers = {cut: number for number, cut in enumerate(cuts)}
+        self._placements: dict[tuple[int, int, int, int], Ranges] = {}  # one object for all layers
+
+    @classmethod
+    def from_json(cls, content: Iterable[Mapping[str, Any]]) -> Cuts:
+        """Read the table. Raises UnknownError, ValueError, TypeError or KeyError if it makes no sense."""
+        found = []
+        for item in content:
+            if unknown := sorted(item.keys() - {"ranks"}):
+                raise UnknownError(f"has a cut with {printable(unknown[0])}")
+            found.append(tuple(tuple(map(_range, of_rank)) for of_rank in item["ranks"]))
+        return cls(found)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{"ranks": [list(map(list, of_rank)) for of_rank in cut]} for cut in self._numbers]
+
+    def refer(self, placement: Ranges) -> dict[str, Any]:
+        """Return a placement as a JSON object, and add its cut to the table if it is new."""
+        unit = math.gcd(*(bound for of_rank in placement.ranges for one in of_rank for bound in one)) or 1
+        cut = tuple(tuple((start // unit, stop // unit) for start, stop in of_rank) for of_rank in placement.ranges)
+        number = self._numbers.setdefault(cut, len(self._numbers))
+        return {"type": "ranges", "dim": placement.dim, "cut": number, "unit": unit}
+
+    def find(self, dim: int, number: int, unit: int, size: int, world_size: int) -> Ranges:
+        """Return the placement that refers to a cut.
+
+        Raises ValueError or IndexError if a dim of `size` elements cannot have it.
+        """
+        key = (dim, number, unit, size)
+        if key not in self._placements:
+            placement = Ranges(dim, tuple(scaled(held, unit) for held in list(self._numbers)[number]))
+            if len(placement.ranges) != world_size:
+                raise ValueError(f"cut {number} is for {len(placement.ranges)} ranks, not for {world_size}")
+            reached = 0
+            for start, stop in sorted(one for held in placement.ranges for one in held):
+                if start > reached:
+                    break
+                reached = max(reached, stop)
+            if reached != size:
+                raise ValueError(f"cut {number} in units of {unit} does not fill a dim of {size}")
+            self._placements[key] = placement
+        return self._placements[key]
+
+
+def _range(content: Any) -> tuple[int, int]:
+    start, stop = counts(content)
+    if start > stop:
+        raise ValueError(f"a range from {start} to {stop}")
+    return start, stop
+
+
+def placement_to_json(placement: Placement, cuts: Cuts) -> dict[str, Any]:
+    """Return a placement as a JSON object. It may refer to `cuts`, and add to them."""
     if isinstance(placement, Replicate):
         return {"type": "replicate"}
     if isinstance(placement, Shard):
         return {"type": "shard", "dim": placement.dim}
     if isinstance(placement, PackedShard):
         return {"type": "packed", "dim": placement.dim, "blocks": list(placement.blocks)}
+    if isinstance(placement, Ranges):
+        return cuts.refer(placement)
     if isinstance(placement, Nested):
-        outer, inner = placement_to_json(placement.outer), placement_to_json(placement.inner)
+        outer, inner = placement_to_json(placement.outer, cuts), placement_to_json(placement.inner, cuts)
         return {"type": "nested", "outer": outer, "inner": inner, "row": placement.row}
     return {
         "type": "explicit",
@@ -40,8 +110,8 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
     }
 
 
-def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_size: int) -> Placement:
-    """Return the placement of a tensor of `shape` on `world_size` ranks.
+def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_size: int, cuts: Cuts) -> Placement:
+    """Return the placement of a tensor of `shape` on `world_size` ranks. It may refer to `cuts`.
 
     Raises:
         UnknownError: this release does not know its kind, or a member of it.
@@ -58,10 +128,10 @@ def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_siz
         row = count(content["row"])
         if row < 2 or world_size % row:
             raise ValueError(f"rows of {row} among {world_size} ranks")
-        one_of(("shard", "packed"), content["outer"]["type"])
+        one_of(("shard", "packed", "ranges"), content["outer"]["type"])
         one_of(("replicate", "shard", "packed"), content["inner"]["type"])
-        outer = placement_from_json(content["outer"], shape, world_size // row)
-        inner = placement_from_json(content["inner"], shape, row)
+        outer = placement_from_json(content["outer"], shape, world_size // row, cuts)
+        inner = placement_from_json(content["inner"], shape, row, cuts)
         nested = Nested(outer, inner, row)  # type: ignore[arg-type]
         for rank in range(world_size):  # the inner placement must fit what its row holds
             pieces(nested, shape, rank=rank, world_size=world_size)
@@ -71,6 +141,8 @@ def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_siz
     dim = range(len(shape))[count(content["dim"])]
     if kind == "shard":
         return Shard(dim)
+    if kind == "ranges":
+        return cuts.find(dim, count(content["cut"]), count(content["unit"]), shape[dim], world_size)
     blocks = counts(content["blocks"])
     if sum(blocks) != shape[dim]:
         raise ValueError(f"blocks {blocks} in a shape of {shape}")

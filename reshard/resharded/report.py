@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from ..sharding.placement import Explicit, Nested, Placement, Replicate, Shard, local_shape
+from ..sharding.placement import Explicit, Nested, Placement, Ranges, Replicate, Shard, local_shape
 from ..text import printable
 
 __all__ = ["placement_text", "replicated_bytes", "rows"]
@@ -20,6 +20,9 @@ def placement_text(placement: Placement) -> str:
         return f"Shard({placement.dim})"
     if isinstance(placement, Explicit):
         return f"{sum(map(len, placement.boxes))} boxes"
+    if isinstance(placement, Ranges):
+        sizes = [sum(stop - start for start, stop in held) for held in placement.ranges]
+        return f"Ranges({placement.dim}, {'|'.join(map(str, sizes))})"
     if isinstance(placement, Nested):
         outer = placement_text(placement.outer)
         if isinstance(placement.inner, Replicate):

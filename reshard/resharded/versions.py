@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import VersionError
 from ..files.untrusted import UnknownError, text
+from ..sharding.placement import Nested, Ranges
 from ..text import listed, printable
 
 if TYPE_CHECKING:
@@ -37,8 +38,18 @@ def _has_copies(manifest: Manifest) -> bool:
     return len(set(names)) < len(names)
 
 
+def _has_cuts(manifest: Manifest) -> bool:
+    """Whether a parameter is cut otherwise than torch.chunk cuts: a reader of 2.0 has no word for that."""
+    placements = (parameter.placement for parameter in manifest.parameters)
+    return any(isinstance(one.outer if isinstance(one, Nested) else one, Ranges) for one in placements)
+
+
 # The features that 3.0 can require: name → whether a manifest needs it. The writer names those that it needs.
-FEATURES: dict[str, Callable[[Manifest], bool]] = {"copies": _has_copies, "subfolders": _has_subfolders}
+FEATURES: dict[str, Callable[[Manifest], bool]] = {
+    "copies": _has_copies,
+    "cuts": _has_cuts,
+    "subfolders": _has_subfolders,
+}
 
 _FILE = {"file", "size", "digest", "tensors"}
 # Every member of 2.0, by the path of keys to the objects that have it. `placement_json` has the members of placements.

@@ -15,6 +15,7 @@ __all__ = [
     "PackedShard",
     "Piece",
     "Placement",
+    "Ranges",
     "Replicate",
     "Shard",
     "block_sizes",
@@ -22,6 +23,7 @@ __all__ = [
     "local_shape",
     "offset",
     "pieces",
+    "ranges_of",
     "shard_bounds",
     "shared",
 ]
@@ -76,6 +78,18 @@ class PackedShard:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranges:
+    """Each rank holds the ranges of `dim` that are listed for it, (start, stop) in elements, one after the other.
+
+    This expresses parts that torch.chunk does not make: 8 heads on 3 ranks as 3, 3 and 2, or a KV head that ranks share
+    unevenly. Ranks may hold the same elements, and a rank may hold a range twice.
+    """
+
+    dim: int
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Nested:
     """Two axes of a mesh, whose ranks stand in rows of `row` ranks: `outer` cuts over the rows, and `inner` cuts the
     part of each row over the row's ranks.
@@ -84,7 +98,7 @@ class Nested:
     PackedShard(1, …), row)`.
     """
 
-    outer: Shard | PackedShard
+    outer: Shard | PackedShard | Ranges
     inner: Replicate | Shard | PackedShard
     row: int
 
@@ -106,7 +120,7 @@ class Explicit:
     boxes: tuple[tuple[Piece, ...], ...]
 
 
-Placement: TypeAlias = Replicate | Shard | PackedShard | Nested | Explicit
+Placement: TypeAlias = Replicate | Shard | PackedShard | Ranges | Nested | Explicit
 
 
 def shared(placement: Placement, copies: int) -> Placement:
@@ -119,13 +133,22 @@ def shared(placement: Placement, copies: int) -> Placement:
         return placement
     if isinstance(placement, (Shard, PackedShard)):
         return Nested(placement, Replicate(), copies)
+    if isinstance(placement, Ranges):
+        return Ranges(placement.dim, tuple(held for held in placement.ranges for _ in range(copies)))
     if isinstance(placement, Nested) and isinstance(placement.inner, Replicate):
         return Nested(placement.outer, Replicate(), placement.row * copies)
     raise ValueError("it is cut over all ranks, so it cannot be shared by some")
 
 
-def _ranges(placement: Shard | PackedShard, size: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of the sharded dim that `rank` holds, in local order."""
+def ranges_of(
+    placement: Shard | PackedShard | Ranges, size: int, *, rank: int, world_size: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of the sharded dim, of `size` elements, that `rank` holds, in local order."""
+    if isinstance(placement, Ranges):
+        if len(placement.ranges) != world_size:
+            raise ValueError(f"ranges for {len(placement.ranges)} ranks, not for {world_size}")
+        yield from placement.ranges[rank]
+        return
     blocks = (size,) if isinstance(placement, Shard) else placement.blocks
     if sum(blocks) != size:
         raise ValueError(f"blocks {blocks} do not fill a dim of {size}")
@@ -137,7 +160,7 @@ def _ranges(placement: Shard | PackedShard, size: int, rank: int, world_size: in
 
 
 def pieces(placement: Placement, shape: Sequence[int], *, rank: int, world_size: int) -> tuple[Piece, ...]:
-    """Return the boxes of a tensor of `shape` that `rank` holds: one for a plain shard, one per block for a packed one.
+    """Return the boxes of a tensor of `shape` that `rank` holds: one of a plain shard, else one of each block or range.
 
     Empty boxes are left out, so an empty rank has none.
     """
@@ -151,7 +174,7 @@ def pieces(placement: Placement, shape: Sequence[int], *, rank: int, world_size:
         return _nested_pieces(placement, shape, rank, world_size)
     dim = placement.dim
     found, local = [], 0
-    for start, stop in _ranges(placement, shape[dim], rank, world_size):
+    for start, stop in ranges_of(placement, shape[dim], rank=rank, world_size=world_size):
         extent = (*shape[:dim], stop - start, *shape[dim + 1 :])
         if 0 not in extent:
             found.append(
@@ -193,7 +216,7 @@ def local_shape(placement: Placement, shape: Sequence[int], *, rank: int, world_
         held = local_shape(placement.outer, shape, rank=row, world_size=world_size // placement.row)
         return local_shape(placement.inner, held, rank=place, world_size=placement.row)
     dim = placement.dim
-    length = sum(stop - start for start, stop in _ranges(placement, shape[dim], rank, world_size))
+    length = sum(stop - start for start, stop in ranges_of(placement, shape[dim], rank=rank, world_size=world_size))
     return (*shape[:dim], length, *shape[dim + 1 :])
 
 

@@ -14,12 +14,27 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 from ..sharding import placement as plan
 from ..sharding.placement import Placement
+from .collectives import Bounds, chunk_bounds
 from .shards import as_dtensor, take
 
-__all__ = [
-    "LocalLayer",
-    "TensorParallelLayer",
-]
+__all__ = ["LocalLayer", "TensorParallelLayer", "bounds_of", "note_bounds", "noted_bounds"]
+
+_BOUNDS = "_cut_bounds"  # attribute of a module
+
+
+def note_bounds(module: nn.Module, bounds: Bounds) -> None:
+    """Tell a module's style where each rank's slice of the dim that its weight is cut along starts and stops."""
+    module.__dict__[_BOUNDS] = bounds
+
+
+def noted_bounds(module: nn.Module) -> Bounds | None:
+    """Return what `note_bounds` told the module."""
+    return module.__dict__.get(_BOUNDS)
+
+
+def bounds_of(module: nn.Module, size: int, mesh: DeviceMesh) -> Bounds:
+    """Return each rank's bounds along the cut dim, of `size` elements: torch.chunk's, unless others were noted."""
+    return noted_bounds(module) or chunk_bounds(size, mesh.size())
 
 
 class TensorParallelLayer:

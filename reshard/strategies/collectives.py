@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..sharding.placement import shard_bounds
 
-__all__ = ["all_gather", "all_reduce", "group_of", "largest_only", "reduce_scatter", "split"]
+__all__ = [
+    "Bounds",
+    "all_gather",
+    "all_reduce",
+    "chunk_bounds",
+    "group_of",
+    "largest_only",
+    "reduce_scatter",
+    "split",
+]
+
+Bounds = Sequence[tuple[int, int]]  # of a dim: where each rank's slice starts and stops
 
 # torch 2.13 renamed them, and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -37,6 +49,12 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
         world.bound_device_id = bound
 
 
+@lru_cache(maxsize=1024)
+def chunk_bounds(size: int, world_size: int) -> Bounds:
+    """Return the bounds of torch.chunk's slices of `size` elements."""
+    return tuple(shard_bounds(size, rank=rank, world_size=world_size) for rank in range(world_size))
+
+
 def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Sum over the ranks, in place. A graph that torch records ends here: no other rank's part is in it."""
     world_size = mesh.size()
@@ -52,22 +70,25 @@ def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     return torch.sum(parts, 0, dtype=x.dtype, out=x)
 
 
-def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
-    """Join the ranks' slices of `dim`, of `size` elements in all. Ranks may hold less, or nothing."""
+def all_gather(x: torch.Tensor, dim: int, bounds: Bounds, mesh: DeviceMesh) -> torch.Tensor:
+    """Join the ranks' slices of `dim`, which `bounds` lists in order. Ranks may hold less than others, or nothing."""
     world_size = mesh.size()
     if world_size == 1:
         return x
     dim %= x.ndim
-    chunk = -(-size // world_size)
-    if x.shape[dim] < chunk:  # later ranks are shorter: the padding lies past the end of the joined tensor
-        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, chunk - x.shape[dim]))
+    longest = max(stop - start for start, stop in bounds)
+    if x.shape[dim] < longest:
+        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, longest - x.shape[dim]))
     joined = x.new_empty((world_size, *x.shape))
     _all_gather(joined.view(-1), x.reshape(-1), group=mesh.get_group())
-    return joined.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)
+    size = bounds[-1][1]
+    if all(start == min(rank * longest, size) for rank, (start, _) in enumerate(bounds)):
+        return joined.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)  # all padding is behind the last
+    return torch.cat([part.narrow(dim, 0, stop - start) for part, (start, stop) in zip(joined, bounds)], dim)
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
-    """Sum over the ranks and return this rank's slice of `dim`: the result of `split` after `all_reduce`."""
+    """Sum over the ranks and return torch.chunk's slice of `dim`: the result of `split` after `all_reduce`."""
     world_size = mesh.size()
     if world_size == 1:
         return x
@@ -88,12 +109,12 @@ def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
     return total.narrow(dim, 0, stop - start)
 
 
-def largest_only(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
-    """Return all that argmax needs of `all_gather(x, -1, size, mesh)`: zeros of its shape, and a one at its largest.
+def largest_only(x: torch.Tensor, bounds: Bounds, mesh: DeviceMesh) -> torch.Tensor:
+    """Return all that argmax needs of `all_gather(x, -1, bounds, mesh)`: zeros of its shape, and a one at its largest.
 
     Each rank sends 16 bytes for a row. The first of equals is taken, as torch.argmax does.
     """
-    start, _ = shard_bounds(size, rank=mesh.get_local_rank(), world_size=mesh.size())
+    start, _ = bounds[mesh.get_local_rank()]
     if x.shape[-1] == 0:  # a later rank may hold nothing
         x = x.new_full((*x.shape[:-1], 1), -torch.inf)
     value, index = x.max(-1)
@@ -102,10 +123,10 @@ def largest_only(x: torch.Tensor, size: int, mesh: DeviceMesh) -> torch.Tensor:
     _all_gather(found.view(-1), mine.view(-1), group=mesh.get_group())
     values, places = found.unbind(1)
     place = places.gather(0, values.argmax(0, keepdim=True))[0].long()
-    return x.new_zeros((*x.shape[:-1], size)).scatter_(-1, place.unsqueeze(-1), 1)
+    return x.new_zeros((*x.shape[:-1], bounds[-1][1])).scatter_(-1, place.unsqueeze(-1), 1)
 
 
-def split(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+def split(x: torch.Tensor, dim: int, bounds: Bounds, mesh: DeviceMesh) -> torch.Tensor:
     """Return this rank's slice of `dim`."""
-    start, stop = shard_bounds(x.shape[dim], rank=mesh.get_local_rank(), world_size=mesh.size())
+    start, stop = bounds[mesh.get_local_rank()]
     return x.narrow(dim, start, stop - start)

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
 from ..sharding import placement as plan
-from ..sharding.placement import Placement, shard_bounds
-from .base import LocalLayer
+from ..sharding.placement import Placement
+from .base import LocalLayer, bounds_of
 from .collectives import all_reduce
 from .linear import ColwiseParallel
 
@@ -31,7 +31,7 @@ class EmbeddingRowwiseParallel(LocalLayer):
     def _prepare_input_fn(
         input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: tuple, device_mesh: DeviceMesh
     ) -> tuple:
-        start, stop = shard_bounds(mod.num_embeddings, rank=device_mesh.get_local_rank(), world_size=device_mesh.size())
+        start, stop = bounds_of(mod, mod.num_embeddings, device_mesh)[device_mesh.get_local_rank()]
         ids = inputs[0]
         elsewhere = ((ids >= 0) & (ids < start)) | ((ids >= stop) & (ids < mod.num_embeddings))
         mod._ids_elsewhere = elsewhere

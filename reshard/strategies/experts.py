@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..sharding import placement as plan
 from ..sharding.placement import Placement
-from .base import LocalLayer
+from .base import LocalLayer, noted_bounds
 from .collectives import all_reduce
 
 __all__ = [
@@ -84,9 +84,10 @@ class ExpertsDispatchParallel(AllReduceParallel):
         """Tell the module which experts it has. If experts are cut as well, ranks in a row share the same ones."""
         fused = next(tensor for tensor in vars(module).values() if isinstance(tensor, torch.Tensor) and tensor.ndim > 1)
         everyone, mine = module.num_experts, fused.shape[0]
+        rank, noted = device_mesh.get_local_rank(), noted_bounds(module)
         row = device_mesh.size() * mine // everyone
         module.num_experts = mine
-        module._first_expert = device_mesh.get_local_rank() // row * mine
+        module._first_expert = noted[rank][0] if noted else rank // row * mine
         module._no_expert = mine if _skips_past_the_last(module) else 0
         module._is_expert_parallel = True  # transformers' own sign to skip the id after the last
         return super().prepare_module_tp(module, device_mesh)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 from ..sharding import placement as plan
 from ..sharding.placement import PackedShard, Placement, block_sizes
-from .base import LocalLayer
+from .base import LocalLayer, bounds_of
 from .collectives import all_gather, all_reduce, largest_only, split
 from .sequence import split_sequence_of
 
@@ -49,12 +49,12 @@ class ColwiseParallel(LocalLayer):
         if not output_layouts[0].is_replicate():
             return outputs
         if mod.__dict__.get(ONLY_ARGMAX):
-            return largest_only(outputs, mod._whole_features, device_mesh)
-        return all_gather(outputs, -1, mod._whole_features, device_mesh)
+            return largest_only(outputs, mod._feature_bounds, device_mesh)
+        return all_gather(outputs, -1, mod._feature_bounds, device_mesh)
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         if self.output_layouts[0].is_replicate():
-            module.__dict__["_whole_features"] = getattr(module, self.features, None)
+            module.__dict__["_feature_bounds"] = bounds_of(module, getattr(module, self.features), device_mesh)
         return super().prepare_module_tp(module, device_mesh)
 
 
@@ -77,7 +77,8 @@ class RowwiseParallel(LocalLayer):
     ) -> tuple:
         if not input_layouts[0].is_replicate():
             return inputs
-        return (split(inputs[0], -1, device_mesh), *inputs[1:])
+        bounds = bounds_of(mod, inputs[0].shape[-1], device_mesh)
+        return (split(inputs[0], -1, bounds, device_mesh), *inputs[1:])
 
     @staticmethod
     def _prepare_output_fn(

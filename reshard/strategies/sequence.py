@@ -9,9 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import BadInputError
-from ..sharding.placement import shard_bounds
 from .base import LocalLayer
-from .collectives import all_gather, reduce_scatter, split
+from .collectives import all_gather, chunk_bounds, reduce_scatter, split
 
 __all__ = ["SequenceParallel", "SplitSequence", "follow", "split_sequence_of"]
 
@@ -39,12 +38,12 @@ class SplitSequence:
         if x.ndim != 3 or x.shape[_DIM] < self._mesh.size():
             return x
         self.length = x.shape[_DIM]
-        return split(x, _DIM, self._mesh).contiguous()
+        return self._slice(x)
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         """Join the ranks' slices."""
         assert self.length is not None
-        return all_gather(self.checked(x), _DIM, self.length, self._mesh).contiguous()
+        return all_gather(self.checked(x), _DIM, chunk_bounds(self.length, self._mesh.size()), self._mesh).contiguous()
 
     def end(self, x: torch.Tensor) -> torch.Tensor:
         """Join the ranks' slices, and end the split."""
@@ -58,12 +57,15 @@ class SplitSequence:
 
     def part(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's slice of replicated hidden states."""
-        return split(self._checked(x, self.length), _DIM, self._mesh).contiguous()
+        return self._slice(self._checked(x, self.length))
+
+    def _slice(self, x: torch.Tensor) -> torch.Tensor:
+        return split(x, _DIM, chunk_bounds(x.shape[_DIM], self._mesh.size()), self._mesh).contiguous()
 
     def checked(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x`, this rank's slice. Raises BadInputError if it is not."""
         assert self.length is not None
-        start, stop = shard_bounds(self.length, rank=self._mesh.get_local_rank(), world_size=self._mesh.size())
+        start, stop = chunk_bounds(self.length, self._mesh.size())[self._mesh.get_local_rank()]
         return self._checked(x, stop - start)
 
     def _checked(self, x: torch.Tensor, tokens: int | None) -> torch.Tensor:
@@ -98,8 +100,8 @@ class SequenceParallel(LocalLayer):
     ) -> tuple:
         if split_sequence_of(mod) is not None:
             return inputs
-        mod._sequence_length = inputs[0].shape[_DIM]
-        return (split(inputs[0], _DIM, device_mesh), *inputs[1:])
+        mod._sequence_bounds = chunk_bounds(inputs[0].shape[_DIM], device_mesh.size())
+        return (split(inputs[0], _DIM, mod._sequence_bounds, device_mesh), *inputs[1:])
 
     @staticmethod
     def _prepare_output_fn(
@@ -107,4 +109,4 @@ class SequenceParallel(LocalLayer):
     ) -> Any:
         if split_sequence_of(mod) is not None:
             return outputs
-        return all_gather(outputs, _DIM, mod._sequence_length, device_mesh)
+        return all_gather(outputs, _DIM, mod._sequence_bounds, device_mesh)

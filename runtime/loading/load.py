@@ -143,7 +143,7 @@ def _connect(
     fill(model, manifest, ready.tensors, ready.device)
     distribute(model, manifest, mesh, ready.strategies)
     if manifest.world_size > 1:
-        install_hooks(model, manifest.hooks, mesh, manifest.topology, ready.strategies)
+        install_hooks(model, manifest.hooks, model._reshard_targets, mesh, manifest.topology, ready.strategies)
     if ready.points is not None:
         split_sequence(model, ready.points, tp_axis(mesh, manifest.topology))
     _finish(model, ready.folder, mesh)

@@ -8,8 +8,11 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from reshard.resharded.targets import Target
+from reshard.sharding.placement import Nested, Ranges
 from reshard.sharding.topology import Topology
 from reshard.strategies import rows_of
+from reshard.strategies.base import note_bounds
 from reshard.strategies.registry import ParallelInterface
 
 __all__ = ["install_hooks", "tp_axis"]
@@ -24,9 +27,15 @@ def tp_axis(mesh: DeviceMesh, topology: Topology) -> DeviceMesh:
 
 
 def install_hooks(
-    model: nn.Module, hooks: Mapping[str, str], mesh: DeviceMesh, topology: Topology, strategies: ParallelInterface
+    model: nn.Module,
+    hooks: Mapping[str, str],
+    targets: Mapping[str, Target],
+    mesh: DeviceMesh,
+    topology: Topology,
+    strategies: ParallelInterface,
 ) -> list[Any]:
-    """Install each module's style around its forward. `mesh` has one axis, over all ranks.
+    """Install each module's style around its forward. `mesh` has one axis, over all ranks. `targets` are the model's
+    parameters by name: their placements say where the ranks' parts begin and end.
 
     Returns the handles; `remove()` takes the functions of each off again.
     """
@@ -40,6 +49,20 @@ def install_hooks(
         if not strategy.local_forward:  # its forward must see the DTensors, not the local tensors
             for own in module._parameters:
                 module.__dict__.pop(own, None)
+        _note_bounds(name, module, targets, spanned.size(), mesh.size())
         installed = strategy.prepare_module_tp(module, spanned)
         handles += installed if isinstance(installed, list) else []
     return handles
+
+
+def _note_bounds(name: str, module: nn.Module, targets: Mapping[str, Target], spanned: int, world_size: int) -> None:
+    """Tell a module's style the bounds of its weight's cut, unless they are torch.chunk's, which it knows."""
+    for own in sorted(module._parameters, key=lambda own: own != "weight"):
+        target = targets.get(f"{name}.{own}" if name else own)
+        cut = target and (target.placement.outer if isinstance(target.placement, Nested) else target.placement)
+        if target is not None and isinstance(cut, Ranges):
+            row = world_size // spanned  # ranks in a row that hold the same
+            held = [cut.ranges[rank * len(cut.ranges) // world_size] for rank in range(0, world_size, row)]
+            if all(len(ranges) == 1 for ranges in held):
+                note_bounds(module, [ranges[0] for ranges in held])
+            return

@@ -110,25 +110,28 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
         module.__dict__[own] = local
     model._reshard_targets = targets
     model._reshard_manifest = manifest
-    _share_heads(model, manifest)
+    _share_heads(model, manifest, mesh.get_local_rank())
 
 
-def _share_heads(model: Any, manifest: Manifest) -> None:
-    """Divide each attention's query heads per KV head by the number of ranks that share a KV head."""
+def _share_heads(model: Any, manifest: Manifest, rank: int) -> None:
+    """Tell each attention how many query heads this rank has for each KV head, if that is not the model's number."""
     row = manifest.topology.tp_row
-    shares = {}
+    found = {name: groups[rank] for name, groups in manifest.groups.items()}
     for target in manifest.parameters:
         placement = target.placement
         if isinstance(placement, Nested) and isinstance(placement.inner, Replicate) and placement.row > row:
-            attention = target.name.rpartition(".")[0]
-            while attention and not hasattr(model.get_submodule(attention), KV_GROUPS):
-                attention = attention.rpartition(".")[0]
-            if not attention:
+            name = target.name.rpartition(".")[0]
+            while name and not hasattr(model.get_submodule(name), KV_GROUPS):
+                name = name.rpartition(".")[0]
+            if not name:
                 raise IntegrityError(f"{printable(target.name)}: its heads are shared, but no attention holds it")
-            shares[attention] = placement.row // row
-    for name, copies in shares.items():
-        attention = model.get_submodule(name)
-        setattr(attention, KV_GROUPS, getattr(attention, KV_GROUPS) // copies)
+            if name not in found:
+                found[name] = getattr(model.get_submodule(name), KV_GROUPS) * row // placement.row
+    for name, groups in found.items():
+        attention = owners(model)(f"{name}.{KV_GROUPS}")[0]
+        if not hasattr(attention, KV_GROUPS):
+            raise IntegrityError(f"{printable(name)}: the rank files divide its heads, but it is no attention")
+        setattr(attention, KV_GROUPS, groups)
 
 
 def owners(model: nn.Module) -> Callable[[str], tuple[nn.Module, str]]:

@@ -66,7 +66,7 @@ CUTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 # Unknown members of 2.x, where a reader may pass over none.
 MEMBERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "of the manifest": (lambda content: content.update(cuts=[]), "has cuts"),
+    "of the manifest": (lambda content: content.update(zooms=[]), "has zooms"),
     "requires": (lambda content: content.update(requires=[]), "has requires"),
     "of the model": (lambda content: content["model"].update(heads=4), "has model.heads"),
     "of the source": (lambda content: content["source"].update(etag="x"), "has source.etag"),
@@ -114,7 +114,7 @@ def test_of_3_only_what_is_required(what: str, golden: Path) -> None:
     reseal(golden, lambda content: (version("3.0")(content), MEMBERS[what][0](content)))
     assert read_manifest(golden) == before
     reseal(golden, lambda content: content.update(requires=["zoom", "bundles", "cuts"]))
-    with pytest.raises(VersionError, match=r"format version 3\.0 needs bundles, cuts, zoom, which this release"):
+    with pytest.raises(VersionError, match=r"format version 3\.0 needs bundles, zoom, which this release"):
         read_manifest(golden)
 
 
@@ -181,6 +181,19 @@ def test_the_released_reader_reads_what_is_written_now(tmp_path: Path) -> None:
     assert old_reader.read("2.0", tmp_path / "out") == (0, "MixtralForCausalLM\n")
 
 
+@pytest.mark.fault(23)
+def test_an_older_release_refuses_uneven_heads(tmp_path: Path) -> None:
+    source = pico.save("llama", tmp_path / "source")  # 4 KV heads
+    manifest = reshard.convert(source, tmp_path / "out", tp_size=3)
+    content = content_of(tmp_path / "out")
+    assert (content["format_version"], content["requires"]) == ("3.0", ["cuts"])
+    assert read_manifest(tmp_path / "out") == manifest
+    CHECK.validate(content)
+    code, line = old_reader.read("2.0", tmp_path / "out")
+    assert code == 8
+    assert "format version 3.0" in line
+
+
 # --- the schema ---
 
 
@@ -207,12 +220,12 @@ def test_fresh_folders_fit_the_schema(fresh: dict[str, Any]) -> None:
 
 
 def test_an_explicit_placement_fits_the_schema() -> None:
-    from reshard.resharded.placement_json import placement_to_json
+    from reshard.resharded.placement_json import Cuts, placement_to_json
     from reshard.sharding.placement import Explicit, Piece
 
     placement = Explicit(((2, 3), (0, 3)), ((Piece((0, 0), (2, 3), (0, 0)),), ()))
     content = content_of(DATA / "golden-2.0")
-    content["parameters"][0]["placement"] = json.loads(json.dumps(placement_to_json(placement)))
+    content["parameters"][0]["placement"] = json.loads(json.dumps(placement_to_json(placement, Cuts())))
     CHECK.validate(content)
 
 

@@ -16,8 +16,8 @@ import reshard
 from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import BadInputError, IntegrityError, ReshardError, VersionError
 from reshard.resharded.manifest import Manifest, read_manifest, sealed_text
-from reshard.resharded.placement_json import placement_from_json, placement_to_json
-from reshard.sharding.placement import Explicit, Nested, PackedShard, Piece, Placement, Replicate, Shard
+from reshard.resharded.placement_json import Cuts, placement_from_json, placement_to_json
+from reshard.sharding.placement import Explicit, Nested, PackedShard, Piece, Placement, Ranges, Replicate, Shard
 
 FLIPS = 300
 
@@ -117,6 +117,9 @@ def test_placements_that_cannot_be(content: dict[str, Any], tmp_path: Path, plac
         PackedShard(0, (4, 2)),
         Nested(Shard(0), Replicate(), 2),
         Nested(PackedShard(0, (4, 2)), Shard(1), 2),
+        Ranges(0, (((0, 2),), ((2, 4),), ((4, 6),), ((4, 6), (0, 2)))),
+        Ranges(1, (((0, 1),), ((1, 3),), (), ((0, 0),))),
+        Nested(Ranges(0, (((0, 4),), ((4, 6),))), Shard(1), 2),
         Explicit(
             ((2, 3), (0, 3), (0, 3), (2, 3)),
             ((Piece((0, 0), (2, 3), (0, 0)),), (), (), (Piece((4, 0), (2, 3), (0, 0)),)),
@@ -124,8 +127,69 @@ def test_placements_that_cannot_be(content: dict[str, Any], tmp_path: Path, plac
     ],
 )
 def test_placements_as_json_and_back(placement: Placement) -> None:
-    text = json.dumps(placement_to_json(placement))
-    assert placement_from_json(json.loads(text), (6, 3), 4) == placement
+    cuts = Cuts()
+    text, table = json.dumps(placement_to_json(placement, cuts)), json.dumps(cuts.to_json())
+    assert placement_from_json(json.loads(text), (6, 3), 4, Cuts.from_json(json.loads(table))) == placement
+
+
+CUT = {"ranks": [[[0, 3]], [[3, 4]]]}
+RANGES = {"type": "ranges", "dim": 0, "cut": 0, "unit": 8}
+
+
+def with_cut(content: dict[str, Any], table: Any, placement: Any) -> bytes:
+    altered = copy.deepcopy(content)
+    parameter = next(p for p in altered["parameters"] if p["name"].endswith("k_proj.weight"))
+    assert parameter["shape"] == [32, 32]
+    parameter["placement"] = placement
+    return sealed({**altered, "format_version": "3.0", "requires": ["cuts"], "cuts": table})
+
+
+def test_cuts_that_can_be(content: dict[str, Any], tmp_path: Path) -> None:
+    for ranks in (CUT["ranks"], [[[2, 4], [0, 2]], [[0, 4]]], [[[0, 3], [0, 3]], [[1, 4]]], [[], [[0, 4]]]):
+        found = read(tmp_path, with_cut(content, [{"ranks": [[[0, 1]]]}, {"ranks": ranks}], {**RANGES, "cut": 1}))
+        (placement,) = [p.placement for p in found.parameters if isinstance(p.placement, Ranges)]
+        assert placement == Ranges(0, tuple(tuple((8 * a, 8 * b) for a, b in held) for held in ranks))
+        assert sealed(json.loads(found.to_bytes())) == found.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("table", "placement"),
+    [
+        *(([CUT], {**RANGES, "dim": dim}) for dim in (2, -1, None)),
+        *(([CUT], {**RANGES, "cut": number}) for number in (1, -1, "0")),
+        *(([CUT], {**RANGES, "unit": unit}) for unit in (7, 9, 0, -8, None)),
+        *(
+            ([{"ranks": ranks}], RANGES)
+            for ranks in (
+                [[[0, 4]]],  # for one rank
+                [[[0, 3]], [[3, 4]], []],  # for three
+                [[[0, 1]], [[2, 4]]],  # a hole
+                [[[1, 2]], [[2, 4]]],  # the beginning is missing
+                [[[2, 0]], [[0, 4]]],
+                [[[-1, 3]], [[3, 4]]],
+                [[[0, 3, 4]], [[3, 4]]],
+                [[0, 3], [3, 4]],
+                None,
+            )
+        ),
+        *((table, RANGES) for table in ({}, None, [{}], [[]], "")),
+    ],
+)
+def test_cuts_that_cannot_be(content: dict[str, Any], table: Any, placement: Any, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError):
+        read(tmp_path, with_cut(content, table, placement))
+
+
+def test_a_cut_that_says_more_than_we_know(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(VersionError, match="has a cut with order"):
+        read(tmp_path, with_cut(content, [{**CUT, "order": [1, 0]}], RANGES))
+
+
+@pytest.mark.parametrize("groups", [{"a": [2]}, {"a": [2, 0]}, {"a": [2, -1]}, {"a": 2}, {"a": [2, "2"]}, ["a"], 3])
+def test_groups_that_cannot_be(content: dict[str, Any], groups: Any, tmp_path: Path) -> None:
+    newer = {**content, "format_version": "3.0", "requires": [], "key_value_groups": groups}
+    with pytest.raises(IntegrityError):
+        read(tmp_path, sealed(newer))
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,10 @@ def test_shared_heads_that_no_attention_holds_are_refused() -> None:
     """A manifest can mark any parameter so, and the search for its attention must end."""
     model = torch.nn.Sequential(torch.nn.LayerNorm(4))
     target = Target("0.weight", (4,), "float32", Nested(Shard(0), Replicate(), 2), ())
-    manifest = SimpleNamespace(topology=Topology(4), parameters=(target,))
+    manifest = SimpleNamespace(topology=Topology(4), parameters=(target,), groups={})
     with pytest.raises(IntegrityError, match="no attention holds it"):
-        _share_heads(model, manifest)  # type: ignore[arg-type]
+        _share_heads(model, manifest, 0)  # type: ignore[arg-type]
+    for name, words in (("0", "but it is no attention"), ("1", "the model of config.json has none")):
+        manifest = SimpleNamespace(topology=Topology(2), parameters=(), groups={name: (2, 1)})
+        with pytest.raises(IntegrityError, match=words):
+            _share_heads(model, manifest, 0)  # type: ignore[arg-type]

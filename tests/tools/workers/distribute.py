@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from reshard.sharding.dealing import deal
 from reshard.sharding.placement import Nested, PackedShard, Placement, Replicate, Shard
 from reshard.strategies import PackedColwiseParallel, RowwiseParallel, as_dtensor, rows_of, take, torch_placement
-from reshard.strategies.collectives import all_gather, all_reduce, largest_only, reduce_scatter, split
+from reshard.strategies.collectives import all_gather, all_reduce, chunk_bounds, largest_only, reduce_scatter, split
 
 CASES = 150
 
@@ -115,17 +116,20 @@ def compare_collectives(mesh: DeviceMesh) -> None:
         assert all(torch.equal(one, total) for one in everyone), "ranks have different sums"
     for size in (1, world_size, 3 * world_size + 1, 130):  # ranks that hold less, or nothing; many ties
         whole = torch.randint(-4, 2, (2, 3, size), generator=torch.Generator().manual_seed(size)).bfloat16()
-        part = split(whole, -1, mesh)
-        assert torch.equal(all_gather(part, -1, size, mesh), whole)
-        largest = largest_only(part, size, mesh)
-        assert largest.shape == whole.shape
-        assert torch.equal(largest.argmax(-1), whole.argmax(-1))
-        assert largest.sum() == 6
+        bounds = chunk_bounds(size, world_size)
+        for cut in (bounds, deal(size, world_size), [(0, size), *[(size, size)] * (world_size - 1)]):
+            part = split(whole, -1, cut, mesh)
+            assert torch.equal(all_gather(part, -1, cut, mesh), whole)
+            largest = largest_only(part, cut, mesh)
+            assert largest.shape == whole.shape
+            assert torch.equal(largest.argmax(-1), whole.argmax(-1))
+            assert largest.sum() == 6
         brought = [torch.randn(2, size, 3, generator=torch.Generator().manual_seed(r)) for r in range(world_size)]
         for dim, total in ((1, sum(brought)), (-2, sum(brought))):
             part = reduce_scatter(brought[rank], dim, mesh)
-            assert part.shape == split(total, dim, mesh).shape
-            torch.testing.assert_close(part, split(total, dim, mesh), rtol=1e-6, atol=1e-6)
+            expected = split(total, dim, bounds, mesh)
+            assert part.shape == expected.shape
+            torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-6)
 
 
 def main() -> None:

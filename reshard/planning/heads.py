@@ -1,0 +1,119 @@
+"""Attention heads along the cut dims of parameters: what must stay whole, and what is cut together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.architecture import KV_GROUPS
+
+__all__ = ["Heads", "heads_of"]
+
+# Projections by name: of the query heads, perhaps fused with the others, and of the KV heads.
+_FUSED = ("query_key_value", "qkv_proj")
+_QUERY = ("q_proj", "query", "q", "q_b_proj", "q_gate_proj", *_FUSED)
+_KEY_VALUE = ("k_proj", "key", "k", "v_proj", "value", "v")
+# Names of the size of a head, and of the number of heads, in attention modules.
+_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_COUNTS = ("mp_num", "num_heads", "num_attention_heads", "n_heads")  # codegen's heads stand in mp_num blocks
+
+# Styles that leave each rank its own heads, and the dim of a weight that they cut.
+_CUT_DIM = {
+    **dict.fromkeys(("colwise", "local_colwise", "conv1d_rowwise"), -2),
+    **dict.fromkeys(("rowwise", "local_rowwise", "conv1d_colwise", "embedding_local_colwise"), -1),
+}
+_BIAS_TOO = ("colwise", "local_colwise", "conv1d_colwise")  # the others keep a bias whole
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads that a parameter's cut dim holds, of the module `attention`, which has `query` and `key_value` heads.
+
+    `is_query` says of which kind the parameter's heads are. `uneven` says whether the attention can have fewer query
+    heads for a KV head than the model's, so that ranks may share a KV head.
+    """
+
+    attention: str
+    query: int
+    key_value: int
+    is_query: bool
+    uneven: bool
+
+    @property
+    def count(self) -> int:
+        return self.query if self.is_query else self.key_value
+
+
+def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Heads]:
+    """Find the heads of every parameter that an attention shares among its heads, by name.
+
+    An attention is a module with a query projection whose style leaves each rank its own heads. All parameters in it
+    that are cut so hold its heads: the KV projections the KV heads, any other (the output projection, gates, sinks) the
+    query heads, if their number divides its size.
+    """
+    members: dict[str, dict[str, str]] = {}
+    for name, style in styles.items():
+        if style in _CUT_DIM and len(shapes[name]) > (style not in _BIAS_TOO):
+            attention, projection = _place(name)
+            members.setdefault(attention, {})[name] = projection
+    found = {}
+    for attention, projections in members.items():
+        sizes = {name: _cut_size(styles[name], shapes[name]) for name in projections}
+        counts = _counts(model, attention, projections, sizes)
+        if counts is None:
+            continue
+        uneven = hasattr(model.get_submodule(attention), KV_GROUPS)
+        for name, projection in projections.items():
+            heads = Heads(attention, *counts, projection not in _KEY_VALUE, uneven)
+            if sizes[name] % heads.count == 0:
+                found[name] = heads
+    return found
+
+
+def _cut_size(style: str, shape: tuple[int, ...]) -> int:
+    return shape[_CUT_DIM[style]] if len(shape) > 1 else shape[0]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the module that a parameter serves, and the parameter's name there: that of its projection, or its own."""
+    module, _, own = name.rpartition(".")
+    if own in ("weight", "bias"):
+        # gemma4's vision projections wrap a linear layer.
+        module, _, own = module.removesuffix(".linear").rpartition(".")
+    return module, own
+
+
+def _counts(
+    model: Any, attention: str, projections: Mapping[str, str], sizes: Mapping[str, int]
+) -> tuple[int, int] | None:
+    """Return the number of query heads and of KV heads; None if there is no query projection, or no number fits."""
+    module, config = model.get_submodule(attention), model.config.get_text_config()
+    rows = {projection: sizes[name] for name, projection in projections.items()}
+    query = next((name for name in _QUERY if name in rows), None)
+    if query is None:
+        return None
+    head_dim = next(filter(None, (_number(module, name) for name in _HEAD_SIZES)), None)
+
+    def viewed(projection: str | None) -> int | None:
+        size = rows[projection] if projection else 0
+        return size // head_dim if head_dim and size % head_dim == 0 else None
+
+    key = next((name for name in _KEY_VALUE if name in rows), None)
+    key_value = key and (viewed(key) or _number(config, "num_key_value_heads"))
+    groups = _number(module, KV_GROUPS)
+    candidates = (
+        key_value and groups and key_value * groups,
+        *(_number(module, name) for name in _COUNTS),
+        viewed(query) if query not in _FUSED else None,
+        _number(config, "num_attention_heads"),
+    )
+    count = next((count for count in candidates if count and rows[query] % count == 0), None)
+    if count is None or count % (key_value or count):
+        return None
+    return count, key_value or count
+
+
+def _number(module: Any, name: str) -> int | None:
+    found = getattr(module, name, None)
+    return found if isinstance(found, int) and found > 0 else None

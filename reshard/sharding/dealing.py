@@ -1,0 +1,99 @@
+"""Dealing: which rank gets which items, where an item (an attention head, an expert) must stay whole. Integers only."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .placement import Nested, Placement, Ranges, Replicate, Shard, ranges_of
+
+__all__ = ["HeadDeal", "deal", "deal_heads", "placement_of_ranges", "scaled"]
+
+Range = tuple[int, int]  # start and stop
+
+
+def deal(items: int, ranks: int) -> tuple[Range, ...]:
+    """Deal `items` out as evenly as can be: no rank gets two more than another, and earlier ranks get more.
+
+    torch.chunk gives every rank but the last the same, so that of 8 items on 5 ranks the last gets none.
+    """
+    least, more = divmod(items, ranks)
+    stops = list(itertools.accumulate(least + (rank < more) for rank in range(ranks)))
+    return tuple(zip([0, *stops], stops))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDeal:
+    """The heads of an attention on each rank.
+
+    `query` is each rank's range of query heads. `key_value` lists, for each rank, the KV heads that its query heads
+    use, in order; one that stands several times there is held several times. `groups` is the number of query heads for
+    each KV head that the rank holds.
+    """
+
+    query: tuple[Range, ...]
+    key_value: tuple[tuple[Range, ...], ...]
+    groups: tuple[int, ...]
+
+
+def deal_heads(query: int, key_value: int, ranks: int) -> HeadDeal:
+    """Deal the heads of an attention with `query` heads, a multiple of `key_value`, to at most as many ranks.
+
+    If there are enough KV heads, ranks get whole groups: a KV head with its query heads. If there are fewer KV heads
+    than ranks, the ranks of a KV head deal its query heads among them. If that left a rank more query heads than an
+    even deal does, the query heads are dealt evenly, and a rank may then have parts of several groups. An attention
+    uses each of its KV heads for the same number of query heads, so such a rank holds some KV heads several times.
+
+    Raises:
+        ValueError: there are fewer query heads than ranks, or `query` is no multiple of `key_value`.
+    """
+    if query < ranks or query % key_value:
+        raise ValueError(f"{query} query heads and {key_value} KV heads cannot be dealt to {ranks} ranks")
+    group = query // key_value
+    if key_value >= ranks:
+        held = deal(key_value, ranks)
+        return HeadDeal(scaled(held, group), tuple((part,) for part in held), (group,) * ranks)
+    mine = [
+        (head * group + start, head * group + stop)
+        for head, (first, last) in enumerate(deal(ranks, key_value))
+        for start, stop in deal(group, last - first)
+    ]
+    even = deal(query, ranks)
+    if max(stop - start for start, stop in mine) > max(stop - start for start, stop in even):
+        mine = list(even)
+    groups, heads = zip(*(_used(part, group) for part in mine))
+    return HeadDeal(tuple(mine), heads, groups)
+
+
+def _used(query: Range, group: int) -> tuple[int, tuple[Range, ...]]:
+    """Return the number of query heads for each KV head that a rank holds, and these KV heads."""
+    start, stop = query
+    runs = {
+        head: min(stop, (head + 1) * group) - max(start, head * group)
+        for head in range(start // group, (stop - 1) // group + 1)
+    }
+    size = math.gcd(*runs.values())
+    if all(run == size for run in runs.values()):
+        return size, ((min(runs), max(runs) + 1),)
+    return size, tuple((head, head + 1) for head, run in runs.items() for _ in range(run // size))
+
+
+def scaled(ranges: Sequence[Range], unit: int) -> tuple[Range, ...]:
+    """Return ranges of items as ranges of elements, `unit` for each item."""
+    return tuple((start * unit, stop * unit) for start, stop in ranges)
+
+
+def placement_of_ranges(dim: int, size: int, ranges: Sequence[Sequence[Range]]) -> Placement:
+    """Return the plainest placement that gives each rank its ranges of `dim`, which has `size` elements."""
+    world_size = len(ranges)
+    held = tuple(map(tuple, ranges))
+    for row in range(1, world_size + 1):
+        rows = world_size // row
+        if world_size % row == 0 and all(
+            held[rank] == tuple(ranges_of(Shard(dim), size, rank=rank // row, world_size=rows))
+            for rank in range(world_size)
+        ):
+            return Shard(dim) if row == 1 else Nested(Shard(dim), Replicate(), row)
+    return Ranges(dim, held)
