@@ -39,10 +39,6 @@ def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) 
             return f"{printable(heads.attention)} has only {heads.key_value} KV heads, which ranks cannot share"
         if experts < topology.ep:
             return f"{printable(parameter.name)} has only {experts} experts"
-        if parameter.style == "embedding_rowwise":
-            last = {"rank": topology.world_size - 1, "world_size": topology.world_size}
-            if not local_shape(placement_of(parameter, strategies, topology), parameter.shape, **last)[0]:
-                return f"the {parameter.shape[0]} rows of {printable(parameter.name)} leave a rank without any"
     return None
 
 

@@ -45,6 +45,13 @@ class EmbeddingRowwiseParallel(LocalLayer):
         del mod._ids_elsewhere
         return all_reduce(outputs, device_mesh)
 
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        weight: Any = module.weight
+        module.padding_idx = None  # it is for training alone, and torch wants it among this rank's rows
+        if weight.shape[0] == 0:  # more ranks than parts: this one looks up a row all the same, and counts it as zero
+            module.__dict__["weight"] = weight.new_zeros(1, weight.shape[1])
+        return super().prepare_module_tp(module, device_mesh)
+
 
 class EmbeddingColwiseParallel(ColwiseParallel):
     """Hidden-parallel: weight `Shard(1)`; each rank looks up its slice of every vector, and the slices are gathered.

@@ -23,6 +23,7 @@ IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7))
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in pico.FAMILIES},
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-late-pad": ("llama", {"pad_token_id": 128}),  # its row is on the last rank
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-uneven": ("llama", {"intermediate_size": 50, "vocab_size": 131}),
     **{f"{family}-bf16": (family, {"dtype": torch.bfloat16}) for family in pico.FAMILIES},
