@@ -3,7 +3,7 @@
 The commands call the functions of the same names: `convert`, `plan`, `inspect`, `verify`, `merge`, `publish`, `pull`.
 They are imported when first used, so that importing this package, and asking for help, costs nothing. Each raises a
 `ReshardError`; `reshard.errors` lists them all. `plan` returns a `ReshardPlan`, `convert` and `inspect` return a
-`Manifest`.
+`Manifest`. `sizes` is `reshard plan` without a number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .operations.convert import convert
     from .operations.inspect import inspect
     from .operations.merge import merge
-    from .operations.plan import plan
+    from .operations.plan import plan, sizes
     from .operations.publish.publish import publish
     from .operations.pull import pull
     from .operations.verify import verify
@@ -60,6 +60,7 @@ __all__ = [
     "plan",
     "publish",
     "pull",
+    "sizes",
     "verify",
 ]
 
@@ -68,6 +69,7 @@ _HOMES = {
     "ReshardPlan": "planning.plan",
     "convert": "operations.convert",
     "plan": "operations.plan",
+    "sizes": "operations.plan",
     "inspect": "operations.inspect",
     "merge": "operations.merge",
     "publish": "operations.publish.publish",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .errors import ReshardError
 
-__all__ = ["listed", "printable", "without_secrets"]
+__all__ = ["listed", "numbers_in_runs", "printable", "without_secrets"]
 
 
 _SECRETS = (
@@ -38,3 +38,14 @@ def listed(names: Iterable[str], *, most: int = 5) -> str:
     """Join the first of many names, safe to show, and say how many more there are."""
     found = list(names)
     return ", ".join(map(printable, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def numbers_in_runs(numbers: Iterable[int]) -> str:
+    """Join ascending numbers, and write a run of three or more by its ends: 1–8, 16."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

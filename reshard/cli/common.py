@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -47,18 +47,20 @@ def no_sync_option(command: Callable[..., Any]) -> Callable[..., Any]:
 class Dtype(click.ParamType):
     """A dtype by torch's name, or by a short one such as bf16."""
 
-    name = "|".join(STORABLE)
+    def __init__(self, read: Callable[[object], str] = floating_dtype, names: Sequence[str] = STORABLE) -> None:
+        self.name = "|".join(names)
+        self._read, self._names = read, names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return torch's name of the dtype."""
         try:
-            return floating_dtype(value)
+            return self._read(value)
         except ValueError as error:
             self.fail(f"{value!r} is not {error}", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Offer torch's names."""
-        return completions(STORABLE, incomplete)
+        """Offer the names."""
+        return completions(self._names, incomplete)
 
 
 _WHERE_THE_WEIGHTS_ARE = (

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .common import Bytes, format_option, print_report, terminal_width, what_to_cut
+from ..files.dtypes import STORABLE, cache_dtype
+from .common import Bytes, Dtype, format_option, print_report, terminal_width, what_to_cut
 from .speaking import say
 
 __all__ = ["plan", "print_plan"]
@@ -15,24 +16,36 @@ __all__ = ["plan", "print_plan"]
 @click.command()
 @click.argument("source")
 @click.option("--tp-size", "-tp", type=click.IntRange(min=1), help="Number of ranks.")
+@click.option("--gpu-memory", type=Bytes(), help="Instead of --tp-size: the fewest ranks with this much memory each.")
+@click.option("--max-model-len", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: the model's most]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Sequences at a time.")
+@click.option("--kv-dtype", type=Dtype(cache_dtype, (*STORABLE, "fp8")), help="Dtype of the KV cache.")
 @click.option(
-    "--gpu-memory", type=Bytes(), help="Instead of --tp-size: the fewest ranks whose weights fit into this much each."
+    "--utilization",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    default=0.9,
+    help="Part of a GPU's memory that weights and KV cache may take.",
 )
 @what_to_cut
 @format_option
-def plan(source: str, style: str, **cut: Any) -> None:
+def plan(source: str, style: str, tp_size: int | None, gpu_memory: int | None, **cut: Any) -> None:
     """Print how SOURCE would be cut for a number of ranks.
 
-    The plan shows styles, placements, sizes, and which numbers of ranks are legal. Only headers are read. If
-    SOURCE is a Hub id or a URL, they are fetched by ranges, so that nothing large is fetched.
+    The plan shows styles, placements, sizes, and which numbers of ranks are legal. Without a number, it shows
+    weights and KV cache for every legal number. Only headers are read. If SOURCE is a Hub id or a URL, they are
+    fetched by ranges, so that nothing large is fetched.
 
     \b
     Examples:
       reshard plan ./llama --tp-size 4
-      reshard plan meta-llama/Llama-3.1-70B --gpu-memory 80GB
+      reshard plan ./llama
+      reshard plan meta-llama/Llama-3.1-70B --gpu-memory 80GB --max-model-len 32768
       reshard plan ./bert --tp-size 2 --plan bert.toml
     """
-    print_plan(source, style, **cut)
+    if tp_size is None and gpu_memory is None:
+        _print_sizes(source, style, **cut)
+    else:
+        print_plan(source, style, tp_size=tp_size, gpu_memory=gpu_memory, **cut)
 
 
 def print_plan(source: str, style: str, **cut: Any) -> None:
@@ -41,3 +54,14 @@ def print_plan(source: str, style: str, **cut: Any) -> None:
     from ..showing.texts import plan_text
 
     print_report(run(source, say=say, **cut).to_dict(), style, lambda r: plan_text(r, terminal_width()))
+
+
+def _print_sizes(
+    source: str, style: str, *, drop_unused: bool, include: tuple[str, ...], utilization: float, **cut: Any
+) -> None:
+    """Print every legal number of ranks: tensors that are dropped and files that go along make no difference."""
+    from .. import sizes as run
+    from ..showing.texts import size_table_text
+
+    report = {"sizes": [size.to_dict() for size in run(source, say=say, **cut)]}
+    print_report(report, style, lambda r: size_table_text(r["sizes"], terminal_width()))

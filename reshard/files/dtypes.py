@@ -13,6 +13,7 @@ __all__ = [
     "FLOATING",
     "NAMES",
     "STORABLE",
+    "cache_dtype",
     "floating_dtype",
     "holds",
     "is_floating",
@@ -46,6 +47,7 @@ NAMES = {
 CODES = {name: code for code, name in NAMES.items()}
 STORABLE = ("float32", "float16", "bfloat16")  # the dtypes that floating parameters can be stored in
 _ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_FP8 = "float8_e4m3fn"
 # The dtypes that --dtype may change, narrow ones first: bits of the exponent and of the fraction.
 _BITS = {"float16": (5, 10), "bfloat16": (8, 7), "float32": (8, 23), "float64": (11, 52)}
 FLOATING = frozenset(_BITS)
@@ -72,6 +74,16 @@ def floating_dtype(given: object) -> str:
     if name not in STORABLE:
         raise ValueError(f"one of {', '.join(STORABLE)}")
     return name
+
+
+def cache_dtype(given: object) -> str:
+    """Return torch's name of a dtype to keep keys and values in: as `floating_dtype`, and "fp8". Raises ValueError."""
+    if str(given).removeprefix("torch.") in ("fp8", _FP8):
+        return _FP8
+    try:
+        return floating_dtype(given)
+    except ValueError as error:
+        raise ValueError(f"{error} and fp8") from None
 
 
 def holds(wide: str, narrow: str) -> bool:

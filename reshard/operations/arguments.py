@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import UsageError
-from ..files.dtypes import floating_dtype
+from ..files.dtypes import cache_dtype, floating_dtype
 from ..text import printable
 
 __all__ = ["CHECKS", "checked"]
@@ -106,6 +106,13 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
+def _part(value: Any) -> float:
+    words = "a part of the memory, more than 0 and at most 1"
+    _known(isinstance(value, (int, float)) and not isinstance(value, bool), words)
+    _known(0 < value <= 1, words)
+    return float(value)
+
+
 def _rules(value: Any) -> Any:
     words = '"auto", rules (pattern → style), or the file that holds them'
     if isinstance(value, Mapping):
@@ -178,6 +185,10 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "dp_size": _count("a number of replicas"),
     "workers": _count("a number of threads"),
     "gpu_memory": _memory,
+    "max_model_len": _count("a number of tokens"),
+    "batch_size": _count("a number of sequences"),
+    "utilization": _part,
+    "kv_dtype": cache_dtype,
     "timeout": _seconds,
     "dtype": floating_dtype,
     "tp_plan": _rules,

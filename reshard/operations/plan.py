@@ -10,10 +10,11 @@ from ..checkpoint.left_behind import refuse_keys
 from ..checkpoint.weights import chosen
 from ..errors import UsageError
 from ..execution.origin import Origin, open_origin
-from ..planning.model import read_model
+from ..planning.loads import WEIGHTS_AND_CACHE, Serving
+from ..planning.model import Model, read_model
 from ..planning.plan import ReshardPlan, build_plan, plan_layouts
 from ..planning.rules import AUTO, read_rules
-from ..planning.sizes import smallest_fit
+from ..planning.sizes import Size, size_table, smallest_fit
 from ..resharded.layout import FileLayout
 from ..sharding.topology import Topology
 from ..storage.prefetch import Arrivals
@@ -25,7 +26,7 @@ from .arguments import checked
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["announced", "plan", "plan_files"]
+__all__ = ["announced", "plan", "plan_files", "sizes"]
 
 
 @checked
@@ -34,6 +35,10 @@ def plan(
     *,
     tp_size: int | None = None,
     gpu_memory: int | None = None,
+    max_model_len: int | None = None,
+    batch_size: int = 1,
+    kv_dtype: str | torch.dtype | None = None,
+    utilization: float = 0.9,
     ep_size: int = 1,
     tp_plan: Mapping[str, str] | str | Path = AUTO,
     strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
@@ -48,8 +53,12 @@ def plan(
     """Plan a checkpoint (folder, Hub id or URL) for `tp_size` ranks, from its headers alone.
 
     A resharded folder is planned as the checkpoint that it was made from. If the source is remote, only its small files
-    and the headers are fetched. If `gpu_memory` (bytes) is given instead of `tp_size`, the plan is for the fewest ranks
-    that each hold at most that many bytes of weights.
+    and the headers are fetched.
+
+    If `gpu_memory` (bytes) is given instead of `tp_size`, the plan is for the fewest ranks on which everything fits:
+    weights, and a KV cache of `batch_size` sequences of `max_model_len` tokens in `kv_dtype`, in the part
+    `utilization` of each GPU's memory. The defaults are the model's own longest sequence and dtype. `kv_dtype` is as
+    `dtype`, or "fp8".
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
     "auto" for the model's own rules, else rules (pattern → style), or the file that holds them. Rules with
@@ -79,8 +88,37 @@ def plan(
         dtype=dtype,
         drop_unused=drop_unused,
         gpu_memory=gpu_memory,
+        serving=Serving(max_model_len, batch_size, kv_dtype, utilization),
     )
     return planned
+
+
+@checked
+def sizes(
+    source: str | Path,
+    *,
+    max_model_len: int | None = None,
+    batch_size: int = 1,
+    kv_dtype: str | torch.dtype | None = None,
+    ep_size: int = 1,
+    tp_plan: Mapping[str, str] | str | Path = AUTO,
+    strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    weights: str | None = None,
+    links_into: Sequence[str | Path] = (),
+    say: Callable[[str], object] = lambda _: None,
+) -> tuple[Size, ...]:
+    """Look at every legal number of ranks of a checkpoint, up to 64, from its headers alone.
+
+    Each `Size` has the weights, heads and KV cache of its fullest rank. The arguments are those of `plan`.
+
+    Raises a `ReshardError`.
+    """
+    say(announced(source, "any number of ranks"))
+    origin = open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into))
+    strategies, model = _model(origin, tp_plan, strategies, dtype, experts=ep_size > 1)
+    return size_table(model, strategies, ep=ep_size, serving=Serving(max_model_len, batch_size, kv_dtype))
 
 
 def announced(source: str | Path, ranks: object) -> str:
@@ -97,15 +135,13 @@ def plan_files(
     dtype: str | None,
     drop_unused: bool,
     gpu_memory: int | None = None,
+    serving: Serving = WEIGHTS_AND_CACHE,
     arrivals: Arrivals | None = None,
 ) -> tuple[ReshardPlan, list[FileLayout]]:
     """Return the plan, and the layouts of the files to write, filled from the files that are read."""
-    refuse_keys(origin.source.root)
-    strategies = as_strategies(strategies)
-    rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
-    model = read_model(origin.source, dtype=dtype, tp_plan=rules, experts=topology.ep > 1)
+    strategies, model = _model(origin, tp_plan, strategies, dtype, experts=topology.ep > 1)
     if gpu_memory is not None:
-        topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory)
+        topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory, serving=serving)
     planned = build_plan(
         origin.source,
         model,
@@ -114,6 +150,21 @@ def plan_files(
         drop_unused=drop_unused,
         strategies=strategies,
         equal=origin.equal(arrivals),
+        serving=serving,
     )
     layouts, made = plan_layouts(planned), origin.made
     return planned, [made.relocated(layout) for layout in layouts] if made else layouts
+
+
+def _model(
+    origin: Origin,
+    tp_plan: Mapping[str, str] | str | Path,
+    strategies: ParallelInterface | str | Path,
+    dtype: str | None,
+    *,
+    experts: bool,
+) -> tuple[ParallelInterface, Model]:
+    refuse_keys(origin.source.root)
+    found = as_strategies(strategies)
+    rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
+    return found, read_model(origin.source, dtype=dtype, tp_plan=rules, experts=experts)

@@ -4,7 +4,6 @@ tensors they are made of."""
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -22,6 +21,7 @@ from ..files.dtypes import FLOATING, torch_name
 from ..sharding.regions import Region, covers
 from ..strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 from ..text import listed, printable
+from .cache import CacheLayer, cache_layers
 from .heads import Heads, heads_of
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 
@@ -53,8 +53,9 @@ class Model:
 
     `regions` says for each parameter present in the checkpoint where its elements come from; `unused` are source
     tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
-    modules, `manual` the modules whose style the user chose. `experts` divides the number of experts of every layer.
+    modules, `manual` the modules whose style the user chose. `experts` is the number of experts, in the layer with the fewest.
     `unused_rules` of the plan match nothing; `corrected_rules` are wrong rules of the model's own, put right.
+    `cache` are the layers that keep keys and values, if known, `max_length` the longest sequence by the configuration.
     `notes` are remarks for the user, one line each: which class was taken and why, and the like.
     """
 
@@ -71,6 +72,8 @@ class Model:
     regions: dict[str, tuple[Region, ...]]
     unused: tuple[str, ...]
     missing: tuple[str, ...]
+    cache: tuple[CacheLayer, ...] | None = None
+    max_length: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -128,13 +131,15 @@ def read_model(
         parameters,
         styles.modules,
         frozenset(name for name in styles.modules if wildcard(name) in rules.written),
-        math.gcd(*counts),
+        min(counts, default=0),
         styles.unused,
         rules.corrected,
         tied,
         regions,
         unused,
         missing,
+        cache_layers(model, heads),
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
         tuple(
             filter(
                 None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..checkpoint.companions import left_report
@@ -18,8 +18,9 @@ from ..sharding.placement import Placement, Replicate, is_box
 from ..sharding.regions import Region
 from ..sharding.topology import Topology
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
-from ..text import listed, printable
+from ..text import listed, numbers_in_runs, printable
 from .cuts import does_cut, groups_on, placement_of
+from .loads import WEIGHTS_AND_CACHE, Serving, even_share, loads_of, repeated
 from .model import Model, Parameter
 from .remarks import dtypes_of, mixed_note, partly_note
 from .sizes import has_plan, legal_sizes, refusal_of
@@ -34,7 +35,8 @@ class ReshardPlan:
     `tied` parameters share the tensor of their owner. `duplicates` are source tensors equal to another that is stored.
     `unused` source tensors are kept apart, so that all can be given back: those that no parameter takes, and those that
     parameters take only a part of. `custom` maps the names of custom styles to their classes. `groups` are those of the
-    manifest. `notes` are remarks for the user, one line each: `plan` and `convert` show them.
+    manifest. `serving` is what the ranks keep beside their weights. `notes` are remarks for the user, one line each:
+    `plan` and `convert` show them.
     """
 
     source: Source
@@ -48,6 +50,8 @@ class ReshardPlan:
     runtime_only: tuple[str, ...]
     custom: dict[str, str]
     groups: dict[str, tuple[int, ...]]
+    strategies: ParallelInterface = field(compare=False)
+    serving: Serving = WEIGHTS_AND_CACHE
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,7 +60,8 @@ class ReshardPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
-        layouts, sizes = plan_layouts(self), legal_sizes(self.model)
+        layouts, sizes = plan_layouts(self), legal_sizes(self.model, strategies=self.strategies)
+        loads = loads_of(self.model, self.strategies, self.topology, self.serving)
         return {
             "architecture": self.model.architecture,
             "dtype": self.model.dtype,
@@ -64,6 +69,9 @@ class ReshardPlan:
             "mesh": self.topology.to_json(),
             "parameters": rows(self.targets, self.world_size),
             "rank_bytes": [layout.size for layout in layouts[: self.world_size]],
+            "ranks": [load.to_dict() for load in loads],
+            "even_shares": round(max(load.weights for load in loads) / (even_share(self.model, len(loads)) or 1), 4),
+            "serving": asdict(self.serving.of(self.model)),
             "replicated_bytes": replicated_bytes(self.targets),
             "disk_bytes": sum(layout.size for layout in layouts),
             "memory_bytes": worker_count() * BLOCK_BYTES,
@@ -74,9 +82,9 @@ class ReshardPlan:
             "corrected_rules": list(self.model.corrected_rules),
             "custom_strategies": self.custom,
             "runtime_only": list(self.runtime_only),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *repeated(loads, self.model)],
             "left_behind": left_report(self.source.left),
-            "ep_sizes": [size for size in range(2, self.model.experts + 1) if self.model.experts % size == 0],
+            "ep_sizes": list(range(2, min(self.model.experts, max(sizes)) + 1)),
             "tp_sizes": {str(size): why for size, why in sizes.items()},
         }
 
@@ -94,6 +102,7 @@ def build_plan(
     drop_unused: bool = False,
     strategies: ParallelInterface = ALL_PARALLEL_STYLES,
     equal: Callable[[str, str], bool] | None = None,
+    serving: Serving = WEIGHTS_AND_CACHE,
 ) -> ReshardPlan:
     """Plan a checkpoint for the ranks of `topology`. Integers only; no tensor data is read, except by `equal`.
 
@@ -115,7 +124,7 @@ def build_plan(
         sizes = [size for size, why in legal_sizes(model, strategies=strategies).items() if why is None]
         raise TopologyError(
             f"{topology} do not fit {model.architecture}: {reason}",
-            hint=f"legal sizes: {_join(sizes)}" if has_plan(model) else "give it a plan with --plan FILE",
+            hint=f"legal sizes: {numbers_in_runs(sizes)}" if has_plan(model) else "give it a plan with --plan FILE",
         )
     placements = {parameter.name: placement_of(parameter, strategies, topology) for parameter in model.parameters}
     regions, tied, duplicates, apart = _tie(model, placements, equal)
@@ -137,6 +146,8 @@ def build_plan(
         runtime_only=(*_runtime_only(targets, tied, topology.world_size), *apart),
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
         groups=groups_on(model.parameters, placements, topology),
+        strategies=strategies,
+        serving=serving,
         notes=(*model.notes, *mixed_note(targets, source), *partly_note(partly), *source.notes),
     )
 
@@ -216,10 +227,6 @@ def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size
         reasons.append(f"{len(scattered)} parameters are not one box per rank ({scattered[0]} …)")
     reasons += [f"{name} is tied to {owner} and stored once, but it looks for both" for name, owner in tied.items()]
     return reasons
-
-
-def _join(sizes: Iterable[int]) -> str:
-    return ", ".join(map(str, sizes))
 
 
 def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:

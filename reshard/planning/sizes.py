@@ -1,24 +1,21 @@
-"""The numbers of ranks that a model allows, and the smallest whose parts fit a GPU."""
+"""The numbers of ranks that a model allows, and the smallest that fit GPUs."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from ..errors import TopologyError
-from ..files.dtypes import itemsize
-from ..sharding.placement import local_shape
 from ..sharding.topology import Topology
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from ..text import printable
-from .cuts import placement_of
+from .loads import Load, Serving, even_share, loads_of, replicated_share
 from .model import Model
 
-__all__ = ["has_plan", "legal_sizes", "refusal_of", "smallest_fit"]
-
+__all__ = ["Size", "has_plan", "legal_sizes", "refusal_of", "size_table", "smallest_fit"]
 
 _LEAST_MEANT = 1 << 20  # bytes of a GPU; a smaller number lacks its unit
-
-
 _LARGEST = 64  # ranks looked at when listing the legal sizes
 
 
@@ -49,35 +46,59 @@ def legal_sizes(
     return {size: refusal_of(model, strategies, Topology(size)) for size in range(1, most + 1)}
 
 
-def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory: int) -> Topology:
-    """Find the smallest TP size with `ep` that the model allows and that leaves no rank more than `memory` bytes of
-    weights. Raises TopologyError if there is none."""
-    least = None
-    for tp in range(1, _LARGEST + 1):
-        if tp % ep and ep % tp:
-            continue
-        topology = Topology(tp, ep)
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A legal number of ranks: the load of the fullest rank, that rank's weights in even shares, and the part of the
+    model that every rank holds."""
+
+    topology: Topology
+    fullest: Load
+    shares: float
+    replicated: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `reshard plan SOURCE --format json` prints of it."""
+        return {
+            "world_size": self.topology.world_size,
+            "mesh": self.topology.to_json(),
+            "even_shares": round(self.shares, 4),
+            "replicated_share": round(self.replicated, 4),
+            **self.fullest.to_dict(),
+        }
+
+
+def size_table(model: Model, strategies: ParallelInterface, *, ep: int, serving: Serving) -> tuple[Size, ...]:
+    """Look at every legal number of ranks up to 64."""
+    found = []
+    for topology in _topologies(ep):
         if refusal_of(model, strategies, topology) is None:
-            least = _largest_part(model, strategies, topology)
-            if least <= memory:
+            fullest = max(loads_of(model, strategies, topology, serving), key=lambda load: load.total)
+            shares = fullest.weights / (even_share(model, topology.world_size) or 1)
+            found.append(Size(topology, fullest, shares, replicated_share(model, strategies, topology)))
+    return tuple(found)
+
+
+def _topologies(ep: int) -> Iterator[Topology]:
+    return (Topology(tp, ep) for tp in range(1, _LARGEST + 1) if tp % ep == 0 or ep % tp == 0)
+
+
+def smallest_fit(model: Model, strategies: ParallelInterface, *, ep: int, memory: int, serving: Serving) -> Topology:
+    """Find the smallest TP size with `ep` that the model allows and that leaves every rank room for its weights and its
+    KV cache in `memory` bytes. Raises TopologyError if there is none."""
+    room, least, serving = int(memory * serving.utilization), None, serving.of(model)
+    for topology in _topologies(ep):
+        if refusal_of(model, strategies, topology) is None:
+            fullest = max(loads_of(model, strategies, topology, serving), key=lambda load: load.total)
+            if fullest.total <= room:
                 return topology
+            least = min(least or fullest, fullest, key=lambda load: load.total)
     if least is None:
         raise TopologyError(f"no number of ranks with ep {ep} fits {model.architecture}")
     raise TopologyError(
-        f"{model.architecture}: no number of ranks up to {_LARGEST} brings the weights of each under {memory:,} bytes;"
-        f" the most have {least:,}",
-        hint="reshard plan --tp-size N lists what is replicated"
+        f"{model.architecture}: no number of ranks up to {_LARGEST} fits {memory:,} bytes each, of which"
+        f" {serving.utilization:.0%} may be used; the least needs {least.weights:,} bytes of weights and"
+        f" {least.cache or 0:,} of KV cache for {serving.batch_size} × {serving.max_model_len or 0} tokens",
+        hint="reshard plan SOURCE lists every size; a smaller --max-model-len needs less"
         if memory >= _LEAST_MEANT
         else "24 GB are 24e9 bytes, or --gpu-memory 24GB",
-    )
-
-
-def _largest_part(model: Model, strategies: ParallelInterface, topology: Topology) -> int:
-    """Return the bytes of rank 0's parameters: torch.chunk gives it the largest part of each."""
-    first = {"rank": 0, "world_size": topology.world_size}
-    return sum(
-        math.prod(local_shape(placement_of(parameter, strategies, topology), parameter.shape, **first))
-        * itemsize(parameter.dtype)
-        for parameter in model.parameters
-        if parameter.name not in model.tied
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..sharding.topology import Topology
-from ..text import printable
+from ..text import numbers_in_runs, printable
 from .tables import gigabytes, table
 
-__all__ = ["manifest_text", "plan_text", "sizes_text"]
+__all__ = ["manifest_text", "plan_text", "size_table_text", "sizes_text"]
 
 
 _NOTE = 1000  # the most characters shown of a remark
@@ -36,11 +37,11 @@ def _parameter_table(found: Sequence[Mapping[str, Any]], dtype: str, width: int 
 
 
 def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
-    """List the legal numbers of ranks, and why up to three other powers of two are not legal."""
-    legal = [size for size, why in sizes.items() if why is None]
-    lines = ["legal tp sizes: " + ", ".join(map(str, legal))]
-    usual = [size for size in sizes if size & (size - 1) == 0 and sizes[size] is not None]
-    return lines + [f"  not {size}: {sizes[size]}" for size in usual[:3]]
+    """List the legal numbers of ranks, and why others are not: each reason once, three at most."""
+    legal = numbers_in_runs(size for size, why in sizes.items() if why is None)
+    lines = [f"legal tp sizes: {legal}"]
+    firsts = {why: size for size, why in sorted(sizes.items(), reverse=True) if why is not None}
+    return lines + [f"  not {size}: {why}" for why, size in sorted(firsts.items(), key=lambda one: one[1])[:3]]
 
 
 def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:
@@ -54,14 +55,59 @@ def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:
     ranks = report["rank_bytes"]
     lines.append(f"rank files: {gigabytes(max(ranks))} each at most, {gigabytes(sum(ranks))} in all")
     lines.append(f"replicated in every file: {gigabytes(report['replicated_bytes'])}")
+    lines += _loads(report)
     lines.append(
         f"disk needed: {gigabytes(report['disk_bytes'])}, memory: {gigabytes(report['memory_bytes'])} of blocks"
     )
     lines += _notes(report)
     if report["ep_sizes"]:
-        lines.append("legal ep sizes: " + ", ".join(map(str, report["ep_sizes"])))
+        lines.append(f"legal ep sizes: {numbers_in_runs(report['ep_sizes'])}")
     lines += sizes_text({int(size): why for size, why in report["tp_sizes"].items()})
     return "\n".join(lines)
+
+
+def _loads(report: Mapping[str, Any]) -> list[str]:
+    """Say what each rank has: its heads, the largest part of the weights, and the KV cache."""
+    ranks, serving, lines = report["ranks"], report["serving"], []
+    held = Counter(_heads(rank["heads"]) for rank in ranks if rank["heads"])
+    if held:
+        lines.append("heads: " + ", ".join(f"{heads} on {_ranks(count)}" for heads, count in held.items()))
+    if len(ranks) > 1:
+        lines.append(f"the fullest rank has {report['even_shares']:.2f} × an even share, which bounds the speed")
+    fullest = max(ranks, key=lambda rank: rank["kv_bytes_per_token"] or 0)
+    if fullest["kv_bytes_per_token"]:
+        tokens = serving["max_model_len"]
+        served = f"; {gigabytes(fullest['kv_bytes'])} for {serving['batch_size']} × {tokens:,} tokens" if tokens else ""
+        lines.append(f"KV cache: {fullest['kv_bytes_per_token']:,} bytes a token on the fullest rank{served}")
+    return lines
+
+
+def _heads(heads: Sequence[Mapping[str, int]]) -> str:
+    return " and ".join(f"{one['query']} with {one['key_value']} KV" for one in heads)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def size_table_text(sizes: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+    """Write the legal numbers of ranks as a table, each with what its fullest rank holds."""
+    lines: list[Sequence[Any]] = [
+        ("ranks", "weights", "even shares", "replicated", "KV bytes a token", "KV cache", "heads")
+    ]
+    for size in sizes:
+        lines.append(
+            (
+                str(Topology(**size["mesh"])).removesuffix(" ranks"),
+                gigabytes(size["weight_bytes"]),
+                f"{size['even_shares']:.2f}",
+                f"{size['replicated_share']:.1%}",
+                size["kv_bytes_per_token"] and f"{size['kv_bytes_per_token']:,}",
+                size["kv_bytes"] and gigabytes(size["kv_bytes"]),
+                _heads(size["heads"]),
+            )
+        )
+    return table(lines, width=width, shorten=((6, 12),))
 
 
 def _listed(names: Iterable[str]) -> str:

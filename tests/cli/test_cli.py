@@ -40,7 +40,9 @@ COMMANDS = ["convert", "plan", "inspect", "verify", "merge", "run", "check", "be
         (["convert", "source", "out", "--tp-size", "2", "--workers", "0"], "--workers"),
         (["convert", "source", "out", "--tp-size", "2", "--dtype", "int4"], "--dtype"),
         (["convert", "source", "out", "--tp-size", "2", "--format", "xml"], "--format"),
-        (["plan", "source"], "--tp-size"),
+        (["plan", "source", "--tp-size", "2", "--gpu-memory", "24GB"], "--tp-size"),
+        (["plan", "source", "--utilization", "1.5"], "--utilization"),
+        (["plan", "source", "--kv-dtype", "int3"], "--kv-dtype"),
         (["verify"], "OUT"),
         (["publish", "out"], "REPO"),
         (["pull", "org/model", "--ranks", "3-"], "--ranks"),
@@ -109,11 +111,11 @@ def test_plan(source: Path, cli: Cli, tmp_path: Path) -> None:
     whole = [row for row in report["parameters"] if row["placement"] == "Replicate()"]
     assert all(row["reason"] for row in whole)
     assert report["replicated_bytes"] == sum(row["count"] * math.prod(row["shape"]) * 4 for row in whole) > 0
-    assert [size for size, why in report["tp_sizes"].items() if why is None] == ["1", "2", "4", "8"]
+    assert [size for size, why in report["tp_sizes"].items() if why is None] == list("12345678")
     assert report["unused"] == report["dropped"] == report["runtime_only"] == []
     text = cli("plan", source, "--tp-size", 2)
     assert (text.code, text.err) == (0, "")
-    assert "legal tp sizes: 1, 2, 4, 8\n" in text.out
+    assert "legal tp sizes: 1–8\n" in text.out
     assert tree(tmp_path) == before
 
 

@@ -22,22 +22,53 @@ def held(source: Path, **options: Any) -> int:
     return max(sum(slot.tensor.nbytes for slot in layout.slots) for layout in layouts)
 
 
+# Everything of a GPU, for a cache of one token: what is left are the weights, and a few bytes.
+WEIGHTS = {"utilization": 1.0, "max_model_len": 1}
+
+
+def needed(source: Path, **options: Any) -> int:
+    planned = reshard.plan(source, **options)
+    per_token = max(rank["kv_bytes_per_token"] for rank in planned.to_dict()["ranks"])
+    return held(source, **options) + per_token
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3"])
 def test_the_fewest_ranks_that_can_hold_it(family: str, checkpoint: Checkpoint) -> None:
     source = checkpoint(family)
-    sizes = {tp: held(source, tp_size=tp) for tp in (1, 2, 4)}
+    sizes = {tp: needed(source, tp_size=tp) for tp in (1, 2, 3, 4)}
     for tp, size in sizes.items():
-        assert reshard.plan(source, gpu_memory=size).world_size == tp
-    assert reshard.plan(source, gpu_memory=sizes[2] - 1).world_size in (3, 4)  # phi3 can be cut for 3
-    with pytest.raises(TopologyError, match="no number of ranks up to 64 brings the weights of each under 100 bytes"):
+        assert reshard.plan(source, gpu_memory=size, **WEIGHTS).world_size == tp
+        assert reshard.plan(source, gpu_memory=size - 1, **WEIGHTS).world_size > tp
+    with pytest.raises(TopologyError, match=r"no number of ranks up to 64 fits 100 bytes each, of which 90%"):
         reshard.plan(source, gpu_memory=100)
+
+
+def test_what_a_server_keeps_beside_the_weights(checkpoint: Checkpoint) -> None:
+    source = checkpoint("llama")  # 2 layers of 4 KV heads of 4, at most 64 tokens
+    weights = held(source, tp_size=1)
+    cache = 2 * 2 * 4 * 4 * 4 * 64
+    for options, bytes_needed in (
+        ({}, cache),
+        ({"batch_size": 5}, 5 * cache),
+        ({"max_model_len": 32}, cache // 2),
+        ({"max_model_len": 6400}, 100 * cache),
+        ({"kv_dtype": "fp8"}, cache // 4),
+        ({"kv_dtype": "bf16", "batch_size": 2}, cache),
+    ):
+        whole = weights + bytes_needed
+        assert reshard.plan(source, gpu_memory=whole, utilization=1.0, **options).world_size == 1
+        assert reshard.plan(source, gpu_memory=whole - 1, utilization=1.0, **options).world_size == 2
+        assert reshard.plan(source, gpu_memory=2 * whole, utilization=0.5, **options).world_size == 1
+        assert reshard.plan(source, gpu_memory=2 * whole - 2, utilization=0.5, **options).world_size == 2
+    assert reshard.plan(source, gpu_memory=int(1.12 * (weights + cache))).world_size == 1
+    assert reshard.plan(source, gpu_memory=int(1.11 * (weights + cache))).world_size == 2
 
 
 def test_with_experts_on_ranks(checkpoint: Checkpoint) -> None:
     source = checkpoint("qwen3_moe")
-    size = held(source, tp_size=2, ep_size=4)
+    size = needed(source, tp_size=2, ep_size=4)
     assert size < held(source, tp_size=1, ep_size=4)
-    planned = reshard.plan(source, gpu_memory=size, ep_size=4)
+    planned = reshard.plan(source, gpu_memory=size, ep_size=4, **WEIGHTS)
     assert (planned.topology.tp, planned.topology.ep) == (2, 4)
 
 
@@ -69,5 +100,6 @@ def test_the_command(checkpoint: Checkpoint, cli: Cli) -> None:
     assert json.loads(result.out)["world_size"] == 1
     for size in ("much", "1e999", "9" * 400, "-1GB"):
         assert cli("plan", checkpoint("llama"), "--gpu-memory", size).code == 2
-    assert_one_error(cli("plan", checkpoint("llama")), 2, "number of ranks", hint="--tp-size 2, or --gpu-memory 24GB")
+    both = cli("plan", checkpoint("llama"), "--gpu-memory", "24GB", "--tp-size", 2)
+    assert_one_error(both, 2, "number of ranks", hint="--tp-size 2, or --gpu-memory 24GB")
     assert_one_error(cli("plan", checkpoint("llama"), "--gpu-memory", 24), 9, "24 bytes", hint="--gpu-memory 24GB")
