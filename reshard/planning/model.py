@@ -53,7 +53,7 @@ class Model:
 
     `regions` says for each parameter present in the checkpoint where its elements come from; `unused` are source
     tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
-    modules, `manual` the modules whose style the user chose. `experts` is the number of experts, in the layer with the fewest.
+    modules, `manual` the modules whose style the user chose. `experts` is the least number of experts of a layer.
     `unused_rules` of the plan match nothing; `corrected_rules` are wrong rules of the model's own, put right.
     `cache` are the layers that keep keys and values, if known, `max_length` the longest sequence by the configuration.
     `notes` are remarks for the user, one line each: which class was taken and why, and the like.
