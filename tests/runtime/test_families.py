@@ -55,7 +55,7 @@ def broken(rows: list[matrix.Row]) -> list[matrix.Row]:
     return [row for row in rows if row.step in ("convert", "run", "parity") and not row.ok]
 
 
-@pytest.mark.parametrize(("tp", "ep"), family_report.MESHES)
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (3, 1), (2, 2)])  # test_parity has pico models on 4 ranks
 def test_sample(tp: int, ep: int, tmp_path: Path) -> None:
     rows = matrix.walk(tmp_path, tp, ep, SAMPLE)
     assert broken(rows) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import click
 import families
 import matrix
 import transformers
-from places import DATA
+from places import DATA, ROOT
 
 # The (tp, ep) of the written table. transformers' own tensor parallelism runs on the first.
-MESHES = ((2, 1), (4, 1), (2, 2))
+MESHES = ((2, 1), (3, 1), (4, 1), (5, 1), (2, 2))
+_BATCH = 16  # families that are walked together: what is known after each is kept, and a stopped walk goes on there
 
 
 def release() -> str:
@@ -46,10 +49,11 @@ def main(tp: int, ep: int, upstream: bool, write: bool, model_types: tuple[str, 
     """Walk the families and report how far each came."""
     chosen = model_types or families.MODEL_TYPES
     if write:
-        records = _records({mesh: _walk(*mesh, chosen, upstream=mesh == MESHES[0]) for mesh in MESHES})
-        DATA.mkdir(exist_ok=True)
+        kept = ROOT / f".families-{release()}"
+        records = _records({mesh: _walk_on(kept, *mesh, chosen, upstream=mesh == MESHES[0]) for mesh in MESHES})
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (DATA / f"families-{release()}.jsonl").write_text(lines)
+        shutil.rmtree(kept)
         click.echo(f"{sum(map(is_exact, records))} of {len(records)} families are exact on every mesh")
         return
     rows = _walk(tp, ep, chosen, upstream=upstream)
@@ -62,6 +66,22 @@ def main(tp: int, ep: int, upstream: bool, write: bool, model_types: tuple[str, 
 def _walk(tp: int, ep: int, model_types: tuple[str, ...], *, upstream: bool) -> list[matrix.Row]:
     with tempfile.TemporaryDirectory() as folder:
         return matrix.walk(Path(folder), tp, ep, model_types, upstream=upstream)
+
+
+def _walk_on(kept: Path, tp: int, ep: int, model_types: tuple[str, ...], *, upstream: bool) -> list[matrix.Row]:
+    """Walk batch by batch. Batches that an earlier, stopped walk has finished are read from the folder `kept`."""
+    rows = []
+    for first in range(0, len(model_types), _BATCH):
+        batch = model_types[first : first + _BATCH]
+        path = kept / f"tp{tp}-ep{ep}-{batch[0]}-{len(batch)}.json"
+        if not path.exists():
+            kept.mkdir(exist_ok=True)
+            found = [asdict(row) for row in _walk(tp, ep, batch, upstream=upstream)]
+            path.with_suffix(".part").write_text(json.dumps(found))
+            path.with_suffix(".part").rename(path)
+            click.echo(f"{path.stem}: {len(found)} families", err=True)
+        rows += [matrix.Row(**row) for row in json.loads(path.read_text())]
+    return rows
 
 
 def _said(row: matrix.Row) -> str:

@@ -1,15 +1,11 @@
-"""The family matrix: every family with a plan, built small, resharded, run under torchrun and compared with one
+"""The family matrix: every family with a plan, built small, resharded, run on several ranks and compared with one
 process. On request, transformers' own tensor parallelism runs the same checkpoints."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ import families
 import torch
 from family_inputs import inputs, main_output
 from places import WORKERS
+from torchrun_tools import on_ranks, torchrun
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
@@ -25,7 +22,7 @@ import reshard
 from reshard.planning.rules import expert_rules
 
 NEW_TOKENS = 4
-TIMEOUT = 90  # seconds without a further result after which a torchrun job is given up
+TIMEOUT, PER_FAMILY = 90, 10  # seconds after which a job is given up: for its start, and for each family
 EXACT = 1e-5  # largest relative error in fp32
 
 
@@ -154,7 +151,7 @@ def _run_all(worker: str, root: Path, ranks: int, jobs: dict[str, _Job]) -> dict
 
 
 def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple[dict[str, Any], str]:
-    """Return the results of one torchrun job by family, and its last words if it ended early."""
+    """Return the results of one job by family, and its last words if it ended early."""
     entries = [
         {
             "name": family,
@@ -165,39 +162,20 @@ def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple
         }
         for family, job in waiting.items()
     ]
-    out, log = root / f"{worker}.json", root / f"{worker}.log"
+    out = root / f"{worker}.json"
     out.unlink(missing_ok=True)
     (root / "jobs.json").write_text(json.dumps(entries))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [*command, str(WORKERS / worker), str(root / "jobs.json"), str(out)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,  # so that its ranks can be ended with it
-        )
-        in_time = _wait(process, out)
-    lines = log.read_text(errors="replace").splitlines()
-    said = [line for line in lines if "Error: " in line and "ChildFailed" not in line] if in_time else []
-    words = said[0][-160:] if said else "ended early" if in_time else f"no result within {TIMEOUT} s"
+    arguments = (str(WORKERS / worker), str(root / "jobs.json"), str(out))
+    limit = TIMEOUT + PER_FAMILY * len(waiting)
+    # transformers' own tensor parallelism changes what it imports: processes of its own.
+    run = torchrun if worker == "upstream.py" else on_ranks
+    try:
+        lines = run(ranks, *arguments, timeout=limit).stderr.splitlines()
+        said = [line for line in lines if "Error: " in line and "ChildFailed" not in line]
+        words = said[0][-160:] if said else "ended early"
+    except subprocess.TimeoutExpired:
+        words = f"no result within {limit} s"
     return json.loads(out.read_text()) if out.exists() else {}, words
-
-
-def _wait(process: subprocess.Popen[bytes], out: Path) -> bool:
-    """Wait for the job's end. Return False if it was killed here, because results stopped coming."""
-    last, seen = time.monotonic(), 0.0
-    while process.poll() is None:
-        time.sleep(0.1)
-        written = out.stat().st_mtime if out.exists() else 0.0
-        if written != seen:
-            last, seen = time.monotonic(), written
-        if time.monotonic() - last > TIMEOUT:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return False
-    return True
 
 
 def _compare(family: str, root: Path, result: dict[str, Any], job: _Job) -> Row:
