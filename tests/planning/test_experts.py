@@ -83,7 +83,7 @@ def test_whole_experts_open_in_plain_transformers(tp: int, ep: int, source: Path
     [
         ("qwen3_moe", {}, {"tp_size": 3, "ep_size": 2}, "do not share ranks"),
         ("qwen3_moe", {}, {"tp_size": 8, "ep_size": 8}, "has only 4 experts"),
-        ("qwen3_moe", {}, {"tp_size": 9}, "has only 8 query heads"),
+        ("qwen3_moe", {}, {"tp_size": 9}, "has only 8 query heads, or blocks of them"),
         ("llama", {}, {"tp_size": 2, "ep_size": 2}, "LlamaForCausalLM has no expert-parallel plan"),
         ("qwen3_moe", {"tp_plan": {"lm_head": "colwise_rep"}}, {"tp_size": 4, "ep_size": 2}, "no rule that cuts it"),
     ],
