@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import torch
 import transformers
 from cli_tools import Checkpoint
-from places import WORKERS
+from places import ROOT, WORKERS
 from single_process import NEW_TOKENS
 from torchrun_tools import on_ranks
 
@@ -159,3 +162,17 @@ def test_every_size_of_a_llama_runs(tmp_path: Path) -> None:
         root = tmp_path / f"tp{size}"
         reshard.convert(source, root / "out", tp_size=size, sync=False)
         assert_parity(run(root, size, {"llama": root / "out"})["llama"], expected)
+
+
+@pytest.mark.slow
+def test_a_real_model(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct in fp32, whose 9 query heads and 3 KV heads divide by none of these but 3."""
+    pytest.importorskip("gguf", reason="pip install 'reshard[real]'")
+    source = tmp_path / "source"
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_smollm2.py", source, "float32"], check=True)
+    expected = single(source)
+    for size in (2, 3, 4, 5):
+        root = tmp_path / f"tp{size}"
+        reshard.convert(source, root / "out", tp_size=size, sync=False)
+        assert_parity(run(root, size, {"smollm2": root / "out"})["smollm2"], expected)
+        shutil.rmtree(root)
