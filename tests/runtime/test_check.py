@@ -16,34 +16,17 @@ import torch
 from cli_tools import Cli, assert_one_error, configure, flip, reseal
 from places import ROOT, WORKERS
 from safetensors.torch import load_file, save
+from single_process import in_file
 from torchrun_tools import on_ranks, torchrun
 from unplanned import UNPLANNED, unplanned
 
 import reshard
 from reshard.files.digest import digest_of
-from reshard.files.header import read_header
 from reshard.operations.reference import distance, fixed_ids, rounding
 from reshard.resharded.manifest import REFERENCE_NAME, read_manifest
 
 Damage = Callable[[Path], object]
 Found = dict[str, Any]
-
-
-def in_file(rank: int, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
-    """Change a tensor of one rank file in place, as a bad disk or a bad tool would."""
-
-    def damage(folder: Path) -> None:
-        path = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
-        info = next(info for info in read_header(path, file=path.name).tensors if info.name == name)
-        tensor = load_file(path)[name]
-        altered = change(tensor).contiguous()
-        assert altered.shape == tensor.shape
-        assert not torch.equal(altered, tensor)
-        with open(path, "r+b") as file:
-            file.seek(info.start)
-            file.write(altered.view(torch.uint8).numpy().tobytes())
-
-    return damage
 
 
 def hook(module: str, style: str | None) -> Damage:

@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {"intermediate_size": 50, "vocab_size": 131, "attention_bias": True}, {}),  # uneven
     "llama-tied": ("llama", {"tie_word_embeddings": True}, {}),
     "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}, {}),  # shared by all ranks
+    "llama-nine-heads": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, {}),
     "phi3": ("phi3", {}, {}),
     "gpt_neox": ("gpt_neox", {}, {}),  # renamed while loading
     "mixtral": ("mixtral", {}, {}),  # experts fused while loading
@@ -49,7 +50,7 @@ ON = {  # number of ranks → variants, and the kinds of their layouts
         {"Replicate", "Shard", "_StridedShard", "Shard Replicate"},
     ),
     4: (
-        ["llama", "phi3", "gpt_neox", "mixtral-uneven", "qwen3_moe-ep"],
+        ["llama", "llama-nine-heads", "phi3", "gpt_neox", "mixtral-uneven", "qwen3_moe-ep"],
         {"Replicate", "Shard", "Shard Shard", "Shard _StridedShard", "local"},
     ),
 }

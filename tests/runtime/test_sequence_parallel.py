@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}, {}),
     "llama-styled": ("llama", {}, {"tp_plan": STYLED}),
     "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}, {}),
+    "llama-nine-heads": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {}, {}),
     "gemma2": ("gemma2", {}, {}),  # norms behind the blocks too
@@ -42,6 +43,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", {}, {}),  # a shared expert, and a dense layer
     "qwen3_moe": ("qwen3_moe", {}, {}),
     "qwen3_moe-ep": ("qwen3_moe", {}, {"ep_size": 2}),
+    "qwen3_moe-five-experts": ("qwen3_moe", {"num_experts": 5}, {"ep_size": 4}),
     "qwen3_moe-wide-ep": ("qwen3_moe", {}, {"tp_size": 2, "ep_size": 4}),  # two ranks get the same tokens
 }
 AT_TWO = ["llama", "llama-one-kv-head", "gpt_neox", "qwen3_moe-ep"]
