@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="reshard-hf-")
 _ENVIRONMENT = {"HF_HOME": _HOME.name, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(_ENVIRONMENT)
 
+import warm_commands  # noqa: E402
 from cli_tools import Checkpoint, Cli, Refused, Result, assert_one_error, time_limit, tree  # noqa: E402
 from fake_hub import FakeHub  # noqa: E402
 
@@ -159,11 +159,11 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def python(hub: FakeHub, home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python(*arguments, token=…, **variables)` runs Python against the Hub of this test."""
+    """`python(*arguments, token=…, **variables)` runs Python against the Hub of this test, warm if it can be."""
 
     def run(*arguments: object, token: str = "hf_test", **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**hub.environment(home, token=token), "OMP_NUM_THREADS": "1", **variables}
-        command = [sys.executable, *map(str, arguments)]
+        command = [warm_commands.python(), *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     return run
