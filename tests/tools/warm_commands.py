@@ -5,9 +5,10 @@ real ones wherever a test starts a process to see what a command does, and not h
 runs the command has its own environment, folder, files and exit code, and it can be sent signals. The processes it
 starts with `sys.executable` are forked as well.
 
-Python itself runs whatever the warm process cannot: other modules, code after -c, and variables that a library reads
-when it is imported. HF_HOME and HF_ENDPOINT are such variables too. The warm process has placeholders for them, which
-are replaced after the fork (`own_hub`); tests/house/test_warm_commands.py shows that none is left.
+Python itself runs whatever the warm process cannot: other modules, and commands with other variables that a library
+reads when it is imported. The variables of the Hub's client are such variables too, but can be followed: the warm
+process has placeholders for the Hub's place, which are replaced after the fork, and the client's constants are computed
+anew (`own_hub`). tests/house/test_warm_commands.py shows that they are those of a fresh process.
 
 Differences from a fresh process: torch has one thread, and the parent is not the process that started the command.
 """
@@ -39,19 +40,12 @@ _SCRIPTS = {
 }
 _MODULES = {"reshard", "reshard.launch.rank", "runtime", "torch.distributed.run"}
 _RELAYED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-# Variables that Python, torch or transformers read when they start, but for those that a fork can follow.
+# Variables that Python, torch or the Hub's client read when they start, but for those that a fork can follow.
 _READ_AT_START = ("PYTHON", "HF_", "HUGGING", "TRANSFORMERS_", "TORCH_", "LC_", "LANG", "LD_")
 _FOLLOWED = {
-    "PYTHONPATH",
-    "PYTHONSAFEPATH",
-    "HF_HOME",
-    "HF_ENDPOINT",
-    "HF_TOKEN",
-    "TORCH_CPP_LOG_LEVEL",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    *("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "HF_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"),
+    *("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS", "TORCH_CPP_LOG_LEVEL", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
 }
-# The warm process has these in any case. The launcher sets the one; the other goes with a stand-in for the Hub.
-SETTLED = {"TORCH_CPP_LOG_LEVEL": "ERROR", "HF_HUB_DISABLE_XET": "1"}
 
 
 @functools.cache
@@ -76,9 +70,7 @@ def python() -> str:
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(_READ_AT_START) and name not in _FOLLOWED and (name, value) not in SETTLED.items()
+        name: value for name, value in environment.items() if name.startswith(_READ_AT_START) and name not in _FOLLOWED
     }
 
 
@@ -87,13 +79,17 @@ def stand_in(place: str, real_python: str, base_path: list[str], read_at_start: 
     arguments = [*_SCRIPTS.get(Path(sys.argv[0]).name, ()), *sys.argv[1:]]
     rest = list(itertools.dropwhile(lambda word: word in ("-u", "-P"), arguments)) or [""]
     options = arguments[: -len(rest)]
-    can = rest[1:2] and rest[1] in _MODULES if rest[0] == "-m" else rest[0].endswith(".py")
+    if rest[0] in ("-m", "-c"):
+        can = len(rest) > 1 and (rest[1] in _MODULES if rest[0] == "-m" else "multiprocessing" not in rest[1])
+    else:
+        can = rest[0].endswith(".py")
     if not can or "HF_HOME" not in os.environ or _read_at_start(os.environ) != read_at_start:
         os.execv(real_python, [real_python, *arguments])
     given = os.environ.get("PYTHONPATH")
     path = [*(given.split(os.pathsep) if given else []), *base_path]
     if "-P" not in options and not os.environ.get("PYTHONSAFEPATH"):
-        path.insert(0, os.getcwd() if rest[0] == "-m" else str(Path(rest[0]).absolute().parent))
+        here = {"-m": os.getcwd(), "-c": ""}
+        path.insert(0, here[rest[0]] if rest[0] in here else str(Path(rest[0]).absolute().parent))
     job = {
         "arguments": rest,
         "environment": dict(os.environ),
@@ -132,12 +128,20 @@ def own_hub() -> Callable[[], None]:
         if module.__name__ != __name__ and type(value) in (str, tuple, frozenset) and "placeholder-of-" in str(value)
     ]
     assert len(places) > 10
+    copies = [
+        (module.__dict__, name)
+        for module_name, module in list(sys.modules.items())
+        for name, value in vars(constants).items()
+        if module_name.startswith("huggingface_hub.") and name.isupper() and vars(module).get(name, module) is value
+    ]
 
     def put() -> None:
         home, endpoint = os.environ["HF_HOME"], os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
         for names, name in places:
             names[name] = _with_values(names[name], home, endpoint)
-        importlib.reload(constants)  # for what it computes of them
+        importlib.reload(constants)  # for what it computes of all variables
+        for names, name in copies:
+            names[name] = getattr(constants, name)
         urllib.parse.clear_cache()
 
     return put

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +40,13 @@ _NEEDED = (
     *("transformers.generation.utils", "transformers.masking_utils", "transformers.modeling_utils"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
     *("transformers.models.llama.modeling_llama", "torch.distributed.launcher.api", "reshard.cli.main"),
-    *("reshard.operations.convert", "runtime.commands.bench", "runtime.commands.check", "runtime.commands.generate"),
+    *(
+        "reshard.operations.convert",
+        "s3fs",
+        "runtime.commands.bench",
+        "runtime.commands.check",
+        "runtime.commands.generate",
+    ),
 )
 _MEETING = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 _DIGITS = 5  # digits of a port
@@ -95,7 +102,8 @@ def server() -> str:
     folder = tempfile.mkdtemp(prefix="reshard-warm-")
     place = f"{folder}/socket"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {"HF_HOME": warm_commands.HOME, "HF_ENDPOINT": warm_commands.ENDPOINT, **warm_commands.SETTLED}
+    environment |= {"HF_HOME": warm_commands.HOME, "HF_ENDPOINT": warm_commands.ENDPOINT}
+    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher sets it
     process = subprocess.Popen([sys.executable, __file__, place], env=environment, stdin=subprocess.PIPE)
 
     def end() -> None:
@@ -232,6 +240,10 @@ def _process(job: dict[str, Any], variables: dict[str, str], files: list[int], o
             sys.argv = rest
             sys.modules.pop(rest[0], None)  # runpy warns of a module that is there already
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif what == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(rest[0], "<string>", "exec"), main.__dict__)
         else:
             sys.argv = [what, *rest]
             runpy.run_path(what, run_name="__main__")
