@@ -103,6 +103,7 @@ def test_signals_reach_it(number: signal.Signals, script: Callable[[str], Path])
         [warm_commands.python(), waits], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         pid = int(process.stdout.readline())  # type: ignore[union-attr]
+        assert warm_commands.own_id(process) == pid
         process.send_signal(number)
         assert process.wait(10) == (1 if number == signal.SIGINT else -number)  # KeyboardInterrupt ended it
     until = time.monotonic() + 10

@@ -68,6 +68,14 @@ def python() -> str:
     return str(bin_folder / "python")
 
 
+def own_id(process: subprocess.Popen[Any]) -> int:
+    """Return the id of the process that runs the command which `process` stands for, once it has begun.
+
+    A kill of `process` itself ends the command a moment later.
+    """
+    return int(Path(f"/proc/{process.pid}/comm").read_text())
+
+
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value for name, value in environment.items() if name.startswith(_READ_AT_START) and name not in _FOLLOWED
@@ -103,6 +111,7 @@ def stand_in(place: str, real_python: str, base_path: list[str], read_at_start: 
         socket.send_fds(line, [json.dumps(job).encode() + b"\n"], [0, 1, 2])
         answers = line.makefile()
         pid = int(answers.readline())
+        Path("/proc/self/comm").write_text(str(pid))  # for `own_id`
 
         def relay(number: int, _: object) -> None:
             with contextlib.suppress(ProcessLookupError):
