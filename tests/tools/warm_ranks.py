@@ -166,7 +166,8 @@ def _agent(line: socket.socket, own_hub: Callable[[], None]) -> None:
             _process(job, own, files, own_hub)
         ranks[pid] = rank
     if not store:
-        line.sendall(f"{pid}\n".encode())
+        with contextlib.suppress(OSError):
+            line.sendall(f"{pid}\n".encode())
     codes, until = [0] * len(ranks), None
     while ranks:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -238,7 +239,8 @@ def _process(job: dict[str, Any], variables: dict[str, str], files: list[int], o
         what, *rest = job["arguments"]
         if what == "-m":
             sys.argv = rest
-            sys.modules.pop(rest[0], None)  # runpy warns of a module that is there already
+            if not hasattr(sys.modules.get(rest[0]), "__path__"):
+                sys.modules.pop(rest[0], None)  # runpy warns of a module that is there already
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         elif what == "-c":
             sys.argv = ["-c", *rest[1:]]
