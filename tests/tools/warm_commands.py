@@ -10,7 +10,8 @@ reads when it is imported. The variables of the Hub's client are such variables 
 process has placeholders for the Hub's place, which are replaced after the fork, and the client's constants are computed
 anew (`own_hub`). tests/house/test_warm_commands.py shows that they are those of a fresh process.
 
-Differences from a fresh process: torch has one thread, and the parent is not the process that started the command.
+Differences from a fresh process: torch has one thread; the parent, the session and the process group are the warm
+process's; and the warm process has imported what a command may import later, or never.
 """
 
 from __future__ import annotations
