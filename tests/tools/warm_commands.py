@@ -17,7 +17,6 @@ process's; and the warm process has imported what a command may import later, or
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import itertools
 import json
@@ -49,12 +48,15 @@ _FOLLOWED = {
 }
 
 
-@functools.cache
 def python() -> str:
     """Return the path of the stand-in for `sys.executable`. It works until this process ends."""
     import warm_ranks
 
-    place = warm_ranks.server()
+    return str(Path(warm_ranks.server()).with_name("bin") / "python")
+
+
+def install(place: str) -> None:
+    """Write the stand-ins, beside the socket of a warm process that starts with the environment of this one."""
     bin_folder = Path(place).with_name("bin")
     bin_folder.mkdir()
     path = subprocess.check_output([sys.executable, "-Ic", "import json, sys; print(json.dumps(sys.path))"])
@@ -66,7 +68,6 @@ def python() -> str:
             f"import warm_commands\nwarm_commands.stand_in(*{known})\n"
         )
         (bin_folder / name).chmod(0o755)
-    return str(bin_folder / "python")
 
 
 def own_id(process: subprocess.Popen[Any]) -> int:

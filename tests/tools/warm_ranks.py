@@ -104,6 +104,7 @@ def server() -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"HF_HOME": warm_commands.HOME, "HF_ENDPOINT": warm_commands.ENDPOINT}
     environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher sets it
+    warm_commands.install(place)
     process = subprocess.Popen([sys.executable, __file__, place], env=environment, stdin=subprocess.PIPE)
 
     def end() -> None:
