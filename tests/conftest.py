@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="reshard-hf-")
 _ENVIRONMENT = {"HF_HOME": _HOME.name, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(_ENVIRONMENT)
 
+import warm_commands  # noqa: E402
 from cli_tools import Checkpoint, Cli, Refused, Result, assert_one_error, time_limit, tree  # noqa: E402
 from fake_hub import FakeHub  # noqa: E402
 
@@ -41,6 +41,19 @@ _NOT_QUICK = {
 }
 
 
+# The files that take longest, longest first: begun late, one of them would keep a single worker busy at the end.
+_LONG = (
+    *("test_rank_faults", "test_readme", "test_current_folder", "test_parity", "test_generate", "test_check"),
+    *("test_shrinking", "test_resume", "test_store_faults", "test_descriptors", "test_header_fuzz", "test_strategies"),
+    *("test_runtime", "test_families", "test_benchmarks", "test_hub"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist would begin with the files that have most tests
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only tests that stay in this process: a few minutes")
 
@@ -49,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("quick"):
         config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item.path)])
         items[:] = [item for item in items if _is_quick(item.path)]
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def _is_quick(path: Path) -> bool:
@@ -159,11 +174,11 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def python(hub: FakeHub, home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python(*arguments, token=…, **variables)` runs Python against the Hub of this test."""
+    """`python(*arguments, token=…, **variables)` runs Python against the Hub of this test, warm if it can be."""
 
     def run(*arguments: object, token: str = "hf_test", **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**hub.environment(home, token=token), "OMP_NUM_THREADS": "1", **variables}
-        command = [sys.executable, *map(str, arguments)]
+        command = [warm_commands.python(), *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     return run

@@ -14,6 +14,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+import warm_commands
 from cli_tools import Checkpoint
 from executor_tools import load, make_source, simple_job, taken_whole
 from fake_hub import FakeHub
@@ -64,7 +65,7 @@ def made(source: Path) -> Path:
 
 
 def run(*arguments: object) -> None:
-    command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
+    command = [warm_commands.python(), "-c", COMMAND, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pico
 import pytest
+import warm_commands
 from places import WORKERS
 
 import reshard
@@ -32,6 +33,10 @@ QUICK = [
     *("1 read kill", "0 read raise", "1 read crash", "0 agree sleep", "1 agree kill torchrun"),
     *("1 mesh sleep", "0 group stop", "1 group crash", "0 group kill", "1 wrap raise", "1 wrap stop"),
 ]
+# Faults of fresh processes under the real launcher: the system goes on with a stopped rank when its launcher has ended,
+# and the last one ends the process that started the rank. A forked rank has another parent. All faults come after the
+# imports, so the other ones are the same in forked ranks.
+FRESH = (" stop", " kill torchrun")
 # The runtime catches and reports a rank's own errors; in the handshake and in `agree` only torch raises any.
 IMPOSSIBLE = [f"{rank} {phase} raise" for rank in (0, 1) for phase in ("handshake", "agree")]
 IMPOSSIBLE += [f"{rank} agree crash" for rank in (0, 1)]
@@ -64,7 +69,8 @@ def run(command: list[str], fault: str, log: Path) -> Ended:
     pids: dict[str, int] = {}
     started = time.time()
     with open(log.with_suffix(".out"), "w+") as out, open(log.with_suffix(".err"), "w+") as err:
-        process = subprocess.Popen([sys.executable, *command, *arguments], env=environment, stdout=out, stderr=err)
+        python = sys.executable if fault.endswith(FRESH) else warm_commands.python()
+        process = subprocess.Popen([python, *command, *arguments], env=environment, stdout=out, stderr=err)
         while process.poll() is None or any(map(running, pids.values())):
             ranks = [path for path in log.iterdir() if not path.suffix]  # ".part" is renamed at any moment
             pids |= {path.name: int(path.read_text()) for path in ranks}

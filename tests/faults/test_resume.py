@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pico
 import pytest
+import warm_commands
 from cli_tools import RANK_FILES, Cli, convert, tree
 from kill_tools import KILLED, convert_until, interrupt_after, server
 
@@ -337,6 +338,7 @@ def test_a_real_kill(call: str, origin: Path, tmp_path: Path, whole: dict[str, o
     assert killed.returncode in (-9, 137)
     assert not out.exists()
     assert unfinished(out)
+    command[0] = warm_commands.python()
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     assert tree(out) == whole
     assert not unfinished(out)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_commands
 from cli_tools import RANK_FILES, Checkpoint, Cli, assert_one_error
 from object_store import Call, ObjectStore, contents, error, kept
 
@@ -308,12 +309,12 @@ def test_killed_while_sending(
 
     def kill(call: Call) -> None:
         if call.method == "PUT" and len([c for c in store.log if c.method == "PUT"]) == at + 1:
-            sending[0].kill()
+            os.kill(warm_commands.own_id(sending[0]), signal.SIGKILL)
             sending[0].wait()
 
     store.fault = kill
     command = [
-        sys.executable,
+        warm_commands.python(),
         "-m",
         "reshard",
         "convert",

@@ -15,6 +15,7 @@ from pathlib import Path
 import object_store
 import pico
 import pytest
+import warm_commands
 from cli_tools import link
 from fake_hub import FakeHub
 from places import ROOT
@@ -34,8 +35,7 @@ HAVE_OUT = {COMMANDS, RUNTIME}  # pages that begin with a resharded folder
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 BLOCKS = {page: re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) for page, text in TEXTS.items()}
 NAMED = re.compile(r"# (\w+\.(?:py|toml))\n")
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-ENVIRONMENT = {"PATH": PATH, "OMP_NUM_THREADS": "1"}
+FRESH = {STYLES}  # pages whose commands are run by the real console scripts, in processes that import everything
 TOLD = "Once upon a time every rank opened the whole checkpoint"  # a text that the pico model was trained on
 # Options of other programs than ours and the scripts.
 FOREIGN = {"--no-python", "--nproc-per-node", "--private_key", "--public_key", "--signature"}
@@ -51,8 +51,10 @@ def scripts_of(page: str) -> list[str]:
     return [block for language, block in BLOCKS[page] if language == "python" and not NAMED.match(block)]
 
 
-def run(*command: str, folder: Path, **variables: str) -> str:
-    there = {**os.environ, **variables, **ENVIRONMENT}
+def run(*command: str, folder: Path, fresh: bool = False, **variables: str) -> str:
+    scripts = Path(sys.executable if fresh else warm_commands.python()).parent
+    path = os.pathsep.join([str(scripts), os.environ["PATH"]])
+    there = {**os.environ, **variables, "PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, (command, done.stderr)
     return done.stdout
@@ -63,7 +65,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with SOURCE, a pico model with a tokenizer; OUT, made of it for 2 ranks; MOE, with experts; and VARIANT,
     its weights under another name."""
     root = tmp_path_factory.mktemp("sources")
-    run(sys.executable, str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
+    run("python", str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
     (root / "SOURCE" / "recipe.yaml").write_text("steps: 1\n")
     reshard.convert(root / "SOURCE", root / "OUT", tp_size=2)
     pico.save("qwen3_moe", root / "MOE")
@@ -112,7 +114,7 @@ def test_commands(page: str, folder_of: Callable[[str], Path], sources: Path, hu
         variables = {**hub.environment(folder / "home"), **store.environment(folder)}
         for command in lines_of(page):
             if command.startswith(("reshard ", "torchrun ")):
-                said[command] = run(*shlex.split(command), folder=folder, **variables)
+                said[command] = run(*shlex.split(command), folder=folder, fresh=page in FRESH, **variables)
         assert page != COMMANDS or "reshard.json" in store.objects("llama-tp4")
     if page in (FRONT, COMMANDS):
         assert "apache-2.0" in hub.repos["org/model"].files["README.md"].decode()
@@ -147,7 +149,7 @@ def test_python(page: str, folder_of: Callable[[str], Path]) -> None:
         name = f"script_{number}.py"
         if "import runtime" not in script:
             (folder / name).write_text(script)
-            run(sys.executable, name, folder=folder)
+            run("python", name, folder=folder)
         else:
             (folder / name).write_text(script + "\nprint(tuple(tokens.shape), tuple(weight.shape))\n")
             said = run("torchrun", "--standalone", "--nproc-per-node", "2", name, folder=folder)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pico
 import pytest
+import warm_commands
 from cli_tools import flip
 
 import reshard
@@ -44,7 +45,7 @@ RESHARD = ("-m", "reshard")
 
 def bench(*arguments: object, launcher: tuple[str, ...] = RESHARD) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *launcher, "bench", *map(str, arguments)],
+        [warm_commands.python(), *launcher, "bench", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

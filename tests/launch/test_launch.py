@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import pytest
+import warm_commands
 from cli_tools import RANK_FILES, Cli, flip
 from click.shell_completion import ShellComplete
 
@@ -187,7 +188,7 @@ def test_what_can_be_read_once_is_left_to_rank_0(files: Path, cli: Cli, started:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "reshard", *map(str, arguments)],
+        [warm_commands.python(), "-m", "reshard", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

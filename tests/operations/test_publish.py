@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm_commands
 from cli_tools import RANK_FILES, Cli, Result, assert_one_error, flip
 from fake_hub import FakeHub, Fault, Handler, Reply, hang_up, lose_answer, stall, status
 
@@ -394,7 +395,7 @@ def test_through_xet(home: Path, tmp_path: Path, resharded: Path) -> None:
 @pytest.mark.fault(26)
 def test_ctrl_c_while_uploading(hub: FakeHub, home: Path, resharded: Path) -> None:
     hub.fail(PUT, stall(seconds=5), times=2)  # the client waits for running uploads
-    command = [sys.executable, "-m", "reshard", "publish", str(resharded), NAME, "--private"]
+    command = [warm_commands.python(), "-m", "reshard", "publish", str(resharded), NAME, "--private"]
     process = subprocess.Popen(
         command, env=hub.environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -410,7 +410,7 @@ def test_the_command(tmp_path: Path) -> None:
     source, out = make("llama", tmp_path, 2)
     in_file(1, f"{DOWN}.weight", swap_rows)(out)
     options = ["--reference", str(source), "--per-layer", "--no-digests", "--format", "json"]
-    done = torchrun(2, "-m", "runtime", "check", str(out), *options)
+    done = torchrun(2, "-m", "runtime", "check", str(out), *options, warm=True)
     assert re.findall(r"exitcode\s*: (\d+)", done.stderr)[-1] == "4"
     assert json.loads(done.stdout)["difference"]["module"] == DOWN
     (line,) = (line for line in done.stderr.splitlines() if line.startswith('{"error"'))

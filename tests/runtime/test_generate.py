@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+import warm_commands
 from cli_tools import edit_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,7 +133,7 @@ def single(source: Path) -> Any:
 
 def run(out: Path, *options: str, typed: str | None = None, **popen: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "reshard", "run", str(out), *options],
+        [warm_commands.python(), "-m", "reshard", "run", str(out), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         input=typed,
         stderr=subprocess.PIPE,

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ import pico
 import pytest
 import torch
 import torch.distributed as dist
+import warm_commands
 import warm_ranks
 from torchrun_tools import on_ranks, torchrun
 
@@ -128,7 +128,7 @@ def test_altered_tensor_in_one_rank_file_stops_all_ranks(folder: Path, source: P
 def test_missing_rank_file_stops_all_ranks(folder: Path, source: Path) -> None:
     """The table of torchrun has the ranks' exit codes."""
     (folder / PARTS.format(1)).unlink()
-    done = torchrun(2, "-m", "runtime", "check", str(folder), "--reference", str(source))
+    done = torchrun(2, "-m", "runtime", "check", str(folder), "--reference", str(source), warm=True)
     assert {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)} - {-15} == {4}
     assert len(errors(done)) == 1
     assert f"{PARTS.format(1)}: is missing" in errors(done)[0]
@@ -145,7 +145,7 @@ def test_check_finds_another_model(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("verbose", [[], ["-v"]])
 def test_run_without_a_tokenizer(folder: Path, verbose: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "reshard", *verbose, "run", str(folder), "--prompt", "hello"],
+        [warm_commands.python(), "-m", "reshard", *verbose, "run", str(folder), "--prompt", "hello"],
         capture_output=True,
         text=True,
         check=False,

@@ -47,7 +47,9 @@ place, *apart = sys.argv[1:]
 out = os.path.join(os.environ["HF_HOME"], os.environ.get("RANK", "0"))
 os.makedirs(out, exist_ok=True)
 if apart:
-    os.environ["HF_HOME"] = out
+    from huggingface_hub import constants
+
+    constants.HF_HUB_CACHE = os.path.join(out, "hub")
 import torch
 import runtime
 from runtime.distributed.mesh import shut_down

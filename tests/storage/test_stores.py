@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_commands
 from cli_tools import RANK_FILES, Checkpoint, Cli
 from object_store import ObjectStore, contents, kept
 from safetensors.torch import save_file
@@ -135,7 +135,7 @@ def test_the_folder_for_so_many_ranks(stored: str, cli: Cli) -> None:
 
 
 def test_load_under_torchrun(stored: str, checkpoint: Checkpoint) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "runtime", "check"]
+    command = [warm_commands.python(), "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "runtime", "check"]
     done = subprocess.run(
         [*command, "s3://bucket/model", "--reference", str(checkpoint("llama"))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
