@@ -155,7 +155,7 @@ def check(root: Path, size: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_check_layer_by_layer_with_everything_else(source: Callable[[str], Path], tmp_path: Path) -> None:
-    """`check --per-layer` of uneven ranks: sound ones, also with a split sequence or replicas, and one with a wrong head."""
+    """`check --per-layer` of uneven ranks: sound, with a split sequence, as replicas, and with a wrong head."""
     names = ["nine over three", "experts"]
     folders = converted(source, 4, names, tmp_path)
     damaged = tmp_path / "damaged"
