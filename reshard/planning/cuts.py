@@ -93,7 +93,7 @@ def groups_on(
     found = {}
     for parameter in parameters:
         heads = parameter.heads
-        if heads and heads.uneven and isinstance(placements[parameter.name], Ranges):
+        if heads and heads.shareable and isinstance(placements[parameter.name], Ranges):
             groups = deal_heads(heads.query, heads.key_value, topology.tp).groups
             if set(groups) != {heads.query // heads.key_value}:
                 found[heads.attention] = tuple(size for size in groups for _ in range(topology.tp_row))

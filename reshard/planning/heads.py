@@ -30,7 +30,7 @@ _BIAS_TOO = ("colwise", "local_colwise", "conv1d_colwise")  # the others keep a 
 class Heads:
     """The heads that a parameter's cut dim holds, of the module `attention`, which has `query` and `key_value` heads.
 
-    `is_query` says of which kind the parameter's heads are. `uneven` says whether the attention can have fewer query
+    `is_query` says of which kind the parameter's heads are. `shareable` says whether the attention can have fewer query
     heads for a KV head than the model's, so that ranks may share a KV head.
     """
 
@@ -38,7 +38,7 @@ class Heads:
     query: int
     key_value: int
     is_query: bool
-    uneven: bool
+    shareable: bool
 
     @property
     def count(self) -> int:
@@ -63,9 +63,9 @@ def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[i
         counts = _counts(model, attention, projections, sizes)
         if counts is None:
             continue
-        uneven = hasattr(model.get_submodule(attention), KV_GROUPS)
+        shareable = hasattr(model.get_submodule(attention), KV_GROUPS)
         for name, projection in projections.items():
-            heads = Heads(attention, *counts, projection not in _KEY_VALUE, uneven)
+            heads = Heads(attention, *counts, projection not in _KEY_VALUE, shareable)
             if sizes[name] % heads.count == 0:
                 found[name] = heads
     return found

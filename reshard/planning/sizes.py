@@ -32,7 +32,7 @@ def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) 
         heads, experts = parameter.heads, parameter.shape[0] if parameter.expert_style else topology.ep
         if heads and heads.query < topology.tp:
             return f"{printable(heads.attention)} has only {heads.query} query heads, or blocks of them, to deal out"
-        if heads and heads.key_value < topology.tp and not heads.uneven and heads.key_value < heads.query:
+        if heads and heads.key_value < topology.tp and not heads.shareable and heads.key_value < heads.query:
             return f"{printable(heads.attention)} has only {heads.key_value} KV heads, which ranks cannot share"
         if experts < topology.ep:
             return f"{printable(parameter.name)} has only {experts} experts"
