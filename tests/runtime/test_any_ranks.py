@@ -146,6 +146,15 @@ def test_only_what_torch_has_no_word_for_stays_local(ranks: Any) -> None:
         assert bool(uneven) <= bool(manifest.runtime_only)
 
 
+@pytest.mark.parametrize(("tp", "ep"), [(3, 6), (6, 3), (2, 6), (6, 2)])
+def test_heads_and_experts_over_other_ranks(tp: int, ep: int, tmp_path: Path) -> None:
+    """Rows of ranks share 7 experts or 7 heads that do not divide, and cut the experts among them."""
+    source = pico.save("qwen3_moe", tmp_path / "source", **heads(7, 7), hidden_size=28, num_experts=7)
+    reshard.convert(source, tmp_path / "out", tp_size=tp, ep_size=ep, sync=False)
+    reshard.verify(tmp_path / "out", against=source)
+    assert_parity(run(tmp_path, 6, {"moe": tmp_path / "out"})["moe"], single(source))
+
+
 def check(root: Path, size: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     base = {"source": None, "per_layer": True, "where": None, "load": {}}
     (root / "jobs.json").write_text(json.dumps([base | job for job in jobs]))

@@ -147,7 +147,9 @@ def own_hub() -> Callable[[], None]:
     ]
 
     def put() -> None:
-        home, endpoint = os.environ["HF_HOME"], os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
+        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
+        endpoint = os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
         for names, name in places:
             names[name] = _with_values(names[name], home, endpoint)
         importlib.reload(constants)  # for what it computes of all variables
