@@ -35,7 +35,8 @@ def is_exact(record: dict[str, Any]) -> bool:
     """Whether a family ran on a mesh, and computed the same as one process on all that it allows."""
     ran = [result for result in record["meshes"].values() if "refused" not in result]
     return bool(ran) and all(
-        result.get("error", 1) <= matrix.EXACT and result.get("tokens") is not False for result in ran
+        matrix.is_rounding(result.get("error", 1), result.get("rounding")) and result.get("tokens") is not False
+        for result in ran
     )
 
 
@@ -117,7 +118,9 @@ def _result(row: matrix.Row) -> dict[str, Any]:
         return {"refused": row.detail}
     if row.error is None:
         return {"failed": f"{row.step}: {row.detail}"}
-    return {"error": _short(row.error), **({} if row.equal_tokens is None else {"tokens": row.equal_tokens})}
+    found: dict[str, Any] = {"error": _short(row.error)}
+    found |= {} if row.equal_tokens is None else {"tokens": row.equal_tokens}
+    return found | ({} if row.rounding is None else {"rounding": _short(row.rounding)})
 
 
 def _short(error: float | str) -> float | str:
