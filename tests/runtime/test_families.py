@@ -92,7 +92,7 @@ def test_every_family_of_the_table_is_exact_or_explained(table: list[dict[str, A
 
 
 def test_every_number_of_ranks_but_for_known_reasons() -> None:
-    """Families with a plan ran at tp 2, 3, 4 and 5. 3 and 5 divide the heads of none of them."""
+    """Families with a plan ran at tp 2, 3, 4 and 5. 3 and 5 divide hardly any number of heads here."""
     refused = set()
     for record in family_report.read(NEWEST):
         ran = {mesh for mesh in record["meshes"] if "ep" not in mesh}
