@@ -11,13 +11,10 @@ import torch
 from ..checkpoint.architecture import KV_GROUPS
 from ..sharding.dealing import deal_heads
 from ..sharding.topology import Topology
-from .heads import Heads
+from .heads import FUSED, KEYS, VALUES, Heads, number_of
 
 __all__ = ["CacheLayer", "cache_layers", "cached_elements"]
 
-_KEYS = ("k_proj", "key", "k")
-_VALUES = ("v_proj", "value", "v")
-_FUSED = ("query_key_value", "qkv_proj")
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 
 
@@ -42,9 +39,13 @@ def cache_layers(model: Any, heads: Mapping[str, Heads]) -> tuple[CacheLayer, ..
     layers of linear attention, whose state does not grow, have none. `heads` are those of the model's parameters.
     """
     try:
-        windows = _windows(model.config.get_text_config(decoder=True))
-    except Exception:
+        return _layers(model, heads)
+    except Exception:  # of any kind: this is advice, from code and configurations of every family
         return None
+
+
+def _layers(model: Any, heads: Mapping[str, Heads]) -> tuple[CacheLayer, ...]:
+    windows = _windows(model.config.get_text_config(decoder=True))
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, CacheLayer] = {}
@@ -73,7 +74,7 @@ def cached_elements(layers: Iterable[CacheLayer], topology: Topology, tokens: in
             kept = [found + size for found in kept]
             continue
         dealt = deal_heads(layer.heads.query, layer.heads.key_value, topology.tp)
-        held = [(part,) for part in dealt.query] if layer.heads.is_query else dealt.key_value
+        held = dealt.held(is_query=layer.heads.is_query)
         for rank in range(topology.world_size):
             count = sum(stop - start for start, stop in held[rank // topology.tp_row])
             kept[rank] += size * count // layer.heads.count
@@ -86,7 +87,7 @@ def _windows(config: Any) -> dict[Any, int | None]:
 
     layers = DynamicCache(config=config).layers or [None] * (getattr(config, "num_hidden_layers", None) or 0)
     return {
-        number: getattr(layer, "sliding_window", None)
+        number: number_of(layer, "sliding_window")
         for number, layer in enumerate(layers)
         if layer is None or (hasattr(layer, "keys") and type(layer).__name__ != "DummyLayer")
     }
@@ -94,20 +95,20 @@ def _windows(config: Any) -> dict[Any, int | None]:
 
 def _kept(module: torch.nn.Module) -> tuple[int, str]:
     """Return the elements that an attention keeps for a token, and the projection that makes them; 0 if it is none."""
-    latent = getattr(module, "kv_lora_rank", None)
+    latent = number_of(module, "kv_lora_rank")
     if latent:
-        return latent + getattr(module, "qk_rope_head_dim", 0), ""
+        return latent + (number_of(module, "qk_rope_head_dim") or 0), ""
     linear: dict[str, Any] = {name: child for name, child in module.named_children() if hasattr(child, "out_features")}
-    key = next((name for name in _KEYS if name in linear), None)
+    key = next((name for name in KEYS if name in linear), None)
     if key:
-        value = next((name for name in _VALUES if name in linear), key)  # gemma4's values can be its keys
+        value = next((name for name in VALUES if name in linear), key)  # gemma4's values can be its keys
         return linear[key].out_features + linear[value].out_features, key
-    fused = next((name for name in _FUSED if name in linear), None)
+    fused = next((name for name in FUSED if name in linear), None)
     output = next((linear[name] for name in _OUTPUTS if name in linear), None)
     if fused and output:  # what is no query, as wide as what the output projection takes
         return linear[fused].out_features - output.in_features, fused
-    head_dim, groups = getattr(module, "head_dim", None), getattr(module, KV_GROUPS, None)
-    if not isinstance(head_dim, int) or not groups:
+    head_dim, groups = number_of(module, "head_dim"), number_of(module, KV_GROUPS)
+    if not head_dim or not groups:
         return 0, ""
-    heads = getattr(module, "num_key_value_heads", None) or getattr(module, "num_heads", 0) // groups
+    heads = number_of(module, "num_key_value_heads") or (number_of(module, "num_heads") or 0) // groups
     return 2 * heads * head_dim, ""

@@ -51,8 +51,7 @@ def _by_heads(parameter: Parameter, dim: int, ranks: int) -> Placement:
 
 @lru_cache(maxsize=1024)  # so that all layers share one object
 def _of_heads(query: int, key_value: int, is_query: bool, dim: int, unit: int, ranks: int) -> Placement:
-    held = deal_heads(query, key_value, ranks)
-    mine = [(part,) for part in held.query] if is_query else held.key_value
+    mine = deal_heads(query, key_value, ranks).held(is_query=is_query)
     size = unit * (query if is_query else key_value)
     return placement_of_ranges(dim, size, [scaled(parts, unit) for parts in mine])
 

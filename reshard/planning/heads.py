@@ -8,12 +8,12 @@ from typing import Any
 
 from ..checkpoint.architecture import KV_GROUPS
 
-__all__ = ["Heads", "heads_of"]
+__all__ = ["FUSED", "KEYS", "VALUES", "Heads", "heads_of", "number_of"]
 
 # Projections by name: of the query heads, perhaps fused with the others, and of the KV heads.
-_FUSED = ("query_key_value", "qkv_proj")
-_QUERY = ("q_proj", "query", "q", "q_b_proj", "q_gate_proj", *_FUSED)
-_KEY_VALUE = ("k_proj", "key", "k", "v_proj", "value", "v")
+FUSED = ("query_key_value", "qkv_proj")
+_QUERY = ("q_proj", "query", "q", "q_b_proj", "q_gate_proj", *FUSED)
+KEYS, VALUES = ("k_proj", "key", "k"), ("v_proj", "value", "v")
 # Names of the size of a head, and of the number of heads, in attention modules.
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _COUNTS = ("mp_num", "num_heads", "num_attention_heads", "n_heads")  # codegen's heads stand in mp_num blocks
@@ -65,7 +65,7 @@ def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[i
             continue
         shareable = hasattr(model.get_submodule(attention), KV_GROUPS)
         for name, projection in projections.items():
-            heads = Heads(attention, *counts, projection not in _KEY_VALUE, shareable)
+            heads = Heads(attention, *counts, projection not in (*KEYS, *VALUES), shareable)
             if sizes[name] % heads.count == 0:
                 found[name] = heads
     return found
@@ -93,20 +93,20 @@ def _counts(
     query = next((name for name in _QUERY if name in rows), None)
     if query is None:
         return None
-    head_dim = next(filter(None, (_number(module, name) for name in _HEAD_SIZES)), None)
+    head_dim = next(filter(None, (number_of(module, name) for name in _HEAD_SIZES)), None)
 
     def viewed(projection: str | None) -> int | None:
         size = rows[projection] if projection else 0
         return size // head_dim if head_dim and size % head_dim == 0 else None
 
-    key = next((name for name in _KEY_VALUE if name in rows), None)
-    key_value = key and (viewed(key) or _number(config, "num_key_value_heads"))
-    groups = _number(module, KV_GROUPS)
+    key = next((name for name in (*KEYS, *VALUES) if name in rows), None)
+    key_value = key and (viewed(key) or number_of(config, "num_key_value_heads"))
+    groups = number_of(module, KV_GROUPS)
     candidates = (
         key_value and groups and key_value * groups,
-        *(_number(module, name) for name in _COUNTS),
-        viewed(query) if query not in _FUSED else None,
-        _number(config, "num_attention_heads"),
+        *(number_of(module, name) for name in _COUNTS),
+        viewed(query) if query not in FUSED else None,
+        number_of(config, "num_attention_heads"),
     )
     count = next((count for count in candidates if count and rows[query] % count == 0), None)
     if count is None or count % (key_value or count):
@@ -114,6 +114,7 @@ def _counts(
     return count, key_value or count
 
 
-def _number(module: Any, name: str) -> int | None:
+def number_of(module: Any, name: str) -> int | None:
+    """Return a positive number that a module or a configuration has by that name; None if it has none."""
     found = getattr(module, name, None)
-    return found if isinstance(found, int) and found > 0 else None
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None

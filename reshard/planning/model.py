@@ -22,7 +22,7 @@ from ..sharding.regions import Region, covers
 from ..strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 from ..text import listed, printable
 from .cache import CacheLayer, cache_layers
-from .heads import Heads, heads_of
+from .heads import Heads, heads_of, number_of
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 
 __all__ = ["Model", "Parameter", "read_model"]
@@ -139,7 +139,7 @@ def read_model(
         unused,
         missing,
         cache_layers(model, heads),
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        number_of(model.config.get_text_config(), "max_position_embeddings"),
         tuple(
             filter(
                 None,

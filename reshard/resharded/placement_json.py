@@ -36,8 +36,9 @@ class Cuts:
     """
 
     def __init__(self, cuts: Iterable[_Cut] = ()) -> None:
-        self._numbers = {cut: number for number, cut in enumerate(cuts)}
-        self._placements: dict[tuple[int, int, int, int], Ranges] = {}  # one object for all layers
+        self._cuts = list(cuts)  # as numbered by another writer, who may have one twice
+        self._numbers = {cut: number for number, cut in enumerate(self._cuts)}
+        self._placements: dict[tuple[int, ...], Ranges] = {}  # one object for all layers
 
     @classmethod
     def from_json(cls, content: Iterable[Mapping[str, Any]]) -> Cuts:
@@ -50,26 +51,28 @@ class Cuts:
         return cls(found)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._cuts)
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [{"ranks": [list(map(list, of_rank)) for of_rank in cut]} for cut in self._numbers]
+        return [{"ranks": [list(map(list, of_rank)) for of_rank in cut]} for cut in self._cuts]
 
     def refer(self, placement: Ranges) -> dict[str, Any]:
         """Return a placement as a JSON object, and add its cut to the table if it is new."""
         unit = math.gcd(*(bound for of_rank in placement.ranges for one in of_rank for bound in one)) or 1
         cut = tuple(tuple((start // unit, stop // unit) for start, stop in of_rank) for of_rank in placement.ranges)
-        number = self._numbers.setdefault(cut, len(self._numbers))
-        return {"type": "ranges", "dim": placement.dim, "cut": number, "unit": unit}
+        if cut not in self._numbers:
+            self._numbers[cut] = len(self._cuts)
+            self._cuts.append(cut)
+        return {"type": "ranges", "dim": placement.dim, "cut": self._numbers[cut], "unit": unit}
 
     def find(self, dim: int, number: int, unit: int, size: int, world_size: int) -> Ranges:
         """Return the placement that refers to a cut.
 
         Raises ValueError or IndexError if a dim of `size` elements cannot have it.
         """
-        key = (dim, number, unit, size)
+        key = (dim, number, unit, size, world_size)
         if key not in self._placements:
-            placement = Ranges(dim, tuple(scaled(held, unit) for held in list(self._numbers)[number]))
+            placement = Ranges(dim, tuple(scaled(held, unit) for held in self._cuts[number]))
             if len(placement.ranges) != world_size:
                 raise ValueError(f"cut {number} is for {len(placement.ranges)} ranks, not for {world_size}")
             reached = 0

@@ -37,6 +37,10 @@ class HeadDeal:
     key_value: tuple[tuple[Range, ...], ...]
     groups: tuple[int, ...]
 
+    def held(self, *, is_query: bool) -> tuple[tuple[Range, ...], ...]:
+        """Return each rank's ranges of query heads or of KV heads."""
+        return tuple((part,) for part in self.query) if is_query else self.key_value
+
 
 def deal_heads(query: int, key_value: int, ranks: int) -> HeadDeal:
     """Deal the heads of an attention with `query` heads, a multiple of `key_value`, to at most as many ranks.

@@ -150,6 +150,9 @@ def test_cuts_that_can_be(content: dict[str, Any], tmp_path: Path) -> None:
         (placement,) = [p.placement for p in found.parameters if isinstance(p.placement, Ranges)]
         assert placement == Ranges(0, tuple(tuple((8 * a, 8 * b) for a, b in held) for held in ranks))
         assert sealed(json.loads(found.to_bytes())) == found.to_bytes()
+    twice = [{"ranks": [[[0, 1]], [[1, 2]]]}] * 2  # numbers count all entries, equal ones too
+    found = read(tmp_path, with_cut(content, [*twice, CUT], {**RANGES, "cut": 2}))
+    assert Ranges(0, (((0, 24),), ((24, 32),))) in [p.placement for p in found.parameters]
 
 
 @pytest.mark.parametrize(
