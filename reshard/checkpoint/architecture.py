@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import BadInputError, VersionError
 from ..files.system import by_errno
 from ..text import listed, printable
+from .quantization import without_quantization
 from .source import model_config
 
 __all__ = [
@@ -80,7 +81,8 @@ def meta_model(root: Path, *, dtype: str, attn_implementation: str | None = None
 
 
 def model_class(root: Path) -> tuple[type, Any]:
-    """Return the class of the model of the checkpoint in `root`, its module imported, and its configuration.
+    """Return the class of the model of the checkpoint in `root`, its module imported, and its configuration, as if it
+    were not quantized.
 
     Raises what `meta_model` does.
     """
@@ -98,7 +100,7 @@ def model_class(root: Path) -> tuple[type, Any]:
             raise by_errno(error, words, VersionError, hint="another release of transformers may know it") from None
         words = f"{printable(root / 'config.json')}: not usable: {printable(error)}"
         raise by_errno(error, words, BadInputError) from None
-    return _model_class(transformers, config)
+    return _model_class(transformers, without_quantization(config))
 
 
 def on_meta(model_class: Any, config: Any, *, dtype: str, attn_implementation: str | None = None) -> Any:

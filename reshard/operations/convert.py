@@ -179,5 +179,6 @@ def _manifest(
         unused_file=written[plan.world_size] if plan.unused else None,
         extras=tuple(extras),
         groups=plan.groups,
+        bundles=plan.bundles,
         left=source.left,
     )

@@ -18,6 +18,7 @@ import torch
 
 from ..checkpoint.architecture import decoding_as_told, model_class, on_meta, quiet_transformers
 from ..checkpoint.naming import Naming, prefix_mapping
+from ..checkpoint.quantization import quantization_of
 from ..checkpoint.source import is_resharded, open_source
 from ..checkpoint.weights import AS_FOUND, Choice, arguments_for
 from ..errors import BadInputError, IntegrityError, TopologyError, UsageError
@@ -28,6 +29,7 @@ from ..resharded.rank_file import FileRecord, written_file
 from ..storage.disk import write_file
 from ..storage.locate import fetch
 from ..text import printable
+from .dequantised import dequantised_tensors
 
 __all__ = [
     "ELSEWHERE",
@@ -117,21 +119,26 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def single_model(
     root: Path, dtype: torch.dtype, device: torch.device | str = STORED_ON, *, choice: Choice = AS_FOUND
 ) -> Any:
-    """Load the checkpoint in `root` with transformers in one process: the whole model is in memory.
+    """Load the checkpoint in `root` with transformers in one process: the whole model is in memory. A quantized one is
+    dequantised by this package, as its ranks do.
 
     Raises BadInputError if it cannot be loaded. If memory runs out, the error is torch's own (see `in_memory`).
     """
     family, config = model_class(root)
     source = open_source(root, choice=choice)
-    prefix = Naming(on_meta(family, deepcopy(config), dtype="float32"), source.tensors).prefix
-    where = arguments_for(root, choice)
+    empty = on_meta(family, deepcopy(config), dtype="float32")
+    prefix = Naming(empty, source.tensors).prefix
+    where: dict[str, Any] = dict(arguments_for(root, choice))
     if "transformers_weights" in where:
         config.transformers_weights = where.pop("transformers_weights")
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "key_mapping": prefix_mapping(prefix)}
     loader: Any = family
+    place: Path | None = root
+    if quantization_of(source.config) is not None:
+        place, where = None, {"state_dict": dequantised_tensors(source, empty, dtype)}
     try:
         with quiet_transformers():
-            return loader.from_pretrained(root, **options, **where).to(device).eval()
+            return loader.from_pretrained(place, **options, **where).to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise

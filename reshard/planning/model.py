@@ -6,8 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from ..checkpoint.naming import Naming
 from ..checkpoint.source import Source
 from ..errors import BadInputError, TopologyError
 from ..files.dtypes import FLOATING, torch_name
-from ..sharding.regions import Region, covers
-from ..strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
-from ..text import listed, printable
+from ..sharding.regions import Region
+from ..text import printable
+from ..transforms.bundle import Quantized
 from .cache import CacheLayer, cache_layers
 from .heads import Heads, heads_of, number_of
+from .quantized import Matrices
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
+from .sources import Held, map_sources
 
 __all__ = ["Model", "Parameter", "read_model"]
 
@@ -55,6 +56,7 @@ class Model:
     tensors that the model does not take; `missing` are parameters the checkpoint lacks. `hooks` are the styles of
     modules, `manual` the modules whose style the user chose. `experts` is the least number of experts of a layer.
     `unused_rules` of the plan match nothing; `corrected_rules` are wrong rules of the model's own, put right.
+    `bundles` are the quantized parameters: their regions are those of matrices. `held` are the tensors of bundles.
     `cache` are the layers that keep keys and values, if known, `max_length` the longest sequence by the configuration.
     `notes` are remarks for the user, one line each: which class was taken and why, and the like.
     """
@@ -72,6 +74,8 @@ class Model:
     regions: dict[str, tuple[Region, ...]]
     unused: tuple[str, ...]
     missing: tuple[str, ...]
+    bundles: dict[str, Quantized] = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
     cache: tuple[CacheLayer, ...] | None = None
     max_length: int | None = None
     notes: tuple[str, ...] = ()
@@ -84,18 +88,19 @@ def read_model(
     `model_rules`) the model's own. `experts` applies its expert-parallel rules too.
 
     Raises:
-        BadInputError: quantized, not buildable, a conversion that computes values, shapes that do not match, or rules
-            that match nothing.
+        BadInputError: quantized in an unknown way, not buildable, a conversion that computes values, shapes that do not
+            match, or rules that match nothing.
         TopologyError: `experts` is set, and the model has no rules for them.
     """
-    _refuse_quantized(source)
+    matrices = Matrices(source)
     _refuse_absurd(source)
     dtype = dtype or _model_dtype(source)
     with _few_parameters(source):
         model = meta_model(source.root, dtype=dtype)
     wanted = model.state_dict()
-    naming = Naming(model, source.tensors)
-    regions, unused = _map_sources(naming, model, source, wanted)
+    naming = Naming(model, (source.tensors.keys() - matrices.taken) | set(matrices.names))
+    found = map_sources(naming, matrices, model, source)
+    regions, unused = found.regions, found.unused
     rules = model_rules(model, tp_plan)
     expert = expert_rules(model)
     if experts and not expert:
@@ -138,6 +143,8 @@ def read_model(
         regions,
         unused,
         missing,
+        found.bundles,
+        found.held,
         cache_layers(model, heads),
         number_of(model.config.get_text_config(), "max_position_embeddings"),
         tuple(
@@ -161,17 +168,6 @@ def _tied(model: Any, wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
         if owner != name and name in wanted and owner in wanted:
             tied[name] = owner
     return tied
-
-
-def _refuse_quantized(source: Source) -> None:
-    for config in (source.config, source.config.get("text_config")):
-        if isinstance(config, dict) and config.get("quantization_config") is not None:
-            method = config["quantization_config"]
-            name = method.get("quant_method") if isinstance(method, dict) else method
-            raise BadInputError(
-                f"{printable(source.root)}: quantized checkpoints ({printable(name)}) cannot be resharded yet",
-                hint="start from the unquantized checkpoint",
-            )
 
 
 def _refuse_absurd(source: Source) -> None:
@@ -230,80 +226,3 @@ def _model_dtype(source: Source) -> str:
 
 def _pattern(patterns: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
-
-
-def _map_sources(
-    naming: Naming, model: Any, source: Source, wanted: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, tuple[Region, ...]], tuple[str, ...]]:
-    """Run transformers' own renamings and conversions on symbolic tensors.
-
-    The grouping follows `convert_and_load_state_dict_in_model`; the conversion sees whole tensors, so it comes before
-    any cut. Returns the regions of each parameter, and the source tensors that no parameter takes.
-    """
-    from transformers.core_model_loading import dot_natural_key
-
-    found: dict[str, RegionTensor] = {}
-    groups: dict[str, Any] = {}
-    taken: dict[str, list[str]] = {}
-    unused, empty = [], []
-    for key in sorted(source.tensors, key=dot_natural_key):
-        target, pattern = naming.target(key)
-        if target is None:
-            unused.append(key)
-            continue
-        info = source.tensors[key]
-        if 0 in info.shape and wanted[target].numel():
-            empty.append(key)
-        tensor = RegionTensor.of_source(key, info.shape, getattr(torch, torch_name(info.dtype, tensor=key)))
-        if pattern is None:
-            if target in found:
-                raise BadInputError(f"{printable(key)}: a second source tensor for parameter {printable(target)}")
-            found[target] = tensor
-        else:
-            group = groups.setdefault(target, deepcopy(naming.converters[pattern]))
-            group.add_tensor(target, key.removeprefix(naming.prefix), pattern, tensor)
-            taken.setdefault(target, []).append(key)
-    if empty:
-        raise BadInputError(
-            f"{len(empty)} tensors of the checkpoint are empty, as DeepSpeed ZeRO-3 leaves them where the parameters"
-            f" are not gathered before saving: {listed(empty)}",
-            hint="write them with DeepSpeed's zero_to_fp32.py, or save again with"
-            " stage3_gather_16bit_weights_on_model_save",
-        )
-    for first, group in groups.items():
-        found.update(_convert(first, group, model, wanted, taken[first]))
-
-    regions = {}
-    for name, tensor in found.items():
-        if tuple(tensor.shape) != tuple(wanted[name].shape):
-            raise BadInputError(
-                f"{printable(name)}: the model wants shape {list(wanted[name].shape)},"
-                f" the checkpoint has {list(tensor.shape)}"
-            )
-        if not covers(tensor.regions, tuple(tensor.shape)):
-            raise BadInputError(f"{printable(name)}: the checkpoint's tensors do not fill it exactly")
-        regions[name] = tensor.regions
-    return regions, tuple(unused)
-
-
-def _convert(
-    first: str, group: Any, model: Any, wanted: Mapping[str, torch.Tensor], sources: list[str]
-) -> dict[str, RegionTensor]:
-    operations = ", ".join(type(operation).__name__ for operation in group.operations)
-    try:
-        with casts_left_to_the_copy():
-            result = group.convert(first, model=model, config=model.config)
-    except NotACopyError as error:
-        raise BadInputError(
-            f"{printable(first)}: its conversion ({operations}) computes values ({error}), which is not supported yet"
-        ) from None
-    except Exception as error:
-        raise BadInputError(
-            f"{printable(first)}: cannot be made from {printable(sources[0])} and {len(sources) - 1} more"
-            f" ({operations}): {printable(error)}"
-        ) from None
-    converted = {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
-    unknown = [name for name in converted if name not in wanted]
-    if unknown:
-        raise BadInputError(f"{printable(unknown[0])}: made by {operations}, but the model has no such parameter")
-    return converted

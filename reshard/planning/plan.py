@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,12 +13,13 @@ from ..files.dtypes import is_floating, widest
 from ..process import BLOCK_BYTES, worker_count
 from ..resharded.layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
 from ..resharded.report import replicated_bytes, rows
-from ..resharded.targets import Target, partly_used, rank_tensors, unused_tensors
+from ..resharded.targets import Bundle, Target, partly_used, rank_tensors, unused_tensors
 from ..sharding.placement import Placement, Replicate, is_box
 from ..sharding.regions import Region
 from ..sharding.topology import Topology
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from ..text import listed, numbers_in_runs, printable
+from ..transforms.bundle import member_placement
 from .cuts import does_cut, groups_on, placement_of
 from .loads import WEIGHTS_AND_CACHE, Serving, even_share, loads_of, repeated
 from .model import Model, Parameter
@@ -51,6 +52,7 @@ class ReshardPlan:
     custom: dict[str, str]
     groups: dict[str, tuple[int, ...]]
     strategies: ParallelInterface = field(compare=False)
+    bundles: tuple[Bundle, ...] = ()
     serving: Serving = WEIGHTS_AND_CACHE
     notes: tuple[str, ...] = ()
 
@@ -128,17 +130,26 @@ def build_plan(
         )
     placements = {parameter.name: placement_of(parameter, strategies, topology) for parameter in model.parameters}
     regions, tied, duplicates, apart = _tie(model, placements, equal)
-    targets = tuple(
-        _target(parameter, placements[parameter.name], regions[parameter.name], source, topology, cast)
-        for parameter in model.parameters
-        if parameter.name in regions
-    )
-    partly = partly_used(source, (region for found in model.regions.values() for region in found))
+    targets: list[Target] = []
+    bundles: list[Bundle] = []
+    for parameter in model.parameters:
+        placement = placements[parameter.name]
+        if parameter.name in model.bundles and parameter.name in regions:
+            bundle = _bundle(parameter, placement, model, topology)
+            bundles.append(bundle)
+            targets += _members(bundle, model, topology)
+        elif parameter.name in regions:
+            targets.append(_target(parameter, placement, regions[parameter.name], source, topology, cast))
+    stored = [
+        *(model.regions[name] for name in model.regions.keys() - model.bundles),
+        *(h.regions for h in model.held.values()),
+    ]
+    partly = partly_used(source, (region for found in stored for region in found))
     return ReshardPlan(
         source,
         model,
         topology,
-        targets,
+        tuple(targets),
         tied,
         duplicates,
         unused=(*(() if drop_unused else model.unused), *partly),
@@ -147,6 +158,7 @@ def build_plan(
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
         groups=groups_on(model.parameters, placements, topology),
         strategies=strategies,
+        bundles=tuple(bundles),
         serving=serving,
         notes=(*model.notes, *mixed_note(targets, source), *partly_note(partly), *source.notes),
     )
@@ -184,6 +196,24 @@ def _target(
     style = parameter.expert_style or parameter.style
     reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None
     return Target(parameter.name, parameter.shape, stored, placement, regions, style, compute_dtype, reason)
+
+
+def _bundle(parameter: Parameter, placement: Placement, model: Model, topology: Topology) -> Bundle:
+    style = parameter.expert_style or parameter.style
+    reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None
+    regions = model.regions[parameter.name]
+    target = Target(parameter.name, parameter.shape, parameter.dtype, placement, regions, style, None, reason)
+    return Bundle(target, model.bundles[parameter.name])
+
+
+def _members(bundle: Bundle, model: Model, topology: Topology) -> Iterator[Target]:
+    """Yield the tensors of a quantized parameter: each is cut as far as it follows the cut."""
+    of, quantized = bundle.target, bundle.quantized
+    for name, member in quantized.members.items():
+        held = model.held[name]
+        placement = member_placement(member, quantized.blocks, of.placement, of.shape, topology.world_size)
+        reason = (of.reason or "all ranks need it") if isinstance(placement, Replicate) else None
+        yield Target(name, held.shape, held.dtype, placement, held.regions, of.style, None, reason)
 
 
 def _why_whole(parameter: Parameter, topology: Topology) -> str:

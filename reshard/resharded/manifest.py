@@ -17,10 +17,11 @@ from ..files.untrusted import UnknownError, count, counts, maybe, one_of, read_j
 from ..sharding.regions import Region, covers, whole
 from ..sharding.topology import Topology
 from ..text import printable
+from .bundle_json import Quantizations, check_members
 from .placement_json import Cuts, placement_from_json, placement_to_json
 from .rank_file import FileRecord
 from .report import replicated_bytes, rows
-from .targets import Target
+from .targets import Bundle, Target
 from .versions import check_known, check_version, version_members
 
 __all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "sealed_text"]
@@ -35,7 +36,8 @@ class Manifest:
     `hooks` maps each module to its style. `custom` names the classes of the styles that are not built in.
     `runtime_only` says why plain transformers cannot open the folder; it is empty if it can. `extras` are named by
     path. `groups` gives, by attention, the query heads for each KV head on every rank, if ranks differ; else the model
-    has the number. `left` are the source files that were left behind: known when the folder is made, but not written.
+    has the number. `bundles` are the quantized parameters, whose tensors are among the `parameters`. `left` are the
+    source files that were left behind: known when the folder is made, but not written.
     """
 
     tool: dict[str, str]
@@ -57,11 +59,19 @@ class Manifest:
     unused_file: FileRecord | None
     extras: tuple[FileRecord, ...]
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    bundles: tuple[Bundle, ...] = ()
     left: tuple[Left, ...] = field(default=(), compare=False)
 
     @property
     def world_size(self) -> int:
         return self.topology.world_size
+
+    @property
+    def of_model(self) -> tuple[Target, ...]:
+        """The model's own parameters: a quantized one in the place of its tensors."""
+        inside = {name for bundle in self.bundles for name in bundle.quantized.members}
+        plain = (parameter for parameter in self.parameters if parameter.name not in inside)
+        return (*plain, *(bundle.target for bundle in self.bundles))
 
     def files(self) -> tuple[FileRecord, ...]:
         """Return the record of every file of the folder except the manifest."""
@@ -96,6 +106,8 @@ class Manifest:
         """Return the file's text: the same for the same content, and sealed with its own digest."""
         cuts = Cuts()
         parameters = [_parameter_to_json(parameter, cuts) for parameter in self.parameters]
+        quantizations = Quantizations()
+        bundles = [_bundle_to_json(bundle, cuts, quantizations) for bundle in self.bundles]
         content = {
             "format": "reshard",
             **version_members(self),
@@ -105,6 +117,7 @@ class Manifest:
             "source": {"repo_id": self.repo_id, "commit": self.commit, "files": list(self.source_files)},
             **({"cuts": cuts.to_json(), "key_value_groups": self.groups} if cuts else {}),
             "parameters": parameters,
+            **({"quantizations": quantizations.to_json(), "bundles": bundles} if bundles else {}),
             "hooks": self.hooks,
             "custom_strategies": self.custom,
             "tied": self.tied,
@@ -156,6 +169,10 @@ def _parameter_to_json(record: Target, cuts: Cuts) -> dict[str, Any]:
     if record.reason:
         content["reason"] = record.reason
     return content
+
+
+def _bundle_to_json(record: Bundle, cuts: Cuts, quantizations: Quantizations) -> dict[str, Any]:
+    return {**_parameter_to_json(record.target, cuts), **quantizations.refer(record.quantized)}
 
 
 def _regions_to_json(record: Target) -> Any:
@@ -215,6 +232,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     if topology.world_size != len(ranks):
         raise ValueError(f"{len(ranks)} rank files for a mesh of {mesh}")
     cuts = Cuts.from_json(content.get("cuts", ()))
+    parameters = tuple(_parameter(item, len(ranks), cuts) for item in content["parameters"])
     return Manifest(
         tool=texts(content["tool"]),
         architecture=text(model["architecture"]),
@@ -224,7 +242,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         repo_id=maybe(text, source["repo_id"]),
         commit=maybe(text, source["commit"]),
         source_files=tuple(_source_file(item) for item in source["files"]),
-        parameters=tuple(_parameter(item, len(ranks), cuts) for item in content["parameters"]),
+        parameters=parameters,
         hooks=texts(content["hooks"]),
         custom=texts(content["custom_strategies"]),
         tied=texts(content["tied"]),
@@ -235,6 +253,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         unused_file=maybe(_file, content["unused"]),
         extras=tuple(_file(item) for item in content["extras"]),
         groups={text(name): _groups(of, len(ranks)) for name, of in content.get("key_value_groups", {}).items()},
+        bundles=_bundles(content, parameters, len(ranks), cuts),
     )
 
 
@@ -274,6 +293,29 @@ def _parameter(content: dict[str, Any], world_size: int, cuts: Cuts) -> Target:
         compute_dtype=maybe(text, content.get("compute_dtype")),
         reason=maybe(text, content.get("reason")),
     )
+
+
+_OF_BUNDLES = {
+    *("name", "shape", "dtype", "style", "placement", "from", "compute_dtype", "reason"),
+    *("quantization", "members", "blocks"),
+}
+
+
+def _bundles(
+    content: dict[str, Any], parameters: tuple[Target, ...], world_size: int, cuts: Cuts
+) -> tuple[Bundle, ...]:
+    quantizations = Quantizations.from_json(content.get("quantizations", ()))
+    tensors = {parameter.name: parameter for parameter in parameters}
+    found = []
+    for item in content.get("bundles", ()):
+        if unknown := sorted(item.keys() - _OF_BUNDLES):
+            raise UnknownError(f"has a bundle with {printable(unknown[0])}")
+        target = _parameter(item, world_size, cuts)
+        one_of(FLOATING, target.dtype)
+        quantized = quantizations.find(item, target.shape)
+        check_members(target, quantized, tensors, world_size)
+        found.append(Bundle(target, quantized))
+    return tuple(found)
 
 
 def reference_record(folder: Path, manifest: Manifest) -> FileRecord:

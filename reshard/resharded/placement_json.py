@@ -132,7 +132,7 @@ def placement_from_json(content: dict[str, Any], shape: Sequence[int], world_siz
         if row < 2 or world_size % row:
             raise ValueError(f"rows of {row} among {world_size} ranks")
         one_of(("shard", "packed", "ranges"), content["outer"]["type"])
-        one_of(("replicate", "shard", "packed"), content["inner"]["type"])
+        one_of(("replicate", "shard", "packed", "ranges"), content["inner"]["type"])
         outer = placement_from_json(content["outer"], shape, world_size // row, cuts)
         inner = placement_from_json(content["inner"], shape, row, cuts)
         nested = Nested(outer, inner, row)  # type: ignore[arg-type]

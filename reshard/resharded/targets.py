@@ -11,8 +11,9 @@ from ..checkpoint.source import Source
 from ..files.dtypes import itemsize, torch_name
 from ..sharding.placement import Placement, local_shape, offset, pieces
 from ..sharding.regions import Region, cut, whole
+from ..transforms.bundle import Quantized
 
-__all__ = ["LocalTensor", "Target", "partly_used", "rank_tensors", "unused_tensors"]
+__all__ = ["Bundle", "LocalTensor", "Target", "partly_used", "rank_tensors", "unused_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,18 @@ class Target:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A quantized parameter of the model, and how the tensors of the rank files stand for it.
+
+    The files hold the tensors that are the `quantized.members`, and not the parameter itself: the regions of `target`
+    are those of matrices that are not in the source files either. Its dtype is the one that the model computes in.
+    """
+
+    target: Target
+    quantized: Quantized
 
 
 @dataclass(frozen=True, slots=True)

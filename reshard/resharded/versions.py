@@ -46,6 +46,7 @@ def _has_cuts(manifest: Manifest) -> bool:
 
 # The features that 3.0 can require: name → whether a manifest needs it. The writer names those that it needs.
 FEATURES: dict[str, Callable[[Manifest], bool]] = {
+    "bundles": lambda manifest: bool(manifest.bundles),
     "copies": _has_copies,
     "cuts": _has_cuts,
     "subfolders": _has_subfolders,

@@ -99,7 +99,7 @@ class Nested:
     """
 
     outer: Shard | PackedShard | Ranges
-    inner: Replicate | Shard | PackedShard
+    inner: Replicate | Shard | PackedShard | Ranges
     row: int
 
 

@@ -140,7 +140,7 @@ def _connect(
     replicas = span(ranks.replicas, mesh)
     mesh = mesh if mesh.ndim == 1 else mesh[TP]
     phases.end("mesh")
-    fill(model, manifest, ready.tensors, ready.device)
+    fill(model, manifest, ready.tensors, ready.device, replicas.rank)
     distribute(model, manifest, mesh, ready.strategies)
     if manifest.world_size > 1:
         install_hooks(model, manifest.hooks, model._reshard_targets, mesh, manifest.topology, ready.strategies)

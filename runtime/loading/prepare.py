@@ -15,7 +15,8 @@ from torch.distributed import Store
 from torch.distributed.device_mesh import DeviceMesh
 
 from reshard.checkpoint.architecture import model_class, on_meta
-from reshard.checkpoint.source import MANIFEST_NAME
+from reshard.checkpoint.quantization import quantization_of
+from reshard.checkpoint.source import MANIFEST_NAME, model_config
 from reshard.errors import BadInputError, IntegrityError, UsageError
 from reshard.files.digest import digest_of
 from reshard.process import worker_count
@@ -31,6 +32,7 @@ from ..distributed.ranks import RankInfo
 from ..distributed.replicas import Replicas
 from ..model.kernels import check_attention, check_attention_of, check_sdpa_of
 from ..model.placing import check_held
+from ..model.quantized import check_quantized
 from ..model.sequence import split_points
 from .locate import Located, locate_together
 from .mapped import map_rank_file
@@ -117,6 +119,7 @@ def prepare(asked: Asked, mesh: DeviceMesh | None, ranks: Ranks, deadline: Deadl
         manifest, difference = adapted(manifest, model)
         if difference and info.rank == 0:
             _log.warning("%s: %s", printable(folder), difference)
+        check_quantized(manifest, model, quantization_of(model_config(folder)))
         check_sdpa_of(model, device)
         points = split_points(model, manifest.hooks, strategies) if asked.sequence_parallel else None
         phases.end("build")

@@ -39,6 +39,10 @@ def adapted(manifest: Manifest, model: Any) -> tuple[Manifest, str | None]:
     _check_names(manifest, model, who)
     wanted = expected_dtypes(model, manifest.dtype)
     parameters = tuple(_in(target, wanted.get(target.name)) for target in manifest.parameters)
+    bundles = tuple(
+        replace(bundle, target=replace(bundle.target, dtype=str(wanted[bundle.target.name]).removeprefix("torch.")))
+        for bundle in manifest.bundles
+    )
     notes = []
     if manifest.architecture != type(model).__name__:
         notes.append(f"is taken, and it was made for {printable(manifest.architecture)}")
@@ -48,11 +52,11 @@ def adapted(manifest: Manifest, model: Any) -> tuple[Manifest, str | None]:
             f"computes with {len(rounded)} parameters in a wider dtype than they were cast to when it was made, which"
             f" brings no bits back ({listed(rounded)})"
         )
-    return replace(manifest, parameters=parameters), f"{who} {', and '.join(notes)}" if notes else None
+    return replace(manifest, parameters=parameters, bundles=bundles), f"{who} {', and '.join(notes)}" if notes else None
 
 
 def _check_names(manifest: Manifest, model: Any, who: str) -> None:
-    held = {target.name: target.shape for target in manifest.parameters}
+    held = {target.name: target.shape for target in manifest.of_model}
     here = {name: tuple(tensor.shape) for name, tensor in (*model.state_dict().items(), *model.named_buffers())}
     wrong = [name for name, shape in held.items() if here.get(name) != shape]
     wrong += [name for name, _ in model.named_parameters() if name not in held and name not in manifest.tied]

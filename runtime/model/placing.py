@@ -18,6 +18,7 @@ from reshard.strategies.registry import ParallelInterface
 from reshard.text import printable
 
 from .parameters import face_of
+from .quantized import with_quantized
 
 __all__ = ["check_held", "distribute", "fill", "owners"]
 
@@ -39,13 +40,14 @@ def check_held(manifest: Manifest, rank: int, tensors: Mapping[str, torch.Tensor
             )
 
 
-def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device, rank: int) -> None:
     """Put every local tensor into the model: parameters, then tied ones, then the buffers that no file holds.
 
     Raises IntegrityError if the files and config.json do not belong to one model.
     """
     owner = owners(model)
-    for target in manifest.parameters:
+    tensors = with_quantized(manifest, tensors, device, rank)
+    for target in manifest.of_model:
         local = tensors[target.name].to(device)
         if target.compute_dtype:
             local = local.to(getattr(torch, target.compute_dtype))
@@ -92,7 +94,7 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
     The DTensors are in `module._parameters`, which `named_parameters` and `state_dict` read. The local tensors are in
     the instance's `__dict__`, where attributes are looked up first, at no cost per call.
     """
-    targets = {target.name: target for target in manifest.parameters}
+    targets = {target.name: target for target in manifest.of_model}
     targets |= {name: targets[kept] for name, kept in manifest.tied.items()}
     public: dict[str, nn.Parameter] = {}
     owner = owners(model)

@@ -25,15 +25,17 @@ SHARED = {"errors", "text", "process", "_version"}
 ROOMS: dict[str, set[str]] = {
     "files": set(),
     "sharding": set(),
+    "transforms": {"sharding"},
     "showing": {"sharding"},
     "checkpoint": {"files"},
     "strategies": {"files", "sharding"},
-    "resharded": {"files", "sharding", "checkpoint"},
-    "planning": {"files", "sharding", "checkpoint", "strategies", "resharded"},
+    "resharded": {"files", "sharding", "transforms", "checkpoint"},
+    "planning": {"files", "sharding", "transforms", "checkpoint", "strategies", "resharded"},
     "storage": {"files", "checkpoint", "resharded"},
     "execution": {"files", "sharding", "checkpoint", "resharded", "storage"},
     "operations": {
-        *("files", "sharding", "showing", "checkpoint", "strategies", "resharded", "planning", "storage", "execution"),
+        *("files", "sharding", "transforms", "showing", "checkpoint", "strategies", "resharded", "planning"),
+        *("storage", "execution"),
     },
     "launch": {"files", "checkpoint", "resharded", "storage"},
     "cli": {"files", "showing", "checkpoint", "resharded", "storage", "operations", "launch"},
@@ -49,7 +51,7 @@ RUNTIME_ROOMS: dict[str, set[str]] = {
 }
 FRONT = {"cli": {""}}  # the commands call what the package `reshard` itself exports
 # The rooms and two modules of reshard that the runtime may import.
-RUNTIME_MAY_TAKE = {"files", "sharding", "checkpoint", "resharded", "strategies", "storage", "launch"}
+RUNTIME_MAY_TAKE = {"files", "sharding", "transforms", "checkpoint", "resharded", "strategies", "storage", "launch"}
 RUNTIME_MAY_TAKE_TOO = {"reshard.operations.arguments", "reshard.operations.reference"}
 HEAVY = {"torch", "transformers", "numpy"}
 NEEDS_TORCH = {"reshard.checkpoint.architecture"}  # it imports transformers' model classes

@@ -113,8 +113,8 @@ def test_of_3_only_what_is_required(what: str, golden: Path) -> None:
     before = read_manifest(golden)
     reseal(golden, lambda content: (version("3.0")(content), MEMBERS[what][0](content)))
     assert read_manifest(golden) == before
-    reseal(golden, lambda content: content.update(requires=["zoom", "bundles", "cuts"]))
-    with pytest.raises(VersionError, match=r"format version 3\.0 needs bundles, zoom, which this release"):
+    reseal(golden, lambda content: content.update(requires=["zoom", "halves", "cuts"]))
+    with pytest.raises(VersionError, match=r"format version 3\.0 needs halves, zoom, which this release"):
         read_manifest(golden)
 
 
@@ -152,7 +152,7 @@ def test_a_feature_adds_its_name_in_one_place(golden: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         for name in ("zoom", "remains"):
             patch.setitem(FEATURES, name, has_unused)
-        patch.setitem(FEATURES, "bundles", lambda _: False)
+        patch.setitem(FEATURES, "halves", lambda _: False)
         (golden / MANIFEST_NAME).write_bytes(manifest.to_bytes())
         content = content_of(golden)
         assert (content["format_version"], content["requires"]) == (OPEN, ["remains", "zoom"])

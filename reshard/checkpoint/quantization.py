@@ -1,0 +1,35 @@
+"""What a config.json says of quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import BadInputError
+
+__all__ = ["quantization_of", "without_quantization"]
+
+_KEY = "quantization_config"
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a configuration, or of its text model's; None if there is none.
+
+    Raises BadInputError if it is no JSON object.
+    """
+    for one in (config, config.get("text_config")):
+        if isinstance(one, dict) and one.get(_KEY) is not None:
+            found = one[_KEY]
+            if not isinstance(found, dict):
+                raise BadInputError("config.json: quantization_config is not an object")
+            return found
+    return None
+
+
+def without_quantization(config: Any) -> Any:
+    """Take it out of a model's configuration, and of those of its parts, so that the model is built with plain layers.
+    Returns the configuration."""
+    config.__dict__.pop(_KEY, None)
+    for part in config.sub_configs:
+        getattr(config, part, config).__dict__.pop(_KEY, None)
+    return config

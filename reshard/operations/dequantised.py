@@ -1,0 +1,51 @@
+"""A quantized checkpoint as a plain one, in memory: what a single process computes with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..checkpoint.naming import Naming
+from ..checkpoint.source import Source
+from ..planning.quantized import Matrices
+from ..sharding.placement import Replicate
+from ..transforms.bundle import Follows, Member, Quantized
+from ..transforms.dequantise import dequantised
+
+__all__ = ["dequantised_tensors"]
+
+
+def dequantised_tensors(source: Source, model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint: each quantized matrix, in `dtype`, and the others as they are. `model` is
+    built from its configuration, on any device.
+
+    Raises:
+        BadInputError: a format is not known, or a tensor is missing or does not fit.
+        IntegrityError: what a tensor holds makes no sense.
+    """
+    from safetensors import safe_open
+
+    held: dict[str, torch.Tensor] = {}
+    for file in source.files:
+        with safe_open(file.path, framework="pt") as opened:
+            held |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+    matrices, wanted = Matrices(source), model.state_dict()
+    naming = Naming(model, (source.tensors.keys() - matrices.taken) | set(matrices.names))
+    found = {name: tensor for name, tensor in held.items() if name not in matrices.taken}
+    for name in matrices.names:
+        target, pattern = naming.target(name)
+        if target is None:
+            continue
+        shape = tuple(wanted[target].shape)
+        matrix = matrices.matrix(name, shape, is_part=pattern is not None)
+        shape = matrix.size if pattern is not None else shape
+        outer = len(shape) - 2
+        members, tensors = {}, {}
+        for suffix, (called, seen) in matrix.tensors.items():
+            dims = (Follows(at.dim + outer, at.unit, at.width) for at in matrix.roles[suffix].dims or ())
+            members[called] = Member(suffix, (*(Follows(dim) for dim in range(outer)), *dims))
+            tensors[called] = held.pop(called).reshape(seen)
+        bundle = Quantized(matrix.format.name, matrix.options, members, tuple((size,) for size in shape))
+        found[name] = dequantised(matrix.format, bundle, Replicate(), tensors, dtype=dtype, name=name)
+    return found

@@ -1,0 +1,239 @@
+"""Where the elements of each parameter come from: transformers' own renamings and conversions, run on symbolic tensors.
+
+A quantized matrix takes part as the matrix that it stands for. Where the conversions put it, there its tensors follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..checkpoint.naming import Naming
+from ..checkpoint.quantization import quantization_of
+from ..checkpoint.source import Source
+from ..errors import BadInputError
+from ..files.dtypes import FLOATING, torch_name
+from ..sharding.placement import Piece
+from ..sharding.regions import Region, contiguous_strides, covers, is_run
+from ..strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
+from ..text import listed, printable
+from ..transforms.bundle import Follows, Member, Quantized, member_box, member_shape
+from .quantized import Matrices, Matrix
+
+__all__ = ["Held", "Sources", "map_sources"]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor of a bundle, as the rank files hold it before they are cut."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The `regions` of each parameter that the checkpoint has, and its `unused` tensors, which no parameter takes.
+
+    `bundles` are the parameters that are quantized: their regions are those of matrices that are not in the files. The
+    tensors of bundles are in `held`.
+    """
+
+    regions: dict[str, tuple[Region, ...]]
+    unused: tuple[str, ...]
+    bundles: dict[str, Quantized] = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Group:
+    """What one conversion makes of its source tensors. `first` is the parameter that names it."""
+
+    conversion: Any
+    taken: list[str]
+
+
+def map_sources(naming: Naming, matrices: Matrices, model: Any, source: Source) -> Sources:
+    """Run transformers' renamings and conversions. They see whole tensors, so they come before any cut.
+
+    The grouping follows `convert_and_load_state_dict_in_model`.
+
+    Raises BadInputError if a conversion computes values, or makes something else than the model wants.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    wanted = model.state_dict()
+    found: dict[str, RegionTensor] = {}
+    groups: dict[str, _Group] = {}
+    unused, empty = [], []
+    parts: dict[str, Matrix] = {}
+    quantized = set(matrices.names)
+    for key in sorted((source.tensors.keys() - matrices.taken) | quantized, key=dot_natural_key):
+        target, pattern = naming.target(key)
+        if target is None:
+            if key in quantized:
+                raise BadInputError(f"{printable(key)}: is quantized, and the model has no parameter for it")
+            unused.append(key)
+            continue
+        if key in quantized:
+            shape = tuple(wanted[target].shape)
+            parts[key] = matrices.matrix(key, shape, is_part=pattern is not None)
+            _check_linear(model, target)
+            tensor = RegionTensor.of_source(key, parts[key].size if pattern else shape, wanted[target].dtype)
+        else:
+            info = source.tensors[key]
+            if 0 in info.shape and wanted[target].numel():
+                empty.append(key)
+            tensor = RegionTensor.of_source(key, info.shape, getattr(torch, torch_name(info.dtype, tensor=key)))
+        if pattern is None:
+            if target in found:
+                raise BadInputError(f"{printable(key)}: a second source tensor for parameter {printable(target)}")
+            found[target] = tensor
+        else:
+            group = groups.setdefault(target, _Group(deepcopy(naming.converters[pattern]), []))
+            group.conversion.add_tensor(target, key.removeprefix(naming.prefix), pattern, tensor)
+            group.taken.append(key)
+    if empty:
+        raise BadInputError(
+            f"{len(empty)} tensors of the checkpoint are empty, as DeepSpeed ZeRO-3 leaves them where the parameters"
+            f" are not gathered before saving: {listed(empty)}",
+            hint="write them with DeepSpeed's zero_to_fp32.py, or save again with"
+            " stage3_gather_16bit_weights_on_model_save",
+        )
+    for first, group in groups.items():
+        found.update(_convert(first, group, model))
+    regions = {name: _regions(name, tensor, wanted) for name, tensor in found.items()}
+    bundles: dict[str, Quantized] = {}
+    held: dict[str, Held] = {}
+    for name, of in regions.items():
+        if any(region.source in parts for region in of):
+            bundles[name], tensors = _bundle(name, of, tuple(wanted[name].shape), parts, source)
+            held |= tensors
+    for name in held:
+        if name in wanted and name not in bundles:
+            raise BadInputError(f"{printable(name)}: is a tensor of a quantized parameter, and a parameter itself")
+    _refuse_strangers(unused, bundles, found, wanted, source)
+    return Sources(regions, tuple(unused), bundles, held)
+
+
+def _regions(name: str, tensor: RegionTensor, wanted: Mapping[str, torch.Tensor]) -> tuple[Region, ...]:
+    if name not in wanted:
+        raise BadInputError(f"{printable(name)}: made by a conversion, but the model has no such parameter")
+    if tuple(tensor.shape) != tuple(wanted[name].shape):
+        raise BadInputError(
+            f"{printable(name)}: the model wants shape {list(wanted[name].shape)},"
+            f" the checkpoint has {list(tensor.shape)}"
+        )
+    if not covers(tensor.regions, tuple(tensor.shape)):
+        raise BadInputError(f"{printable(name)}: the checkpoint's tensors do not fill it exactly")
+    return tensor.regions
+
+
+def _bundle(
+    name: str, regions: Sequence[Region], shape: tuple[int, ...], parts: Mapping[str, Matrix], source: Source
+) -> tuple[Quantized, dict[str, Held]]:
+    """Return a quantized parameter, and its tensors: each matrix's are put where its entries belong."""
+    kinds = {parts[region.source].kind if region.source in parts else "" for region in regions}
+    if len(kinds) > 1:
+        raise BadInputError(f"{printable(name)}: is made of matrices that are quantized in different ways")
+    first = parts[regions[0].source]
+    blocks, outer = _blocks(name, regions, shape), len(shape) - 2
+    members: dict[str, Member] = {}
+    held: dict[str, Held] = {}
+    for suffix, role in first.roles.items():
+        assert role.dims is not None
+        inner = (Follows(at.dim + outer, at.unit, at.width) for at in role.dims)
+        member = Member(suffix, (*(Follows(dim) for dim in range(outer)), *inner))
+        called = _member_name(name, suffix, first.format.parameter)
+        whole, found, dtypes = member_shape(member, blocks), [], set()
+        for region in regions:
+            tensor, extent = parts[region.source].tensors[suffix]
+            extent = (*(1 for _ in range(len(whole) - len(extent))), *extent)
+            box = Piece(region.target_start, region.extent, region.target_start)
+            start = tuple(low for low, _ in member_box(member, box, blocks))
+            found.append(Region(tensor, 0, contiguous_strides(extent), extent, start))
+            dtypes.add(torch_name(source.tensors[tensor].dtype, tensor=tensor))
+        if not covers(found, whole) or len(dtypes) > 1:
+            raise BadInputError(
+                f"{printable(called)}: the matrices of this parameter have tensors of different lengths or dtypes"
+            )
+        members[called], held[called] = member, Held(whole, dtypes.pop(), tuple(found))
+    return Quantized(first.format.name, first.options, members, blocks), held
+
+
+def _member_name(name: str, suffix: str, parameter: str) -> str:
+    """Name a tensor of a bundle: as the format does, or after the parameter that stands for many matrices."""
+    if parameter and not name.endswith(parameter):
+        return name + suffix.removeprefix(parameter)
+    return name.removesuffix(parameter) + suffix
+
+
+def _blocks(name: str, regions: Iterable[Region], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the sizes of the matrices that stand side by side in a parameter, along each of its dims.
+
+    Raises BadInputError if a matrix is not in it as a whole: its entries could not be told apart.
+    """
+    if not all(is_run(region) and region.offset == 0 for region in regions):
+        raise BadInputError(f"{printable(name)}: the model rearranges its quantized matrices, which cannot be followed")
+    blocks: list[tuple[int, ...]] = [(size,) for size in shape[:-2]]
+    for dim, size in list(enumerate(shape))[-2:]:
+        starts = sorted({region.target_start[dim] for region in regions})
+        blocks.append(tuple(stop - start for start, stop in zip(starts, [*starts[1:], size])))
+    return tuple(blocks)
+
+
+def _check_linear(model: Any, name: str) -> None:
+    module = model.get_submodule(name.rpartition(".")[0])
+    if type(module).__name__ == "Conv1D":
+        raise BadInputError(f"{printable(name)}: is quantized, and the model has its matrix transposed (Conv1D)")
+
+
+def _refuse_strangers(
+    unused: Iterable[str],
+    bundles: Mapping[str, Quantized],
+    found: Mapping[str, RegionTensor],
+    wanted: Mapping[str, torch.Tensor],
+    source: Source,
+) -> None:
+    """Refuse a tensor beside quantized weights that nobody asks for: it may change their values."""
+    quantized = {name.rpartition(".")[0] for name in bundles}
+    bare = {
+        region.source.rpartition(".")[0]
+        for name, tensor in found.items()
+        if name not in bundles and wanted[name].dtype.is_floating_point
+        for region in tensor.regions
+        if region.source in source.tensors
+        and torch_name(source.tensors[region.source].dtype, tensor=region.source) not in FLOATING
+    }
+    for key in unused:
+        module = key.rpartition(".")[0]
+        if module and module in bare:
+            raise BadInputError(
+                f"{printable(key)}: stands beside a weight of 8 bits or fewer, and config.json has no"
+                " quantization_config that tells what it is for",
+                hint="the weight would be loaded without it",
+            )
+        if module and module in quantized and quantization_of(source.config):
+            raise BadInputError(f"{printable(key)}: stands beside a quantized weight, and is not known to its format")
+
+
+def _convert(first: str, group: _Group, model: Any) -> dict[str, RegionTensor]:
+    operations = ", ".join(type(operation).__name__ for operation in group.conversion.operations)
+    try:
+        with casts_left_to_the_copy():
+            result = group.conversion.convert(first, model=model, config=model.config)
+    except NotACopyError as error:
+        raise BadInputError(
+            f"{printable(first)}: its conversion ({operations}) computes values ({error}), which is not supported yet"
+        ) from None
+    except Exception as error:
+        raise BadInputError(
+            f"{printable(first)}: cannot be made from {printable(group.taken[0])} and {len(group.taken) - 1} more"
+            f" ({operations}): {printable(error)}"
+        ) from None
+    return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}

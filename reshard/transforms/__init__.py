@@ -1,0 +1,4 @@
+"""Quantized parameters: the tensors that each is made of, how these follow its cut, and the values that they stand for.
+
+A format of quantization is one file of `formats`.
+"""

@@ -1,0 +1,76 @@
+"""Quantized parameters of a loaded model: plain ones, made of this rank's part of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from reshard.errors import BadInputError, IntegrityError, VersionError
+from reshard.resharded.manifest import Manifest
+from reshard.text import listed
+from reshard.transforms.dequantise import dequantised
+from reshard.transforms.formats import FORMATS
+
+__all__ = ["check_quantized", "with_quantized"]
+
+# Formats of which transformers quantizes all linear layers but those that a list of the configuration leaves out.
+_BY_LIST = ("awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "fbgemm_fp8", "fp8", "torchao")
+_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")
+
+
+def check_quantized(manifest: Manifest, model: nn.Module, quantization: Mapping[str, Any] | None) -> None:
+    """Check that a model on the meta device can have the folder's quantized parameters. `quantization` is that of
+    config.json.
+
+    Raises:
+        VersionError: this release does not know a format.
+        BadInputError: no transformers can run a format.
+        IntegrityError: the installed transformers takes other modules of the configuration for quantized.
+    """
+    forms = {bundle.quantized.format for bundle in manifest.bundles}
+    if unknown := sorted(forms - FORMATS.keys()):
+        raise VersionError(f"quantized as {listed(unknown)}, which this release does not know", hint="upgrade reshard")
+    if refused := sorted(name for name in forms if not FORMATS[name].runs):
+        raise BadInputError(f"quantized as {listed(refused)}, which transformers cannot run: for other engines only")
+    if not forms or not forms <= set(_BY_LIST):
+        return
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    told = quantization or {}
+    skipped = next((told[key] for key in _LISTS if told.get(key) is not None), None)
+    left_out = HfQuantizer.get_modules_to_not_convert(
+        model, skipped, model._keep_in_fp32_modules, add_default_skips="awq" in forms
+    )
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    expected = {name for name in linear if should_convert_module(name, left_out)}
+    found = {bundle.target.name.rpartition(".")[0] for bundle in manifest.bundles} & linear
+    if wrong := sorted(expected ^ found):
+        raise IntegrityError(
+            f"by config.json, transformers takes {'other' if found else 'some'} modules for quantized than the"
+            f" checkpoint has: {listed(wrong)}",
+            hint=f"mend {_LISTS[0]} in the quantization_config of the checkpoint, and convert it again",
+        )
+
+
+def with_quantized(
+    manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device, rank: int
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the model's parameters on `device`: quantized ones dequantised, in their compute dtype."""
+    held = dict(tensors)
+    for bundle in manifest.bundles:
+        of, quantized = bundle.target, bundle.quantized
+        held[of.name] = dequantised(
+            FORMATS[quantized.format],
+            quantized,
+            of.placement,
+            {name: held.pop(name).to(device) for name in quantized.members},
+            rank=rank,
+            world_size=manifest.world_size,
+            dtype=getattr(torch, of.dtype),
+            name=of.name,
+        )
+    return held
