@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ __all__ = [
     "end_on_interrupt",
     "patient_collector",
     "patient_from_now_on",
+    "quiet_imports",
     "silent",
     "worker_count",
 ]
@@ -32,6 +34,12 @@ def end_on_interrupt() -> None:
     """Have Ctrl-C end a rank of torchrun silently: torchrun reports it, and Python cannot handle it in a collective."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def quiet_imports() -> None:
+    """Silence what torchao tells of itself, if it is installed, whenever transformers imports it: several lines."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def patient_from_now_on() -> None:

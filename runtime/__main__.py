@@ -18,7 +18,7 @@ from reshard.errors import ReshardError
 from reshard.launch.current_folder import leave
 from reshard.launch.failures import report_failure, wants_json, wants_traceback
 from reshard.launch.switches import Commands, in_colour
-from reshard.process import end_on_interrupt
+from reshard.process import end_on_interrupt, quiet_imports
 
 from .commands.bench import bench
 from .commands.check import check
@@ -72,6 +72,7 @@ def _speaks_first() -> bool:
 def entry(name: str = "reshard-rank") -> None:
     """Run a command on this rank, in a process called `name`. One rank reports a failure, however many have it."""
     leave()
+    quiet_imports()
     if not (wants_traceback(sys.argv) and is_first()):
         warnings.simplefilter("ignore")  # they advise authors of torch code
     end_on_interrupt()

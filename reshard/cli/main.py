@@ -15,7 +15,7 @@ from ..errors import StorageError
 from ..launch.current_folder import leave
 from ..launch.failures import Terminated, report_failure, terminate, wants_json, wants_traceback
 from ..launch.switches import Commands, in_colour
-from ..process import patient_from_now_on
+from ..process import patient_from_now_on, quiet_imports
 from .bench import bench
 from .check import check
 from .convert import convert
@@ -68,6 +68,7 @@ def entry() -> None:
     Without that, Python would take a second to tear down the modules of torch and transformers.
     """
     leave()
+    quiet_imports()
     patient_from_now_on()
     try:
         main()

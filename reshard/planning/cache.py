@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..checkpoint.architecture import KV_GROUPS
-from ..sharding.dealing import deal_heads
 from ..sharding.topology import Topology
 from .heads import FUSED, KEYS, VALUES, Heads, number_of
 
@@ -73,8 +72,7 @@ def cached_elements(layers: Iterable[CacheLayer], topology: Topology, tokens: in
         if layer.heads is None or topology.tp == 1:
             kept = [found + size for found in kept]
             continue
-        dealt = deal_heads(layer.heads.query, layer.heads.key_value, topology.tp)
-        held = dealt.held(is_query=layer.heads.is_query)
+        held = layer.heads.dealt(topology.tp).held(is_query=layer.heads.is_query)
         for rank in range(topology.world_size):
             count = sum(stop - start for start, stop in held[rank // topology.tp_row])
             kept[rank] += size * count // layer.heads.count

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from ..errors import BadInputError, TopologyError
-from ..sharding.dealing import deal, deal_heads, placement_of_ranges, scaled
+from ..sharding.dealing import deal, deal_heads, in_units, placement_of_ranges, scaled
 from ..sharding.placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard, local_shape, shared
 from ..sharding.topology import Topology
 from ..strategies import TensorParallelLayer
@@ -46,12 +46,12 @@ def placement_of(parameter: Parameter, strategies: ParallelInterface, topology: 
 def _by_heads(parameter: Parameter, dim: int, ranks: int) -> Placement:
     heads, size = parameter.heads, parameter.shape[dim]
     assert heads is not None
-    return _of_heads(heads.query, heads.key_value, heads.is_query, dim, size // heads.count, ranks)
+    return _of_heads(heads.query, heads.key_value, heads.together, heads.is_query, dim, size // heads.count, ranks)
 
 
 @lru_cache(maxsize=1024)  # so that all layers share one object
-def _of_heads(query: int, key_value: int, is_query: bool, dim: int, unit: int, ranks: int) -> Placement:
-    mine = deal_heads(query, key_value, ranks).held(is_query=is_query)
+def _of_heads(query: int, key_value: int, together: int, is_query: bool, dim: int, unit: int, ranks: int) -> Placement:
+    mine = deal_heads(query, key_value, ranks, together).held(is_query=is_query)
     size = unit * (query if is_query else key_value)
     return placement_of_ranges(dim, size, [scaled(parts, unit) for parts in mine])
 
@@ -60,7 +60,10 @@ def _cut(
     parameter: Parameter, style: str, strategies: ParallelInterface, shape: tuple[int, ...], ranks: int
 ) -> Placement:
     own_name = parameter.name.rpartition(".")[2]
-    return placement_on(strategies.find(style), own_name, shape, getattr(torch, parameter.dtype), ranks)
+    placement = placement_on(strategies.find(style), own_name, shape, getattr(torch, parameter.dtype), ranks)
+    if parameter.unit == 1 or style != parameter.style or not isinstance(placement, (Shard, PackedShard)):
+        return placement
+    return in_units(placement, shape[placement.dim], parameter.unit, ranks)
 
 
 def _expert_placement(
@@ -76,7 +79,7 @@ def _expert_placement(
         return dealt
     held = local_shape(dealt, parameter.shape, rank=0, world_size=topology.ep)
     inner = _cut(parameter, parameter.style, strategies, held, topology.ep_row) if parameter.style else Replicate()
-    if not isinstance(inner, (Shard, PackedShard)):
+    if not isinstance(inner, (Shard, PackedShard, Ranges)):
         raise TopologyError(
             f"{topology}: {printable(parameter.name)} has no rule that cuts it for the {topology.ep_row} ranks that"
             " would share its experts",
@@ -93,7 +96,7 @@ def groups_on(
     for parameter in parameters:
         heads = parameter.heads
         if heads and heads.shareable and isinstance(placements[parameter.name], Ranges):
-            groups = deal_heads(heads.query, heads.key_value, topology.tp).groups
+            groups = heads.dealt(topology.tp).groups
             if set(groups) != {heads.query // heads.key_value}:
                 found[heads.attention] = tuple(size for size in groups for _ in range(topology.tp_row))
     return found

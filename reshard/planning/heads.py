@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.architecture import KV_GROUPS
+from ..sharding.dealing import HeadDeal, deal_heads
 
-__all__ = ["FUSED", "KEYS", "VALUES", "Heads", "heads_of", "number_of"]
+__all__ = ["BIAS_TOO", "CUT_DIM", "FUSED", "KEYS", "VALUES", "Heads", "heads_of", "number_of"]
 
 # Projections by name: of the query heads, perhaps fused with the others, and of the KV heads.
 FUSED = ("query_key_value", "qkv_proj")
@@ -19,11 +20,11 @@ _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _COUNTS = ("mp_num", "num_heads", "num_attention_heads", "n_heads")  # codegen's heads stand in mp_num blocks
 
 # Styles that leave each rank its own heads, and the dim of a weight that they cut.
-_CUT_DIM = {
+CUT_DIM = {
     **dict.fromkeys(("colwise", "local_colwise", "conv1d_rowwise"), -2),
     **dict.fromkeys(("rowwise", "local_rowwise", "conv1d_colwise", "embedding_local_colwise"), -1),
 }
-_BIAS_TOO = ("colwise", "local_colwise", "conv1d_colwise")  # the others keep a bias whole
+BIAS_TOO = ("colwise", "local_colwise", "conv1d_colwise")  # the others keep a bias whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Heads:
     """The heads that a parameter's cut dim holds, of the module `attention`, which has `query` and `key_value` heads.
 
     `is_query` says of which kind the parameter's heads are. `shareable` says whether the attention can have fewer query
-    heads for a KV head than the model's, so that ranks may share a KV head.
+    heads for a KV head than the model's, so that ranks may share a KV head. `together` is the number of KV heads that
+    stay together, if they can: those whose quantized elements share entries.
     """
 
     attention: str
@@ -39,6 +41,11 @@ class Heads:
     key_value: int
     is_query: bool
     shareable: bool
+    together: int = 1
+
+    def dealt(self, ranks: int) -> HeadDeal:
+        """Deal the heads to `ranks` ranks. Raises ValueError if there are fewer query heads than ranks."""
+        return deal_heads(self.query, self.key_value, ranks, self.together)
 
     @property
     def count(self) -> int:
@@ -54,7 +61,7 @@ def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[i
     """
     members: dict[str, dict[str, str]] = {}
     for name, style in styles.items():
-        if style in _CUT_DIM and len(shapes[name]) > (style not in _BIAS_TOO):
+        if style in CUT_DIM and len(shapes[name]) > (style not in BIAS_TOO):
             attention, projection = _place(name)
             members.setdefault(attention, {})[name] = projection
     found = {}
@@ -72,7 +79,7 @@ def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[i
 
 
 def _cut_size(style: str, shape: tuple[int, ...]) -> int:
-    return shape[_CUT_DIM[style]] if len(shape) > 1 else shape[0]
+    return shape[CUT_DIM[style]] if len(shape) > 1 else shape[0]
 
 
 def _place(name: str) -> tuple[str, str]:

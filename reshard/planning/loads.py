@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..files.dtypes import itemsize
-from ..sharding.dealing import deal_heads
 from ..sharding.placement import Replicate, local_shape
 from ..sharding.topology import Topology
 from ..strategies.registry import ParallelInterface
@@ -74,8 +73,8 @@ class Load:
 def loads_of(model: Model, strategies: ParallelInterface, topology: Topology, serving: Serving) -> tuple[Load, ...]:
     """Return the load of every rank. Parameters have the dtype that the model computes with."""
     weights = _weights(model, strategies, topology)
-    kinds = dict.fromkeys((p.heads.query, p.heads.key_value) for p in model.parameters if p.heads)
-    dealt = [deal_heads(*kind, topology.tp) for kind in kinds]
+    kinds = {(p.heads.query, p.heads.key_value): p.heads for p in reversed(model.parameters) if p.heads}
+    dealt = [heads.dealt(topology.tp) for heads in reversed(kinds.values())]
     serving = serving.of(model)
     size, tokens, layers = itemsize(serving.kv_dtype or model.dtype), serving.max_model_len, model.cache
     one = None if layers is None else cached_elements(layers, topology)

@@ -25,6 +25,7 @@ from .heads import Heads, heads_of, number_of
 from .quantized import Matrices
 from .rules import AUTO, expand, expert_rules, model_rules, wildcard
 from .sources import Held, map_sources
+from .units import heads_in_units, units_of
 
 __all__ = ["Model", "Parameter", "read_model"]
 
@@ -37,7 +38,8 @@ class Parameter:
     """One entry of the model's state dict: a parameter or a persistent buffer.
 
     `dtype` is what the model computes with (a torch name). `style` cuts it by tensor parallelism, `expert_style` by
-    expert. `heads` are the attention heads along its cut dim, none of which may be cut in two.
+    expert. `heads` are the attention heads along its cut dim, none of which may be cut in two. `unit` is the number of
+    elements there that stay together if they can, since quantized ones share entries.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Parameter:
     style: str | None
     heads: Heads | None = None
     expert_style: str | None = None
+    unit: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,10 @@ def read_model(
     if experts and not expert:
         raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
     styles = expand(model, rules.styles, expert if experts else {})
-    heads = heads_of(model, styles.parameters, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    heads = heads_of(model, styles.parameters, shapes)
+    heads = heads_in_units(heads, found.bundles, styles.parameters, shapes)
+    units = units_of(found.bundles, styles.parameters, shapes, heads)
     counts = {wanted[name].shape[0] for name in expand(model, {}, expert).experts}
     dtypes = expected_dtypes(model, dtype)
     tied = _tied(model, wanted)
@@ -120,6 +126,7 @@ def read_model(
             styles.parameters.get(name),
             heads.get(name),
             styles.experts.get(name),
+            units.get(name, 1),
         )
         for name, tensor in wanted.items()
     )

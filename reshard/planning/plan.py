@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..transforms.bundle import member_placement
 from .cuts import does_cut, groups_on, placement_of
 from .loads import WEIGHTS_AND_CACHE, Serving, even_share, loads_of, repeated
 from .model import Model, Parameter
-from .remarks import dtypes_of, mixed_note, partly_note
+from .remarks import dtypes_of, mixed_note, partly_note, quantized_note
 from .sizes import has_plan, legal_sizes, refusal_of
 
 __all__ = ["ReshardPlan", "build_plan", "plan_layouts"]
@@ -69,7 +69,7 @@ class ReshardPlan:
             "dtype": self.model.dtype,
             "world_size": self.world_size,
             "mesh": self.topology.to_json(),
-            "parameters": rows(self.targets, self.world_size),
+            "parameters": rows(self.targets, self.bundles, self.world_size),
             "rank_bytes": [layout.size for layout in layouts[: self.world_size]],
             "ranks": [load.to_dict() for load in loads],
             "even_shares": round(max(load.weights for load in loads) / (even_share(self.model, len(loads)) or 1), 4),
@@ -84,7 +84,7 @@ class ReshardPlan:
             "corrected_rules": list(self.model.corrected_rules),
             "custom_strategies": self.custom,
             "runtime_only": list(self.runtime_only),
-            "notes": [*self.notes, *repeated(loads, self.model)],
+            "notes": [*self.notes, *repeated(loads, self.model), *quantized_note(self.bundles, loads)],
             "left_behind": left_report(self.source.left),
             "ep_sizes": list(range(2, min(self.model.experts, max(sizes)) + 1)),
             "tp_sizes": {str(size): why for size, why in sizes.items()},
@@ -154,7 +154,7 @@ def build_plan(
         duplicates,
         unused=(*(() if drop_unused else model.unused), *partly),
         dropped=model.unused if drop_unused else (),
-        runtime_only=(*_runtime_only(targets, tied, topology.world_size), *apart),
+        runtime_only=(*_runtime_only(targets, tied, bundles, topology.world_size), *apart),
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
         groups=groups_on(model.parameters, placements, topology),
         strategies=strategies,
@@ -248,13 +248,16 @@ def _tie(
     return regions, tied, duplicates, tuple(apart)
 
 
-def _runtime_only(targets: Iterable[Target], tied: Mapping[str, str], world_size: int) -> list[str]:
+def _runtime_only(
+    targets: Iterable[Target], tied: Mapping[str, str], bundles: Sequence[Bundle], world_size: int
+) -> list[str]:
     """List the reasons why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the
     folder."""
     reasons = []
     scattered = [target.name for target in targets if not is_box(target.placement)]
     if scattered and world_size > 1:
         reasons.append(f"{len(scattered)} parameters are not one box per rank ({scattered[0]} …)")
+    reasons += [f"{len(bundles)} parameters are quantized"] if bundles else []
     reasons += [f"{name} is tied to {owner} and stored once, but it looks for both" for name, owner in tied.items()]
     return reasons
 

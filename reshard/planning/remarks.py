@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from ..checkpoint.source import Source
 from ..files.dtypes import torch_name
-from ..resharded.targets import Target
+from ..resharded.targets import Bundle, Target
+from ..sharding.placement import pieces
 from ..sharding.regions import Region
 from ..text import listed
+from ..transforms.bundle import block_at
+from .loads import Load
 
-__all__ = ["dtypes_of", "mixed_note", "partly_note"]
+__all__ = ["dtypes_of", "mixed_note", "partly_note", "quantized_note"]
 
 
 def dtypes_of(regions: Iterable[Region], source: Source) -> set[str]:
@@ -35,3 +39,36 @@ def partly_note(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [f"{len(names)} tensors are used in part, and kept whole too, to be given back: {listed(names)}"]
+
+
+def quantized_note(bundles: Sequence[Bundle], loads: Sequence[Load]) -> list[str]:
+    """Say that ranks dequantise as they load, and what the fullest then has of weights."""
+    if not bundles:
+        return []
+    forms = ", ".join(sorted({bundle.quantized.format for bundle in bundles}))
+    most = max(load.weights for load in loads)
+    notes = [
+        f"{len(bundles)} parameters are quantized ({forms}) and stay so in the files; a rank dequantises its part as it"
+        f" loads: {most:,} bytes of weights in {bundles[0].target.dtype} on the fullest"
+    ]
+    divided = [bundle.target.name for bundle in bundles if _divides_units(bundle, len(loads))]
+    if divided:
+        notes.append(
+            f"{len(divided)} of them have fewer units than ranks, or share heads: words or scales at the bounds are on"
+            f" both ranks: {listed(divided)}"
+        )
+    return notes
+
+
+def _divides_units(bundle: Bundle, world_size: int) -> bool:
+    """Whether a bound of a rank's part goes through elements that share an entry."""
+    shape = bundle.target.shape
+    for rank in range(world_size):
+        for piece in pieces(bundle.target.placement, shape, rank=rank, world_size=world_size):
+            for dim, (start, extent) in enumerate(zip(piece.start, piece.extent)):
+                blocks, unit = bundle.quantized.blocks[dim], bundle.quantized.unit(dim)
+                ends = set(itertools.accumulate(blocks, initial=0))
+                for bound in {start, start + extent} - ends if unit > 1 else ():
+                    if (bound - block_at(bound, blocks)[1]) % unit:
+                        return True
+    return False

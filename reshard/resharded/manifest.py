@@ -86,7 +86,7 @@ class Manifest:
             "mesh": self.topology.to_json(),
             "source": {"repo_id": self.repo_id, "commit": self.commit},
             "tool": self.tool,
-            "parameters": rows(self.parameters, self.world_size),
+            "parameters": rows(self.parameters, self.bundles, self.world_size),
             "replicated_bytes": replicated_bytes(self.parameters),
             "ranks": [{"file": f.name, "size": f.size, "digest": f.digest} for f in self.rank_files],
             "extras": [record.name for record in self.extras],

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .placement import Nested, Placement, Ranges, Replicate, Shard, ranges_of
+from .placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard, ranges_of, shard_bounds
 
-__all__ = ["HeadDeal", "deal", "deal_heads", "placement_of_ranges", "scaled"]
+__all__ = ["HeadDeal", "deal", "deal_heads", "deal_units", "in_units", "placement_of_ranges", "scaled"]
 
 Range = tuple[int, int]  # start and stop
 
@@ -42,8 +42,36 @@ class HeadDeal:
         return tuple((part,) for part in self.query) if is_query else self.key_value
 
 
-def deal_heads(query: int, key_value: int, ranks: int) -> HeadDeal:
-    """Deal the heads of an attention with `query` heads, a multiple of `key_value`, to at most as many ranks.
+def deal_units(size: int, unit: int, ranks: int) -> tuple[Range, ...]:
+    """Deal `size` elements out in units that stay together; the last unit may be smaller."""
+    return tuple((min(start, size), min(stop, size)) for start, stop in scaled(deal(-(-size // unit), ranks), unit))
+
+
+def in_units(placement: Placement, size: int, unit: int, ranks: int) -> Placement:
+    """Return a placement of a dim of `size` elements that cuts no unit in two, if there is a unit for each rank.
+
+    Parts that are whole units already stay as they are. With fewer units than ranks, they stay so too.
+    """
+    if unit == 1 or not isinstance(placement, (Shard, PackedShard)):
+        return placement
+    blocks = placement.blocks if isinstance(placement, PackedShard) else (size,)
+    bounds = {
+        bound for block in blocks for rank in range(ranks) for bound in shard_bounds(block, rank=rank, world_size=ranks)
+    }
+    if all(bound % unit == 0 or bound in blocks for bound in bounds) or min(blocks) <= unit * (ranks - 1):
+        return placement
+    starts = [0, *itertools.accumulate(blocks)]
+    dealt = [deal_units(block, unit, ranks) for block in blocks]
+    held = [
+        tuple((first + of_block[rank][0], first + of_block[rank][1]) for first, of_block in zip(starts, dealt))
+        for rank in range(ranks)
+    ]
+    return placement_of_ranges(placement.dim, size, held)
+
+
+def deal_heads(query: int, key_value: int, ranks: int, together: int = 1) -> HeadDeal:
+    """Deal the heads of an attention with `query` heads, a multiple of `key_value`, to at most as many ranks. As many
+    KV heads as `together` stay together, if there are so many of these units as ranks.
 
     If there are enough KV heads, ranks get whole groups: a KV head with its query heads. If there are fewer KV heads
     than ranks, the ranks of a KV head deal its query heads among them. If that left a rank more query heads than an
@@ -58,6 +86,8 @@ def deal_heads(query: int, key_value: int, ranks: int) -> HeadDeal:
     group = query // key_value
     if key_value >= ranks:
         held = deal(key_value, ranks)
+        if any(start % together for start, _ in held) and -(-key_value // together) >= ranks:
+            held = deal_units(key_value, together, ranks)
         return HeadDeal(scaled(held, group), tuple((part,) for part in held), (group,) * ranks)
     mine = [
         (head * group + start, head * group + stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from ..sharding.topology import Topology
@@ -17,7 +18,7 @@ _NOTE = 1000  # the most characters shown of a remark
 
 
 def _parameter_table(found: Sequence[Mapping[str, Any]], dtype: str, width: int | None) -> str:
-    """Write the table of parameters. A row shows its dtype only if it is not `dtype`."""
+    """Write the table of parameters. A row shows its dtype only if it is not `dtype`, or how it is quantized."""
     lines: list[Sequence[Any]] = [
         ("parameter", "×", "shape", "dtype", "style, or why replicated", "placement", "on rank 0")
     ]
@@ -27,13 +28,20 @@ def _parameter_table(found: Sequence[Mapping[str, Any]], dtype: str, width: int 
                 row["parameter"],
                 str(row["count"]),
                 "×".join(map(str, row["shape"])) or "scalar",
-                "" if row["dtype"] == dtype else row["dtype"],
+                _stored(row, dtype),
                 row["reason"] or row["style"],
                 row["placement"],
                 "×".join(map(str, row["rank_0_shape"])) or "scalar",
             )
         )
     return table(lines, width=width, shorten=((4, 12), (5, 12), (0, 21)))
+
+
+def _stored(row: Mapping[str, Any], dtype: str) -> str:
+    how = row.get("quantized")
+    if how is None:
+        return "" if row["dtype"] == dtype else row["dtype"]
+    return f"{how['format']}, {8 * how['bytes'] / (prod(row['shape']) or 1):.3g} bits"
 
 
 def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:

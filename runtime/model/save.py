@@ -31,7 +31,7 @@ from .full_tensor import whole_of
 from .keeping import check_views
 from .placing import owners
 from .shares import replicas_of
-from .source_tensors import Bundle, bundles
+from .source_tensors import Group, groups
 
 __all__ = ["save_pretrained"]
 
@@ -46,7 +46,8 @@ def save_pretrained(
     """Write a loaded model into a folder that `from_pretrained` can open. This is `model.save_pretrained(DIR)`.
 
     The tensors are those of the source checkpoint that the model uses, by name, and in their dtype unless they were
-    cast. So an unchanged model gives the same bytes. Call it on every rank: the ranks of one replica assemble each
+    cast. So an unchanged model gives the same bytes. Of a quantized checkpoint, the weights are written dequantised:
+    `reshard merge` gives the quantized ones back. Call it on every rank: the ranks of one replica assemble each
     parameter in turn. Only its first rank writes, with one parameter in memory and one tensor made from it. The weights
     appear when all are written; a failure is raised on all ranks.
 
@@ -59,24 +60,24 @@ def save_pretrained(
         StorageError: the disk refused a write.
     """
     check_views(model)
-    plan = bundles(model._reshard_manifest)
+    plan = groups(model._reshard_manifest)
     group = replicas_of(model).group
     writes, first = dist.get_rank(group) == 0, dist.get_global_rank(group, 0)
     refused = _refused(model, others, writes=writes)
     with _Writer(local_folder(save_directory)) as writer:
-        tensors = [tensor for bundle in plan for tensor in bundle.sources]
+        tensors = [tensor for one in plan for tensor in one.sources]
         begins = writes and not refused
         _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if begins else refused)
         failure = None
         if first in model._device_mesh.mesh.tolist():  # this replica's parameters are written
             owner = owners(model)
-            for bundle in plan:  # all of it, even if a write fails: the other ranks wait for this one
+            for one in plan:  # all of it, even if a write fails: the other ranks wait for this one
                 wholes = {}
-                for target in bundle.targets:
+                for target in one.targets:
                     module, own = owner(target.name)
                     wholes[target.name] = whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
                 if writes and failure is None:
-                    failure = _failure(writer.write, bundle, wholes)
+                    failure = _failure(writer.write, one, wholes)
         if writes and failure is None:
             failure = _failure(writer.finish, model)
         _raise_together(model, failure)
@@ -141,12 +142,12 @@ class _Writer:
         self._slots = {slot.tensor.name: slot for layout in layouts for slot in layout.slots}
         self._files = OutputFiles(self._folder, layouts, anew=False)
 
-    def write(self, bundle: Bundle, wholes: Mapping[str, torch.Tensor]) -> None:
-        """Write the source tensors of a bundle, from its full parameters."""
+    def write(self, group: Group, wholes: Mapping[str, torch.Tensor]) -> None:
+        """Write the source tensors of a group, from its full parameters."""
         here = {name: whole.cpu() for name, whole in wholes.items()}
         assert self._files is not None
-        for made in bundle.sources:
-            data = bundle.source(made, here).view(-1).view(torch.uint8).numpy()
+        for made in group.sources:
+            data = group.source(made, here).view(-1).view(torch.uint8).numpy()
             with self._files.opened(self._names.index(self._file_of[made.name])) as fd:
                 pwrite(fd, memoryview(data), self._slots[made.name].offset)
 

@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from reshard.errors import IntegrityError
-from reshard.files.dtypes import torch_name, widest
+from reshard.files.dtypes import CODES, torch_name, widest
 from reshard.files.header import TensorInfo, parse_header
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import LocalTensor, Target
 from reshard.sharding.regions import Region, is_run
 from reshard.text import printable
 
-__all__ = ["Bundle", "bundles"]
+__all__ = ["Group", "groups"]
 
 Parts = tuple[tuple[str, Region], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class Group:
     """Parameters of the model, and the source tensors whose elements are in these parameters and in no others.
 
     `parts` are the parameters that hold the elements of each of `sources`, by its name, and the regions. If source
@@ -42,15 +42,16 @@ class Bundle:
         return source
 
 
-def bundles(manifest: Manifest) -> list[Bundle]:
-    """Return the bundles of the model, in its order. A source tensor has its own dtype, unless it was cast.
+def groups(manifest: Manifest) -> list[Group]:
+    """Return the groups of the model, in its order. A source tensor has its own dtype, unless it was cast. A quantized
+    matrix is one: as a checkpoint that is not quantized has it, in the dtype that the model computes in.
 
     Raises IntegrityError if an element of a source tensor is not in the model.
     """
     sources = {info.name: info for info in _sources(manifest)}
     parts: dict[str, list[tuple[str, Region]]] = defaultdict(list)
     dtypes: dict[str, set[str]] = defaultdict(set)
-    for target in manifest.parameters:
+    for target in manifest.of_model:
         own = {
             region.source: torch_name(sources[region.source].dtype, tensor=region.source) for region in target.regions
         }
@@ -62,7 +63,7 @@ def bundles(manifest: Manifest) -> list[Bundle]:
     for name in sources:
         equal[manifest.duplicates.get(name, name)].append(name)
     found = []
-    for targets in _connected(manifest.parameters):
+    for targets in _connected(manifest.of_model):
         made: dict[str, LocalTensor] = {}
         for name in dict.fromkeys(region.source for target in targets for region in target.regions):
             _check_covered(sources[name], parts[name])
@@ -70,7 +71,7 @@ def bundles(manifest: Manifest) -> list[Bundle]:
             dtype = stored if stored in dtypes[name] else min(dtypes[name])
             made |= {one: LocalTensor(one, sources[one].shape, dtype, (), ()) for one in equal[name]}
         owned = {one: tuple(parts[manifest.duplicates.get(one, one)]) for one in made}
-        found.append(Bundle(targets, tuple(made.values()), owned))
+        found.append(Group(targets, tuple(made.values()), owned))
     return found
 
 
@@ -78,6 +79,10 @@ def _sources(manifest: Manifest) -> Iterator[TensorInfo]:
     for file in manifest.source_files:
         text = file["header"].encode(errors="surrogatepass")
         yield from parse_header(text, file=file["file"], file_size=file["size"]).tensors
+    for bundle in manifest.bundles:
+        for region in bundle.target.regions:
+            shape = region.extent if len(bundle.target.regions) == 1 else region.extent[-2:]
+            yield TensorInfo(region.source, CODES[bundle.target.dtype], shape, "", 0, 0)
 
 
 def _connected(parameters: Iterable[Target]) -> list[tuple[Target, ...]]:

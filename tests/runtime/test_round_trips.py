@@ -22,7 +22,7 @@ from reshard.errors import IntegrityError
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import Replicate
 from reshard.sharding.regions import Region
-from runtime.model.source_tensors import bundles
+from runtime.model.source_tensors import groups
 
 IDS = torch.arange(3, 12).repeat(2, 1)
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -136,7 +136,7 @@ def test_a_source_tensor_that_is_not_all_there_is_refused(regions: list[Region])
     target = Target("w", (size,), "float32", Replicate(), tuple(regions))
     manifest = SimpleNamespace(source_files=(file,), parameters=(target,), duplicates={})
     with pytest.raises(IntegrityError, match="w: not every element of it is in the model"):
-        bundles(manifest)  # type: ignore[arg-type]
+        groups(manifest)  # type: ignore[arg-type]
     whole = replace(target, regions=(Region("w", 1, (2,), (2,), (0,)), Region("w", 0, (2,), (2,), (2,))))
     manifest.parameters = (whole,)
-    assert [tensor.name for bundle in bundles(manifest) for tensor in bundle.sources] == ["w"]  # type: ignore[arg-type]
+    assert [tensor.name for bundle in groups(manifest) for tensor in bundle.sources] == ["w"]  # type: ignore[arg-type]
