@@ -30,7 +30,7 @@ def units_of(
     """Return the unit of each parameter that is cut together with a quantized one, in elements along its cut dim.
 
     Parameters are cut together if their features meet on a rank: those of one holder, such as an MLP or the experts of
-    a layer. Its features are as many items as the sizes of the cut dims have in common; a parameter has so many elements
+    a layer. Its features are as many items as the sizes of the cut dims have in common; a parameter has some elements
     for each. A unit is whole items of all. Heads are dealt by themselves (`heads_in_units`).
     """
     if not bundles:

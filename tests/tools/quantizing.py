@@ -15,6 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from reshard.checkpoint.source import Source
+from reshard.files.dtypes import CODES
+from reshard.files.header import TensorInfo
+from reshard.planning.quantized import Matrices
+from reshard.transforms.bundle import Follows, Member, Quantized
+from reshard.transforms.dequantise import Format
+
 Tensors = dict[str, torch.Tensor]
 _FP8 = torch.float8_e4m3fn
 
@@ -272,6 +279,9 @@ KINDS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
 }
 
 
+CONFIG_OF_EXPERTS = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+
+
 def is_quantized(name: str, tensor: torch.Tensor) -> bool:
     """Whether quantizers take a tensor of a plain checkpoint: the matrices of layers, but no router."""
     parts = name.split(".")
@@ -299,3 +309,25 @@ def quantize_folder(plain: Path, out: Path, kind: str) -> Path:
     told = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**told, "quantization_config": config}))
     return out
+
+
+def bundle_of(
+    kind: str, tensors: Tensors, shape: tuple[int, ...], name: str = "x.weight"
+) -> tuple[Format, Quantized, Tensors]:
+    """Return how the tensors that a kind makes of one parameter are understood, and the tensors as they are seen.
+    `tensors` are by suffix."""
+    stem = name.removesuffix(".weight")
+    infos = {
+        stem + suffix: TensorInfo(stem + suffix, CODES[str(t.dtype).removeprefix("torch.")], tuple(t.shape), "", 0, 0)
+        for suffix, t in tensors.items()
+    }
+    config = CONFIG_OF_EXPERTS if kind == "mxfp4" else KINDS[kind][1]
+    matrix = Matrices(Source(Path(), (), infos, {"quantization_config": config}, ())).matrix(name, shape, is_part=False)
+    outer = len(shape) - 2
+    members, seen = {}, {}
+    for suffix, (called, as_seen) in matrix.tensors.items():
+        dims = (Follows(at.dim + outer, at.unit, at.width) for at in matrix.roles[suffix].dims or ())
+        members[called] = Member(suffix, (*(Follows(dim) for dim in range(outer)), *dims))
+        seen[called] = tensors[suffix].reshape(as_seen)
+    bundle = Quantized(matrix.format.name, matrix.options, members, tuple((size,) for size in shape))
+    return matrix.format, bundle, seen
