@@ -217,7 +217,7 @@ def mxfp4(weight: torch.Tensor) -> Tensors:
     groups = weight.transpose(1, 2).unflatten(2, (-1, 32))
     exponents = (groups.abs().amax(-1) / 6).log2().ceil()
     values = groups / torch.exp2(exponents)[..., None]
-    return {"_blocks": _fp4(values), "_scales": (exponents + 127).to(torch.uint8)}
+    return {"_blocks": _fp4(values), "_scales": (exponents + 127).to(torch.uint8)}  # [experts, out, groups, 16 bytes]
 
 
 def _groups(form: str, **weights: Any) -> dict[str, Any]:
@@ -280,23 +280,27 @@ KINDS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
 
 
 CONFIG_OF_EXPERTS = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+TORCHAO = ("int8", "float8", "intx")
 
 
-def is_quantized(name: str, tensor: torch.Tensor) -> bool:
-    """Whether quantizers take a tensor of a plain checkpoint: the matrices of layers, but no router."""
+def is_quantized(name: str, tensor: torch.Tensor, kind: str) -> bool:
+    """Whether quantizers take a tensor of a plain checkpoint: the matrices of layers, but no router. mxfp4 is for the
+    experts of gpt-oss."""
     parts = name.split(".")
+    if kind == "mxfp4":
+        return tensor.ndim == 3 and "experts" in parts and not name.endswith("bias")
     return tensor.ndim == 2 and name.endswith(".weight") and "layers" in parts and parts[-2] not in ("gate", "router")
 
 
 def quantize_folder(plain: Path, out: Path, kind: str) -> Path:
     """Write the checkpoint in `plain` into `out`, quantized: as many files as it has."""
     shutil.copytree(plain, out)
-    quantize, config = KINDS[kind]
+    quantize, config = (mxfp4, CONFIG_OF_EXPERTS) if kind == "mxfp4" else KINDS[kind]
     places: dict[str, str] = {}
     for file in out.glob("*.safetensors"):
         tensors: Tensors = {}
         for name, tensor in load_file(file).items():
-            if is_quantized(name, tensor):
+            if is_quantized(name, tensor, kind):
                 stem = name.removesuffix(".weight")
                 tensors |= {stem + suffix: value.contiguous() for suffix, value in quantize(tensor.float()).items()}
             else:
@@ -308,6 +312,25 @@ def quantize_folder(plain: Path, out: Path, kind: str) -> Path:
         index.write_text(json.dumps({**json.loads(index.read_text()), "weight_map": places}))
     told = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**told, "quantization_config": config}))
+    return out
+
+
+def quantize_by_torchao(plain: Path, out: Path, kind: str) -> Path:
+    """Write the checkpoint in `plain` into `out`, quantized by torchao as transformers loads it: one of TORCHAO."""
+    import transformers
+    from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationIntxWeightConfig, Int8WeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    how = {
+        "int8": lambda: Int8WeightOnlyConfig(version=2),
+        "float8": Float8WeightOnlyConfig,
+        "intx": lambda: Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=PerGroup(32), version=2
+        ),
+    }
+    config = transformers.TorchAoConfig(how[kind]())
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(out)
     return out
 
 

@@ -190,11 +190,6 @@ def test_experts_of_gpt_oss(experts: int, inputs: int, outputs: int, ranks: int,
 
     shape = (experts, 32 * inputs, outputs)
     tensors = mxfp4(torch.randn(shape, generator=torch.Generator().manual_seed(outputs)))
-    blocks = tensors["_blocks"].unflatten(-1, (-1, 16))
-    tensors = {
-        "_blocks": blocks.reshape(experts, outputs, inputs, 16),
-        "_scales": tensors["_scales"].reshape(experts, outputs, inputs),
-    }
     wanted = convert_moe_packed_tensors(tensors["_blocks"], tensors["_scales"])
     assert torch.equal(put_together(tensors, "mxfp4", shape, Shard(dim), ranks, torch.bfloat16), wanted)
 
