@@ -1,4 +1,7 @@
-"""The source files, mapped: any region as a view, any target tensor as a stream of blocks."""
+"""The source files, mapped: any region as a view, any target tensor as a stream of blocks.
+
+torch is imported when the first block needs it: to cast, or to gather many short runs. Others are copied as bytes.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..checkpoint.source import Source
 from ..files.dtypes import itemsize, torch_name
@@ -15,14 +17,20 @@ from ..files.mapped import MappedFile, check_unchanged
 from ..process import BLOCK_BYTES
 from ..resharded.targets import LocalTensor
 from ..sharding.placement import Piece
-from ..sharding.regions import Box, Region, boxes, cut, is_run
+from ..sharding.regions import Box, Region, boxes, cut, is_run, run_length, run_starts
 from ..storage.prefetch import Arrivals
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SourceReader", "equal_tensors", "tensor_blocks"]
 
 _FILE_PIECE = 64 << 20
 # Data is moved as integers of the same width: bits survive whatever they mean, and every dtype has a copy kernel.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
+# A run costs Python about as long as the copy of a few kilobytes. Longer runs, and a few short ones, are copied without
+# torch, whose import costs more than a second.
+_LONG, _FEW = 1024, 4096  # bytes of a run, and runs of a region in a block
 
 # The mapping is read-only and so are our views of it.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
@@ -81,11 +89,13 @@ class SourceReader:
 
     def view(self, region: Region, *, bits: bool) -> torch.Tensor:
         """Return the region's elements as a strided view of the mapped file; if `bits`, as same-width integers."""
+        import torch
+
         info = self._source.tensors[region.source]
         name = torch_name(info.dtype, tensor=info.name)
         width = itemsize(name)
         last = sum((size - 1) * stride for size, stride in zip(region.extent, region.strides))
-        dtype = _BITS[width] if bits else getattr(torch, name)
+        dtype = getattr(torch, _BITS[width] if bits else name)
         flat = torch.frombuffer(
             self._map(info.file), dtype=dtype, count=last + 1, offset=info.start + region.offset * width
         )
@@ -97,6 +107,15 @@ class SourceReader:
         width = itemsize(torch_name(info.dtype, tensor=info.name))
         start = info.start + region.offset * width
         return self._map(info.file)[start : start + region.size * width]
+
+    def copy_runs(self, region: Region, shape: Sequence[int], block: memoryview) -> None:
+        """Copy the region's elements, as they are, to their places in `block`: a C-ordered target of `shape`."""
+        info = self._source.tensors[region.source]
+        width = itemsize(torch_name(info.dtype, tensor=info.name))
+        data = self._map(info.file)[info.start :]
+        size = run_length(region, shape) * width
+        for start, at in zip(*run_starts(region, shape, width=width)):
+            block[at : at + size] = data[start : start + size]
 
     def pieces_of_file(self, name: str, start: int, end: int) -> Iterator[memoryview]:
         """Yield the bytes of a source file from `start` to `end`, in order."""
@@ -142,7 +161,26 @@ def _near(regions: Sequence[Region], box: Box) -> Sequence[Region]:
 
 def _gather(regions: Sequence[Region], box: Box, dtype: str, reader: SourceReader, block: memoryview) -> None:
     bits = all(reader.dtype(region) == dtype for region in regions)
-    kind = _BITS[itemsize(dtype)] if bits else getattr(torch, dtype)
+    if bits and all(_is_quick(region, box, itemsize(dtype)) for region in regions):
+        for region in regions:
+            reader.copy_runs(region, box.extent, block)
+    else:
+        _copy_elements(regions, box, dtype, reader, block, bits=bits)
+
+
+def _is_quick(region: Region, box: Box, width: int) -> bool:
+    """Whether a region is copied as quickly in runs of bytes as by torch."""
+    length = run_length(region, box.extent)
+    return region.size // length <= _FEW or length * width >= _LONG
+
+
+def _copy_elements(
+    regions: Sequence[Region], box: Box, dtype: str, reader: SourceReader, block: memoryview, *, bits: bool
+) -> None:
+    """Copy the elements of regions to their places in a block, each cast to `dtype` unless they have its `bits`."""
+    import torch
+
+    kind = getattr(torch, _BITS[itemsize(dtype)] if bits else dtype)
     target = torch.frombuffer(block, dtype=kind).view(box.extent)
     for region in regions:
         index = tuple(slice(start, start + size) for start, size in zip(region.target_start, region.extent))
