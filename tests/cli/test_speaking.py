@@ -267,7 +267,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in (
         "reshard.operations.convert.open_origin",
-        "reshard.operations.convert.fetch_whole",
+        "reshard.operations.reference.fetch_whole",
         "reshard.operations.merge.fetch",
     ):
         monkeypatch.setattr(name, fail)
