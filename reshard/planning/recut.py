@@ -23,6 +23,7 @@ from ..resharded.versions import version_members
 from ..sharding.dealing import placement_of_heads
 from ..sharding.placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard
 from ..sharding.topology import Topology
+from ..strategies.registry import is_built_in
 from .heads import FUSED, KEYS, VALUES, attentions, is_query, query_of
 from .remarks import dtypes_of, mixed_note, partly_note, runtime_only, why_whole
 
@@ -85,6 +86,7 @@ def _is_plain(manifest: Manifest, topology: Topology) -> bool:
     return (
         topology.ep == manifest.topology.ep == 1
         and not manifest.custom
+        and all(map(is_built_in, {*manifest.hooks.values(), *(t.style for t in manifest.parameters if t.style)}))
         and not manifest.dropped
         and set(version_members(manifest).get("requires", ())) <= _KNOWN
         and (topology.tp == 1 or any(target.style for target in manifest.parameters))
@@ -95,6 +97,8 @@ def _is_by_name(made: Resharded) -> bool:
     """Whether the model has the class that config.json names and the names of the checkpoint: else there are remarks
     to make, which need the model."""
     names = made.source.config.get("architectures") or [made.manifest.architecture]
+    if not isinstance(names, list):
+        return False
     parameters = {*made.manifest.tied, *(target.name for target in made.manifest.parameters)}
     return made.manifest.architecture in names and not parameters.isdisjoint(made.source.tensors)
 
@@ -203,7 +207,7 @@ def _counted(group: _Group, query: str, config: Mapping[str, Any], ranks: int) -
         count = _number(level.get("num_attention_heads"))
         key_value = _number((level.get("num_key_value_heads") if key else None) or count)
         agree = key is None or sizes[key] * count == sizes[query] * key_value
-        if count and key_value and agree and sizes[query] % count == 0:
+        if count and key_value and agree and count % key_value == 0 and sizes[query] % count == 0:
             pairs.add((count, key_value))
     shared = {key_value for _, key_value in pairs} if len(pairs) == 1 else set()
     if any(number % ranks for number in _numbers_of_heads(config) if number not in shared):

@@ -20,8 +20,20 @@ from ..text import printable
 if TYPE_CHECKING:
     from .base import TensorParallelLayer
 
-__all__ = ["ALL_PARALLEL_STYLES", "ParallelInterface", "as_strategies", "load_strategies"]
+__all__ = ["ALL_PARALLEL_STYLES", "ParallelInterface", "as_strategies", "is_built_in", "load_strategies"]
 
+# The names of `BUILT_IN`, which are known before torch is imported.
+_NAMES = frozenset(
+    (
+        *("colwise", "colwise_gather_output", "colwise_rep", "rowwise", "rowwise_split_input", "rowwise_rep"),
+        *("packed_colwise", "packed_rowwise", "local_colwise", "local_rowwise", "local_packed_rowwise", "local"),
+        *("conv1d_colwise", "conv1d_colwise_gather_output", "conv1d_rowwise", "conv1d_rowwise_split_input"),
+        *("embedding_rowwise", "embedding_colwise", "embedding_local_colwise", "sequence_parallel"),
+        *("moe_tp_experts", "moe_identity_expert", "all_reduce", "gather", "grouped_gemm", "ep_dispatch_experts"),
+        *("ep_router", "replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"),
+    )
+)
+_PACKED = ("packed_colwise", "packed_rowwise", "local_packed_rowwise")
 _WITH_BLOCKS = re.compile(r"(\w+)\[(\d+(?:,\d+)*)\]")
 
 
@@ -86,6 +98,12 @@ class ParallelInterface(Mapping[str, "TensorParallelLayer"]):
 
 
 ALL_PARALLEL_STYLES = ParallelInterface()
+
+
+def is_built_in(style: str) -> bool:
+    """Whether a style is a built-in one, perhaps with its blocks. It does not import torch."""
+    packed = _WITH_BLOCKS.fullmatch(style)
+    return style in _NAMES or (packed is not None and packed[1] in _PACKED)
 
 
 def as_strategies(given: ParallelInterface | str | Path) -> ParallelInterface:
