@@ -1,11 +1,13 @@
 """The source files, mapped: any region as a view, any target tensor as a stream of blocks.
 
-torch is imported when the first block needs it: to cast, or to gather many short runs. Others are copied as bytes.
+torch is imported when it is first needed: to cast, or once there have been many short runs to gather. Until then, runs
+are copied as bytes.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +30,9 @@ __all__ = ["SourceReader", "equal_tensors", "tensor_blocks"]
 _FILE_PIECE = 64 << 20
 # Data is moved as integers of the same width: bits survive whatever they mean, and every dtype has a copy kernel.
 _BITS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
-# A run costs Python about as long as the copy of a few kilobytes. Longer runs, and a few short ones, are copied without
-# torch, whose import costs more than a second.
-_LONG, _FEW = 1024, 4096  # bytes of a run, and runs of a region in a block
+# Python takes as long for a run as for the copy of a few kilobytes. torch takes less, but a second or more to import.
+_LONG = 16 << 10  # bytes of a run that Python copies quickly
+_FEW = 1 << 20  # runs that Python copies in the time of the import
 
 # The mapping is read-only and so are our views of it.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
@@ -50,6 +52,7 @@ class SourceReader:
     ) -> None:
         self._source, self._arrivals, self._given_up = source, arrivals, given_up
         self._maps: dict[str, MappedFile] = {}
+        self._short_runs = 0
         self._lock = threading.Lock()
 
     def __enter__(self) -> SourceReader:
@@ -108,6 +111,17 @@ class SourceReader:
         start = info.start + region.offset * width
         return self._map(info.file)[start : start + region.size * width]
 
+    def copies_runs(self, region: Region, shape: Sequence[int]) -> bool:
+        """Whether to copy a region, into a target of `shape`, run by run and not with torch: torch is not here, and
+        there have not been enough short runs to import it for them."""
+        if _torch_is_here():
+            return False
+        length = run_length(region, shape)
+        if length * itemsize(self.dtype(region)) >= _LONG:
+            return True
+        self._short_runs += region.size // length
+        return self._short_runs <= _FEW
+
     def copy_runs(self, region: Region, shape: Sequence[int], block: memoryview) -> None:
         """Copy the region's elements, as they are, to their places in `block`: a C-ordered target of `shape`."""
         info = self._source.tensors[region.source]
@@ -161,17 +175,15 @@ def _near(regions: Sequence[Region], box: Box) -> Sequence[Region]:
 
 def _gather(regions: Sequence[Region], box: Box, dtype: str, reader: SourceReader, block: memoryview) -> None:
     bits = all(reader.dtype(region) == dtype for region in regions)
-    if bits and all(_is_quick(region, box, itemsize(dtype)) for region in regions):
+    if bits and all(reader.copies_runs(region, box.extent) for region in regions):
         for region in regions:
             reader.copy_runs(region, box.extent, block)
     else:
         _copy_elements(regions, box, dtype, reader, block, bits=bits)
 
 
-def _is_quick(region: Region, box: Box, width: int) -> bool:
-    """Whether a region is copied as quickly in runs of bytes as by torch."""
-    length = run_length(region, box.extent)
-    return region.size // length <= _FEW or length * width >= _LONG
+def _torch_is_here() -> bool:
+    return "torch" in sys.modules
 
 
 def _copy_elements(
