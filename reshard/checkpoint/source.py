@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError, PolicyError
+from ..files.dtypes import FLOATING, torch_name
 from ..files.header import Header, TensorInfo, read_header
 from ..files.system import by_errno
 from ..files.untrusted import read_json, refuse_error_text, vetted_path
@@ -24,6 +25,7 @@ __all__ = [
     "Source",
     "SourceFile",
     "companions_of",
+    "dtype_of",
     "is_resharded",
     "model_config",
     "open_source",
@@ -75,6 +77,18 @@ def model_config(root: Path) -> dict[str, Any]:
     if "model_type" not in config:
         refuse_error_text(config, printable(root / "config.json"))
     return config
+
+
+def dtype_of(source: Source) -> str:
+    """Return the dtype of `from_pretrained(dtype="auto")`: the config's, else the first floating tensor's."""
+    named = source.config.get("dtype") or source.config.get("torch_dtype")
+    text = source.config.get("text_config")
+    if named is None and isinstance(text, dict):
+        named = text.get("dtype") or text.get("torch_dtype")
+    if isinstance(named, str) and named.removeprefix("torch.") in FLOATING:
+        return named.removeprefix("torch.")
+    found = (torch_name(info.dtype, tensor=info.name) for info in source.tensors.values())
+    return next((name for name in found if name in FLOATING), "float32")
 
 
 @dataclass(frozen=True, slots=True)

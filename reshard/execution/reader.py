@@ -1,13 +1,17 @@
-"""The source files, mapped: any region as a view, any target tensor as a stream of blocks."""
+"""The source files, mapped: any region as a view, any target tensor as a stream of blocks.
+
+torch is imported when it is first needed: to cast, or once there have been many short runs to gather. Until then, runs
+are copied as bytes.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..checkpoint.source import Source
 from ..files.dtypes import itemsize, torch_name
@@ -15,14 +19,20 @@ from ..files.mapped import MappedFile, check_unchanged
 from ..process import BLOCK_BYTES
 from ..resharded.targets import LocalTensor
 from ..sharding.placement import Piece
-from ..sharding.regions import Box, Region, boxes, cut, is_run
+from ..sharding.regions import Box, Region, boxes, cut, is_run, run_length, run_starts
 from ..storage.prefetch import Arrivals
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SourceReader", "equal_tensors", "tensor_blocks"]
 
 _FILE_PIECE = 64 << 20
 # Data is moved as integers of the same width: bits survive whatever they mean, and every dtype has a copy kernel.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
+# Python takes as long for a run as for the copy of a few kilobytes. torch takes less, but a second or more to import.
+_LONG = 16 << 10  # bytes of a run that Python copies quickly
+_FEW = 1 << 20  # runs that Python copies in the time of the import
 
 # The mapping is read-only and so are our views of it.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
@@ -42,6 +52,7 @@ class SourceReader:
     ) -> None:
         self._source, self._arrivals, self._given_up = source, arrivals, given_up
         self._maps: dict[str, MappedFile] = {}
+        self._short_runs = 0
         self._lock = threading.Lock()
 
     def __enter__(self) -> SourceReader:
@@ -81,11 +92,13 @@ class SourceReader:
 
     def view(self, region: Region, *, bits: bool) -> torch.Tensor:
         """Return the region's elements as a strided view of the mapped file; if `bits`, as same-width integers."""
+        import torch
+
         info = self._source.tensors[region.source]
         name = torch_name(info.dtype, tensor=info.name)
         width = itemsize(name)
         last = sum((size - 1) * stride for size, stride in zip(region.extent, region.strides))
-        dtype = _BITS[width] if bits else getattr(torch, name)
+        dtype = getattr(torch, _BITS[width] if bits else name)
         flat = torch.frombuffer(
             self._map(info.file), dtype=dtype, count=last + 1, offset=info.start + region.offset * width
         )
@@ -97,6 +110,26 @@ class SourceReader:
         width = itemsize(torch_name(info.dtype, tensor=info.name))
         start = info.start + region.offset * width
         return self._map(info.file)[start : start + region.size * width]
+
+    def copies_runs(self, region: Region, shape: Sequence[int]) -> bool:
+        """Whether to copy a region, into a target of `shape`, run by run and not with torch: torch is not here, and
+        there have not been enough short runs to import it for them."""
+        if _torch_is_here():
+            return False
+        length = run_length(region, shape)
+        if length * itemsize(self.dtype(region)) >= _LONG:
+            return True
+        self._short_runs += region.size // length
+        return self._short_runs <= _FEW
+
+    def copy_runs(self, region: Region, shape: Sequence[int], block: memoryview) -> None:
+        """Copy the region's elements, as they are, to their places in `block`: a C-ordered target of `shape`."""
+        info = self._source.tensors[region.source]
+        width = itemsize(torch_name(info.dtype, tensor=info.name))
+        data = self._map(info.file)[info.start :]
+        size = run_length(region, shape) * width
+        for start, at in zip(*run_starts(region, shape, width=width)):
+            block[at : at + size] = data[start : start + size]
 
     def pieces_of_file(self, name: str, start: int, end: int) -> Iterator[memoryview]:
         """Yield the bytes of a source file from `start` to `end`, in order."""
@@ -142,7 +175,24 @@ def _near(regions: Sequence[Region], box: Box) -> Sequence[Region]:
 
 def _gather(regions: Sequence[Region], box: Box, dtype: str, reader: SourceReader, block: memoryview) -> None:
     bits = all(reader.dtype(region) == dtype for region in regions)
-    kind = _BITS[itemsize(dtype)] if bits else getattr(torch, dtype)
+    if bits and all(reader.copies_runs(region, box.extent) for region in regions):
+        for region in regions:
+            reader.copy_runs(region, box.extent, block)
+    else:
+        _copy_elements(regions, box, dtype, reader, block, bits=bits)
+
+
+def _torch_is_here() -> bool:
+    return "torch" in sys.modules
+
+
+def _copy_elements(
+    regions: Sequence[Region], box: Box, dtype: str, reader: SourceReader, block: memoryview, *, bits: bool
+) -> None:
+    """Copy the elements of regions to their places in a block, each cast to `dtype` unless they have its `bits`."""
+    import torch
+
+    kind = getattr(torch, _BITS[itemsize(dtype)] if bits else dtype)
     target = torch.frombuffer(block, dtype=kind).view(box.extent)
     for region in regions:
         index = tuple(slice(start, start + size) for start, size in zip(region.target_start, region.extent))

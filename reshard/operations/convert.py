@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checkpoint.left_behind import refuse_keys
 from ..checkpoint.source import MANIFEST_NAME, Source
 from ..checkpoint.weights import chosen
 from ..execution.destination import destination
@@ -18,23 +20,23 @@ from ..execution.origin import Origin, open_origin
 from ..execution.staging import staged_folder
 from ..files.digest import ALGORITHM, new_digest
 from ..files.untrusted import vetted_path
-from ..planning.plan import ReshardPlan
-from ..planning.rules import AUTO
+from ..planning.model.rules import AUTO
+from ..planning.recut import Recut, recut
+from ..planning.remarks import announced
 from ..process import Progress, silent
 from ..resharded.layout import FileLayout
 from ..resharded.manifest import REFERENCE_NAME, Manifest
-from ..resharded.rank_file import FileRecord
 from ..sharding.topology import Topology
 from ..storage.disk import check_free_space, copy_file, write_file
 from ..storage.stores import as_text
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from .arguments import checked
-from .reference import fetch_whole, store_reference
 
 if TYPE_CHECKING:
     import torch
 
-from .plan import announced, plan_files
+    from ..planning.plan import ReshardPlan
+    from ..storage.prefetch import Arrivals
 
 __all__ = [
     "convert",
@@ -85,13 +87,15 @@ def convert(
     """
     topology, choice = Topology(tp_size, ep_size), chosen(weights, links_into)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
-        say(announced(source, topology))
+        say(announced(as_text(source), topology))
         if reference_logits:
+            from .reference import fetch_whole, store_reference
+
             whole, revision = fetch_whole(as_text(source), revision=revision, choice=choice)
         origin = open_origin(as_text(source), revision=revision, choice=choice, include=include)
         checkpoint, made = origin.source, origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
-            planned, layouts = plan_files(  # imports transformers; a few gigabytes arrive meanwhile
+            planned = _planned(  # may import transformers; a few gigabytes arrive meanwhile
                 origin,
                 topology,
                 tp_plan=tp_plan,
@@ -102,7 +106,8 @@ def convert(
             )
             for note in planned.notes:
                 say(note)
-            folder = stage.begin(_work(planned, layouts, origin))
+            draft, layouts = planned.manifest, planned.layouts
+            folder = stage.begin(_work(draft, layouts, origin))
             total = sum(layout.size for layout in layouts)
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             staged = 0 if keep_cache else origin.staged_bytes()
@@ -118,25 +123,64 @@ def convert(
                     sync=sync,
                     progress=report,
                 )
-        same = made is None or made.manifest.dtype == planned.model.dtype
+        same = made is None or made.manifest.dtype == draft.dtype
         kept = [name for name in checkpoint.extras if name != REFERENCE_NAME or same]
         root = checkpoint.root
         extras = [copy_file(vetted_path(root, name, what="source"), folder, name, sync=sync) for name in kept]
         if reference_logits:
-            extras.append(store_reference(whole, folder, planned.model.dtype, choice=choice, sync=sync))
-        recorded = made.manifest.source_files if made else _source_files(checkpoint, source_digests)
-        manifest = _manifest(planned, written, recorded, extras)
+            extras.append(store_reference(whole, folder, draft.dtype, choice=choice, sync=sync))
+        manifest = replace(
+            draft,
+            tool={"reshard": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+            source_files=draft.source_files if made else _source_files(checkpoint, source_digests),
+            rank_files=tuple(written[: topology.world_size]),
+            unused_file=next(iter(written[topology.world_size :]), None),
+            extras=tuple(extras),
+        )
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest
 
 
-def _work(plan: ReshardPlan, layouts: list[FileLayout], origin: Origin) -> str:
+def _planned(
+    origin: Origin,
+    topology: Topology,
+    *,
+    tp_plan: Mapping[str, str] | str | Path,
+    strategies: ParallelInterface | str | Path,
+    dtype: str | None,
+    drop_unused: bool,
+    arrivals: Arrivals | None,
+) -> Recut:
+    """Plan from the manifest of a resharded folder, if that tells all, else with the model, which imports transformers.
+
+    The manifest is the same either way."""
+    changed = tp_plan != AUTO or dtype is not None or drop_unused
+    if origin.made and not changed and isinstance(strategies, ParallelInterface) and strategies.is_plain:
+        refuse_keys(origin.source.root)
+        if found := recut(origin.made, topology):
+            return found
+    from .plan import plan_files
+
+    planned, layouts = plan_files(
+        origin,
+        topology,
+        tp_plan=tp_plan,
+        strategies=strategies,
+        dtype=dtype,
+        drop_unused=drop_unused,
+        arrivals=arrivals,
+    )
+    recorded = origin.made.manifest.source_files if origin.made else ()
+    return Recut(_draft(planned, recorded), layouts, planned.notes)
+
+
+def _work(draft: Manifest, layouts: list[FileLayout], origin: Origin) -> str:
     """Return a digest of all that the rank files depend on: the files read, as they are now, and where elements go."""
     digest = new_digest()
     digest.update(origin.version.encode())
     for file in origin.held.files:
         digest.update(repr((file.name, file.size, file.mtime_ns)).encode() + file.header.raw)
-    for thing in (*plan.source.extras, *plan.targets):
+    for thing in (*origin.source.extras, *draft.parameters):
         digest.update(repr(thing).encode())
     for layout in layouts:
         digest.update(f"{layout.name} ".encode() + layout.head)
@@ -155,19 +199,18 @@ def _source_files(source: Source, digests: Mapping[str, str]) -> tuple[dict[str,
     )
 
 
-def _manifest(
-    plan: ReshardPlan, written: list[FileRecord], source_files: tuple[dict[str, Any], ...], extras: list[FileRecord]
-) -> Manifest:
+def _draft(plan: ReshardPlan, recorded: tuple[dict[str, Any], ...]) -> Manifest:
+    """Return the manifest of a plan before any file is written. `recorded` are the source files, if they are known."""
     model, source = plan.model, plan.source
     return Manifest(
-        tool={"reshard": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        tool={},
         architecture=model.architecture,
         model_type=model.model_type,
         dtype=model.dtype,
         topology=plan.topology,
         repo_id=source.repo_id,
         commit=source.commit,
-        source_files=source_files,
+        source_files=recorded,
         parameters=plan.targets,
         hooks=model.hooks,
         custom=plan.custom,
@@ -175,9 +218,9 @@ def _manifest(
         duplicates=plan.duplicates,
         dropped=plan.dropped,
         runtime_only=plan.runtime_only,
-        rank_files=tuple(written[: plan.world_size]),
-        unused_file=written[plan.world_size] if plan.unused else None,
-        extras=tuple(extras),
+        rank_files=(),
+        unused_file=None,
+        extras=(),
         groups=plan.groups,
         bundles=plan.bundles,
         left=source.left,

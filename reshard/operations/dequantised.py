@@ -8,7 +8,7 @@ import torch
 
 from ..checkpoint.naming import Naming
 from ..checkpoint.source import Source
-from ..planning.quantized import Matrices
+from ..planning.model.quantized import Matrices
 from ..sharding.placement import Replicate
 from ..transforms.bundle import Follows, Member, Quantized
 from ..transforms.dequantise import dequantised

@@ -11,22 +11,22 @@ from ..checkpoint.weights import chosen
 from ..errors import UsageError
 from ..execution.origin import Origin, open_origin
 from ..planning.loads import WEIGHTS_AND_CACHE, Serving
-from ..planning.model import Model, read_model
+from ..planning.model.model import Model, read_model
+from ..planning.model.rules import AUTO, noted_styles, read_rules
 from ..planning.plan import ReshardPlan, build_plan, plan_layouts
-from ..planning.rules import AUTO, read_rules
+from ..planning.remarks import announced
 from ..planning.sizes import Size, size_table, smallest_fit
 from ..resharded.layout import FileLayout
 from ..sharding.topology import Topology
 from ..storage.prefetch import Arrivals
 from ..storage.stores import as_text
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
-from ..text import printable
 from .arguments import checked
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["announced", "plan", "plan_files", "sizes"]
+__all__ = ["plan", "plan_files", "sizes"]
 
 
 @checked
@@ -52,8 +52,9 @@ def plan(
 ) -> ReshardPlan:
     """Plan a checkpoint (folder, Hub id or URL) for `tp_size` ranks, from its headers alone.
 
-    A resharded folder is planned as the checkpoint that it was made from. If the source is remote, only its small files
-    and the headers are fetched.
+    A resharded folder is planned as the checkpoint that it was made from, with the styles that it was cut by, unless
+    `tp_plan` gives others or there is an expert axis. If the source is remote, only its small files and the headers are
+    fetched.
 
     If `gpu_memory` (bytes) is given instead of `tp_size`, the plan is for the fewest ranks on which everything fits:
     weights, and a KV cache of `batch_size` sequences of `max_model_len` tokens in `kv_dtype`, in the part
@@ -79,7 +80,7 @@ def plan(
             "give either the number of ranks (--tp-size) or what each can hold (--gpu-memory)",
             hint="--tp-size 2, or --gpu-memory 24GB",
         )
-    say(announced(source, Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
+    say(announced(as_text(source), Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
     planned, _ = plan_files(
         open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into), include=include),
         Topology(tp_size or ep_size, ep_size),
@@ -115,15 +116,10 @@ def sizes(
 
     Raises a `ReshardError`.
     """
-    say(announced(source, "any number of ranks"))
+    say(announced(as_text(source), "any number of ranks"))
     origin = open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into))
     strategies, model = _model(origin, tp_plan, strategies, dtype, experts=ep_size > 1)
     return size_table(model, strategies, ep=ep_size, serving=Serving(max_model_len, batch_size, kv_dtype))
-
-
-def announced(source: str | Path, ranks: object) -> str:
-    """Return the line to say when planning begins."""
-    return f"planning {printable(as_text(source))} for {ranks}"
 
 
 def plan_files(
@@ -167,4 +163,7 @@ def _model(
     refuse_keys(origin.source.root)
     found = as_strategies(strategies)
     rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
-    return found, read_model(origin.source, dtype=dtype, tp_plan=rules, experts=experts)
+    made = origin.made
+    travels = made is not None and rules == AUTO and not experts and made.manifest.topology.ep == 1
+    noted = noted_styles(made.manifest) if made and travels else None
+    return found, read_model(origin.source, dtype=dtype, tp_plan=rules, experts=experts, noted=noted)

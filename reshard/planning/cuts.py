@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 
 import torch
 
 from ..errors import BadInputError, TopologyError
-from ..sharding.dealing import deal, deal_heads, in_units, placement_of_ranges, scaled
+from ..sharding.dealing import deal, in_units, placement_of_heads, placement_of_ranges
 from ..sharding.placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard, local_shape, shared
 from ..sharding.topology import Topology
 from ..strategies import TensorParallelLayer
 from ..strategies.registry import ParallelInterface
 from ..strategies.tracing import placement_on
 from ..text import printable
-from .model import Parameter
+from .model.model import Parameter
 
 __all__ = ["does_cut", "groups_on", "placement_of"]
 
@@ -46,14 +45,15 @@ def placement_of(parameter: Parameter, strategies: ParallelInterface, topology: 
 def _by_heads(parameter: Parameter, dim: int, ranks: int) -> Placement:
     heads, size = parameter.heads, parameter.shape[dim]
     assert heads is not None
-    return _of_heads(heads.query, heads.key_value, heads.together, heads.is_query, dim, size // heads.count, ranks)
-
-
-@lru_cache(maxsize=1024)  # so that all layers share one object
-def _of_heads(query: int, key_value: int, together: int, is_query: bool, dim: int, unit: int, ranks: int) -> Placement:
-    mine = deal_heads(query, key_value, ranks, together).held(is_query=is_query)
-    size = unit * (query if is_query else key_value)
-    return placement_of_ranges(dim, size, [scaled(parts, unit) for parts in mine])
+    return placement_of_heads(
+        heads.query,
+        heads.key_value,
+        is_query=heads.is_query,
+        dim=dim,
+        unit=size // heads.count,
+        ranks=ranks,
+        together=heads.together,
+    )
 
 
 def _cut(

@@ -12,9 +12,9 @@ from ..files.dtypes import itemsize
 from ..sharding.placement import Replicate, local_shape
 from ..sharding.topology import Topology
 from ..strategies.registry import ParallelInterface
-from .cache import cached_elements
 from .cuts import placement_of
-from .model import Model, Parameter
+from .model.cache import cached_elements
+from .model.model import Model, Parameter
 
 __all__ = ["WEIGHTS_AND_CACHE", "Load", "Serving", "even_share", "loads_of", "repeated", "replicated_share"]
 

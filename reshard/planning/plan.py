@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,10 +11,10 @@ from ..checkpoint.source import Source
 from ..errors import BadInputError, TopologyError
 from ..files.dtypes import is_floating, widest
 from ..process import BLOCK_BYTES, worker_count
-from ..resharded.layout import UNUSED_NAME, FileLayout, file_layout, rank_file_name
+from ..resharded.layout import FileLayout, file_layouts
 from ..resharded.report import replicated_bytes, rows
-from ..resharded.targets import Bundle, Target, partly_used, rank_tensors, unused_tensors
-from ..sharding.placement import Placement, Replicate, is_box
+from ..resharded.targets import Bundle, Target, partly_used
+from ..sharding.placement import Placement, Replicate
 from ..sharding.regions import Region
 from ..sharding.topology import Topology
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
@@ -22,8 +22,8 @@ from ..text import listed, numbers_in_runs, printable
 from ..transforms.bundle import member_placement
 from .cuts import does_cut, groups_on, placement_of
 from .loads import WEIGHTS_AND_CACHE, Serving, even_share, loads_of, repeated
-from .model import Model, Parameter
-from .remarks import dtypes_of, mixed_note, partly_note, quantized_note
+from .model.model import Model, Parameter
+from .remarks import dtypes_of, mixed_note, partly_note, quantized_note, runtime_only, why_whole
 from .sizes import has_plan, legal_sizes, refusal_of
 
 __all__ = ["ReshardPlan", "build_plan", "plan_layouts"]
@@ -154,7 +154,7 @@ def build_plan(
         duplicates,
         unused=(*(() if drop_unused else model.unused), *partly),
         dropped=model.unused if drop_unused else (),
-        runtime_only=(*_runtime_only(targets, tied, bundles, topology.world_size), *apart),
+        runtime_only=(*runtime_only(targets, tied, bundles, topology.world_size), *apart),
         custom=strategies.custom({*model.hooks.values(), *(p.style for p in model.parameters if p.style)}),
         groups=groups_on(model.parameters, placements, topology),
         strategies=strategies,
@@ -194,13 +194,13 @@ def _target(
     if is_floating(stored) and stored != parameter.dtype:
         stored, compute_dtype = (parameter.dtype, None) if cast else (stored, parameter.dtype)
     style = parameter.expert_style or parameter.style
-    reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None
+    reason = why_whole(parameter.style, topology) if isinstance(placement, Replicate) else None
     return Target(parameter.name, parameter.shape, stored, placement, regions, style, compute_dtype, reason)
 
 
 def _bundle(parameter: Parameter, placement: Placement, model: Model, topology: Topology) -> Bundle:
     style = parameter.expert_style or parameter.style
-    reason = _why_whole(parameter, topology) if isinstance(placement, Replicate) else None
+    reason = why_whole(parameter.style, topology) if isinstance(placement, Replicate) else None
     regions = model.regions[parameter.name]
     target = Target(parameter.name, parameter.shape, parameter.dtype, placement, regions, style, None, reason)
     return Bundle(target, model.bundles[parameter.name])
@@ -214,12 +214,6 @@ def _members(bundle: Bundle, model: Model, topology: Topology) -> Iterator[Targe
         placement = member_placement(member, quantized.blocks, of.placement, of.shape, topology.world_size)
         reason = (of.reason or "all ranks need it") if isinstance(placement, Replicate) else None
         yield Target(name, held.shape, held.dtype, placement, held.regions, of.style, None, reason)
-
-
-def _why_whole(parameter: Parameter, topology: Topology) -> str:
-    if parameter.style is None:
-        return "no rule in the tp_plan"
-    return "tp is 1" if topology.tp == 1 < topology.world_size else f"{parameter.style} keeps it whole"
 
 
 def _tie(
@@ -248,31 +242,6 @@ def _tie(
     return regions, tied, duplicates, tuple(apart)
 
 
-def _runtime_only(
-    targets: Iterable[Target], tied: Mapping[str, str], bundles: Sequence[Bundle], world_size: int
-) -> list[str]:
-    """List the reasons why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the
-    folder."""
-    reasons = []
-    scattered = [target.name for target in targets if not is_box(target.placement)]
-    if scattered and world_size > 1:
-        reasons.append(f"{len(scattered)} parameters are not one box per rank ({scattered[0]} …)")
-    reasons += [f"{len(bundles)} parameters are quantized"] if bundles else []
-    reasons += [f"{name} is tied to {owner} and stored once, but it looks for both" for name, owner in tied.items()]
-    return reasons
-
-
 def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
     """Lay out every file the plan writes: one for each rank, and one for the unused tensors if there are any."""
-    rectangles = frozenset(target.name for target in plan.targets if plan.world_size == 1 or is_box(target.placement))
-    layouts = [
-        file_layout(
-            rank_file_name(rank),
-            rank_tensors(plan.targets, rank=rank, world_size=plan.world_size),
-            boxes=rectangles,
-        )
-        for rank in range(plan.world_size)
-    ]
-    if plan.unused:
-        layouts.append(file_layout(UNUSED_NAME, unused_tensors(plan.source, plan.unused)))
-    return layouts
+    return file_layouts(plan.targets, plan.world_size, plan.source, plan.unused)

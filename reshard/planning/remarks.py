@@ -1,20 +1,38 @@
-"""Remarks on a plan: tensors stored in another way than in the checkpoint, one line each."""
+"""Remarks on a plan: tensors stored in another way than in the checkpoint, what is whole on every rank, and what the
+result cannot be opened with."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ..checkpoint.source import Source
 from ..files.dtypes import torch_name
 from ..resharded.targets import Bundle, Target
-from ..sharding.placement import pieces
+from ..sharding.placement import is_box, pieces
 from ..sharding.regions import Region
-from ..text import listed
+from ..sharding.topology import Topology
+from ..text import listed, printable
 from ..transforms.bundle import block_at
-from .loads import Load
 
-__all__ = ["dtypes_of", "mixed_note", "partly_note", "quantized_note"]
+if TYPE_CHECKING:  # it comes with torch
+    from .loads import Load
+
+__all__ = [
+    "announced",
+    "dtypes_of",
+    "mixed_note",
+    "partly_note",
+    "quantized_note",
+    "runtime_only",
+    "why_whole",
+]
+
+
+def announced(source: object, ranks: object) -> str:
+    """Return the line to say when planning begins. `source` is written as text."""
+    return f"planning {printable(source)} for {ranks}"
 
 
 def dtypes_of(regions: Iterable[Region], source: Source) -> set[str]:
@@ -72,3 +90,24 @@ def _divides_units(bundle: Bundle, world_size: int) -> bool:
                     if (bound - block_at(bound, blocks)[1]) % unit:
                         return True
     return False
+
+
+def why_whole(style: str | None, topology: Topology) -> str:
+    """Say why a parameter of this style is whole on every rank."""
+    if style is None:
+        return "no rule in the tp_plan"
+    return "tp is 1" if topology.tp == 1 < topology.world_size else f"{style} keeps it whole"
+
+
+def runtime_only(
+    targets: Iterable[Target], tied: Mapping[str, str], bundles: Sequence[Bundle], world_size: int
+) -> list[str]:
+    """List the reasons why transformers' own loader for rank files (torch's distributed checkpoint) cannot open the
+    folder."""
+    reasons = []
+    scattered = [target.name for target in targets if not is_box(target.placement)]
+    if scattered and world_size > 1:
+        reasons.append(f"{len(scattered)} parameters are not one box per rank ({scattered[0]} …)")
+    reasons += [f"{len(bundles)} parameters are quantized"] if bundles else []
+    reasons += [f"{name} is tied to {owner} and stored once, but it looks for both" for name, owner in tied.items()]
+    return reasons

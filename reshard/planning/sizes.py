@@ -11,7 +11,7 @@ from ..sharding.topology import Topology
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from ..text import printable
 from .loads import Load, Serving, even_share, loads_of, replicated_share
-from .model import Model
+from .model.model import Model
 
 __all__ = ["Size", "has_plan", "legal_sizes", "refusal_of", "size_table", "smallest_fit"]
 

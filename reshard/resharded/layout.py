@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..checkpoint.source import Source
 from ..files.dtypes import CODES, itemsize
-from .targets import LocalTensor
+from ..sharding.placement import is_box
+from .targets import LocalTensor, Target, rank_tensors, unused_tensors
 
-__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "rank_file_name"]
+__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "file_layouts", "rank_file_name"]
 
 ALIGNMENT = 4096  # bytes: tensor data starts on a page, so a file can be mapped or read directly
 UNUSED_NAME = "unused.safetensors"
@@ -68,3 +70,17 @@ def file_layout(name: str, tensors: Iterable[LocalTensor], *, boxes: frozenset[s
         slots.append(Slot(tensor, offset))
         offset += tensor.nbytes
     return FileLayout(name, head, tuple(slots), offset)
+
+
+def file_layouts(
+    targets: Sequence[Target], world_size: int, source: Source, unused: Iterable[str] = ()
+) -> list[FileLayout]:
+    """Lay out every file of a folder: one for each rank, and one for the `unused` tensors of `source` if there are
+    any."""
+    rectangles = frozenset(target.name for target in targets if world_size == 1 or is_box(target.placement))
+    layouts = [
+        file_layout(rank_file_name(rank), rank_tensors(targets, rank=rank, world_size=world_size), boxes=rectangles)
+        for rank in range(world_size)
+    ]
+    apart = unused_tensors(source, unused)
+    return [*layouts, file_layout(UNUSED_NAME, apart)] if apart else layouts

@@ -6,10 +6,20 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard, ranges_of, shard_bounds
 
-__all__ = ["HeadDeal", "deal", "deal_heads", "deal_units", "in_units", "placement_of_ranges", "scaled"]
+__all__ = [
+    "HeadDeal",
+    "deal",
+    "deal_heads",
+    "deal_units",
+    "in_units",
+    "placement_of_heads",
+    "placement_of_ranges",
+    "scaled",
+]
 
 Range = tuple[int, int]  # start and stop
 
@@ -131,3 +141,17 @@ def placement_of_ranges(dim: int, size: int, ranges: Sequence[Sequence[Range]]) 
         ):
             return Shard(dim) if row == 1 else Nested(Shard(dim), Replicate(), row)
     return Ranges(dim, held)
+
+
+@lru_cache(maxsize=1024)  # so that all layers share one object
+def placement_of_heads(
+    query: int, key_value: int, *, is_query: bool, dim: int, unit: int, ranks: int, together: int = 1
+) -> Placement:
+    """Return the placement of a dim of whole heads, query heads or KV heads, of `unit` elements each. `together` is as
+    for `deal_heads`.
+
+    Raises ValueError as `deal_heads` does.
+    """
+    mine = deal_heads(query, key_value, ranks, together).held(is_query=is_query)
+    size = unit * (query if is_query else key_value)
+    return placement_of_ranges(dim, size, [scaled(parts, unit) for parts in mine])

@@ -13,7 +13,18 @@ from dataclasses import dataclass
 
 from .placement import Piece
 
-__all__ = ["Box", "Region", "boxes", "contiguous_strides", "covers", "cut", "is_run", "whole"]
+__all__ = [
+    "Box",
+    "Region",
+    "boxes",
+    "contiguous_strides",
+    "covers",
+    "cut",
+    "is_run",
+    "run_length",
+    "run_starts",
+    "whole",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +157,29 @@ def is_run(region: Region) -> bool:
             return False
         step *= size
     return True
+
+
+def run_length(region: Region, shape: Sequence[int]) -> int:
+    """Return the number of elements of a run. A run is a stretch of the region that lies contiguously both in its
+    source and in a C-ordered target of `shape`; all runs of a region are as long."""
+    length = 1
+    for size, stride, step in reversed(list(zip(region.extent, region.strides, contiguous_strides(shape)))):
+        if size != 1 and not stride == step == length:
+            break
+        length *= size
+    return length
+
+
+def run_starts(region: Region, shape: Sequence[int], *, width: int = 1) -> tuple[list[int], list[int]]:
+    """Return where the runs of a region start, in its source and in a C-ordered target of `shape`: in elements, or in
+    bytes if an element has `width` of them."""
+    steps = contiguous_strides(shape)
+    source, target = [region.offset * width], [sum(at * step for at, step in zip(region.target_start, steps)) * width]
+    left = region.size // run_length(region, shape)  # the outer dims; those inside are within a run
+    for size, stride, step in zip(region.extent, region.strides, steps):
+        if left == 1:
+            break
+        left //= size
+        source = [start + index * stride * width for start in source for index in range(size)]
+        target = [start + index * step * width for start in target for index in range(size)]
+    return source, target

@@ -1,31 +1,36 @@
 """Strategies: one class for each tensor-parallel style. It says how parameters are cut, and what runs at run time.
 
 To add your own, subclass `TensorParallelLayer` and register an instance on `ALL_PARALLEL_STYLES` under its name.
+Names are imported when first used, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
 
-from .base import LocalLayer, TensorParallelLayer
-from .collectives import group_of
-from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
-from .experts import (
-    AllReduceParallel,
-    ExpertsDispatchParallel,
-    ExpertShardParallel,
-    MoeExpertsParallel,
-    MoeIdentityParallel,
-)
-from .linear import (
-    ColwiseParallel,
-    Conv1DColwiseParallel,
-    Conv1DRowwiseParallel,
-    PackedColwiseParallel,
-    PackedRowwiseParallel,
-    RowwiseParallel,
-)
-from .registry import ALL_PARALLEL_STYLES, ParallelInterface, load_strategies
-from .sequence import SequenceParallel, SplitSequence, follow
-from .shards import as_dtensor, get_packed_weights, get_tensor_shard, rows_of, take, torch_placement
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import LocalLayer, TensorParallelLayer
+    from .collectives import group_of
+    from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
+    from .experts import (
+        AllReduceParallel,
+        ExpertsDispatchParallel,
+        ExpertShardParallel,
+        MoeExpertsParallel,
+        MoeIdentityParallel,
+    )
+    from .linear import (
+        ColwiseParallel,
+        Conv1DColwiseParallel,
+        Conv1DRowwiseParallel,
+        PackedColwiseParallel,
+        PackedRowwiseParallel,
+        RowwiseParallel,
+    )
+    from .registry import ALL_PARALLEL_STYLES, ParallelInterface, load_strategies
+    from .sequence import SequenceParallel, SplitSequence, follow
+    from .shards import as_dtensor, get_packed_weights, get_tensor_shard, rows_of, take, torch_placement
 
 __all__ = [
     "ALL_PARALLEL_STYLES",
@@ -57,3 +62,44 @@ __all__ = [
     "take",
     "torch_placement",
 ]
+
+_HOMES = {
+    "LocalLayer": "base",
+    "TensorParallelLayer": "base",
+    "group_of": "collectives",
+    "EmbeddingColwiseParallel": "embedding",
+    "EmbeddingRowwiseParallel": "embedding",
+    "AllReduceParallel": "experts",
+    "ExpertsDispatchParallel": "experts",
+    "ExpertShardParallel": "experts",
+    "MoeExpertsParallel": "experts",
+    "MoeIdentityParallel": "experts",
+    "ColwiseParallel": "linear",
+    "Conv1DColwiseParallel": "linear",
+    "Conv1DRowwiseParallel": "linear",
+    "PackedColwiseParallel": "linear",
+    "PackedRowwiseParallel": "linear",
+    "RowwiseParallel": "linear",
+    "ALL_PARALLEL_STYLES": "registry",
+    "ParallelInterface": "registry",
+    "load_strategies": "registry",
+    "SequenceParallel": "sequence",
+    "SplitSequence": "sequence",
+    "follow": "sequence",
+    "as_dtensor": "shards",
+    "get_packed_weights": "shards",
+    "get_tensor_shard": "shards",
+    "rows_of": "shards",
+    "take": "shards",
+    "torch_placement": "shards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,7 @@
-"""Names of styles and the strategy of each: built-in ones, and the user's."""
+"""Names of styles and the strategy of each: built-in ones, and the user's.
+
+Importing it does not import torch: the built-in strategies are made when one is first asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,103 +9,66 @@ import re
 import runpy
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from functools import cache
 from pathlib import Path
-
-from torch.distributed.tensor import Replicate, Shard
+from typing import TYPE_CHECKING
 
 from ..errors import BadInputError
 from ..files.system import by_errno
 from ..text import printable
-from .base import LocalLayer, TensorParallelLayer
-from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
-from .experts import (
-    AllReduceParallel,
-    ExpertsDispatchParallel,
-    ExpertShardParallel,
-    MoeExpertsParallel,
-    MoeIdentityParallel,
+
+if TYPE_CHECKING:
+    from .base import TensorParallelLayer
+
+__all__ = ["ALL_PARALLEL_STYLES", "ParallelInterface", "as_strategies", "is_built_in", "load_strategies"]
+
+# The names of `BUILT_IN`, which are known before torch is imported.
+_NAMES = frozenset(
+    (
+        *("colwise", "colwise_gather_output", "colwise_rep", "rowwise", "rowwise_split_input", "rowwise_rep"),
+        *("packed_colwise", "packed_rowwise", "local_colwise", "local_rowwise", "local_packed_rowwise", "local"),
+        *("conv1d_colwise", "conv1d_colwise_gather_output", "conv1d_rowwise", "conv1d_rowwise_split_input"),
+        *("embedding_rowwise", "embedding_colwise", "embedding_local_colwise", "sequence_parallel"),
+        *("moe_tp_experts", "moe_identity_expert", "all_reduce", "gather", "grouped_gemm", "ep_dispatch_experts"),
+        *("ep_router", "replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"),
+    )
 )
-from .linear import (
-    ColwiseParallel,
-    Conv1DColwiseParallel,
-    Conv1DRowwiseParallel,
-    PackedColwiseParallel,
-    PackedRowwiseParallel,
-    RowwiseParallel,
-)
-from .sequence import SequenceParallel
-
-__all__ = ["ALL_PARALLEL_STYLES", "ParallelInterface", "as_strategies", "load_strategies"]
-
-
-_unchanged = LocalLayer()
-
-
-_gathered_colwise = ColwiseParallel(output_layouts=Replicate())
-
-
-_split_rowwise = RowwiseParallel(input_layouts=Replicate())
-
-
-_BUILT_IN: dict[str, TensorParallelLayer] = {
-    "colwise": ColwiseParallel(),
-    "colwise_gather_output": _gathered_colwise,
-    "colwise_rep": _gathered_colwise,
-    "rowwise": RowwiseParallel(),
-    "rowwise_split_input": _split_rowwise,
-    "rowwise_rep": _split_rowwise,
-    "packed_colwise": PackedColwiseParallel(),
-    "packed_rowwise": PackedRowwiseParallel(),
-    # The older guide's names for parameters that everybody sees as local tensors, not as DTensors.
-    "local_colwise": ColwiseParallel(use_dtensor=False),
-    "local_rowwise": RowwiseParallel(use_dtensor=False),
-    "local_packed_rowwise": PackedRowwiseParallel(use_dtensor=False),
-    "local": LocalLayer(use_dtensor=False),
-    "conv1d_colwise": Conv1DColwiseParallel(),
-    "conv1d_colwise_gather_output": Conv1DColwiseParallel(output_layouts=Replicate()),
-    "conv1d_rowwise": Conv1DRowwiseParallel(),
-    "conv1d_rowwise_split_input": Conv1DRowwiseParallel(input_layouts=Replicate()),
-    "embedding_rowwise": EmbeddingRowwiseParallel(),
-    "embedding_colwise": EmbeddingColwiseParallel(),
-    "embedding_local_colwise": EmbeddingColwiseParallel(output_layouts=Shard(-1), use_dtensor=False),
-    "sequence_parallel": SequenceParallel(),
-    "moe_tp_experts": MoeExpertsParallel(),
-    "moe_identity_expert": MoeIdentityParallel(),
-    "all_reduce": AllReduceParallel(),
-    "gather": AllReduceParallel(),  # the older guide's name: it sums the module's outputs
-    "grouped_gemm": ExpertShardParallel(),
-    "ep_dispatch_experts": ExpertsDispatchParallel(),
-    # transformers 5.17 masks the routes after the router, later releases before the experts, as here.
-    "ep_router": _unchanged,
-    "replicate": _unchanged,
-    # For training: sums the gradient of a norm that sees only this rank's heads. The forward stays the module's own.
-    "replicated_with_grad_allreduce": _unchanged,
-    # For training too: the rope part of MLA's compressed keys goes to every rank's heads, which changes only gradients.
-    "mla_kv_a_proj": _unchanged,
-    # Parameters of a module without hooks (attention sinks): their own rules cut them, the module runs as it is.
-    "local_params": _unchanged,
-}
-
-
+_PACKED = ("packed_colwise", "packed_rowwise", "local_packed_rowwise")
 _WITH_BLOCKS = re.compile(r"(\w+)\[(\d+(?:,\d+)*)\]")
 
 
-class ParallelInterface(Mapping[str, TensorParallelLayer]):
+@cache
+def _built_in() -> dict[str, TensorParallelLayer]:
+    from .built_in import BUILT_IN
+
+    return BUILT_IN
+
+
+class ParallelInterface(Mapping[str, "TensorParallelLayer"]):
     """Style → strategy. Every instance has the built-in styles and those registered on it."""
 
     def __init__(self) -> None:
-        self._strategies = dict(_BUILT_IN)
+        self._registered: dict[str, TensorParallelLayer] = {}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every style is a built-in one: nothing was registered."""
+        return not self._registered
 
     def register_strategy(self, name: str, strategy: TensorParallelLayer) -> None:
         """Make `name` usable in a plan. Replaces a strategy of that name. Raises TypeError if `strategy` is none."""
+        from .base import TensorParallelLayer
+
         if not isinstance(strategy, TensorParallelLayer):
             raise TypeError(f"{name}: register an instance of a TensorParallelLayer, not {strategy!r}")
-        self._strategies[name] = strategy
+        self._registered[name] = strategy
 
     def find(self, name: str) -> TensorParallelLayer:
         """Return the strategy of a style. `packed_colwise[4,1,1]` is `packed_colwise` with blocks of these relative
         sizes. Raises BadInputError, with the known styles, if there is none.
         """
+        from .linear import PackedColwiseParallel, PackedRowwiseParallel
+
         packed = _WITH_BLOCKS.fullmatch(name)
         if packed and isinstance(self.get(packed[1]), (PackedColwiseParallel, PackedRowwiseParallel)):
             strategy = copy(self[packed[1]])
@@ -117,19 +83,27 @@ class ParallelInterface(Mapping[str, TensorParallelLayer]):
 
     def custom(self, names: Iterable[str]) -> dict[str, str]:
         """Return the custom styles among `names`, and the class of each."""
-        return {name: type(self[name]).__name__ for name in sorted(names) if self.get(name) is not _BUILT_IN.get(name)}
+        return {
+            name: type(self[name]).__name__ for name in sorted(names) if self.get(name) is not _built_in().get(name)
+        }
 
     def __getitem__(self, name: str) -> TensorParallelLayer:
-        return self._strategies[name]
+        return self._registered[name] if name in self._registered else _built_in()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._strategies)
+        return iter({**_built_in(), **self._registered})
 
     def __len__(self) -> int:
-        return len(self._strategies)
+        return len({*_built_in(), *self._registered})
 
 
 ALL_PARALLEL_STYLES = ParallelInterface()
+
+
+def is_built_in(style: str) -> bool:
+    """Whether a style is a built-in one, perhaps with its blocks. It does not import torch."""
+    packed = _WITH_BLOCKS.fullmatch(style)
+    return style in _NAMES or (packed is not None and packed[1] in _PACKED)
 
 
 def as_strategies(given: ParallelInterface | str | Path) -> ParallelInterface:

@@ -30,7 +30,7 @@ import reshard.operations.plan
 from reshard.cli import speaking
 from reshard.cli.convert import next_command
 from reshard.cli.speaking import progress_bar
-from reshard.planning.model import read_model
+from reshard.planning.model.model import read_model
 from reshard.showing.tables import table
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in (
         "reshard.operations.convert.open_origin",
-        "reshard.operations.convert.fetch_whole",
+        "reshard.operations.reference.fetch_whole",
         "reshard.operations.merge.fetch",
     ):
         monkeypatch.setattr(name, fail)

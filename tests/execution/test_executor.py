@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def parameters(draw: st.DrawFn, number: int) -> tuple[torch.Tensor, Target, torc
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_bytes_are_torchs(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Copies, placements, dtypes, ranks, blocks and workers are random; digests are of the bytes on disk."""
+    """Copies, placements, dtypes, ranks, blocks and workers are random, and so is who copies, Python or torch; digests
+    are of the bytes on disk."""
     root = tmp_path_factory.mktemp("plan")
     made = [data.draw(parameters(i)) for i in range(data.draw(st.integers(1, 4)))]
     half = len(made) // 2
@@ -79,6 +81,9 @@ def test_bytes_are_torchs(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor, "BLOCK_BYTES", data.draw(st.sampled_from([8, 24, 64, 100, 1 << 20])))
+        patch.setattr(reader_module, "_torch_is_here", partial(bool, data.draw(st.booleans())))
+        patch.setattr(reader_module, "_FEW", data.draw(st.sampled_from([0, 20, 1 << 20])))
+        patch.setattr(reader_module, "_LONG", data.draw(st.sampled_from([8, 1 << 20])))
         written, digests = write_files(root, layouts, Inputs(source), workers=data.draw(st.integers(1, 3)))
 
     for rank, evidence in enumerate(written):

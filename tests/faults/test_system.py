@@ -25,7 +25,7 @@ from reshard.files.header import read_header
 from reshard.files.mapped import MappedFile, check_unchanged
 from reshard.files.system import by_errno, explained, walked
 from reshard.files.untrusted import read_json, vetted_path
-from reshard.planning.rules import read_rules
+from reshard.planning.model.rules import read_rules
 from reshard.resharded.manifest import read_manifest
 from reshard.storage import disk, filesystems
 from reshard.storage.hub.errors import explain

@@ -14,10 +14,12 @@ import bench_load
 import bench_overhead
 import bench_plan
 import bench_sequence
+import bench_startup
 import pytest
 from big_checkpoints import LLAMA_1B
 from click import Command
 from click.testing import CliRunner
+from places import ROOT
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
@@ -73,6 +75,11 @@ def test_the_benchmark_of_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, rows in ((first, [*ours, "load and split", r"transformers \+ DCP"]), (second, ours)):
         for row in rows:
             assert re.search(rf"^  {row}  .*\d", text, re.MULTILINE), output
+
+
+def test_the_benchmark_of_start_up() -> None:
+    output = run(bench_startup.main, "--repeat", "1", "--beside", str(ROOT), "--only", "tp2 to tp4")
+    assert re.fullmatch(r"  convert tp2 to tp4  .* here .* s cpu .* s wall  beside .* s wall  .* × .* ×\n", output)
 
 
 def test_the_benchmark_of_planning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,11 @@ RUNTIME_MAY_TAKE = {"files", "sharding", "transforms", "checkpoint", "resharded"
 RUNTIME_MAY_TAKE_TOO = {"reshard.operations.arguments", "reshard.operations.reference"}
 HEAVY = {"torch", "transformers", "numpy"}
 NEEDS_TORCH = {"reshard.checkpoint.architecture"}  # it imports transformers' model classes
-TORCH_FREE_ROOMS = ["files", "sharding", "showing", "checkpoint", "resharded", "storage", "launch", "cli"]
-TORCH_FREE = ["reshard", *(f"reshard.operations.{name}" for name in ("publish.publish", "pull", "verify", "inspect"))]
+TORCH_FREE_ROOMS = ["files", "sharding", "showing", "checkpoint", "resharded", "storage", "execution", "launch", "cli"]
+TORCH_FREE = [
+    *("reshard", "reshard.strategies.registry", "reshard.planning.recut"),
+    *(f"reshard.operations.{name}" for name in ("publish.publish", "pull", "verify", "inspect", "convert", "merge")),
+]
 
 
 def module_name(path: Path) -> str:

@@ -156,7 +156,7 @@ def strategies(tmp_path: Path) -> Path:
 def test_strategies_by_their_file(
     kind: Callable[[Path], Any], strategies: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ALL_PARALLEL_STYLES, "_strategies", dict(ALL_PARALLEL_STYLES._strategies))
+    monkeypatch.setattr(ALL_PARALLEL_STYLES, "_registered", dict(ALL_PARALLEL_STYLES._registered))
     rules = {"extends": "auto", "layers.*.mlp.up_proj": "of_my_own"}
     plan = reshard.plan(source, tp_size=2, tp_plan=rules, strategies=kind(strategies))
     assert plan.custom == {"of_my_own": "Mine"}

@@ -110,7 +110,7 @@ def test_tied_weights(twice: bool, tmp_path: Path) -> None:
         add(source, {"lm_head.weight": whole["model.embed_tokens.weight"]})
     both_ways(source, tmp_path, {"tp_size": 2}, {"tp_size": 4})
     apart = {"tp_plan": {"extends": "auto", "model.embed_tokens": "replicate"}}
-    both_ways(source, tmp_path, {"tp_size": 2, **apart}, {"tp_size": 4})
+    both_ways(source, tmp_path, {"tp_size": 2, **apart}, {"tp_size": 4, **apart})
     both_ways(source, tmp_path, {"tp_size": 2}, {"tp_size": 4, **apart})
 
 

@@ -14,10 +14,10 @@ from cli_tools import Checkpoint, Cli
 from family_inputs import inputs
 
 import reshard
-from reshard.planning.cache import cache_layers, cached_elements
-from reshard.planning.heads import heads_of
+from reshard.planning.model.cache import cache_layers, cached_elements
+from reshard.planning.model.heads import heads_of
+from reshard.planning.model.rules import AUTO, expand, model_rules
 from reshard.planning.plan import plan_layouts
-from reshard.planning.rules import AUTO, expand, model_rules
 from reshard.sharding.topology import Topology
 
 # Grouped heads, windows, latents, shared caches, linear attention, fused projections, blocks of heads.
@@ -125,7 +125,7 @@ def test_a_model_whose_cache_is_not_known_is_planned(checkpoint: Checkpoint, mon
     def unknown(_: object) -> Any:
         raise ValueError("a configuration of an unusual kind")
 
-    monkeypatch.setattr(reshard.planning.cache, "_windows", unknown)
+    monkeypatch.setattr(reshard.planning.model.cache, "_windows", unknown)
     report = reshard.plan(checkpoint("llama"), tp_size=2).to_dict()
     assert {rank["kv_bytes_per_token"] for rank in report["ranks"]} == {None}
     assert reshard.plan(checkpoint("llama"), gpu_memory=10**9).world_size == 1

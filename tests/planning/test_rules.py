@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from reshard.errors import BadInputError
-from reshard.planning.rules import AUTO, Rules, expand, expert_rules, model_rules, read_rules
+from reshard.planning.model.rules import AUTO, Rules, expand, expert_rules, model_rules, read_rules
 
 
 class Layer(nn.Module):

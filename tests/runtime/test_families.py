@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import conversion_mapping
 
 import reshard
-from reshard.planning.corrections import CORRECTIONS
+from reshard.planning.model.corrections import CORRECTIONS
 
 SAMPLE = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_oss", "deepseek_v2"),

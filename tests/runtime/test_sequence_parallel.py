@@ -187,7 +187,7 @@ ALL_PARALLEL_STYLES.register_strategy("mine", Mine())
 )
 def test_what_stands_in_the_way_is_named(plan: Any, words: str, source: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    before = dict(ALL_PARALLEL_STYLES)
+    before = dict(ALL_PARALLEL_STYLES._registered)
     try:
         strategies = load_strategies(tmp_path / "mine.py")
         assert isinstance(strategies["mine"], RowwiseParallel)
@@ -195,7 +195,7 @@ def test_what_stands_in_the_way_is_named(plan: Any, words: str, source: Any, tmp
         with pytest.raises(BadInputError, match=words):
             points(tmp_path / "out", strategies)
     finally:
-        ALL_PARALLEL_STYLES._strategies = before
+        ALL_PARALLEL_STYLES._registered = before
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from symbolic_programs import programs, run
 
 from reshard.sharding.placement import Piece
-from reshard.sharding.regions import Region, boxes, contiguous_strides, covers, cut, is_run, whole
+from reshard.sharding.regions import (
+    Region,
+    boxes,
+    contiguous_strides,
+    covers,
+    cut,
+    is_run,
+    run_length,
+    run_starts,
+    whole,
+)
 from reshard.strategies.symbolic import RegionTensor
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
@@ -175,3 +185,27 @@ def test_is_run_says_whether_elements_are_consecutive(program: tuple[tuple[int, 
     for region in symbolic.regions:
         taken = torch.as_strided(flat, region.extent, region.strides, region.offset).flatten().tolist()
         assert is_run(region) == (taken == list(range(region.offset, region.offset + region.size)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(programs(), st.data())
+def test_runs_are_the_elements(program: tuple[tuple[int, ...], list], data: st.DataObject) -> None:
+    """Copied run by run, the regions of a part are torch's elements; no run goes on where another ends."""
+    shape, steps = program
+    source = torch.arange(math.prod(shape)).reshape(shape)
+    symbolic = RegionTensor.of_source("x", shape, torch.int64)
+    for step in steps:
+        symbolic = run(symbolic, step)
+    whole_shape = tuple(symbolic.shape)
+    start = tuple(data.draw(st.integers(0, size - 1)) for size in whole_shape)
+    extent = tuple(data.draw(st.integers(1, size - s)) for s, size in zip(start, whole_shape))
+    found = cut(symbolic.regions, Piece(start, extent, (0,) * len(extent)))
+    out, flat = [-1] * math.prod(extent), source.flatten().tolist()
+    for region in found:
+        length = run_length(region, extent)
+        starts = list(zip(*run_starts(region, extent)))
+        assert len(starts) * length == region.size
+        for at, to in starts:
+            out[to : to + length] = flat[at : at + length]
+        assert [(at * 4, to * 4) for at, to in starts] == list(zip(*run_starts(region, extent, width=4)))
+    assert torch.equal(torch.tensor(out).reshape(extent), materialise(found, extent, {"x": source}))

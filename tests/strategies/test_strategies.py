@@ -30,6 +30,8 @@ from reshard.strategies import (
     get_tensor_shard,
     take,
 )
+from reshard.strategies.built_in import BUILT_IN
+from reshard.strategies.registry import _NAMES, _PACKED, is_built_in
 
 # The dim that each style cuts of a 1-d, a 2-d and a 3-d parameter; None: replicated.
 DIMS: dict[str, tuple[int | None, int | None, int | None]] = {
@@ -240,6 +242,13 @@ def test_a_registered_style_is_usable_where_it_was_registered() -> None:
     assert isinstance(mine["colwise"], Columns)
     assert dict(ALL_PARALLEL_STYLES) == before
     assert "columns" not in ALL_PARALLEL_STYLES
+
+
+def test_the_names_of_the_built_in_styles_are_known_without_torch() -> None:
+    assert {name for name in BUILT_IN if is_built_in(name)} == BUILT_IN.keys() == _NAMES
+    packed = {name for name, strategy in BUILT_IN.items() if hasattr(strategy, "blocks")}
+    assert packed == {name for name in BUILT_IN if is_built_in(f"{name}[4,1]")} == set(_PACKED)
+    assert not any(map(is_built_in, ("mine", "mine[1,1]", "colwise[", "")))
 
 
 def test_every_interface_sees_the_built_in_styles() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 import reshard
 import reshard.operations.convert
+import reshard.operations.plan
 import reshard.storage.disk
 from reshard.execution.origin import Origin
 from reshard.planning.plan import ReshardPlan, plan_layouts
@@ -111,6 +112,6 @@ def already_planned(planned: ReshardPlan) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         layouts = plan_layouts(planned)
         patch.setattr(reshard.operations.convert, "open_origin", lambda *_, **__: Origin(planned.source))
-        patch.setattr(reshard.operations.convert, "plan_files", lambda *_, **__: (planned, layouts))
+        patch.setattr(reshard.operations.plan, "plan_files", lambda *_, **__: (planned, layouts))
         patch.setattr(reshard.operations.convert, "version", functools.cache(reshard.operations.convert.version))
         yield

@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter
 
 import reshard
 from reshard.errors import TopologyError
-from reshard.planning.rules import expert_rules
+from reshard.planning.model.rules import expert_rules
 
 NEW_TOKENS = 4
 TIMEOUT, PER_FAMILY = 90, 10  # seconds after which a job is given up: for its start, and for each family

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from reshard.checkpoint.source import Source
 from reshard.files.dtypes import CODES
 from reshard.files.header import TensorInfo
-from reshard.planning.quantized import Matrices
+from reshard.planning.model.quantized import Matrices
 from reshard.transforms.bundle import Follows, Member, Quantized
 from reshard.transforms.dequantise import Format
 

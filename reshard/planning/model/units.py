@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..transforms.bundle import Quantized
+from ...transforms.bundle import Quantized
 from .heads import BIAS_TOO, CUT_DIM, Heads
 
 __all__ = ["heads_in_units", "units_of"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.architecture import KV_GROUPS
-from ..sharding.topology import Topology
+from ...checkpoint.architecture import KV_GROUPS
+from ...sharding.topology import Topology
 from .heads import FUSED, KEYS, VALUES, Heads, number_of
 
 __all__ = ["CacheLayer", "cache_layers", "cached_elements"]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.architecture import KV_GROUPS
-from ..sharding.dealing import HeadDeal, deal_heads
+from ...sharding.dealing import HeadDeal, deal_heads
 
-__all__ = ["BIAS_TOO", "CUT_DIM", "FUSED", "KEYS", "VALUES", "Heads", "heads_of", "number_of"]
+__all__ = [
+    "BIAS_TOO",
+    "CUT_DIM",
+    "FUSED",
+    "KEYS",
+    "VALUES",
+    "Heads",
+    "attentions",
+    "heads_of",
+    "is_query",
+    "number_of",
+    "query_of",
+]
 
 # Projections by name: of the query heads, perhaps fused with the others, and of the KV heads.
 FUSED = ("query_key_value", "qkv_proj")
@@ -59,23 +70,42 @@ def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[i
     that are cut so hold its heads: the KV projections the KV heads, any other (the output projection, gates, sinks) the
     query heads, if their number divides its size.
     """
-    members: dict[str, dict[str, str]] = {}
-    for name, style in styles.items():
-        if style in CUT_DIM and len(shapes[name]) > (style not in BIAS_TOO):
-            attention, projection = _place(name)
-            members.setdefault(attention, {})[name] = projection
+    from ...checkpoint.architecture import KV_GROUPS
+
     found = {}
-    for attention, projections in members.items():
+    for attention, projections in attentions(styles, shapes).items():
         sizes = {name: _cut_size(styles[name], shapes[name]) for name in projections}
         counts = _counts(model, attention, projections, sizes)
         if counts is None:
             continue
         shareable = hasattr(model.get_submodule(attention), KV_GROUPS)
         for name, projection in projections.items():
-            heads = Heads(attention, *counts, projection not in (*KEYS, *VALUES), shareable)
+            heads = Heads(attention, *counts, is_query(projection), shareable)
             if sizes[name] % heads.count == 0:
                 found[name] = heads
     return found
+
+
+def attentions(styles: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
+    """Return the modules that may be attentions: by name, the parameters in each that are cut so that each rank has its
+    own heads, and the projection that each belongs to."""
+    members: dict[str, dict[str, str]] = {}
+    for name, style in styles.items():
+        if style in CUT_DIM and len(shapes[name]) > (style not in BIAS_TOO):
+            attention, projection = _place(name)
+            members.setdefault(attention, {})[name] = projection
+    return members
+
+
+def query_of(projections: Iterable[str]) -> str | None:
+    """Return the query projection among those of a module; None if there is none, so that it is no attention."""
+    found = set(projections)
+    return next((name for name in _QUERY if name in found), None)
+
+
+def is_query(projection: str) -> bool:
+    """Whether the heads of a projection are the query heads."""
+    return projection not in (*KEYS, *VALUES)
 
 
 def _cut_size(style: str, shape: tuple[int, ...]) -> int:
@@ -95,11 +125,13 @@ def _counts(
     model: Any, attention: str, projections: Mapping[str, str], sizes: Mapping[str, int]
 ) -> tuple[int, int] | None:
     """Return the number of query heads and of KV heads; None if there is no query projection, or no number fits."""
-    module, config = model.get_submodule(attention), model.config.get_text_config()
-    rows = {projection: sizes[name] for name, projection in projections.items()}
-    query = next((name for name in _QUERY if name in rows), None)
+    from ...checkpoint.architecture import KV_GROUPS
+
+    query = query_of(projections.values())
     if query is None:
         return None
+    module, config = model.get_submodule(attention), model.config.get_text_config()
+    rows = {projection: sizes[name] for name, projection in projections.items()}
     head_dim = next(filter(None, (number_of(module, name) for name in _HEAD_SIZES)), None)
 
     def viewed(projection: str | None) -> int | None:

@@ -12,19 +12,34 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..errors import BadInputError
-from ..files.system import by_errno
-from ..files.untrusted import read_json
-from ..text import listed, printable
+from ...errors import BadInputError
+from ...files.system import by_errno
+from ...files.untrusted import read_json
+from ...resharded.manifest import Manifest
+from ...text import listed, printable
 from .corrections import corrected, has_expert_plan
 
-__all__ = ["AUTO", "Rules", "Styles", "expand", "expert_rules", "model_rules", "read_rules", "wildcard"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "AUTO",
+    "OTHER_NAMES",
+    "Rules",
+    "Styles",
+    "expand",
+    "expert_rules",
+    "fits",
+    "model_rules",
+    "noted_styles",
+    "read_rules",
+    "wildcard",
+]
 
 AUTO = "auto"
+OTHER_NAMES = "the folder's plan has other names than the installed transformers: the model's own plan is taken"
 _BASE = "extends"  # the key of a plan file that names the rules it adds to
 
 # Names of the styles for modules that are not an `nn.Linear`. 5.17 shards embeddings by the linear styles as well.
@@ -167,6 +182,19 @@ class Styles:
     unused: tuple[str, ...] = ()
 
 
+def fits(styles: Styles, model: Any) -> bool:
+    """Whether a model has all parameters and modules that are named."""
+    modules = {name for name, _ in model.named_modules()}
+    return styles.parameters.keys() <= model.state_dict().keys() and styles.modules.keys() <= modules
+
+
+def noted_styles(manifest: Manifest) -> Styles:
+    """Return the styles that a manifest notes. A tied parameter that it does not list is cut as its owner is."""
+    styles = {target.name: target.style for target in manifest.of_model}
+    styles |= {name: styles.get(owner) for name, owner in manifest.tied.items()}
+    return Styles({name: style for name, style in styles.items() if style}, manifest.hooks)
+
+
 def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> Styles:
     """Find the style of every parameter (by its own rule, else its module's) and of every module that has a rule.
 
@@ -198,6 +226,8 @@ def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> 
 
 
 def _for_module(style: str, module: torch.nn.Module) -> str:
+    import torch
+
     if isinstance(module, torch.nn.Embedding):
         if len(module._parameters) > 1:  # t5gemma2's looks for its own tokens in the ids, and a cut would shift the ids
             return "replicate"

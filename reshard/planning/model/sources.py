@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.naming import Naming
-from ..checkpoint.quantization import quantization_of
-from ..checkpoint.source import Source
-from ..errors import BadInputError
-from ..files.dtypes import FLOATING, torch_name
-from ..sharding.placement import Piece
-from ..sharding.regions import Region, contiguous_strides, covers, is_run
-from ..strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
-from ..text import listed, printable
-from ..transforms.bundle import Follows, Member, Quantized, member_box, member_shape
+from ...checkpoint.naming import Naming
+from ...checkpoint.quantization import quantization_of
+from ...checkpoint.source import Source
+from ...errors import BadInputError
+from ...files.dtypes import FLOATING, torch_name
+from ...sharding.placement import Piece
+from ...sharding.regions import Region, contiguous_strides, covers, is_run
+from ...strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
+from ...text import listed, printable
+from ...transforms.bundle import Follows, Member, Quantized, member_box, member_shape
 from .quantized import Matrices, Matrix
 
 __all__ = ["Held", "Sources", "map_sources"]

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..checkpoint.architecture import class_note, expected_dtypes, meta_model
-from ..checkpoint.naming import Naming
-from ..checkpoint.source import Source
-from ..errors import BadInputError, TopologyError
-from ..files.dtypes import FLOATING, torch_name
-from ..sharding.regions import Region
-from ..text import printable
-from ..transforms.bundle import Quantized
+from ...checkpoint.architecture import class_note, expected_dtypes, meta_model
+from ...checkpoint.naming import Naming
+from ...checkpoint.source import Source, dtype_of
+from ...errors import BadInputError, TopologyError
+from ...sharding.regions import Region
+from ...text import printable
+from ...transforms.bundle import Quantized
 from .cache import CacheLayer, cache_layers
 from .heads import Heads, heads_of, number_of
 from .quantized import Matrices
-from .rules import AUTO, expand, expert_rules, model_rules, wildcard
+from .rules import AUTO, OTHER_NAMES, Rules, Styles, expand, expert_rules, fits, model_rules, wildcard
 from .sources import Held, map_sources
 from .units import heads_in_units, units_of
 
@@ -85,10 +84,16 @@ class Model:
 
 
 def read_model(
-    source: Source, *, dtype: str | None = None, tp_plan: Mapping[str, str] | str = AUTO, experts: bool = False
+    source: Source,
+    *,
+    dtype: str | None = None,
+    tp_plan: Mapping[str, str] | str = AUTO,
+    experts: bool = False,
+    noted: Styles | None = None,
 ) -> Model:
     """Match a checkpoint with its model. `dtype` (a torch name) overrides the configuration's, `tp_plan` (rules, see
-    `model_rules`) the model's own. `experts` applies its expert-parallel rules too.
+    `model_rules`) the model's own. `experts` applies its expert-parallel rules too. Styles that a folder has `noted`
+    take the place of all rules, unless the installed transformers has other names for the model's parts.
 
     Raises:
         BadInputError: quantized in an unknown way, not buildable, a conversion that computes values, shapes that do not
@@ -97,18 +102,19 @@ def read_model(
     """
     matrices = Matrices(source)
     _refuse_absurd(source)
-    dtype = dtype or _model_dtype(source)
+    dtype = dtype or dtype_of(source)
     with _few_parameters(source):
         model = meta_model(source.root, dtype=dtype)
     wanted = model.state_dict()
     naming = Naming(model, (source.tensors.keys() - matrices.taken) | set(matrices.names))
     found = map_sources(naming, matrices, model, source)
     regions, unused = found.regions, found.unused
-    rules = model_rules(model, tp_plan)
+    travels = noted is not None and fits(noted, model)
+    rules = Rules({}) if travels else model_rules(model, tp_plan)
     expert = expert_rules(model)
     if experts and not expert:
         raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
-    styles = expand(model, rules.styles, expert if experts else {})
+    styles = noted if noted and travels else expand(model, rules.styles, expert if experts else {})
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     heads = heads_of(model, styles.parameters, shapes)
     heads = heads_in_units(heads, found.bundles, styles.parameters, shapes)
@@ -157,7 +163,11 @@ def read_model(
         tuple(
             filter(
                 None,
-                (class_note(type(model), source.config), *(naming.notes(unused) if naming.prefix or missing else ())),
+                (
+                    class_note(type(model), source.config),
+                    *(naming.notes(unused) if naming.prefix or missing else ()),
+                    OTHER_NAMES if noted and not travels else None,
+                ),
             )
         ),
     )
@@ -217,18 +227,6 @@ def _few_parameters(source: Source) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _model_dtype(source: Source) -> str:
-    """Return the dtype of `from_pretrained(dtype="auto")`: the config's, else the first floating tensor's."""
-    named = source.config.get("dtype") or source.config.get("torch_dtype")
-    text = source.config.get("text_config")
-    if named is None and isinstance(text, dict):
-        named = text.get("dtype") or text.get("torch_dtype")
-    if isinstance(named, str) and named.removeprefix("torch.") in FLOATING:
-        return named.removeprefix("torch.")
-    found = (torch_name(info.dtype, tensor=info.name) for info in source.tensors.values())
-    return next((name for name in found if name in FLOATING), "float32")
 
 
 def _pattern(patterns: Any) -> re.Pattern[str] | None:

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..checkpoint.quantization import quantization_of
-from ..checkpoint.source import Source
-from ..errors import BadInputError
-from ..files.dtypes import torch_name
-from ..files.header import TensorInfo
-from ..text import listed, printable
-from ..transforms.bundle import ONE, Follows, Role, count
-from ..transforms.dequantise import Format, Options
-from ..transforms.formats import BY_METHOD
+from ...checkpoint.quantization import quantization_of
+from ...checkpoint.source import Source
+from ...errors import BadInputError
+from ...files.dtypes import torch_name
+from ...files.header import TensorInfo
+from ...text import listed, printable
+from ...transforms.bundle import ONE, Follows, Role, count
+from ...transforms.dequantise import Format, Options
+from ...transforms.formats import BY_METHOD
 
 __all__ = ["Matrices", "Matrix"]
 
