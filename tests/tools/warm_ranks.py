@@ -125,9 +125,12 @@ def _serve(place: str) -> None:
     import select
 
     import torch
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     for name in _NEEDED:
         importlib.import_module(name)
+    # The launcher looks through all modules for a name that it does not log: 2 seconds with as many as there are here.
+    dynamic_rendezvous.get_method_name = lambda depth=2: "unnamed"  # type: ignore[assignment]
     own_hub = warm_commands.own_hub()
     assert not torch.distributed.is_initialized()
     gc.freeze()
