@@ -7,7 +7,7 @@ from pathlib import Path
 import pico
 import pytest
 from places import WORKERS
-from torchrun_tools import torchrun
+from torchrun_tools import on_ranks
 
 import reshard
 
@@ -24,6 +24,6 @@ import reshard
 def test_every_way_to_decode_gives_the_same_tokens(family: str, gathers: str, backend: str, tmp_path: Path) -> None:
     source = pico.save(family, tmp_path / "source")
     reshard.convert(source, tmp_path / "out", tp_size=2, sync=False)
-    done = torchrun(2, str(WORKERS / "decoding.py"), str(source), str(tmp_path / "out"), gathers, backend)
+    done = on_ranks(2, str(WORKERS / "decoding.py"), str(source), str(tmp_path / "out"), gathers, backend)
     assert done.returncode == 0, done.stderr
     assert "all ways agree" in done.stdout
