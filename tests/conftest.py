@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# At import: huggingface_hub reads its environment once, when it is first imported.
+# At import: huggingface_hub and torch read their environment once, when they are first imported. The models here are so
+# small that a second thread only waits, and waiting threads take the CPUs from other processes.
 _HOME = tempfile.TemporaryDirectory(prefix="reshard-hf-")
 _ENVIRONMENT = {"HF_HOME": _HOME.name, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+_ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 os.environ.update(_ENVIRONMENT)
 
 import warm_commands  # noqa: E402
