@@ -45,9 +45,10 @@ _NOT_QUICK = {
 
 # The files that take longest, longest first: begun late, one of them would keep a single worker busy at the end.
 _LONG = (
-    *("test_rank_faults", "test_readme", "test_current_folder", "test_parity", "test_generate", "test_check"),
-    *("test_shrinking", "test_resume", "test_store_faults", "test_descriptors", "test_header_fuzz", "test_strategies"),
-    *("test_runtime", "test_families", "test_benchmarks", "test_hub"),
+    *("test_rank_faults", "test_decoding", "test_current_folder", "test_families", "test_readme", "test_generate"),
+    *("test_parity", "test_check", "test_resume", "test_shrinking", "test_descriptors", "test_header_fuzz"),
+    *("test_store_faults", "test_benchmarks", "test_memory", "test_hub", "test_disk_full", "test_strategies"),
+    *("test_runtime", "test_untrusted_sources", "test_hostile_config", "test_env", "test_bench"),
 )
 
 

@@ -47,7 +47,7 @@ _NEEDED = (
         "runtime.commands.check",
         "runtime.commands.generate",
     ),
-    *("torch._dynamo.backends.debugging", "torch._functorch.aot_autograd", "torch._inductor.utils"),
+    *("torch._dynamo.backends.debugging", "torch._functorch.aot_autograd", "torch._dynamo.repro.after_aot"),
 )
 _MEETING = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 _DIGITS = 5  # digits of a port
