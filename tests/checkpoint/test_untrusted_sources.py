@@ -228,8 +228,9 @@ def test_nothing_elsewhere_is_opened(checkpoint: Checkpoint, tmp_path: Path) -> 
     log = tmp_path / "log"
     code = f"import test_untrusted_sources as here; here._convert_all({str(tmp_path)!r})"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    trace = ["strace", "-fqqy", "--seccomp-bpf", "-s", "4096", "-e", "trace=open,openat,openat2"]
     done = subprocess.run(
-        ["strace", "-fqqy", "-s", "4096", "-e", "trace=open,openat,openat2", "-o", log, sys.executable, "-c", code],
+        [*trace, "-o", log, sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

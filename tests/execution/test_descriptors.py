@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +231,8 @@ limit = len(os.listdir("/proc/self/fd")) + 16
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 model.save_pretrained({str(tmp_path / "saved")!r}, max_shard_size=1)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [warm_commands.python(), "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 21

@@ -138,7 +138,8 @@ def test_the_system_says_so(
     source, out = checkpoint("llama"), tmp_path / "root" / "out"
     out.parent.mkdir()
     call = spoilt.partition(":")[0]
-    trace = ["strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", f"trace={call}", "-e", f"inject={spoilt}"]
+    trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", str(tmp_path / "trace")]
+    trace += ["-e", f"trace={call}", "-e", f"inject={spoilt}"]
     probe = subprocess.run([*trace, "true"], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"strace: {probe.stderr.strip()}")

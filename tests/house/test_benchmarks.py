@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 from functools import partial
 
 import bench_convert
@@ -16,6 +17,7 @@ import bench_plan
 import bench_sequence
 import bench_startup
 import pytest
+import warm_commands
 from big_checkpoints import LLAMA_1B
 from click import Command
 from click.testing import CliRunner
@@ -28,6 +30,14 @@ SMALL = {
     **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16},
 }
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the benchmarks start is forked: only how long it takes is another."""
+    monkeypatch.setattr(sys, "executable", warm_commands.python())
+    for module, name in ((bench_convert, "RESHARD"), (bench_hub, "RESHARD")):
+        monkeypatch.setattr(module, name, [sys.executable, *getattr(module, name)[1:]])
 
 
 def run(command: Command, *arguments: str) -> str:

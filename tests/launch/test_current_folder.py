@@ -94,12 +94,20 @@ def test_nor_under_torchrun(trap: Trap, styles: Path, resharded: Path, checkpoin
     assert trap.ran() == []
 
 
+@pytest.fixture(scope="module")
+def whole(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for one rank: a launcher and a rank are as many kinds of processes as there are."""
+    folder = tmp_path_factory.mktemp("whole") / "tp1"
+    reshard.convert(checkpoint("llama"), folder, tp_size=1)
+    return folder
+
+
 @pytest.mark.parametrize("entry", ["", "."])
-def test_an_entry_of_the_path_that_means_it(entry: str, trap: Trap, styles: Path, resharded: Path) -> None:
+def test_an_entry_of_the_path_that_means_it(entry: str, trap: Trap, styles: Path, whole: Path) -> None:
     """Python's own start-up may run files there, in the process started that way and in no other."""
     trap.set([*CUSTOM, "runtime", "torch", "transformers", "numpy", "nothing_at_all"])
     path = os.pathsep.join([entry, "/somewhere/else"])
-    command = ["run", resharded, "--prompt", "x", "--strategies", styles]
+    command = ["run", whole, "--prompt", "x", "--strategies", styles]
     done, pid = trap.run(BIN / "reshard", *command, PYTHONPATH=path)
     assert "holds no tokenizer" in done.stderr
     assert done.returncode == 3

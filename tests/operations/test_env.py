@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import warm_commands
 from cli_tools import Cli
 
 import reshard
@@ -100,6 +101,7 @@ def test_a_torch_that_is_broken(
 
 
 def test_a_client_of_the_hub_that_is_broken(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", warm_commands.python())
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setattr(reshard.operations.environment, "_PACKAGES", ("torch", "no-such-package"))
     report = json.loads(cli("env", "--format", "json").out)
@@ -110,6 +112,7 @@ def test_a_client_of_the_hub_that_is_broken(cli: Cli, monkeypatch: pytest.Monkey
 
 
 def test_a_cache_that_is_too_large_to_look_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", warm_commands.python())
     for name in ("a", "b"):
         (tmp_path / "reshard" / name).mkdir(parents=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

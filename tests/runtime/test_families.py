@@ -57,9 +57,15 @@ def broken(rows: list[matrix.Row]) -> list[matrix.Row]:
     return [row for row in rows if row.step in ("convert", "run", "parity") and not row.ok]
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """What one process does with each family, for all meshes: their walks fill it."""
+    return {}
+
+
 @pytest.mark.parametrize(("tp", "ep"), [(2, 1), (3, 1), (2, 2)])  # test_parity has pico models on 4 ranks
-def test_sample(tp: int, ep: int, tmp_path: Path) -> None:
-    rows = matrix.walk(tmp_path, tp, ep, SAMPLE)
+def test_sample(tp: int, ep: int, alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    rows = matrix.walk(tmp_path_factory.mktemp(f"tp{tp}-ep{ep}"), tp, ep, SAMPLE, alone=alone)
     assert broken(rows) == []
     assert sum(row.ok for row in rows) >= (10 if ep > 1 else 30)
 

@@ -61,7 +61,13 @@ BEGINNING = "Once upon a time"
                 ("qwen3_moe", {}, {"ep": 2}, ["own_heads"]),
             ],
         ),
-        (4, [("llama", UNEVEN, {}, ["samples", "beams", "batches", "compiled"])]),
+        (
+            4,
+            [
+                ("llama", UNEVEN, {}, ["samples", "beams", "batches"]),
+                ("llama", {**UNEVEN, "num_hidden_layers": 1}, {}, ["compiled"]),
+            ],
+        ),
     ],
 )
 def test_every_rank_generates_what_one_process_does(ranks: int, models: list[Any], tmp_path: Path) -> None:

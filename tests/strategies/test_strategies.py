@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +14,7 @@ from hypothesis import strategies as st
 from places import WORKERS
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchrun_tools import on_ranks
 
 from reshard.errors import BadInputError
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard, block_sizes
@@ -206,15 +204,7 @@ def test_lazy_slices_are_cut_as_tensors_are(dtype: torch.dtype, tmp_path: Path) 
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_dtensor_cuts_alike(world_size: int) -> None:
     """On real ranks, `take` equals `distribute_tensor(...).to_local()`, and `as_dtensor` equals `full_tensor()`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    done = subprocess.run(
-        [*command, str(WORKERS / "distribute.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = on_ranks(world_size, str(WORKERS / "distribute.py"), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "compared" in done.stdout
 

@@ -54,11 +54,21 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """The outputs of one process, and the row so far."""
+class Alone:
+    """What one process did with a family: its checkpoint, what it was given, what it computed, and a remark."""
 
+    source: Path
+    inputs: Path
     output: torch.Tensor
     tokens: list[list[int]] | None
+    remark: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one process did, and the row so far."""
+
+    alone: Alone
     row: Row
 
 
@@ -69,8 +79,13 @@ def walk(
     model_types: tuple[str, ...] = families.MODEL_TYPES,
     *,
     upstream: bool = False,
+    alone: dict[str, Row | Alone] | None = None,
 ) -> list[Row]:
-    """Return a row for each family with a plan, or with one for experts if `ep_size` is given. `root` is empty."""
+    """Return a row for each family with a plan, or with one for experts if `ep_size` is given. `root` is empty.
+
+    `alone` keeps what one process did, for walks of the same families on other meshes.
+    """
+    alone = {} if alone is None else alone
     rows: dict[str, Row] = {}
     jobs: dict[str, _Job] = {}
     for family in model_types:
@@ -81,7 +96,9 @@ def walk(
             continue
         if model is None or not (expert_rules(model) if ep_size > 1 else model.tp_plan):
             continue
-        prepared = _prepare(family, model, root, tp_size if model.tp_plan else 1, ep_size)
+        if family not in alone:
+            alone[family] = _run_alone(family, model, root)
+        prepared = _prepare(family, model, alone[family], root, tp_size if model.tp_plan else 1, ep_size)
         if isinstance(prepared, Row):
             rows[family] = prepared
         else:
@@ -95,13 +112,13 @@ def walk(
     return [rows[family] for family in model_types if family in rows]
 
 
-def _prepare(family: str, model: Any, root: Path, tp_size: int, ep_size: int) -> Row | _Job:
-    """Write the family's checkpoint, run it in this process and reshard it. Return a row if a step fails."""
-    source, out = root / f"{family}.source", root / family
+def _run_alone(family: str, model: Any, root: Path) -> Row | Alone:
+    """Write the family's checkpoint and run it in this process. Return a row if a step fails."""
+    source, given = root / f"{family}.source", root / f"{family}.inputs"
     try:
         single = type(model).from_pretrained(families.save(model, source)).eval()
         arguments = inputs(single)
-        torch.save(arguments, root / f"{family}.inputs")
+        torch.save(arguments, given)
         with torch.inference_mode():
             output = main_output(single(**arguments))
             again = main_output(single(**arguments))
@@ -112,15 +129,23 @@ def _prepare(family: str, model: Any, root: Path, tp_size: int, ep_size: int) ->
         tokens, remark = _generate(single, arguments)
     except Exception as error:
         return Row(family, "single", _line(error))
+    return Alone(source, given, output, tokens, remark)
+
+
+def _prepare(family: str, model: Any, alone: Row | Alone, root: Path, tp_size: int, ep_size: int) -> Row | _Job:
+    """Reshard the family's checkpoint. Return a row if a step fails."""
+    if isinstance(alone, Row):
+        return alone
+    out = root / family
     try:
-        manifest = reshard.convert(source, out, tp_size=tp_size, ep_size=ep_size)
-        reshard.verify(out, against=source)
+        manifest = reshard.convert(alone.source, out, tp_size=tp_size, ep_size=ep_size)
+        reshard.verify(out, against=alone.source)
     except TopologyError as error:
         return Row(family, "refused", error.message)
     except Exception as error:
         return Row(family, "convert", _line(error))
     styles = {target.style for target in manifest.parameters if target.style} | set(manifest.hooks.values())
-    return _Job(output, tokens, Row(family, "run", remark, tuple(sorted(styles)), conversions(model)))
+    return _Job(alone, Row(family, "run", alone.remark, tuple(sorted(styles)), conversions(model)))
 
 
 def conversions(model: Any) -> tuple[str, ...]:
@@ -162,9 +187,9 @@ def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple
         {
             "name": family,
             "folder": str(root / family),
-            "source": str(root / f"{family}.source"),
-            "inputs": str(root / f"{family}.inputs"),
-            "new_tokens": NEW_TOKENS if job.tokens is not None else None,
+            "source": str(job.alone.source),
+            "inputs": str(job.alone.inputs),
+            "new_tokens": NEW_TOKENS if job.alone.tokens is not None else None,
         }
         for family, job in waiting.items()
     ]
@@ -187,15 +212,15 @@ def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple
 def _compare(family: str, root: Path, result: dict[str, Any], job: _Job) -> Row:
     if "error" in result:
         return replace(job.row, detail=result["error"])
-    equal = None if job.tokens is None else result["tokens"] == job.tokens
+    equal = None if job.alone.tokens is None else result["tokens"] == job.alone.tokens
     error = _error(root / f"parity.py.json.{family}.pt", job)
-    rounding = _rounding(family, root, job) if EXACT < error < 10 * EXACT else None
+    rounding = _rounding(family, job.alone) if EXACT < error < 10 * EXACT else None
     return replace(job.row, step="parity", error=error, equal_tokens=equal, rounding=rounding)
 
 
-def _rounding(family: str, root: Path, job: _Job) -> float:
+def _rounding(family: str, alone: Alone) -> float:
     """Return the largest error that rounding every weight anew makes in one process."""
-    arguments, most = torch.load(root / f"{family}.inputs"), 0.0
+    arguments, most = torch.load(alone.inputs), 0.0
     for seed in range(4):
         model = families.build(family)
         generator = torch.Generator().manual_seed(seed)
@@ -204,7 +229,7 @@ def _rounding(family: str, root: Path, job: _Job) -> float:
                 half = torch.finfo(parameter.dtype).eps / 2
                 parameter.mul_(1 + half * (2 * torch.rand(parameter.shape, generator=generator) - 1))
             output = main_output(model(**arguments))
-        most = max(most, ((output - job.output).abs().max() / job.output.abs().max()).item())
+        most = max(most, ((output - alone.output).abs().max() / alone.output.abs().max()).item())
     return most
 
 
@@ -221,10 +246,10 @@ def _upstream(family: str, root: Path, result: dict[str, Any], job: _Job) -> flo
 
 
 def _error(path: Path, job: _Job) -> float:
-    got = torch.load(path)["logits"]
-    if got.shape != job.output.shape:
+    got, expected = torch.load(path)["logits"], job.alone.output
+    if got.shape != expected.shape:
         return math.inf
-    return ((got - job.output).abs().max() / job.output.abs().max()).item()
+    return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 def _line(error: BaseException) -> str:

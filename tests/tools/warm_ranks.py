@@ -47,6 +47,7 @@ _NEEDED = (
         "runtime.commands.check",
         "runtime.commands.generate",
     ),
+    *("torch._dynamo.backends.debugging", "torch._functorch.aot_autograd", "torch._dynamo.repro.after_aot"),
 )
 _MEETING = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 _DIGITS = 5  # digits of a port
@@ -125,9 +126,12 @@ def _serve(place: str) -> None:
     import select
 
     import torch
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     for name in _NEEDED:
         importlib.import_module(name)
+    # The launcher looks through all modules for a name that it does not log: 2 seconds with as many as there are here.
+    dynamic_rendezvous.get_method_name = lambda depth=2: "unnamed"  # type: ignore[assignment]
     own_hub = warm_commands.own_hub()
     assert not torch.distributed.is_initialized()
     gc.freeze()
