@@ -49,6 +49,10 @@ FAULTS = {
     28: ("control characters in names", "escaped wherever they are shown"),
     29: ("other threads, another machine, a resume", "the same bytes"),
     30: ("more files than descriptors; another refusal of the system", "works; else 5, and never integrity"),
+    34: (
+        "a quantized weight with a tensor missing, of another shape or dtype, or that lies",
+        "3 before any output, or 4 at the load; the tensor is named, nothing large is made",
+    ),
     37: (
         "files that belong to a checkpoint are not copied",
         "said in one line, each with its reason; what is copied has a digest",

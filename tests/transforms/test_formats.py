@@ -230,6 +230,7 @@ def _state(tensors: Tensors, **changes: Any) -> None:
     tensors[STATE] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("what", HOSTILE)
 def test_what_makes_no_sense_is_said(what: str) -> None:
     kind, spoil = HOSTILE[what]
