@@ -16,13 +16,24 @@ import tempfile
 from pathlib import Path
 
 import click
-from big_checkpoints import DEEPSEEK_V3, LLAMA_70B, write
+from big_checkpoints import DEEPSEEK_V3, DEEPSEEK_V3_FP8, KIMI_K2_INT4, LLAMA_70B, write
 
-MODELS = {"llama 70B": (LLAMA_70B, 30), "DeepSeek-V3": (DEEPSEEK_V3, 163)}  # sizes, and the number of files
+# Sizes, and the number of files.
+MODELS = {
+    "llama 70B": (LLAMA_70B, 30),
+    "DeepSeek-V3": (DEEPSEEK_V3, 163),
+    "in fp8": (DEEPSEEK_V3_FP8, 163),
+    "Kimi K2 in int4": (KIMI_K2_INT4, 62),
+}
 CASES: tuple[tuple[str, dict[str, int]], ...] = (
     ("llama 70B", {"tp_size": 8}),
     ("DeepSeek-V3", {"tp_size": 16}),
     ("DeepSeek-V3", {"tp_size": 16, "ep_size": 16}),
+    ("in fp8", {"tp_size": 16}),
+    ("in fp8", {"tp_size": 1, "ep_size": 16}),
+    ("in fp8", {"tp_size": 16, "ep_size": 16}),
+    ("Kimi K2 in int4", {"tp_size": 16}),
+    ("Kimi K2 in int4", {"tp_size": 16, "ep_size": 16}),
 )
 MEASURE = """
 import json, resource, sys, time
@@ -46,17 +57,17 @@ print(json.dumps([imported - start, done - imported, laid - done, anonymous / 10
 @click.command()
 @click.option("--repeat", default=3, show_default=True, help="Runs of each case; medians are printed.")
 def main(repeat: int) -> None:
-    """Plan a 70B llama and a DeepSeek-V3 and print how long it takes."""
+    """Plan a 70B llama, a DeepSeek-V3 and a Kimi K2, and print how long it takes."""
     with tempfile.TemporaryDirectory() as root:
         tensors = {name: write(Path(root, name), sizes, files=files)[0] for name, (sizes, files) in MODELS.items()}
-        click.echo(f"{'case':14} {'tensors':>8}  {'mesh':28} {'imports':>8} {'plan':>8} {'layout':>8} {'memory':>9}")
+        click.echo(f"{'case':16} {'tensors':>8}  {'mesh':28} {'imports':>8} {'plan':>8} {'layout':>8} {'memory':>9}")
         for name, sizes in CASES:
             command = [sys.executable, "-P", "-c", MEASURE, str(Path(root, name)), json.dumps(sizes)]
             runs = [json.loads(subprocess.check_output(command, text=True)) for _ in range(repeat)]
             imports, plan, layout, memory = map(statistics.median, zip(*runs))
             mesh = ", ".join(f"{key} {size}" for key, size in sizes.items())
             took = " ".join(f"{seconds:6.2f} s" for seconds in (imports, plan, layout))
-            click.echo(f"{name:14} {tensors[name]:8,}  {mesh:28} {took} {memory:6.0f} MiB")
+            click.echo(f"{name:16} {tensors[name]:8,}  {mesh:28} {took} {memory:6.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEEPSEEK_V3", "LLAMA_1B", "LLAMA_70B", "QWEN3_MOE", "tensors", "write"]
+__all__ = [
+    "DEEPSEEK_V3",
+    "DEEPSEEK_V3_FP8",
+    "KIMI_K2_INT4",
+    "LLAMA_1B",
+    "LLAMA_70B",
+    "QWEN3_MOE",
+    "stored",
+    "tensors",
+    "write",
+]
 
 Config = dict[str, Any]
-Tensors = Iterator[tuple[str, list[int]]]  # name and shape; bf16, except for biases of routers
+Tensors = Iterator[tuple[str, list[int]]]  # name and shape
 
 _LLAMA: Config = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 128256},
@@ -42,6 +52,22 @@ DEEPSEEK_V3: Config = {
     **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
     "tie_word_embeddings": False,
 }
+# DeepSeek-V3 as it is published: every matrix of a layer in fp8 blocks of 128, but for the router.
+DEEPSEEK_V3_FP8: Config = {
+    **DEEPSEEK_V3,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+}
+_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+# The shape of Kimi K2: a trillion parameters, the experts in int4.
+KIMI_K2_INT4: Config = {
+    **DEEPSEEK_V3,
+    **{"vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384},
+    **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "quantization_config": {
+        **{"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}},
+    },
+}
 
 
 def tensors(config: Config) -> Tensors:
@@ -67,6 +93,27 @@ def tensors(config: Config) -> Tensors:
             yield from _mlp(f"{at}.mlp.experts.{expert}", hidden, small)
     yield "model.norm.weight", [hidden]
     yield "lm_head.weight", [vocabulary, hidden]
+
+
+def stored(config: Config) -> Iterator[tuple[str, str, list[int]]]:
+    """Yield name, dtype and shape of every tensor as it is stored: quantized if the configuration says so."""
+    method = config.get("quantization_config", {}).get("quant_method")
+    for name, shape in tensors(config):
+        matrix = len(shape) == 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
+        if name.endswith("e_score_correction_bias"):
+            yield name, "F32", shape
+        elif method == "fp8" and matrix:
+            yield name, "F8_E4M3", shape
+            yield f"{name}_scale_inv", "F32", [-(-size // 128) for size in shape]
+        elif method == "compressed-tensors" and matrix and ".experts." in name:
+            yield f"{name}_packed", "I32", [shape[0], shape[1] // 8]
+            yield f"{name}_scale", "BF16", [shape[0], shape[1] // 32]
+            yield f"{name}_shape", "I64", [2]
+        else:
+            yield name, "BF16", shape
+
+
+_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 
 def _mlp(at: str, hidden: int, inner: int) -> Tensors:
@@ -104,16 +151,15 @@ def write(folder: Path, config: Config, *, files: int = 4, filled: bool = False)
     """Write a checkpoint of `files` files and an index, sparse unless `filled`. Returns its tensor count and bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    listed = list(tensors(config))
+    listed = list(stored(config))
     share = -(-len(listed) // files)
     weight_map, total = {}, 0
     for number in range(files):
         name = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
         entries, at = {}, 0
-        for tensor, shape in listed[number * share : (number + 1) * share]:
-            wide = tensor.endswith("e_score_correction_bias")
-            size = (4 if wide else 2) * math.prod(shape)
-            entries[tensor] = {"dtype": "F32" if wide else "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        for tensor, dtype, shape in listed[number * share : (number + 1) * share]:
+            size = _BYTES[dtype] * math.prod(shape)
+            entries[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
             weight_map[tensor], at = name, at + size
         header = json.dumps(entries).encode()
         with open(folder / name, "wb") as file:
