@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm_commands
 from big_checkpoints import LLAMA_1B, write
 
 LIMIT = 300 << 20
@@ -16,14 +17,16 @@ LIMIT = 300 << 20
 def anonymous_peak(*arguments: str) -> int:
     """Peak of RssAnon, in bytes, of one run of the command (sampled every 5 ms)."""
     peak = 0
-    with subprocess.Popen([sys.executable, "-m", "reshard", *arguments], stdout=subprocess.DEVNULL) as process:
-        status = Path(f"/proc/{process.pid}/status")
+    with subprocess.Popen([warm_commands.python(), "-m", "reshard", *arguments], stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon:")]
-            if lines:
-                peak = max(peak, int(lines[0].split()[1]) * 1024)
+            with contextlib.suppress(ValueError, FileNotFoundError, ProcessLookupError):  # not yet, or no more
+                status = Path(f"/proc/{warm_commands.own_id(process)}/status").read_text()
+                lines = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+                if lines:
+                    peak = max(peak, int(lines[0].split()[1]) * 1024)
             time.sleep(0.005)
     assert process.returncode == 0
+    assert peak
     return peak
 
 

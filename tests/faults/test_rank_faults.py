@@ -66,10 +66,10 @@ def run(command: list[str], fault: str, log: Path) -> Ended:
     log.mkdir()
     environment = {**os.environ, "FAULT": fault, "FAULT_LOG": str(log), "OMP_NUM_THREADS": "1"}
     arguments = ["--strategies", str(FAULTS), "--timeout", str(TIMEOUT)]
+    python = sys.executable if fault.endswith(FRESH) else warm_commands.python()
     pids: dict[str, int] = {}
     started = time.time()
     with open(log.with_suffix(".out"), "w+") as out, open(log.with_suffix(".err"), "w+") as err:
-        python = sys.executable if fault.endswith(FRESH) else warm_commands.python()
         process = subprocess.Popen([python, *command, *arguments], env=environment, stdout=out, stderr=err)
         while process.poll() is None or any(map(running, pids.values())):
             ranks = [path for path in log.iterdir() if not path.suffix]  # ".part" is renamed at any moment

@@ -19,6 +19,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+import warm_commands
 import xxhash
 from big_checkpoints import LLAMA_1B, write
 from cli_tools import Result, assert_one_error, tree
@@ -422,7 +423,7 @@ def test_any_moment_many_times(command: str, pristine: Path, root: Path) -> None
 @pytest.mark.fault(15)
 def test_the_command_line_itself(tmp_path: Path) -> None:
     write(tmp_path / "source", {**LLAMA_1B, "num_hidden_layers": 1})  # sparse: 1.2 GB of zeros
-    command = [sys.executable, "-m", "reshard", "convert", "source", "out", "--tp-size", "2", "--no-sync"]
+    command = [warm_commands.python(), "-m", "reshard", "convert", "source", "out", "--tp-size", "2", "--no-sync"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=here(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
