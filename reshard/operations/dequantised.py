@@ -39,13 +39,15 @@ def dequantised_tensors(source: Source, model: Any, dtype: torch.dtype) -> dict[
             continue
         shape = tuple(wanted[target].shape)
         matrix = matrices.matrix(name, shape, is_part=pattern is not None)
-        shape = matrix.size if pattern is not None else shape
+        fit = matrix.fit
+        shape = fit.size if pattern is not None else shape
         outer = len(shape) - 2
         members, tensors = {}, {}
-        for suffix, (called, seen) in matrix.tensors.items():
-            dims = (Follows(at.dim + outer, at.unit, at.width) for at in matrix.roles[suffix].dims or ())
+        for suffix, seen in fit.shapes.items():
+            called = matrix.stem + suffix
+            dims = (Follows(at.dim + outer, at.unit, at.width) for at in fit.roles[suffix].dims or ())
             members[called] = Member(suffix, (*(Follows(dim) for dim in range(outer)), *dims))
             tensors[called] = held.pop(called).reshape(seen)
-        bundle = Quantized(matrix.format.name, matrix.options, members, tuple((size,) for size in shape))
-        found[name] = dequantised(matrix.format, bundle, Replicate(), tensors, dtype=dtype, name=name)
+        bundle = Quantized(fit.format.name, fit.options, members, tuple((size,) for size in shape))
+        found[name] = dequantised(fit.format, bundle, Replicate(), tensors, dtype=dtype, name=name)
     return found

@@ -81,8 +81,9 @@ def plan(
             hint="--tp-size 2, or --gpu-memory 24GB",
         )
     say(announced(as_text(source), Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
-    planned, _ = plan_files(
-        open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into), include=include),
+    origin = open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into), include=include)
+    planned = _planned(
+        origin,
         Topology(tp_size or ep_size, ep_size),
         tp_plan=tp_plan,
         strategies=strategies,
@@ -91,6 +92,8 @@ def plan(
         gpu_memory=gpu_memory,
         serving=Serving(max_model_len, batch_size, kv_dtype, utilization),
     )
+    if origin.made:  # it may lack what a rank needs
+        _filled(planned, origin)
     return planned
 
 
@@ -130,15 +133,42 @@ def plan_files(
     strategies: ParallelInterface | str | Path,
     dtype: str | None,
     drop_unused: bool,
-    gpu_memory: int | None = None,
-    serving: Serving = WEIGHTS_AND_CACHE,
     arrivals: Arrivals | None = None,
 ) -> tuple[ReshardPlan, list[FileLayout]]:
     """Return the plan, and the layouts of the files to write, filled from the files that are read."""
+    planned = _planned(
+        origin,
+        topology,
+        tp_plan=tp_plan,
+        strategies=strategies,
+        dtype=dtype,
+        drop_unused=drop_unused,
+        arrivals=arrivals,
+    )
+    return planned, _filled(planned, origin)
+
+
+def _filled(planned: ReshardPlan, origin: Origin) -> list[FileLayout]:
+    layouts, made = plan_layouts(planned), origin.made
+    return [made.relocated(layout) for layout in layouts] if made else layouts
+
+
+def _planned(
+    origin: Origin,
+    topology: Topology,
+    *,
+    tp_plan: Mapping[str, str] | str | Path,
+    strategies: ParallelInterface | str | Path,
+    dtype: str | None,
+    drop_unused: bool,
+    gpu_memory: int | None = None,
+    serving: Serving = WEIGHTS_AND_CACHE,
+    arrivals: Arrivals | None = None,
+) -> ReshardPlan:
     strategies, model = _model(origin, tp_plan, strategies, dtype, experts=topology.ep > 1)
     if gpu_memory is not None:
         topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory, serving=serving)
-    planned = build_plan(
+    return build_plan(
         origin.source,
         model,
         topology,
@@ -148,8 +178,6 @@ def plan_files(
         equal=origin.equal(arrivals),
         serving=serving,
     )
-    layouts, made = plan_layouts(planned), origin.made
-    return planned, [made.relocated(layout) for layout in layouts] if made else layouts
 
 
 def _model(

@@ -62,7 +62,7 @@ class ReshardPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
-        layouts, sizes = plan_layouts(self), legal_sizes(self.model, strategies=self.strategies)
+        layouts, sizes = plan_layouts(self, sizes_only=True), legal_sizes(self.model, strategies=self.strategies)
         loads = loads_of(self.model, self.strategies, self.topology, self.serving)
         return {
             "architecture": self.model.architecture,
@@ -242,6 +242,7 @@ def _tie(
     return regions, tied, duplicates, tuple(apart)
 
 
-def plan_layouts(plan: ReshardPlan) -> list[FileLayout]:
-    """Lay out every file the plan writes: one for each rank, and one for the unused tensors if there are any."""
-    return file_layouts(plan.targets, plan.world_size, plan.source, plan.unused)
+def plan_layouts(plan: ReshardPlan, *, sizes_only: bool = False) -> list[FileLayout]:
+    """Lay out every file the plan writes: one for each rank, and one for the unused tensors if there are any.
+    `sizes_only` is as for `file_layouts`."""
+    return file_layouts(plan.targets, plan.world_size, plan.source, plan.unused, sizes_only=sizes_only)

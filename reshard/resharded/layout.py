@@ -73,13 +73,22 @@ def file_layout(name: str, tensors: Iterable[LocalTensor], *, boxes: frozenset[s
 
 
 def file_layouts(
-    targets: Sequence[Target], world_size: int, source: Source, unused: Iterable[str] = ()
+    targets: Sequence[Target],
+    world_size: int,
+    source: Source,
+    unused: Iterable[str] = (),
+    *,
+    sizes_only: bool = False,
 ) -> list[FileLayout]:
     """Lay out every file of a folder: one for each rank, and one for the `unused` tensors of `source` if there are
-    any."""
+    any. With `sizes_only` they cannot be filled, and cost little."""
     rectangles = frozenset(target.name for target in targets if world_size == 1 or is_box(target.placement))
     layouts = [
-        file_layout(rank_file_name(rank), rank_tensors(targets, rank=rank, world_size=world_size), boxes=rectangles)
+        file_layout(
+            rank_file_name(rank),
+            rank_tensors(targets, rank=rank, world_size=world_size, sizes_only=sizes_only),
+            boxes=rectangles,
+        )
         for rank in range(world_size)
     ]
     apart = unused_tensors(source, unused)

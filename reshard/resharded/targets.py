@@ -65,17 +65,19 @@ class LocalTensor:
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
-def rank_tensors(targets: Iterable[Target], *, rank: int, world_size: int) -> tuple[LocalTensor, ...]:
-    """Return the tensors of `rank`'s file, in the order of the model.
+def rank_tensors(
+    targets: Iterable[Target], *, rank: int, world_size: int, sizes_only: bool = False
+) -> tuple[LocalTensor, ...]:
+    """Return the tensors of `rank`'s file, in the order of the model; with `sizes_only`, without their regions.
 
     They are cut from the converted parameters: convert first, then cut.
     """
-    return tuple(_local(target, rank, world_size) for target in targets)
+    return tuple(_local(target, rank, world_size, sizes_only) for target in targets)
 
 
-def _local(target: Target, rank: int, world_size: int) -> LocalTensor:
+def _local(target: Target, rank: int, world_size: int, sizes_only: bool) -> LocalTensor:
     shape = local_shape(target.placement, target.shape, rank=rank, world_size=world_size)
-    found = pieces(target.placement, target.shape, rank=rank, world_size=world_size)
+    found = () if sizes_only else pieces(target.placement, target.shape, rank=rank, world_size=world_size)
     regions = tuple(region for piece in found for region in cut(target.regions, piece))
     start = offset(target.placement, target.shape, rank=rank, world_size=world_size)
     return LocalTensor(target.name, shape, target.dtype, start, regions)

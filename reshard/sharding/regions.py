@@ -78,22 +78,19 @@ def whole(source: str, shape: Sequence[int]) -> tuple[Region, ...]:
 def cut(regions: Iterable[Region], piece: Piece) -> tuple[Region, ...]:
     """Cut `regions` to the box `piece.start`, `piece.extent`, and move the parts to stand at `piece.local_start`."""
     found = []
-    low, high = piece.start, tuple(s + e for s, e in zip(piece.start, piece.extent))
+    # Plain loops: a mixture of experts has 100,000 regions, each cut for every rank.
+    bounds = [(low, low + size, local - low) for low, size, local in zip(piece.start, piece.extent, piece.local_start)]
     for region in regions:
-        begin = tuple(map(max, region.target_start, low))
-        end = tuple(min(s + e, h) for s, e, h in zip(region.target_start, region.extent, high))
-        if any(b >= e for b, e in zip(begin, end)):
-            continue
-        skipped = sum((b - s) * stride for b, s, stride in zip(begin, region.target_start, region.strides))
-        found.append(
-            Region(
-                region.source,
-                region.offset + skipped,
-                region.strides,
-                tuple(e - b for b, e in zip(begin, end)),
-                tuple(b - at + local for b, at, local in zip(begin, low, piece.local_start)),
-            )
-        )
+        offset, extent, start = region.offset, [], []
+        for at, size, stride, (low, high, shift) in zip(region.target_start, region.extent, region.strides, bounds):
+            begin, end = (low if low > at else at), (high if high < at + size else at + size)
+            if begin >= end:
+                break
+            offset += (begin - at) * stride
+            extent.append(end - begin)
+            start.append(begin + shift)
+        else:
+            found.append(Region(region.source, offset, region.strides, tuple(extent), tuple(start)))
     return tuple(found)
 
 

@@ -348,9 +348,10 @@ def bundle_of(
     matrix = Matrices(Source(Path(), (), infos, {"quantization_config": config}, ())).matrix(name, shape, is_part=False)
     outer = len(shape) - 2
     members, seen = {}, {}
-    for suffix, (called, as_seen) in matrix.tensors.items():
-        dims = (Follows(at.dim + outer, at.unit, at.width) for at in matrix.roles[suffix].dims or ())
+    for suffix, as_seen in matrix.fit.shapes.items():
+        called = matrix.stem + suffix
+        dims = (Follows(at.dim + outer, at.unit, at.width) for at in matrix.fit.roles[suffix].dims or ())
         members[called] = Member(suffix, (*(Follows(dim) for dim in range(outer)), *dims))
         seen[called] = tensors[suffix].reshape(as_seen)
-    bundle = Quantized(matrix.format.name, matrix.options, members, tuple((size,) for size in shape))
-    return matrix.format, bundle, seen
+    bundle = Quantized(matrix.fit.format.name, matrix.fit.options, members, tuple((size,) for size in shape))
+    return matrix.fit.format, bundle, seen

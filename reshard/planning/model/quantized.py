@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...checkpoint.quantization import quantization_of
@@ -19,29 +19,47 @@ from ...transforms.bundle import ONE, Follows, Role, count
 from ...transforms.dequantise import Format, Options
 from ...transforms.formats import BY_METHOD
 
-__all__ = ["Matrices", "Matrix"]
-
-_Scheme = tuple[Format, Options]
+__all__ = ["Fit", "Matrices", "Matrix"]
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
-    """A quantized matrix of the checkpoint, [out, in], or one for each expert.
+class _Scheme:
+    """A format with its options. Its roles are asked for once for each size of a matrix."""
 
-    `roles` are those of its tensors, by suffix; all have dims. `tensors` are their names, and the shape that each is
-    seen in: its dims are those of the role, after the dim of experts if there is one. Matrices of one `kind` have the
-    same format, options and roles.
+    format: Format
+    options: Options
+    text: str
+    known: dict[tuple[int, int] | None, tuple[Role, ...]] = field(default_factory=dict)
+
+    def roles(self, size: tuple[int, int] | None = None) -> tuple[Role, ...]:
+        if size not in self.known:
+            self.known[size] = tuple(self.format.roles(self.options, size))
+        return self.known[size]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a format with its options fits matrices of one `size`, [out, in], or one for each expert.
+
+    `roles` are those of the tensors, by suffix; all have dims. `shapes` are those that the tensors are seen in: their
+    dims are those of the role, after the dim of experts if there is one. `kind` is the same for fits that differ in
+    sizes only.
     """
 
     format: Format
     options: Options
     size: tuple[int, int]
     roles: dict[str, Role]
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    shapes: dict[str, tuple[int, ...]]
+    kind: str
 
-    @property
-    def kind(self) -> str:
-        return f"{self.format.name} {options_key(self.options)} {sorted(self.roles)}"
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A quantized matrix of the checkpoint: its tensors' names begin with `stem` and end with a suffix of `fit`."""
+
+    stem: str
+    fit: Fit
 
 
 class Matrices:
@@ -55,28 +73,24 @@ class Matrices:
     def __init__(self, source: Source) -> None:
         """Raises BadInputError if the format is not known, or the configuration and the tensors do not agree."""
         self._source = source
+        self._fits: dict[object, Fit] = {}  # matrices that look alike fit alike
         config = quantization_of(source.config)
-        self._schemes = _schemes(source, config) if config is not None else []
+        schemes = _schemes(source, config) if config is not None else []
         self._of: dict[str, list[tuple[str, _Scheme]]] = defaultdict(list)  # parameter → its name's stem, and schemes
-        self.taken: set[str] = set()
-        marks = {(form, options_key(options)): form.roles(options, None)[0] for form, options in self._schemes}
-        by_suffix: dict[str, list[tuple[Role, _Scheme]]] = defaultdict(list)
-        for form, options in self._schemes:
-            mark = marks[form, options_key(options)]
-            by_suffix[mark.suffix].append((mark, (form, options)))
+        by_suffix: dict[str, list[_Scheme]] = defaultdict(list)
+        for scheme in schemes:
+            by_suffix[scheme.roles()[0].suffix].append(scheme)
         for name, info in source.tensors.items():
-            for suffix, found in by_suffix.items():
-                if name.endswith(suffix):
-                    stem = name.removesuffix(suffix)
-                    for mark, scheme in found:
-                        if torch_name(info.dtype, tensor=name) in mark.dtypes:
-                            self._of[stem + scheme[0].parameter].append((stem, scheme))
+            for suffix in filter(name.endswith, by_suffix):
+                stem, dtype = name.removesuffix(suffix), torch_name(info.dtype, tensor=name)
+                for scheme in by_suffix[suffix]:
+                    if dtype in scheme.roles()[0].dtypes:
+                        self._of[stem + scheme.format.parameter].append((stem, scheme))
         if config is not None:
             self._check(config)
-        for candidates in self._of.values():
-            for stem, (form, options) in candidates:
-                roles = form.roles(options, None)
-                self.taken.update(stem + role.suffix for role in roles if stem + role.suffix in source.tensors)
+        suffixes = {role.suffix for scheme in schemes for role in scheme.roles()}
+        stems = {stem for candidates in self._of.values() for stem, _ in candidates}
+        self.taken = {stem + suffix for suffix in suffixes for stem in stems} & source.tensors.keys()
 
     @property
     def names(self) -> Iterable[str]:
@@ -94,7 +108,7 @@ class Matrices:
             if not isinstance(left_out, (list, tuple)):
                 raise BadInputError(f"config.json: {key} of quantization_config is not a list")
             plain = {name for name in left_out if isinstance(name, str) and name}
-            wrong = [name for name in self._of if not plain.isdisjoint(_modules_around(name))]
+            wrong = [name for name in self._of if not plain.isdisjoint(_modules_around(name))] if plain else []
             if wrong:
                 raise BadInputError(
                     f"config.json: {key} leaves out {listed(wrong)}, and the checkpoint has them quantized"
@@ -107,19 +121,22 @@ class Matrices:
         Raises BadInputError, which says what is missing or does not fit.
         """
         reasons = []
-        for stem, (form, options) in self._of[name]:
+        for stem, scheme in self._of[name]:
             try:
-                return _fitting(self._source.tensors, stem, form, options, shape, is_part=is_part)
+                return Matrix(stem, self._fit(stem, scheme, tuple(shape), is_part=is_part))
             except _NoFit as reason:
                 reasons.append(str(reason))
             except (ValueError, TypeError, KeyError, ArithmeticError) as error:
                 reasons.append(f"quantization_config makes no sense: {printable(error)}")
         raise BadInputError(f"{printable(name)}: {reasons[0]}")
 
-
-def options_key(options: Options) -> str:
-    """Return the options as text, to compare them by."""
-    return json.dumps(options, sort_keys=True, default=str)
+    def _fit(self, stem: str, scheme: _Scheme, shape: tuple[int, ...], *, is_part: bool) -> Fit:
+        infos = {role.suffix: self._source.tensors.get(stem + role.suffix) for role in scheme.roles()}
+        look = (scheme.text, shape, is_part, *((info.dtype, info.shape) if info else None for info in infos.values()))
+        if look not in self._fits:
+            there = {suffix: info for suffix, info in infos.items() if info is not None}
+            self._fits[look] = _fitting(there, stem, scheme, shape, is_part=is_part)
+        return self._fits[look]
 
 
 def _modules_around(name: str) -> set[str]:
@@ -137,9 +154,13 @@ def _schemes(source: Source, config: Mapping[str, Any]) -> list[_Scheme]:
             hint=f"start from the unquantized checkpoint, or one quantized by {', '.join(sorted(BY_METHOD))}",
         )
     try:
-        found = [(form, options) for form in forms for options in form.options(config, lambda: _metadata(source))]
-        for form, options in found:
-            form.roles(options, None)
+        found = [
+            _Scheme(form, options, f"{form.name} {json.dumps(options, sort_keys=True)}")
+            for form in forms
+            for options in form.options(config, lambda: _metadata(source))
+        ]
+        for scheme in found:
+            scheme.roles()
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise BadInputError(f"config.json: quantization_config makes no sense: {printable(error)}") from None
     if not found:
@@ -162,51 +183,44 @@ class _NoFit(Exception):
 
 
 def _fitting(
-    tensors: Mapping[str, TensorInfo],
-    stem: str,
-    form: Format,
-    options: Options,
-    shape: Sequence[int],
-    *,
-    is_part: bool,
-) -> Matrix:
-    """Return the matrix whose tensors begin with `stem`, if they are those of the format with its options."""
+    tensors: Mapping[str, TensorInfo], stem: str, scheme: _Scheme, shape: Sequence[int], *, is_part: bool
+) -> Fit:
+    """Fit a scheme to the tensors of a module, by suffix. Raises _NoFit, which says what does not."""
     if len(shape) not in (2, 3):
         raise _NoFit(f"is quantized, and the model wants it in the shape {list(shape)}")
     *lead, rows, columns = shape
     size = (rows, columns)
     if is_part:
-        lead, size = [], _size(tensors, stem, form.roles(options, None), columns)
+        lead, size = [], _size(tensors, scheme.roles(), columns)
     found: dict[str, Role] = {}
-    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for role in form.roles(options, size):
-        name = stem + role.suffix
-        info = tensors.get(name)
+    seen: dict[str, tuple[int, ...]] = {}
+    for role in scheme.roles(size):
+        name, info = printable(stem + role.suffix), tensors.get(role.suffix)
         if info is None:
             if role.needed:
-                raise _NoFit(f"is quantized, and {printable(name)} is missing")
+                raise _NoFit(f"is quantized, and {name} is missing")
             continue
-        dtype = torch_name(info.dtype, tensor=name)
+        dtype = torch_name(info.dtype, tensor=info.name)
         if dtype not in role.dtypes:
-            raise _NoFit(f"{printable(name)} is {dtype}, and not {' or '.join(role.dtypes)}")
+            raise _NoFit(f"{name} is {dtype}, and not {' or '.join(role.dtypes)}")
         if role.dims is None:
             role = replace(role, dims=(Follows(0, ONE, width=math.prod(role.shape or info.shape)), Follows(1, ONE)))
         assert role.dims is not None
         own = (*lead, *(count(at, size[at.dim]) for at in role.dims))
         stored = own if role.shape is None else (*lead, *role.shape)
         if _without_ones(info.shape) != _without_ones(stored):
-            raise _NoFit(f"{printable(name)} is {list(info.shape)}, and not {list(stored)} for {list(size)}")
-        found[role.suffix], seen[role.suffix] = role, (name, own)
-    return Matrix(form, options, size, found, seen)
+            raise _NoFit(f"{name} is {list(info.shape)}, and not {list(stored)} for {list(size)}")
+        found[role.suffix], seen[role.suffix] = role, own
+    return Fit(scheme.format, scheme.options, size, found, seen, f"{scheme.text} {sorted(found)}")
 
 
-def _size(tensors: Mapping[str, TensorInfo], stem: str, roles: Sequence[Role], columns: int) -> tuple[int, int]:
+def _size(tensors: Mapping[str, TensorInfo], roles: Sequence[Role], columns: int) -> tuple[int, int]:
     """Return the shape of a matrix by the tensor that follows it most closely: that of its values. If they are in one
     run, it has as many `columns` as the parameter that it is a part of."""
-    close = [role for role in roles if role.dims and stem + role.suffix in tensors and ONE not in _units(role)]
+    close = [role for role in roles if role.dims and role.suffix in tensors and ONE not in _units(role)]
     role = min(close, key=lambda role: math.prod(_units(role)))
     assert role.dims is not None
-    shape = tensors[stem + role.suffix].shape
+    shape = tensors[role.suffix].shape
     if role.shape is not None:
         return math.prod(shape) * math.prod(_units(role)) // columns, columns
     rows, columns = (

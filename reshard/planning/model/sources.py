@@ -83,8 +83,7 @@ def map_sources(naming: Naming, matrices: Matrices, model: Any, source: Source) 
         if key in quantized:
             shape = tuple(wanted[target].shape)
             parts[key] = matrices.matrix(key, shape, is_part=pattern is not None)
-            _check_linear(model, target)
-            tensor = RegionTensor.of_source(key, parts[key].size if pattern else shape, wanted[target].dtype)
+            tensor = RegionTensor.of_source(key, parts[key].fit.size if pattern else shape, wanted[target].dtype)
         else:
             info = source.tensors[key]
             if 0 in info.shape and wanted[target].numel():
@@ -95,9 +94,10 @@ def map_sources(naming: Naming, matrices: Matrices, model: Any, source: Source) 
                 raise BadInputError(f"{printable(key)}: a second source tensor for parameter {printable(target)}")
             found[target] = tensor
         else:
-            group = groups.setdefault(target, _Group(deepcopy(naming.converters[pattern]), []))
-            group.conversion.add_tensor(target, key.removeprefix(naming.prefix), pattern, tensor)
-            group.taken.append(key)
+            if target not in groups:
+                groups[target] = _Group(deepcopy(naming.converters[pattern]), [])
+            groups[target].conversion.add_tensor(target, key.removeprefix(naming.prefix), pattern, tensor)
+            groups[target].taken.append(key)
     if empty:
         raise BadInputError(
             f"{len(empty)} tensors of the checkpoint are empty, as DeepSpeed ZeRO-3 leaves them where the parameters"
@@ -112,6 +112,7 @@ def map_sources(naming: Naming, matrices: Matrices, model: Any, source: Source) 
     held: dict[str, Held] = {}
     for name, of in regions.items():
         if any(region.source in parts for region in of):
+            _check_linear(model, name)
             bundles[name], tensors = _bundle(name, of, tuple(wanted[name].shape), parts, source)
             held |= tensors
     for name in held:
@@ -138,10 +139,11 @@ def _bundle(
     name: str, regions: Sequence[Region], shape: tuple[int, ...], parts: Mapping[str, Matrix], source: Source
 ) -> tuple[Quantized, dict[str, Held]]:
     """Return a quantized parameter, and its tensors: each matrix's are put where its entries belong."""
-    kinds = {parts[region.source].kind if region.source in parts else "" for region in regions}
-    if len(kinds) > 1:
+    if any(region.source not in parts for region in regions):
+        raise BadInputError(f"{printable(name)}: is made of matrices that are quantized, and of others that are not")
+    if len({parts[region.source].fit.kind for region in regions}) > 1:
         raise BadInputError(f"{printable(name)}: is made of matrices that are quantized in different ways")
-    first = parts[regions[0].source]
+    first = parts[regions[0].source].fit
     blocks, outer = _blocks(name, regions, shape), len(shape) - 2
     members: dict[str, Member] = {}
     held: dict[str, Held] = {}
@@ -151,18 +153,22 @@ def _bundle(
         member = Member(suffix, (*(Follows(dim) for dim in range(outer)), *inner))
         called = _member_name(name, suffix, first.format.parameter)
         whole, found, dtypes = member_shape(member, blocks), [], set()
+        starts: dict[tuple[int, ...], tuple[int, ...]] = {}  # of the entries of a block: the same for all experts
         for region in regions:
-            tensor, extent = parts[region.source].tensors[suffix]
-            extent = (*(1 for _ in range(len(whole) - len(extent))), *extent)
-            box = Piece(region.target_start, region.extent, region.target_start)
-            start = tuple(low for low, _ in member_box(member, box, blocks))
+            tensor, extent = parts[region.source].stem + suffix, parts[region.source].fit.shapes[suffix]
+            extent = (1,) * (len(whole) - len(extent)) + extent
+            block = region.target_start[outer:]
+            if block not in starts:
+                box = Piece(region.target_start, region.extent, region.target_start)
+                starts[block] = tuple(low for low, _ in member_box(member, box, blocks))[outer:]
+            start = region.target_start[:outer] + starts[block]
             found.append(Region(tensor, 0, contiguous_strides(extent), extent, start))
-            dtypes.add(torch_name(source.tensors[tensor].dtype, tensor=tensor))
+            dtypes.add(source.tensors[tensor].dtype)
         if not covers(found, whole) or len(dtypes) > 1:
             raise BadInputError(
                 f"{printable(called)}: the matrices of this parameter have tensors of different lengths or dtypes"
             )
-        members[called], held[called] = member, Held(whole, dtypes.pop(), tuple(found))
+        members[called], held[called] = member, Held(whole, torch_name(dtypes.pop(), tensor=called), tuple(found))
     return Quantized(first.format.name, first.options, members, blocks), held
 
 

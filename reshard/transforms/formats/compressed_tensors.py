@@ -44,6 +44,7 @@ def _schemes(config: Mapping[str, Any], formats: Sequence[str]) -> list[dict[str
                 "group": weights.get("group_size"),
                 "block": weights.get("block_structure"),
                 "symmetric": weights.get("symmetric", True),
+                "by_activity": weights.get("actorder") in (True, "group"),
                 "exponents": form in ("mxfp8-quantized", "mxfp4-pack-quantized"),
             }
         )
@@ -55,9 +56,9 @@ def _plain_options(config: Mapping[str, Any], metadata: Metadata) -> Sequence[Op
 
 
 def _packed_options(config: Mapping[str, Any], metadata: Metadata) -> Sequence[Options]:
-    """A group in an order of activity has `g_idx`, unless the order was undone."""
+    """A group in an order of activity has `g_idx`, unless the order was undone when it was saved."""
     found = [one for one in _schemes(config, ("pack-quantized",)) if 1 <= one["bits"] <= 8]
-    return [*({**one, "by_activity": True} for one in found), *found]
+    return [*found, *({**one, "by_activity": False} for one in found if one["by_activity"])]
 
 
 def _fp4_options(config: Mapping[str, Any], metadata: Metadata) -> Sequence[Options]:
@@ -88,7 +89,7 @@ def _plain_roles(options: Options, size: tuple[int, int] | None) -> Sequence[Rol
 def _packed_roles(options: Options, size: tuple[int, int] | None) -> Sequence[Role]:
     unit, width = _words(options["bits"])
     rows, columns = _scaled(options)
-    by_activity = "by_activity" in options
+    by_activity = options["by_activity"]
     if by_activity and columns.unit != ONE and size:
         columns = Follows(1, ONE, width=-(-size[1] // columns.unit))
     return (
@@ -129,7 +130,7 @@ def _packed_values(options: Options, parts: Mapping[str, Part]) -> torch.Tensor:
     least = 1 << bits - 1
     scale = parts[".weight_scale"].each()
     zeros = zero.unpacked(bits, 0) - least if zero is not None else None
-    if "by_activity" in options:
+    if options["by_activity"]:
         chosen = parts[".weight_g_idx"].each().reshape(-1).long()
         if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < scale.shape[1]:
             raise ValueError(f"weight_g_idx names a group beyond the {scale.shape[1]} there are")
