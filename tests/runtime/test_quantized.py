@@ -11,7 +11,8 @@ import pytest
 import torch
 from cli_tools import Checkpoint
 from places import WORKERS
-from quantizing import KINDS, quantize_folder
+from quantized_cases import EVERY, MODELS, is_run
+from quantizing import quantize_folder
 from single_process import NEW_TOKENS
 from torchrun_tools import on_ranks
 
@@ -19,23 +20,6 @@ import reshard
 from reshard.operations.reference import single_model
 
 IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7))
-_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
-_EXPERTS = {**_HEADS, "num_experts": 4, "moe_intermediate_size": 48, "intermediate_size": 96}
-# name → family and options. Even: rows are whole blocks of every format. Ragged: 4 1/2 blocks of fp8, 1 1/8 of nf4.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "even": ("qwen2", {**_HEADS, "hidden_size": 192, "intermediate_size": 320}),
-    "ragged": ("llama", {**_HEADS, "hidden_size": 72, "head_dim": 16, "intermediate_size": 104}),
-    "experts": ("qwen3_moe", {**_EXPERTS, "hidden_size": 64, "head_dim": 16}),
-}
-_IN_BLOCKS = ("ct_nvfp4", "mxfp8", "modelopt_nvfp4")  # the library quantizes whole blocks only
-RUN = [kind for kind in KINDS if not kind.startswith("modelopt")]  # what transformers can run
-EVERY = [
-    (name, kind)
-    for name in MODELS
-    for kind in KINDS
-    # Nested states of different experts differ in length, which is refused.
-    if not (name == "ragged" and kind in _IN_BLOCKS) and not (name == "experts" and kind == "nf4_nested")
-]
 # What runs each time; the rest is slow. Each format is there, and each model with two numbers of ranks.
 SAMPLE = {
     2: [("even", "ct_w4_zero"), ("even", "gptq_order"), ("ragged", "nf4_nested"), ("experts", "fp8"), ("even", "awq")],
@@ -90,7 +74,7 @@ def computed(request: pytest.FixtureRequest, folder: Any, tmp_path_factory: pyte
     def results(size: int) -> Path:
         if size not in done:
             root = done[size] = tmp_path_factory.mktemp(f"tp{size}")
-            cases = [case for case in EVERY if case[1] in RUN and f"tp{size}-{'-'.join(case)}" in asked]
+            cases = [case for case in EVERY if is_run(case[1]) and f"tp{size}-{'-'.join(case)}" in asked]
             jobs = [{"name": "-".join(case), "folder": str(folder(size, *case)), **JOB} for case in cases]
             (root / "jobs.json").write_text(json.dumps(jobs))
             run = on_ranks(size, str(WORKERS / "parity.py"), str(root / "jobs.json"), str(root / "out.json"))
@@ -103,7 +87,7 @@ def computed(request: pytest.FixtureRequest, folder: Any, tmp_path_factory: pyte
 JOB = {"ids": IDS.tolist(), "new_tokens": NEW_TOKENS}
 
 
-@pytest.mark.parametrize(("size", "name", "kind"), [case for case in CASES if case.values[2] in RUN])
+@pytest.mark.parametrize(("size", "name", "kind"), [case for case in CASES if is_run(case.values[2])])
 def test_it_computes_what_one_process_does(size: int, name: str, kind: str, computed: Any, source: Any) -> None:
     root, called = computed(size), f"{name}-{kind}"
     got = {**json.loads((root / "out.json").read_text())[called], **torch.load(root / f"out.json.{called}.pt")}

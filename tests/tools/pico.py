@@ -48,7 +48,7 @@ FAMILIES = {**DENSE, **MOE}
 
 def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
     """Build a model of `family`. All weights are random, biases and norms included, so that nothing cancels out."""
-    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
+    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **FAMILIES.get(family, {}), **overrides})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -2,14 +2,16 @@
 
     upstream.py JOBS.json OUT.json
 
-JOBS is a list of {"name", "source", "inputs"}, as for parity.py. Rank 0 writes OUT, after each job: {} or {"error":
-words}; the compared output goes to OUT.NAME.pt. A rank that fails leaves the others inside a collective, so the job
-ends there: start another with the remaining checkpoints.
+JOBS is a list of {"name", "source", "inputs"}, as for parity.py, with "tp_plan" if it is not to be "auto", and "dtype"
+if not the checkpoint's own. Rank 0 writes OUT, after each job: {} or {"error": words}; the compared output goes to
+OUT.NAME.pt. A rank that fails leaves the others inside a collective, so the job ends there: start another with the
+remaining checkpoints.
 """
 
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,10 +19,13 @@ import torch.distributed as dist
 import transformers
 from family_inputs import main_output
 
+PATIENCE = timedelta(seconds=30)  # with ranks that are later than this one
+
 
 def run(job: dict) -> torch.Tensor:
     config = transformers.AutoConfig.from_pretrained(job["source"])
-    model = getattr(transformers, config.architectures[0]).from_pretrained(job["source"], tp_plan="auto").eval()
+    options = {"tp_plan": job.get("tp_plan", "auto"), **({"dtype": job["dtype"]} if job.get("dtype") else {})}
+    model = getattr(transformers, config.architectures[0]).from_pretrained(job["source"], **options).eval()
     with torch.inference_mode():
         return main_output(model(**torch.load(job["inputs"])))
 
@@ -34,6 +39,8 @@ def main(jobs_path: str, out_path: str) -> None:
             output = run(job)
         except Exception as error:
             words = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+            print(words, file=sys.stderr, flush=True)
+        store.set_timeout(PATIENCE)
         store.set(f"{job['name']}/{rank}", words)
         everyone = [store.get(f"{job['name']}/{other}").decode() for other in range(dist.get_world_size())]
         failure = next(filter(None, everyone), "")
