@@ -28,6 +28,7 @@ RUNTIME = "runtime/README.md"
 STYLES = "reshard/strategies/README.md"
 PAGES = [
     *(FRONT, COMMANDS, RUNTIME, STYLES, "reshard/README.md", "reshard/resharded/README.md", "scripts/README.md"),
+    "reshard/transforms/README.md",
     *("tests/README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 ]
 FRONT_LINES = 200
