@@ -24,7 +24,7 @@ from pathlib import Path
 
 import click
 from bench_common import draw, in_turn, same_memory, torchrun, warm
-from big_checkpoints import LLAMA_1B, QWEN3_MOE, write
+from big_checkpoints import LLAMA_1B, QWEN3_MOE, QWEN3_MOE_FP8, QWEN3_MOE_INT4, write
 
 RESHARD = [sys.executable, "-P", "-m", "reshard", "convert"]
 PLOTTED_LAYERS = (2, 8, 16, 32)
@@ -74,6 +74,8 @@ CASES = {
     "dense tp2 to tp4": Case(LLAMA_1B, ("--tp-size", "4"), cut_before=2),
     "dense cold": Case(LLAMA_1B, ("--tp-size", "4"), cold=True),
     "experts tp4": Case(QWEN3_MOE, ("--tp-size", "4")),
+    "experts fp8 tp4": Case(QWEN3_MOE_FP8, ("--tp-size", "4")),
+    "experts int4 tp4": Case(QWEN3_MOE_INT4, ("--tp-size", "4")),
     "experts ep4": Case(QWEN3_MOE, ("--tp-size", "4", "--ep-size", "4")),
 }
 

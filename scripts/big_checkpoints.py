@@ -16,6 +16,8 @@ __all__ = [
     "LLAMA_1B",
     "LLAMA_70B",
     "QWEN3_MOE",
+    "QWEN3_MOE_FP8",
+    "QWEN3_MOE_INT4",
     "stored",
     "tensors",
     "write",
@@ -52,22 +54,27 @@ DEEPSEEK_V3: Config = {
     **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
     "tie_word_embeddings": False,
 }
-# DeepSeek-V3 as it is published: every matrix of a layer in fp8 blocks of 128, but for the router.
-DEEPSEEK_V3_FP8: Config = {
-    **DEEPSEEK_V3,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-}
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
-# The shape of Kimi K2: a trillion parameters, the experts in int4.
+# Every matrix of a layer in blocks of 128, but for the router; and the experts in int4.
+_IN_FP8: Config = {
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+}
+_IN_INT4: Config = {
+    "quantization_config": {
+        **{"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}},
+    }
+}
+DEEPSEEK_V3_FP8: Config = {**DEEPSEEK_V3, **_IN_FP8}  # as it is published
+# The shape of Kimi K2: a trillion parameters.
 KIMI_K2_INT4: Config = {
     **DEEPSEEK_V3,
     **{"vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384},
     **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
-    "quantization_config": {
-        **{"quant_method": "compressed-tensors", "format": "pack-quantized"},
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}},
-    },
+    **_IN_INT4,
 }
+QWEN3_MOE_FP8: Config = {**QWEN3_MOE, "num_hidden_layers": 24, **_IN_FP8}
+QWEN3_MOE_INT4: Config = {**QWEN3_MOE, "num_hidden_layers": 44, **_IN_INT4}
 
 
 def tensors(config: Config) -> Tensors:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from ..text import printable
 
-__all__ = ["Naming", "prefix_mapping", "shared_prefix"]
+__all__ = ["Naming", "prefix_mapping", "renamed_modules", "shared_prefix"]
 
 _MOST_WORDS = 8  # of a prefix
 
@@ -57,6 +57,19 @@ class Naming:
         if not prefix:
             return []
         return [f"{len(unused)} names begin with {printable(prefix)}, which is taken off only where all do"]
+
+
+def renamed_modules(model: Any, names: Iterable[str]) -> list[str]:
+    """Return what transformers calls the modules that a checkpoint names: its renamings are written for weights."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found = []
+    for name in names:
+        renamed = f"{name}."
+        for entry in get_model_conversion_mapping(model):
+            renamed, _ = entry.rename_source_key(renamed)
+        found.append(renamed.removesuffix("."))
+    return found
 
 
 def shared_prefix(names: Collection[str], is_known: Callable[[str], bool]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from reshard.checkpoint.naming import renamed_modules
 from reshard.errors import BadInputError, IntegrityError, VersionError
 from reshard.resharded.manifest import Manifest
 from reshard.text import listed
@@ -42,6 +43,8 @@ def check_quantized(manifest: Manifest, model: nn.Module, quantization: Mapping[
 
     told = quantization or {}
     skipped = next((told[key] for key in _LISTS if told.get(key) is not None), None)
+    if skipped is not None:
+        skipped = [*skipped, *renamed_modules(model, skipped)]
     left_out = HfQuantizer.get_modules_to_not_convert(
         model, skipped, model._keep_in_fp32_modules, add_default_skips="awq" in forms
     )
@@ -61,6 +64,10 @@ def with_quantized(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of the model's parameters on `device`: quantized ones dequantised, in their compute dtype."""
     held = dict(tensors)
+    if manifest.bundles and device.type != "cpu":
+        # All are views of one allocation: what stays is copied out of it, so that the quantized bytes are given back.
+        inside = {name for bundle in manifest.bundles for name in bundle.quantized.members}
+        held = {name: tensor if name in inside else tensor.clone() for name, tensor in held.items()}
     for bundle in manifest.bundles:
         of, quantized = bundle.target, bundle.quantized
         held[of.name] = dequantised(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from cli_tools import Checkpoint
 from places import WORKERS
 from quantized_cases import EVERY, MODELS, is_run
 from quantizing import quantize_folder
+from safetensors.torch import load_file, save_file
 from single_process import NEW_TOKENS
 from torchrun_tools import on_ranks
 
@@ -123,3 +126,69 @@ def test_from_one_number_of_ranks_to_another(
     assert again == direct
     for path in (tmp_path / "direct").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_it_is_checked_and_saved(folder: Any, source: Any, tmp_path: Path) -> None:
+    """`check --per-layer` finds a changed weight; `save_pretrained` writes the dequantised weights, a plain model."""
+    made, origin, out = folder(3, "ragged", "nf4"), source("ragged", "nf4"), tmp_path / "out.json"
+    done = on_ranks(3, str(WORKERS / "quantized.py"), str(made), str(origin), str(tmp_path / "saved"), str(out))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(out.read_text())
+    assert told["good"]["ok"], told["good"]
+    assert told["good"]["max_rel"] <= 1e-5
+    found = told["bad"]["difference"]
+    assert (found["module"], [one["name"] for one in found["altered"]]) == (
+        "model.layers.1.mlp.down_proj",
+        ["model.layers.1.mlp.down_proj.weight"],
+    )
+    assert told["quantization"] is None
+    single = single_model(origin, torch.float32).state_dict()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, single[name]), name
+
+
+def test_a_dtype_is_for_what_is_not_quantized(folder: Any, source: Any, tmp_path: Path) -> None:
+    """`--dtype` casts plain weights, and the dtype that is computed in; no scale and no number of few bits."""
+    plain = reshard.inspect(folder(2, "even", "awq"))
+    cast = reshard.convert(source("even", "awq"), tmp_path / "cast", tp_size=2, dtype=torch.bfloat16)
+    inside = {name for bundle in cast.bundles for name in bundle.quantized.members}
+    assert {target.dtype for target in cast.parameters if target.name not in inside} == {"bfloat16"}
+    assert {bundle.target.dtype for bundle in cast.bundles} == {"bfloat16"}
+    for one, other in zip(plain.rank_files, cast.rank_files, strict=True):
+        assert {name: one.tensors[name] for name in inside} == {name: other.tensors[name] for name in inside}
+
+
+LAYER = "model.layers.0"
+
+
+def test_a_quantized_layer_that_the_model_lacks_is_kept(source: Any, tmp_path: Path) -> None:
+    """As that of DeepSeek-V3 for multi-token prediction: its tensors are kept apart, and given back."""
+    folder = Path(shutil.copytree(source("ragged", "fp8"), tmp_path / "source"))
+    (file,) = (file for file in folder.glob("*.safetensors") if f"{LAYER}.mlp.up_proj.weight" in load_file(file))
+    tensors = load_file(file)
+    more = {name.replace(LAYER, "model.layers.9"): t.clone() for name, t in tensors.items() if name.startswith(LAYER)}
+    save_file({**tensors, **more}, file)
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"] | dict.fromkeys(more, file.name)
+    index.write_text(json.dumps({"weight_map": places}))
+    manifest = reshard.convert(folder, tmp_path / "out", tp_size=2)
+    assert manifest.unused_file is not None
+    assert manifest.unused_file.tensors.keys() == more.keys()
+    reshard.merge(tmp_path / "out", tmp_path / "merged")
+    assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_ranks_agree_with_transformers_about_what_is_quantized(folder: Any, tmp_path: Path) -> None:
+    """A list that transformers reads otherwise than the checkpoint was made ends the load on every rank, with 4."""
+    out = Path(shutil.copytree(folder(2, "even", "awq"), tmp_path / "out"))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["re_proj", "o_proj"]
+    (out / "config.json").write_text(json.dumps(config))
+    code = "import runtime; runtime.load(__import__('sys').argv[1], check_digests=False)"
+    (tmp_path / "load.py").write_text(code)
+    done = on_ranks(2, str(tmp_path / "load.py"), str(out))
+    assert done.returncode != 0
+    assert "transformers takes other modules for quantized than the checkpoint has" in done.stderr
+    assert "self_attn.o_proj" in done.stderr

@@ -114,6 +114,11 @@ class Matrices:
                     f"config.json: {key} leaves out {listed(wrong)}, and the checkpoint has them quantized"
                 )
 
+    def tensors(self, name: str) -> set[str]:
+        """Return the tensors of the matrix that a name stands for, by all schemes that it may have."""
+        found = {stem + role.suffix for stem, scheme in self._of[name] for role in scheme.roles()}
+        return found & self._source.tensors.keys()
+
     def matrix(self, name: str, shape: Sequence[int], *, is_part: bool) -> Matrix:
         """Return the matrix that a name stands for. The model wants it in `shape`, of two dims, or three with one of
         experts; or wants a parameter in that shape which the matrix `is_part` of, such as one expert of all.

@@ -5,7 +5,7 @@ A quantized matrix takes part as the matrix that it stands for. Where the conver
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ...checkpoint.naming import Naming
-from ...checkpoint.quantization import quantization_of
 from ...checkpoint.source import Source
 from ...errors import BadInputError
 from ...files.dtypes import FLOATING, torch_name
@@ -75,10 +74,8 @@ def map_sources(naming: Naming, matrices: Matrices, model: Any, source: Source) 
     quantized = set(matrices.names)
     for key in sorted((source.tensors.keys() - matrices.taken) | quantized, key=dot_natural_key):
         target, pattern = naming.target(key)
-        if target is None:
-            if key in quantized:
-                raise BadInputError(f"{printable(key)}: is quantized, and the model has no parameter for it")
-            unused.append(key)
+        if target is None:  # DeepSeek's layer for multi-token prediction, for example
+            unused += sorted(matrices.tensors(key)) if key in quantized else [key]
             continue
         if key in quantized:
             shape = tuple(wanted[target].shape)
@@ -118,7 +115,10 @@ def map_sources(naming: Naming, matrices: Matrices, model: Any, source: Source) 
     for name in held:
         if name in wanted and name not in bundles:
             raise BadInputError(f"{printable(name)}: is a tensor of a quantized parameter, and a parameter itself")
-    _refuse_strangers(unused, bundles, found, wanted, source)
+    used = {region.source for tensor in held.values() for region in tensor.regions}
+    plain = {name: found for name, found in regions.items() if name not in bundles}
+    strangers = sorted({*unused, *matrices.taken} - used)
+    _refuse_strangers(strangers, {name.rpartition(".")[0] for name in parts}, _bare(plain, wanted, source))
     return Sources(regions, tuple(unused), bundles, held)
 
 
@@ -199,23 +199,20 @@ def _check_linear(model: Any, name: str) -> None:
         raise BadInputError(f"{printable(name)}: is quantized, and the model has its matrix transposed (Conv1D)")
 
 
-def _refuse_strangers(
-    unused: Iterable[str],
-    bundles: Mapping[str, Quantized],
-    found: Mapping[str, RegionTensor],
-    wanted: Mapping[str, torch.Tensor],
-    source: Source,
-) -> None:
-    """Refuse a tensor beside quantized weights that nobody asks for: it may change their values."""
-    quantized = {name.rpartition(".")[0] for name in bundles}
-    bare = {
+def _bare(regions: Mapping[str, Sequence[Region]], wanted: Mapping[str, torch.Tensor], source: Source) -> set[str]:
+    """Return the modules whose plain weights are numbers of few bits."""
+    return {
         region.source.rpartition(".")[0]
-        for name, tensor in found.items()
-        if name not in bundles and wanted[name].dtype.is_floating_point
-        for region in tensor.regions
+        for name, found in regions.items()
+        if wanted[name].dtype.is_floating_point
+        for region in found
         if region.source in source.tensors
         and torch_name(source.tensors[region.source].dtype, tensor=region.source) not in FLOATING
     }
+
+
+def _refuse_strangers(unused: Iterable[str], quantized: Container[str], bare: Container[str]) -> None:
+    """Refuse a tensor beside quantized weights that nobody asks for: it may change their values."""
     for key in unused:
         module = key.rpartition(".")[0]
         if module and module in bare:
@@ -224,7 +221,7 @@ def _refuse_strangers(
                 " quantization_config that tells what it is for",
                 hint="the weight would be loaded without it",
             )
-        if module and module in quantized and quantization_of(source.config):
+        if module and module in quantized:
             raise BadInputError(f"{printable(key)}: stands beside a quantized weight, and is not known to its format")
 
 
