@@ -25,8 +25,8 @@ Metadata = Callable[[], Mapping[str, str]]
 class Part:
     """The entries of one tensor of a bundle that meet a box of the parameter.
 
-    `tensor` has the member's own dims, of which `dims` says what they follow in the matrix, [out, in]. `start`
-    and `extent` are those of the box in its matrix, [out, in]; `size` is the shape of the matrix.
+    `tensor` has the member's own dims, of which `dims` says what they follow in the matrix, [out, in]. `start` and
+    `extent` are those of the box in its matrix, [out, in]; `size` is the shape of the matrix.
     """
 
     tensor: torch.Tensor
@@ -50,7 +50,11 @@ class Part:
 
         The lowest bits of a word belong to its first element, and an element may be in two words. `order` gives the
         places in a word of its elements, if they are not in order. The numbers are int32, from 0.
+
+        Raises ValueError for other numbers of bits than 1 to 8, which a manifest may claim.
         """
+        if bits not in range(1, 9):
+            raise ValueError(f"numbers of {bits!r:.20} bits")
         number = next(number for number, at in enumerate(self.dims) if at.dim == dim)
         at, size = self.dims[number], 8 * self.tensor.element_size()
         elements = self._elements(dim)

@@ -127,6 +127,7 @@ def _packed_values(options: Options, parts: Mapping[str, Part]) -> torch.Tensor:
     told = parts[".weight_shape"].tensor.flatten().tolist()
     if told != list(packed.size):
         raise ValueError(f"weight_shape is {told}, and the matrix is {list(packed.size)}")
+    codes = packed.unpacked(bits, 1)
     least = 1 << bits - 1
     scale = parts[".weight_scale"].each()
     zeros = zero.unpacked(bits, 0) - least if zero is not None else None
@@ -136,7 +137,7 @@ def _packed_values(options: Options, parts: Mapping[str, Part]) -> torch.Tensor:
             raise ValueError(f"weight_g_idx names a group beyond the {scale.shape[1]} there are")
         scale = scale[:, chosen]
         zeros = zeros if zeros is None else zeros[:, chosen]
-    numbers = (packed.unpacked(bits, 1) - least).to(scale.dtype)
+    numbers = (codes - least).to(scale.dtype)
     return (numbers if zeros is None else numbers - zeros.to(scale.dtype)) * scale
 
 
