@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cli_tools import Result
 from fake_hub import FakeHub, status
+from quantizing import quantize_folder
 
 import reshard
 from reshard.errors import BadInputError, NetworkError
@@ -136,3 +137,13 @@ def run(cli: Callable[..., Result], command: str) -> str:
     result = cli(*shlex.split(command)[1:])
     assert result.code == 0, result
     return result.out.strip()
+
+
+def test_quantized_weights_are_said_to_be(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = quantize_folder(checkpoint("llama"), tmp_path / "source", "fp8")
+    made = dataclasses.replace(
+        reshard.convert(source, tmp_path / "out", tp_size=2), repo_id="org/model", commit="3f" * 20
+    )
+    card = render("me/two", {"": made}, OPEN)
+    assert "Weights stay quantized as the source has them (fp8)" in card
+    assert "Nothing is quantized" not in card

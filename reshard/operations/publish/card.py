@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...checkpoint.kinds import is_licence
@@ -86,7 +86,11 @@ def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, rev
         front_matter=ModelCardData(**_front_matter(manifests, terms), ignore_metadata_errors=True).to_yaml(),
         mark=_MARK,
         title=", ".join(sources) or _plain(manifests[first].architecture),
-        opening=_opening(sources, cast=any(map(_is_cast, manifests.values()))),
+        opening=_opening(
+            sources,
+            cast=any(map(_is_cast, manifests.values())),
+            formats={bundle.quantized.format for manifest in manifests.values() for bundle in manifest.bundles},
+        ),
         summary=_table(
             ("folder", "ranks", "largest file", "all files", "dtype", "opens in plain transformers"),
             [_summary(path, manifest) for path, manifest in manifests.items()],
@@ -127,7 +131,7 @@ def _front_matter(manifests: Mapping[str, Manifest], terms: Terms) -> dict[str, 
     return found
 
 
-def _opening(sources: Sequence[str], *, cast: bool) -> str:
+def _opening(sources: Sequence[str], *, cast: bool, formats: Collection[str]) -> str:
     of = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in sources) or "a model"
     lines = [
         f"The weights of {of}, cut ahead of time for tensor-parallel inference: a rank reads its own file, no other.",
@@ -135,7 +139,12 @@ def _opening(sources: Sequence[str], *, cast: bool) -> str:
         if cast
         else "Every element equals the source's, bit for bit.",
     ]
-    if sources:
+    if formats:
+        listed = ", ".join(map(_plain, sorted(formats)))
+        lines.append(
+            f"Weights stay quantized as the source has them ({listed}); a rank dequantises its part as it loads."
+        )
+    elif sources:
         lines.append("Nothing is quantized: the Hub has no nearer name for how the two models belong together.")
     return "\n".join(lines)
 
