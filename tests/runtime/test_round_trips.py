@@ -134,9 +134,9 @@ def test_a_source_tensor_that_is_not_all_there_is_refused(regions: list[Region])
     file = {"file": "model.safetensors", "size": 8 + len(header) + 16, "header": header}
     size = sum(region.size for region in regions)
     target = Target("w", (size,), "float32", Replicate(), tuple(regions))
-    manifest = SimpleNamespace(source_files=(file,), parameters=(target,), duplicates={})
+    manifest = SimpleNamespace(source_files=(file,), of_model=(target,), bundles=(), duplicates={})
     with pytest.raises(IntegrityError, match="w: not every element of it is in the model"):
         groups(manifest)  # type: ignore[arg-type]
     whole = replace(target, regions=(Region("w", 1, (2,), (2,), (0,)), Region("w", 0, (2,), (2,), (2,))))
-    manifest.parameters = (whole,)
-    assert [tensor.name for bundle in groups(manifest) for tensor in bundle.sources] == ["w"]  # type: ignore[arg-type]
+    manifest.of_model = (whole,)
+    assert [tensor.name for group in groups(manifest) for tensor in group.sources] == ["w"]  # type: ignore[arg-type]
