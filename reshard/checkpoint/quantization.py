@@ -29,7 +29,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def without_quantization(config: Any) -> Any:
     """Take it out of a model's configuration, and of those of its parts, so that the model is built with plain layers.
     Returns the configuration."""
-    config.__dict__.pop(_KEY, None)
-    for part in config.sub_configs:
-        getattr(config, part, config).__dict__.pop(_KEY, None)
+    names = config.sub_configs if isinstance(config.sub_configs, dict) else ()  # a config.json may say anything
+    for part in (config, *(getattr(config, name, None) for name in names if isinstance(name, str))):
+        getattr(part, "__dict__", {}).pop(_KEY, None)
     return config
