@@ -10,7 +10,7 @@ from ..checkpoint.naming import Naming
 from ..checkpoint.source import Source
 from ..planning.model.quantized import Matrices
 from ..sharding.placement import Replicate
-from ..transforms.bundle import Follows, Member, Quantized
+from ..transforms.bundle import Quantized, member_of
 from ..transforms.dequantise import dequantised
 
 __all__ = ["dequantised_tensors"]
@@ -45,8 +45,7 @@ def dequantised_tensors(source: Source, model: Any, dtype: torch.dtype) -> dict[
         members, tensors = {}, {}
         for suffix, seen in fit.shapes.items():
             called = matrix.stem + suffix
-            dims = (Follows(at.dim + outer, at.unit, at.width) for at in fit.roles[suffix].dims or ())
-            members[called] = Member(suffix, (*(Follows(dim) for dim in range(outer)), *dims))
+            members[called] = member_of(fit.roles[suffix], outer)
             tensors[called] = held.pop(called).reshape(seen)
         bundle = Quantized(fit.format.name, fit.options, members, tuple((size,) for size in shape))
         found[name] = dequantised(fit.format, bundle, Replicate(), tensors, dtype=dtype, name=name)

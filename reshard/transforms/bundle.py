@@ -36,6 +36,7 @@ __all__ = [
     "boxes_of",
     "count",
     "member_box",
+    "member_of",
     "member_placement",
     "member_shape",
 ]
@@ -82,6 +83,12 @@ class Member:
 
     role: str
     dims: tuple[Follows, ...]
+
+
+def member_of(role: Role, outer: int) -> Member:
+    """Return the tensor of a role as a member of a parameter that has `outer` dims, of experts, before the matrix's."""
+    inner = (Follows(at.dim + outer, at.unit, at.width) for at in role.dims or ())
+    return Member(role.suffix, (*(Follows(dim) for dim in range(outer)), *inner))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from reshard.checkpoint.source import Source
 from reshard.files.dtypes import CODES
 from reshard.files.header import TensorInfo
 from reshard.planning.model.quantized import Matrices
-from reshard.transforms.bundle import Follows, Member, Quantized
+from reshard.transforms.bundle import Quantized, member_of
 from reshard.transforms.dequantise import Format
 
 Tensors = dict[str, torch.Tensor]
@@ -350,8 +350,7 @@ def bundle_of(
     members, seen = {}, {}
     for suffix, as_seen in matrix.fit.shapes.items():
         called = matrix.stem + suffix
-        dims = (Follows(at.dim + outer, at.unit, at.width) for at in matrix.fit.roles[suffix].dims or ())
-        members[called] = Member(suffix, (*(Follows(dim) for dim in range(outer)), *dims))
+        members[called] = member_of(matrix.fit.roles[suffix], outer)
         seen[called] = tensors[suffix].reshape(as_seen)
     bundle = Quantized(matrix.fit.format.name, matrix.fit.options, members, tuple((size,) for size in shape))
     return matrix.fit.format, bundle, seen

@@ -20,7 +20,7 @@ from ...sharding.placement import Piece
 from ...sharding.regions import Region, contiguous_strides, covers, is_run
 from ...strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 from ...text import listed, printable
-from ...transforms.bundle import Follows, Member, Quantized, member_box, member_shape
+from ...transforms.bundle import Member, Quantized, member_box, member_of, member_shape
 from .quantized import Matrices, Matrix
 
 __all__ = ["Held", "Sources", "map_sources"]
@@ -148,9 +148,7 @@ def _bundle(
     members: dict[str, Member] = {}
     held: dict[str, Held] = {}
     for suffix, role in first.roles.items():
-        assert role.dims is not None
-        inner = (Follows(at.dim + outer, at.unit, at.width) for at in role.dims)
-        member = Member(suffix, (*(Follows(dim) for dim in range(outer)), *inner))
+        member = member_of(role, outer)
         called = _member_name(name, suffix, first.format.parameter)
         whole, found, dtypes = member_shape(member, blocks), [], set()
         starts: dict[tuple[int, ...], tuple[int, ...]] = {}  # of the entries of a block: the same for all experts
