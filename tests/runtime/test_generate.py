@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -359,6 +360,7 @@ def test_the_report_names_rank_0_and_the_slowest(monkeypatch: pytest.MonkeyPatch
 
     class Model:
         reshard_seconds, reshard_bytes = ranks[0]
+        _reshard_manifest = SimpleNamespace(bundles=())
         _device_mesh = Mesh
 
     monkeypatch.setattr(dist, "all_gather_object", lambda found, mine, group: found.__setitem__(slice(None), ranks))

@@ -142,6 +142,7 @@ def test_it_is_checked_and_saved(folder: Any, source: Any, tmp_path: Path) -> No
         ["model.layers.1.mlp.down_proj.weight"],
     )
     assert told["quantization"] is None
+    assert "compute: dequantised, 14 quantized parameters" in told["report"]
     single = single_model(origin, torch.float32).state_dict()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())

@@ -3,7 +3,7 @@
     quantized.py FOLDER SOURCE SAVED OUT.json
 
 Checks the model layer by layer against SOURCE, then again with a weight changed on the last rank, and saves the model
-into SAVED. Rank 0 writes OUT: the results of both checks, and what the model says of itself.
+into SAVED. Rank 0 writes OUT: the results of both checks, what the load reports, and what the model says of itself.
 """
 
 import json
@@ -16,10 +16,12 @@ import torch.distributed as dist
 
 import runtime
 from runtime.checking.check import check
+from runtime.loading.phases import load_report
 
 
 def main(folder: str, source: str, saved: str, out: str) -> None:
     model = runtime.load(folder)
+    report = load_report(model)
     good = check(model, source, per_layer=True)
     model.save_pretrained(saved)
     weight = dict(model.named_parameters())["model.layers.1.mlp.down_proj.weight"]
@@ -29,7 +31,12 @@ def main(folder: str, source: str, saved: str, out: str) -> None:
     bad = check(model, source, per_layer=True)
     if dist.get_rank() == 0:
         config = model.config.to_dict()
-        told = {"good": good.to_json(), "bad": bad.to_json(), "quantization": config.get("quantization_config")}
+        told = {
+            "good": good.to_json(),
+            "bad": bad.to_json(),
+            "quantization": config.get("quantization_config"),
+            "report": report,
+        }
         Path(out).write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
