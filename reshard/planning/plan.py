@@ -226,6 +226,11 @@ def _tie(
     """
     regions, tied, duplicates, apart = dict(model.regions), {}, {}, []
     for name, owner in model.tied.items():
+        if not model.bundles.keys().isdisjoint((name, owner)):
+            if name in regions or placements[name] != placements[owner]:
+                raise BadInputError(f"{printable(name)}: is tied to {printable(owner)}, and quantized by itself")
+            tied[name] = owner
+            continue
         if owner not in regions:
             regions[owner] = next(regions[one] for one in model.tied if one in regions and model.tied[one] == owner)
         if name in regions and regions[name] != regions[owner]:

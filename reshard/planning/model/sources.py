@@ -25,6 +25,8 @@ from .quantized import Matrices, Matrix
 
 __all__ = ["Held", "Sources", "map_sources"]
 
+_OF_CACHE = ("k_scale", "v_scale", "kv_scale")  # scales of a quantized KV cache, some of them beside k_proj's weight
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -212,7 +214,9 @@ def _bare(regions: Mapping[str, Sequence[Region]], wanted: Mapping[str, torch.Te
 def _refuse_strangers(unused: Iterable[str], quantized: Container[str], bare: Container[str]) -> None:
     """Refuse a tensor beside quantized weights that nobody asks for: it may change their values."""
     for key in unused:
-        module = key.rpartition(".")[0]
+        module, _, own = key.rpartition(".")
+        if own in _OF_CACHE:
+            continue
         if module and module in bare:
             raise BadInputError(
                 f"{printable(key)}: stands beside a weight of 8 bits or fewer, and config.json has no"
