@@ -159,9 +159,9 @@ def _planned(
         refuse_keys(origin.source.root)
         if found := recut(origin.made, topology):
             return found
-    from .plan import plan_files
+    from .plan import filled, plan_of
 
-    planned, layouts = plan_files(
+    planned = plan_of(
         origin,
         topology,
         tp_plan=tp_plan,
@@ -171,7 +171,7 @@ def _planned(
         arrivals=arrivals,
     )
     recorded = origin.made.manifest.source_files if origin.made else ()
-    return Recut(_draft(planned, recorded), layouts, planned.notes)
+    return Recut(_draft(planned, recorded), filled(planned, origin), planned.notes)
 
 
 def _work(draft: Manifest, layouts: list[FileLayout], origin: Origin) -> str:

@@ -26,7 +26,7 @@ from .arguments import checked
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["plan", "plan_files", "sizes"]
+__all__ = ["filled", "plan", "plan_of", "sizes"]
 
 
 @checked
@@ -82,7 +82,7 @@ def plan(
         )
     say(announced(as_text(source), Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
     origin = open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into), include=include)
-    planned = _planned(
+    planned = plan_of(
         origin,
         Topology(tp_size or ep_size, ep_size),
         tp_plan=tp_plan,
@@ -93,7 +93,7 @@ def plan(
         serving=Serving(max_model_len, batch_size, kv_dtype, utilization),
     )
     if origin.made:  # it may lack what a rank needs
-        _filled(planned, origin)
+        filled(planned, origin)
     return planned
 
 
@@ -125,35 +125,16 @@ def sizes(
     return size_table(model, strategies, ep=ep_size, serving=Serving(max_model_len, batch_size, kv_dtype))
 
 
-def plan_files(
-    origin: Origin,
-    topology: Topology,
-    *,
-    tp_plan: Mapping[str, str] | str | Path,
-    strategies: ParallelInterface | str | Path,
-    dtype: str | None,
-    drop_unused: bool,
-    arrivals: Arrivals | None = None,
-) -> tuple[ReshardPlan, list[FileLayout]]:
-    """Return the plan, and the layouts of the files to write, filled from the files that are read."""
-    planned = _planned(
-        origin,
-        topology,
-        tp_plan=tp_plan,
-        strategies=strategies,
-        dtype=dtype,
-        drop_unused=drop_unused,
-        arrivals=arrivals,
-    )
-    return planned, _filled(planned, origin)
+def filled(planned: ReshardPlan, origin: Origin) -> list[FileLayout]:
+    """Return the layouts of the files to write, filled from the files that are read.
 
-
-def _filled(planned: ReshardPlan, origin: Origin) -> list[FileLayout]:
+    Raises BadInputError if a resharded folder lacks what a rank needs.
+    """
     layouts, made = plan_layouts(planned), origin.made
     return [made.relocated(layout) for layout in layouts] if made else layouts
 
 
-def _planned(
+def plan_of(
     origin: Origin,
     topology: Topology,
     *,
@@ -165,6 +146,7 @@ def _planned(
     serving: Serving = WEIGHTS_AND_CACHE,
     arrivals: Arrivals | None = None,
 ) -> ReshardPlan:
+    """Return the plan of an origin for the ranks of `topology`, or for the fewest that fit `gpu_memory`."""
     strategies, model = _model(origin, tp_plan, strategies, dtype, experts=topology.ep > 1)
     if gpu_memory is not None:
         topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory, serving=serving)

@@ -112,6 +112,7 @@ def already_planned(planned: ReshardPlan) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         layouts = plan_layouts(planned)
         patch.setattr(reshard.operations.convert, "open_origin", lambda *_, **__: Origin(planned.source))
-        patch.setattr(reshard.operations.plan, "plan_files", lambda *_, **__: (planned, layouts))
+        patch.setattr(reshard.operations.plan, "plan_of", lambda *_, **__: planned)
+        patch.setattr(reshard.operations.plan, "filled", lambda *_: layouts)
         patch.setattr(reshard.operations.convert, "version", functools.cache(reshard.operations.convert.version))
         yield
