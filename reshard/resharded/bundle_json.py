@@ -8,7 +8,7 @@ from typing import Any
 
 from ..files.untrusted import UnknownError, count, counts, text
 from ..text import printable
-from ..transforms.bundle import Follows, Member, Quantized, member_placement, member_shape
+from ..transforms.bundle import Follows, Member, Quantized, matrices, member_placement, member_shape
 from .targets import Target
 
 __all__ = ["Quantizations", "check_members"]
@@ -51,6 +51,8 @@ class Quantizations:
         }
         if any(len(along) > 1 for along in quantized.blocks):
             content["blocks"] = [list(along) for along in quantized.blocks]
+        if lengths := {m.role: list(m.lengths) for m in quantized.members.values() if m.lengths}:
+            content["lengths"] = lengths
         return content
 
     @classmethod
@@ -79,7 +81,10 @@ class Quantizations:
         named = {text(role): text(name) for role, name in content["members"].items()}
         if named.keys() != dims.keys():
             raise ValueError(f"tensors {sorted(named)} for the roles {sorted(dims)}")
-        members = {name: Member(role, dims[role]) for role, name in named.items()}
+        lengths = {role: counts(of) for role, of in content.get("lengths", {}).items()}
+        if any(dims[role] or len(of) != matrices(blocks) for role, of in lengths.items()):
+            raise ValueError(f"lengths of {sorted(lengths)} that are not those of {matrices(blocks)} matrices")
+        members = {name: Member(role, dims[role], lengths.get(role, ())) for role, name in named.items()}
         if len(members) < len(named):
             raise ValueError("one tensor in two roles")
         return Quantized(row["format"], row["options"], members, blocks)

@@ -297,7 +297,7 @@ def _parameter(content: dict[str, Any], world_size: int, cuts: Cuts) -> Target:
 
 _OF_BUNDLES = {
     *("name", "shape", "dtype", "style", "placement", "from", "compute_dtype", "reason"),
-    *("quantization", "members", "blocks"),
+    *("quantization", "members", "blocks", "lengths"),
 }
 
 

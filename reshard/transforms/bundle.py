@@ -35,6 +35,8 @@ __all__ = [
     "block_at",
     "boxes_of",
     "count",
+    "matrices",
+    "matrix_at",
     "member_box",
     "member_of",
     "member_placement",
@@ -79,10 +81,15 @@ class Role:
 @dataclass(frozen=True, slots=True)
 class Member:
     """A tensor of a bundle. `role` is the suffix by which its format knows it; `dims` say what its dims follow in the
-    parameter."""
+    parameter.
+
+    If the matrices of a parameter have texts of different lengths, the tensor is one run of them, on every rank whole:
+    `dims` is empty, and `lengths` has the entries of each, in the order of `matrix_at`.
+    """
 
     role: str
     dims: tuple[Follows, ...]
+    lengths: tuple[int, ...] = ()
 
 
 def member_of(role: Role, outer: int) -> Member:
@@ -134,6 +141,20 @@ def entries(start: int, stop: int, at: Follows, blocks: Sequence[int]) -> tuple[
         return base, base + at.width
     begin, end = (start - first) // at.unit, -(-(stop - first) // at.unit)
     return base + begin * at.width, base + end * at.width
+
+
+def matrices(blocks: Sequence[Sequence[int]]) -> int:
+    """Return the number of matrices in a parameter whose dims have `blocks`."""
+    outer = len(blocks) - 2
+    return math.prod(map(sum, blocks[:outer])) * math.prod(map(len, blocks[outer:]))
+
+
+def matrix_at(place: Sequence[int], blocks: Sequence[Sequence[int]]) -> int:
+    """Return the number of the matrix that holds the element at `place`. The last dim's blocks are counted first."""
+    number, outer = 0, len(blocks) - 2
+    for dim, (at, along) in enumerate(zip(place, blocks)):
+        number = number * sum(along) + at if dim < outer else number * len(along) + block_at(at, along)[0]
+    return number
 
 
 def in_blocks(start: int, stop: int, blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -195,6 +216,8 @@ def _tiled(placement: Placement, shape: Sequence[int], row: int, rows: int) -> P
 
 def member_shape(member: Member, blocks: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Return the shape of a tensor that follows a parameter whose dims have `blocks`."""
+    if member.lengths:
+        return (sum(member.lengths),)
     return tuple(sum(count(at, block) for block in blocks[at.dim]) for at in member.dims)
 
 
@@ -219,6 +242,10 @@ def boxes_of(placement: Placement, q: Quantized, *, rank: int, world_size: int, 
 
 def member_box(member: Member, box: Piece, blocks: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     """Return the range of entries, along each dim of a bundle's tensor, that meet a box of the parameter."""
+    if member.lengths:
+        number = matrix_at(box.start, blocks)
+        first = sum(member.lengths[:number])
+        return ((first, first + member.lengths[number]),)
     return tuple(
         entries(box.start[at.dim], box.start[at.dim] + box.extent[at.dim], at, blocks[at.dim]) for at in member.dims
     )

@@ -162,6 +162,8 @@ def _part(
         size.append(along[number])
     where = (tuple(start), box.extent[outer:], tuple(size))
     wanted = member_box(member, box, blocks)
+    if member.lengths:
+        return Part(tensor[slice(*wanted[0])], (), *where)  # type: ignore[arg-type]
     for piece in held:
         if all(at <= low and high <= at + size for (low, high), at, size in zip(wanted, piece.start, piece.extent)):
             slices = tuple(

@@ -197,6 +197,9 @@ def test_a_manifest_whose_bundles_lie_is_malformed(quantized: Callable[[str], Pa
         lambda m: m["quantizations"][0].update(members={".weight": [[0, -1, 1]]}),
         lambda m: m["quantizations"][0].update(members={".weight": [[9, 1, 1], [1, 1, 1]]}),
         lambda m: m["quantizations"][0].update(options=[]),
+        lambda m: m["bundles"][0].update(lengths={".weight": [1, 2]}),
+        lambda m: m["bundles"][0].update(lengths={".more": [1]}),
+        lambda m: m["bundles"][0].update(lengths=[1]),
         lambda m: m.update(bundles=[[]]),
     ]
     for change in changes:

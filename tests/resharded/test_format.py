@@ -14,7 +14,7 @@ import old_reader
 import pico
 import pytest
 from cli_tools import reseal
-from golden import VERSIONS as GOLDEN
+from golden import FOLDERS
 from jsonschema import Draft202012Validator
 from places import DATA
 
@@ -201,9 +201,9 @@ def test_the_schema_is_one() -> None:
     Draft202012Validator.check_schema(SCHEMA)
 
 
-@pytest.mark.parametrize("number", GOLDEN)
-def test_golden_folders_fit_the_schema(number: str) -> None:
-    CHECK.validate(content_of(DATA / f"golden-{number}"))
+@pytest.mark.parametrize("name", FOLDERS)
+def test_golden_folders_fit_the_schema(name: str) -> None:
+    CHECK.validate(content_of(DATA / f"golden-{name}"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

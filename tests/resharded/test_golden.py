@@ -1,7 +1,8 @@
 """A folder of every format version stays readable: it was made once, by the release that wrote that version.
 
 Its contents cover the format: several source files, fused experts (regions), packed blocks and a KV head that two
-ranks share (placements), an unused tensor, and copied files; the folder of 3.0 also has a required feature.
+ranks share (placements), an unused tensor, and copied files; the folder of 3.0 also has a required feature. One more of
+3.0 is quantized: nf4 with nested scales, whose states differ in length from expert to expert.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import pico
 import pytest
 import torch
 from cli_tools import INDEX, Cli, rewrite, weight_map
-from golden import VERSIONS
+from golden import BUNDLES, FOLDERS, VERSIONS
 from places import DATA, WORKERS
+from quantizing import quantize_folder
 from torchrun_tools import on_ranks
 
 import reshard
 from reshard.resharded.versions import CLOSED, FEATURES, OPEN
-from reshard.sharding.placement import Nested, PackedShard, Replicate, Shard
+from reshard.sharding.placement import Nested, PackedShard, Ranges, Replicate, Shard
 
 PARITY = WORKERS / "parity.py"
 IDS = [[3, 14, 15, 9], [2, 6, 5, 20]]
@@ -31,10 +33,14 @@ def make(folder: Path) -> None:
     """Make a golden folder, and the expected results beside it. Run once for each format version."""
     sizes = {"vocab_size": 21, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
     experts = {"num_experts": 2, "moe_intermediate_size": 6, "num_key_value_heads": 1, "head_dim": 4}
+    if quantized := folder.name.endswith(BUNDLES):
+        sizes["hidden_size"] = 64
     source = folder.with_name("golden-source")
     pico.save("qwen3_moe", source, shard_bytes=4000, mlp_only_layers=[], **sizes, **experts)
+    if quantized:
+        source = quantize_folder(source, folder.with_name("golden-quantized"), "nf4_nested")
     (source / "LICENSE").write_text("do as you please\n")
-    if folder.name.endswith(OPEN):
+    if OPEN in folder.name:
         (source / "additional_chat_templates").mkdir()
         (source / "additional_chat_templates" / "brief.jinja").write_text("{{ messages[0].content }}\n")
     last = max(source.glob("*.safetensors"))
@@ -65,7 +71,7 @@ def compute(folder: Path, scratch: Path) -> dict:
     return {**torch.load(f"{out}.golden.pt"), "tokens": json.loads(out.read_text())["golden"]["tokens"]}
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=FOLDERS)
 def golden(request: pytest.FixtureRequest) -> Path:
     return DATA / f"golden-{request.param}"
 
@@ -84,7 +90,11 @@ def test_inspect(golden: Path, cli: Cli) -> None:
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["world_size"] == 2
     manifest = reshard.inspect(golden)
-    assert {type(target.placement) for target in manifest.parameters} == {Shard, Replicate, PackedShard, Nested}
+    of_model = [*manifest.parameters, *(bundle.target for bundle in manifest.bundles)]
+    in_pairs = Ranges if BUNDLES in golden.name else PackedShard  # fused gate and up, cut on units there
+    assert {type(target.placement) for target in of_model} == {Shard, Replicate, in_pairs, Nested}
+    lengths = [member.lengths for bundle in manifest.bundles for member in bundle.quantized.members.values()]
+    assert any(len(set(of)) > 1 for of in lengths) == (BUNDLES in golden.name)
     assert manifest.unused_file is not None
     assert max(len(target.regions) for target in manifest.parameters) > 1
 

@@ -20,13 +20,23 @@ from single_process import NEW_TOKENS
 from torchrun_tools import on_ranks
 
 import reshard
+from reshard.checkpoint.quantization import quantization_of, without_quantization
+from reshard.errors import IntegrityError
 from reshard.operations.reference import single_model
+from runtime.model.quantized import check_quantized
 
 IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7))
 # What runs each time; the rest is slow. Each format is there, and each model with two numbers of ranks.
 SAMPLE = {
     2: [("even", "ct_w4_zero"), ("even", "gptq_order"), ("ragged", "nf4_nested"), ("experts", "fp8"), ("even", "awq")],
-    3: [("ragged", "fp8"), ("ragged", "nf4"), ("even", "ct_fp8_block"), ("experts", "ct_w4"), ("ragged", "int8")],
+    3: [
+        ("ragged", "fp8"),
+        ("ragged", "nf4"),
+        ("experts", "nf4_nested"),
+        ("even", "ct_fp8_block"),
+        ("experts", "ct_w4"),
+        ("ragged", "int8"),
+    ],
 }
 EP = {2: 2, 3: 1}  # by the number of ranks, for experts
 OTHER = {2: 3, 3: 2}
@@ -193,3 +203,26 @@ def test_ranks_agree_with_transformers_about_what_is_quantized(folder: Any, tmp_
     assert done.returncode != 0
     assert "transformers takes other modules for quantized than the checkpoint has" in done.stderr
     assert "self_attn.o_proj" in done.stderr
+
+
+LEFT_OUT = {  # a list that transformers reads otherwise than the checkpoint was made, and a module of it
+    ("even", "awq"): ("modules_to_not_convert", "o_proj"),
+    ("ragged", "nf4"): ("llm_int8_skip_modules", "down_proj"),
+    ("even", "ct_w4_zero"): ("ignore", "re:.*down_proj"),
+    ("experts", "fp8"): ("modules_to_not_convert", "model.layers.0.mlp.experts"),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), LEFT_OUT)
+def test_each_format_is_compared_with_what_transformers_reads(name: str, kind: str, folder: Any) -> None:
+    size = 3 if (name, kind) in SAMPLE[3] else 2
+    manifest = reshard.inspect(folder(size, name, kind))
+    told = quantization_of(json.loads((folder(size, name, kind) / "config.json").read_text()))
+    assert told is not None
+    config = transformers.AutoConfig.from_pretrained(folder(size, name, kind))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(without_quantization(config))
+    check_quantized(manifest, model, told)
+    key, module = LEFT_OUT[name, kind]
+    with pytest.raises(IntegrityError, match="other modules for quantized.*" + module.removeprefix("re:.*")):
+        check_quantized(manifest, model, {**told, key: [module, "lm_head"]})

@@ -25,13 +25,7 @@ def is_run(kind: str) -> bool:
     return not kind.startswith("modelopt")
 
 
-EVERY = [
-    (name, kind)
-    for name in MODELS
-    for kind in KINDS
-    # Nested states of different experts differ in length, which is refused.
-    if not (name == "ragged" and kind in _IN_BLOCKS) and not (name == "experts" and kind == "nf4_nested")
-]
+EVERY = [(name, kind) for name in MODELS for kind in KINDS if not (name == "ragged" and kind in _IN_BLOCKS)]
 
 # What the table has beside EVERY: a row that is not quantized for each model, torchao's kinds, and gpt-oss.
 PLAIN, _BY_TORCHAO = "none", "torchao_"

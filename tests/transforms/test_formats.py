@@ -47,7 +47,10 @@ def bitsandbytes(tensors: Tensors, weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     told = {name.removeprefix(".weight."): value for name, value in tensors.items() if name != ".weight"}
-    return dequantize_4bit(tensors[".weight"], QuantState.from_dict(told, torch.device("cpu")))
+    state = QuantState.from_dict(told, torch.device("cpu"))
+    # Asked for one row: its kernel for AVX-512 takes wrong scales where several rows share a block.
+    state.shape = torch.Size((1, weight.numel()))
+    return dequantize_4bit(tensors[".weight"], state).reshape(weight.shape)
 
 
 def int8(tensors: Tensors, weight: torch.Tensor) -> torch.Tensor:

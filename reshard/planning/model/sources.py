@@ -5,6 +5,7 @@ A quantized matrix takes part as the matrix that it stands for. Where the conver
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ from ...sharding.placement import Piece
 from ...sharding.regions import Region, contiguous_strides, covers, is_run
 from ...strategies.symbolic import NotACopyError, RegionTensor, casts_left_to_the_copy
 from ...text import listed, printable
-from ...transforms.bundle import Member, Quantized, member_box, member_of, member_shape
+from ...transforms.bundle import ONE, Member, Quantized, Role, matrix_at, member_box, member_of, member_shape
 from .quantized import Matrices, Matrix
 
 __all__ = ["Held", "Sources", "map_sources"]
+
+Blocks = tuple[tuple[int, ...], ...]
 
 _OF_CACHE = ("k_scale", "v_scale", "kv_scale")  # scales of a quantized KV cache, some of them beside k_proj's weight
 
@@ -146,30 +149,50 @@ def _bundle(
     if len({parts[region.source].fit.kind for region in regions}) > 1:
         raise BadInputError(f"{printable(name)}: is made of matrices that are quantized in different ways")
     first = parts[regions[0].source].fit
-    blocks, outer = _blocks(name, regions, shape), len(shape) - 2
+    blocks = _blocks(name, regions, shape)
     members: dict[str, Member] = {}
     held: dict[str, Held] = {}
     for suffix, role in first.roles.items():
-        member = member_of(role, outer)
+        member = _member(suffix, role, regions, parts, blocks)
         called = _member_name(name, suffix, first.format.parameter)
-        whole, found, dtypes = member_shape(member, blocks), [], set()
-        starts: dict[tuple[int, ...], tuple[int, ...]] = {}  # of the entries of a block: the same for all experts
-        for region in regions:
-            tensor, extent = parts[region.source].stem + suffix, parts[region.source].fit.shapes[suffix]
-            extent = (1,) * (len(whole) - len(extent)) + extent
-            block = region.target_start[outer:]
-            if block not in starts:
-                box = Piece(region.target_start, region.extent, region.target_start)
-                starts[block] = tuple(low for low, _ in member_box(member, box, blocks))[outer:]
-            start = region.target_start[:outer] + starts[block]
-            found.append(Region(tensor, 0, contiguous_strides(extent), extent, start))
-            dtypes.add(source.tensors[tensor].dtype)
+        whole, found = member_shape(member, blocks), _entries(member, regions, parts, blocks)
+        dtypes = {source.tensors[region.source].dtype for region in found}
         if not covers(found, whole) or len(dtypes) > 1:
             raise BadInputError(
                 f"{printable(called)}: the matrices of this parameter have tensors of different lengths or dtypes"
             )
-        members[called], held[called] = member, Held(whole, torch_name(dtypes.pop(), tensor=called), tuple(found))
+        members[called], held[called] = member, Held(whole, torch_name(dtypes.pop(), tensor=called), found)
     return Quantized(first.format.name, first.options, members, blocks), held
+
+
+def _member(suffix: str, role: Role, regions: Sequence[Region], parts: Mapping[str, Matrix], blocks: Blocks) -> Member:
+    extents = [parts[region.source].fit.shapes[suffix] for region in regions]
+    if len(set(extents)) > 1 and all(at.unit == ONE for at in role.dims or ()):
+        in_order = sorted(zip(regions, extents), key=lambda at: matrix_at(at[0].target_start, blocks))
+        return Member(suffix, (), tuple(math.prod(extent) for _, extent in in_order))
+    return member_of(role, len(blocks) - 2)
+
+
+def _entries(
+    member: Member, regions: Sequence[Region], parts: Mapping[str, Matrix], blocks: Blocks
+) -> tuple[Region, ...]:
+    """Return where the tensor of each matrix is in that of the bundle."""
+    dims, outer, found = len(member_shape(member, blocks)), len(blocks) - 2, []
+    starts: dict[tuple[int, ...], tuple[int, ...]] = {}  # of the entries of a block: the same for all experts
+    for region in regions:
+        matrix = parts[region.source]
+        extent = matrix.fit.shapes[member.role]
+        block = region.target_start if member.lengths else region.target_start[outer:]
+        if block not in starts:
+            box = member_box(member, Piece(region.target_start, region.extent, region.target_start), blocks)
+            starts[block] = tuple(low for low, _ in box)
+        if member.lengths:
+            extent, start = (math.prod(extent),), starts[block]
+        else:
+            extent = (1,) * (dims - len(extent)) + extent
+            start = region.target_start[:outer] + starts[block][outer:]
+        found.append(Region(matrix.stem + member.role, 0, contiguous_strides(extent), extent, start))
+    return tuple(found)
 
 
 def _member_name(name: str, suffix: str, parameter: str) -> str:
@@ -179,7 +202,7 @@ def _member_name(name: str, suffix: str, parameter: str) -> str:
     return name.removesuffix(parameter) + suffix
 
 
-def _blocks(name: str, regions: Iterable[Region], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def _blocks(name: str, regions: Iterable[Region], shape: tuple[int, ...]) -> Blocks:
     """Return the sizes of the matrices that stand side by side in a parameter, along each of its dims.
 
     Raises BadInputError if a matrix is not in it as a whole: its entries could not be told apart.
