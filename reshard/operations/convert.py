@@ -23,7 +23,7 @@ from ..files.untrusted import vetted_path
 from ..planning.model.rules import AUTO
 from ..planning.recut import Recut, recut
 from ..planning.remarks import announced
-from ..process import Progress, silent
+from ..process import Progress, patient_collector, silent
 from ..resharded.layout import FileLayout
 from ..resharded.manifest import REFERENCE_NAME, Manifest
 from ..sharding.topology import Topology
@@ -46,6 +46,7 @@ _MANIFEST_SHARE = 1 << 20  # bytes kept free for the manifest and the folder its
 
 
 @checked
+@patient_collector()
 def convert(
     source: str | Path,
     out: str | Path,

@@ -16,6 +16,7 @@ from ..planning.model.rules import AUTO, noted_styles, read_rules
 from ..planning.plan import ReshardPlan, build_plan, plan_layouts
 from ..planning.remarks import announced
 from ..planning.sizes import Size, size_table, smallest_fit
+from ..process import patient_collector
 from ..resharded.layout import FileLayout
 from ..sharding.topology import Topology
 from ..storage.prefetch import Arrivals
@@ -30,6 +31,7 @@ __all__ = ["filled", "plan", "plan_of", "sizes"]
 
 
 @checked
+@patient_collector()
 def plan(
     source: str | Path,
     *,
@@ -98,6 +100,7 @@ def plan(
 
 
 @checked
+@patient_collector()
 def sizes(
     source: str | Path,
     *,

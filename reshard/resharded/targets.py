@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.source import Source
 from ..files.dtypes import itemsize, torch_name
-from ..sharding.placement import Placement, local_shape, offset, pieces
+from ..sharding.placement import Placement, Replicate, local_shape, offset, pieces
 from ..sharding.regions import Region, cut, whole
 from ..transforms.bundle import Quantized
 
@@ -78,7 +78,10 @@ def rank_tensors(
 def _local(target: Target, rank: int, world_size: int, sizes_only: bool) -> LocalTensor:
     shape = local_shape(target.placement, target.shape, rank=rank, world_size=world_size)
     found = () if sizes_only else pieces(target.placement, target.shape, rank=rank, world_size=world_size)
-    regions = tuple(region for piece in found for region in cut(target.regions, piece))
+    if found and isinstance(target.placement, Replicate):
+        regions = target.regions  # shared by the ranks
+    else:
+        regions = tuple(region for piece in found for region in cut(target.regions, piece))
     start = offset(target.placement, target.shape, rank=rank, world_size=world_size)
     return LocalTensor(target.name, shape, target.dtype, start, regions)
 
