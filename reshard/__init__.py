@@ -1,8 +1,8 @@
 """Reshard a Hub checkpoint once, offline, into one safetensors file per tensor-parallel rank.
 
-The commands call the functions of the same names: `convert`, `plan`, `inspect`, `verify`, `merge`, `publish`, `pull`.
-They are imported when first used, so that importing this package, and asking for help, costs nothing. Each raises a
-`ReshardError`; `reshard.errors` lists them all. `plan` returns a `ReshardPlan`, `convert` and `inspect` return a
+The commands call the functions of the same names: `convert`, `plan`, `export`, `inspect`, `verify`, `merge`, `publish`,
+`pull`. They are imported when first used, so that importing this package, and asking for help, costs nothing. Each
+raises a `ReshardError`; `reshard.errors` lists them all. `plan` returns a `ReshardPlan`, `convert` and `inspect` return a
 `Manifest`. `sizes` is `reshard plan` without a number of ranks.
 """
 
@@ -29,6 +29,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .operations.convert import convert
+    from .operations.export import export
     from .operations.inspect import inspect
     from .operations.merge import merge
     from .operations.plan import plan, sizes
@@ -55,6 +56,7 @@ __all__ = [
     "VersionError",
     "__version__",
     "convert",
+    "export",
     "inspect",
     "merge",
     "plan",
@@ -68,6 +70,7 @@ _HOMES = {
     "Manifest": "resharded.manifest",
     "ReshardPlan": "planning.plan",
     "convert": "operations.convert",
+    "export": "operations.export",
     "plan": "operations.plan",
     "sizes": "operations.plan",
     "inspect": "operations.inspect",

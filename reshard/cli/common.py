@@ -21,6 +21,7 @@ from ..launch.switches import switches_of, words_of
 __all__ = [
     "Bytes",
     "format_option",
+    "include_option",
     "no_sync_option",
     "on_ranks",
     "print_report",
@@ -86,6 +87,12 @@ def where_the_weights_are(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def include_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare `--include`."""
+    help = "Copy files of unknown kinds too, such as 'assets/*'. Code, pickles and keys are never copied."
+    return click.option("--include", multiple=True, metavar="PATTERN", help=help)(command)
+
+
 _WHAT_TO_CUT = (
     click.option(
         "--ep-size",
@@ -104,12 +111,7 @@ _WHAT_TO_CUT = (
     click.option("--dtype", type=Dtype(), help="Store floating parameters in this dtype."),
     click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
     where_the_weights_are,
-    click.option(
-        "--include",
-        multiple=True,
-        metavar="PATTERN",
-        help="Copy files of unknown kinds too, such as 'assets/*'. Code, pickles and keys are never copied.",
-    ),
+    include_option,
 )
 
 

@@ -20,6 +20,7 @@ from .bench import bench
 from .check import check
 from .convert import convert
 from .env import env
+from .export import export
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for _command in (convert, plan, inspect, verify, merge, run, check, bench, publish, pull, env):
+for _command in (convert, plan, inspect, verify, merge, export, run, check, bench, publish, pull, env):
     cli.add_command(_command)
 
 

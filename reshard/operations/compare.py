@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.source import Source
 from ..checkpoint.weights import AS_FOUND, Choice
+from ..engines.constants import CONSTANTS_NAME, as_read
 from ..errors import BadInputError, IntegrityError
 from ..execution.reader import SourceReader, equal_tensors, tensor_blocks
 from ..files.header import Header, TensorInfo, read_header
@@ -16,7 +17,7 @@ from ..process import BLOCK_BYTES, Advance, Progress, silent
 from ..resharded.as_source import source_headers, source_tensors
 from ..resharded.manifest import Manifest
 from ..resharded.rank_file import FileRecord
-from ..resharded.targets import LocalTensor, rank_tensors, unused_tensors
+from ..resharded.targets import LocalTensor, unused_tensors
 from ..storage.locate import resolve_source
 from ..text import printable
 
@@ -34,17 +35,20 @@ def compare_with_source(
 ) -> int:
     """Gather each tensor of each file from the source again and compare the bytes. Returns how many elements agree.
 
-    Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose.
+    Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose. (For
+    another engine's rank files, the export made sure of that.)
     Peak memory is one block (`BLOCK_BYTES`).
     """
     source = resolve_source(place, revision=revision, choice=choice, progress=progress)
     headers = source_headers(manifest)
     _check_is_source(folder, manifest, headers, source)
-    source_tensors(manifest, headers)  # raises if an element is nowhere
+    if manifest.engine:
+        source = as_read(source, folder / CONSTANTS_NAME, manifest.engine["taken_for"])
+    else:
+        source_tensors(manifest, headers)  # raises if an element is nowhere
     _check_duplicates(manifest, source)
     held: list[tuple[FileRecord, Iterable[LocalTensor]]] = [
-        (record, rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size))
-        for rank, record in enumerate(manifest.rank_files)
+        (record, manifest.tensors_of(rank)) for rank, record in enumerate(manifest.rank_files)
     ]
     if manifest.unused_file:
         held.append((manifest.unused_file, unused_tensors(source, manifest.unused_file.tensors)))

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.left_behind import refuse_keys
-from ..checkpoint.source import MANIFEST_NAME, Source
+from ..checkpoint.source import MANIFEST_NAME
 from ..checkpoint.weights import chosen
 from ..execution.destination import destination
 from ..execution.executor import Inputs, write_files
 from ..execution.journal import Journal
 from ..execution.origin import Origin, open_origin
 from ..execution.staging import staged_folder
-from ..files.digest import ALGORITHM, new_digest
+from ..files.digest import new_digest
 from ..files.untrusted import vetted_path
 from ..planning.model.rules import AUTO
 from ..planning.recut import Recut, recut
 from ..planning.remarks import announced
 from ..process import Progress, patient_collector, silent
+from ..resharded.as_source import recorded
 from ..resharded.layout import FileLayout
 from ..resharded.manifest import REFERENCE_NAME, Manifest
 from ..sharding.topology import Topology
@@ -133,7 +134,7 @@ def convert(
         manifest = replace(
             draft,
             tool={"reshard": __version__, **{name: version(name) for name in ("torch", "transformers")}},
-            source_files=draft.source_files if made else _source_files(checkpoint, source_digests),
+            source_files=draft.source_files if made else recorded(checkpoint.files, source_digests),
             rank_files=tuple(written[: topology.world_size]),
             unused_file=next(iter(written[topology.world_size :]), None),
             extras=tuple(extras),
@@ -186,18 +187,6 @@ def _work(draft: Manifest, layouts: list[FileLayout], origin: Origin) -> str:
     for layout in layouts:
         digest.update(f"{layout.name} ".encode() + layout.head)
     return digest.hexdigest()
-
-
-def _source_files(source: Source, digests: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
-    return tuple(
-        {
-            "file": file.name,
-            "size": file.size,
-            "digest": f"{ALGORITHM}:{digests[file.name]}",
-            "header": file.header.raw.decode(),
-        }
-        for file in source.files
-    )
 
 
 def _draft(plan: ReshardPlan, recorded: tuple[dict[str, Any], ...]) -> Manifest:

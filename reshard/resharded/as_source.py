@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..checkpoint.source import MANIFEST_NAME, Source, SourceFile, model_config
 from ..checkpoint.weights import INDEX_NAME
 from ..errors import BadInputError, IntegrityError
-from ..files.digest import digest_file
+from ..files.digest import ALGORITHM, digest_file
 from ..files.dtypes import holds, torch_name
 from ..files.header import Header, TensorInfo, parse_header
 from ..files.untrusted import check_plain_name, check_plain_path
@@ -19,11 +20,11 @@ from ..sharding.inverse import invert, once, refined_shape, through
 from ..sharding.regions import Region, covers, whole
 from ..text import listed, printable
 from .layout import FileLayout
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, read_manifest, refuse_engine
 from .rank_file import FileRecord, read_rank_header, written_file
-from .targets import LocalTensor, rank_tensors
+from .targets import LocalTensor
 
-__all__ = ["Resharded", "open_resharded", "source_headers", "source_tensors"]
+__all__ = ["Resharded", "open_resharded", "recorded", "source_headers", "source_tensors"]
 
 Held = dict[str, tuple[str, tuple[int, ...]]]  # tensor → dtype and shape
 
@@ -99,6 +100,7 @@ def open_resharded(
         VersionError: a newer release made it.
     """
     manifest = read_manifest(folder)
+    refuse_engine(folder, manifest)
     headers = source_headers(manifest)
     for extra in manifest.extras:
         path = written_file(folder, extra)
@@ -116,6 +118,19 @@ def open_resharded(
     )
     held = _rank_files(folder, absent, manifest, headers)
     return Resharded(manifest, source, held, source_tensors(manifest, headers))
+
+
+def recorded(files: Iterable[SourceFile], digests: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    """Return source files as a manifest has them, with their `digests` by name."""
+    return tuple(
+        {
+            "file": file.name,
+            "size": file.size,
+            "digest": f"{ALGORITHM}:{digests[file.name]}",
+            "header": file.header.raw.decode(),
+        }
+        for file in files
+    )
 
 
 def source_headers(manifest: Manifest) -> dict[str, Header]:
@@ -145,7 +160,8 @@ def source_headers(manifest: Manifest) -> dict[str, Header]:
                 raise BadInputError(f"{MANIFEST_NAME}: {printable(info.name)} is in two source files, and differs")
     unused = manifest.unused_file.tensors if manifest.unused_file else {}
     taken_from = {region.source for parameter in manifest.parameters for region in parameter.regions}
-    unknown = sorted({*taken_from, *unused, *manifest.duplicates, *manifest.duplicates.values()} - names.keys())
+    known = taken_from if manifest.engine else names.keys()  # an engine's rank files have constants of their own too
+    unknown = sorted({*taken_from, *unused, *manifest.duplicates, *manifest.duplicates.values()} - known)
     if unknown:
         raise BadInputError(f"{MANIFEST_NAME}: no source file holds {listed(unknown)}")
     return headers
@@ -180,8 +196,7 @@ def _rank_files(
 def _expected(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[tuple[FileRecord, Held]]:
     """Yield each file with the dtype and shape of every tensor that it must hold."""
     for rank, record in enumerate(manifest.rank_files):
-        tensors = rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size)
-        yield record, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        yield record, {tensor.name: (tensor.dtype, tensor.shape) for tensor in manifest.tensors_of(rank)}
     if manifest.unused_file:
         wanted = _by_name(headers)
         unused = [wanted[name] for name in manifest.unused_file.tensors]
@@ -213,7 +228,7 @@ def source_tensors(manifest: Manifest, headers: Mapping[str, Header]) -> dict[st
     shapes = {name: refined_shape(info.shape, taken[name]) for name, info in wanted.items()}
     found: dict[str, dict[str, list[Region]]] = defaultdict(lambda: defaultdict(list))  # by name and dtype
     for rank, record in enumerate(manifest.rank_files):
-        for tensor in rank_tensors(manifest.parameters, rank=rank, world_size=manifest.world_size):
+        for tensor in manifest.tensors_of(rank):
             held = _held(record.name, tensor.name)
             for region in tensor.regions:
                 found[region.source][tensor.dtype] += invert(region, held, tensor.shape, shapes[region.source])

@@ -21,10 +21,10 @@ from .bundle_json import Quantizations, check_members
 from .placement_json import Cuts, placement_from_json, placement_to_json
 from .rank_file import FileRecord
 from .report import replicated_bytes, rows
-from .targets import Bundle, Target
+from .targets import Bundle, LocalTensor, Target, rank_tensors
 from .versions import check_known, check_version, version_members
 
-__all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "sealed_text"]
+__all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "refuse_engine", "sealed_text"]
 
 REFERENCE_NAME = "reference.logits"  # one of the extras: a safetensors file that no reader may take for weights
 
@@ -36,8 +36,9 @@ class Manifest:
     `hooks` maps each module to its style. `custom` names the classes of the styles that are not built in.
     `runtime_only` says why plain transformers cannot open the folder; it is empty if it can. `extras` are named by
     path. `groups` gives, by attention, the query heads for each KV head on every rank, if ranks differ; else the model
-    has the number. `bundles` are the quantized parameters, whose tensors are among the `parameters`. `left` are the
-    source files that were left behind: known when the folder is made, but not written.
+    has the number. `bundles` are the quantized parameters, whose tensors are among the `parameters`. `engine` tells
+    which engine reads the rank files, if they are for another one; `parameters` are then its tensors, those of all ranks
+    one after the other. `left` are the source files that were left behind: known when the folder is made, but not written.
     """
 
     tool: dict[str, str]
@@ -60,6 +61,7 @@ class Manifest:
     extras: tuple[FileRecord, ...]
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bundles: tuple[Bundle, ...] = ()
+    engine: dict[str, Any] | None = None
     left: tuple[Left, ...] = field(default=(), compare=False)
 
     @property
@@ -72,6 +74,11 @@ class Manifest:
         inside = {name for bundle in self.bundles for name in bundle.quantized.members}
         plain = (parameter for parameter in self.parameters if parameter.name not in inside)
         return (*plain, *(bundle.target for bundle in self.bundles))
+
+    def tensors_of(self, rank: int) -> tuple[LocalTensor, ...]:
+        """Return the tensors of a rank's file. An engine's rank may have no part of a parameter."""
+        found = rank_tensors(self.parameters, rank=rank, world_size=self.world_size)
+        return tuple(tensor for tensor in found if tensor.regions) if self.engine else found
 
     def files(self) -> tuple[FileRecord, ...]:
         """Return the record of every file of the folder except the manifest."""
@@ -95,6 +102,7 @@ class Manifest:
             "dropped": list(self.dropped),
             "custom_strategies": self.custom,
             "runtime_only": list(self.runtime_only),
+            **({"engine": self.engine} if self.engine else {}),
         }
 
     def __repr__(self) -> str:
@@ -118,6 +126,7 @@ class Manifest:
             **({"cuts": cuts.to_json(), "key_value_groups": self.groups} if cuts else {}),
             "parameters": parameters,
             **({"quantizations": quantizations.to_json(), "bundles": bundles} if bundles else {}),
+            **({"engine": self.engine} if self.engine else {}),
             "hooks": self.hooks,
             "custom_strategies": self.custom,
             "tied": self.tied,
@@ -224,6 +233,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise IntegrityError(f"{printable(path)}: incomplete or malformed ({printable(error)})") from None
 
 
+def refuse_engine(folder: Path, manifest: Manifest) -> None:
+    """Raise BadInputError if a folder has rank files of another engine: they are neither cut again nor run here."""
+    if manifest.engine is not None:
+        raise BadInputError(
+            f"{printable(folder)}: has rank files that only {printable(manifest.engine['name'])} reads",
+            hint="start from the checkpoint that they were made from",
+        )
+
+
 def _from_json(content: dict[str, Any]) -> Manifest:
     """Build the manifest and check the type of every value: a seal shows who wrote last, not that they wrote sense."""
     model, source, mesh = content["model"], content["source"], content["mesh"]
@@ -254,7 +272,15 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         extras=tuple(_file(item) for item in content["extras"]),
         groups={text(name): _groups(of, len(ranks)) for name, of in content.get("key_value_groups", {}).items()},
         bundles=_bundles(content, parameters, len(ranks), cuts),
+        engine=maybe(_engine, content.get("engine")),
     )
+
+
+def _engine(content: dict[str, Any]) -> dict[str, Any]:
+    for name in ("name", "version", "dtype"):
+        text(content[name])
+    texts(content["taken_for"])
+    return content
 
 
 def _file(content: dict[str, Any]) -> FileRecord:

@@ -138,7 +138,7 @@ def filled(view: View, writes: Sequence[tuple[View, Sequence[Region]]]) -> list[
                 pieces = [rest for other in pieces for rest in _without(other, piece.ranges)]
             pieces.append(piece)
     of_dims = digits.of_dims(view)
-    found = []
+    found: list[Region] = []
     for ranges, start in digits.boxes(view):
         for piece in pieces:
             common = _common(ranges, piece.ranges)
@@ -187,10 +187,7 @@ def _regions(
 
 
 def _meet(one: Ranges, other: Ranges) -> bool:
-    for (a, b), (c, d) in zip(one, other):
-        if a >= d or c >= b:
-            return False
-    return True
+    return all(a < d and c < b for (a, b), (c, d) in zip(one, other))
 
 
 def _common(one: Ranges, other: Ranges) -> Ranges | None:

@@ -21,9 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FILE = "model-rank-{tp}-part-0.safetensors"
-FILE_OF_STAGE = "model-pp-{pp}-tp-{tp}-part-0.safetensors"
-
 
 class Refusal(Exception):
     """Why there is no plan: one line."""
@@ -107,7 +104,7 @@ def stub_platform(request: dict[str, Any]) -> None:
         def check_if_supports_dtype(cls, dtype: Any) -> None:
             return None
 
-    platforms._current_platform = Stub()  # type: ignore[attr-defined]
+    platforms._current_platform = Stub()
 
 
 def platform_name() -> str:
@@ -149,9 +146,8 @@ def init_groups(config: Any) -> None:
     parallel = config.parallel_config
     meant = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.world_size
     parallel.tensor_parallel_size = parallel.pipeline_parallel_size = parallel.world_size = 1
-    with set_current_vllm_config(config):
-        meet = tempfile.NamedTemporaryFile(dir=".", prefix="meet-")
-        init_distributed_environment(1, 0, f"file://{meet.name}", 0, backend="gloo")
+    with set_current_vllm_config(config), tempfile.TemporaryDirectory(dir=".") as folder:
+        init_distributed_environment(1, 0, f"file://{Path(folder).resolve()}/meet", 0, backend="gloo")
         initialize_model_parallel(1, 1, backend="gloo")
     parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.world_size = meant
 
@@ -182,8 +178,7 @@ class Trace:
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
         self.kept: list[Any] = []  # storages that must not be freed, as their addresses are keys
-        self.copies: dict[str, list[list[Any]]] = {}
-        self.temporaries: dict[str, Any] = {}
+        self.writes: list[list[Any]] = []
 
     def name(self, tensor: Any, called: str | None = None) -> str:
         """Return the name of a tensor's storage; it is a temporary one unless it is `called` otherwise."""
@@ -199,20 +194,33 @@ class Trace:
 
     def record(self, into: Any, what: list[Any]) -> None:
         if into.numel():
-            dtype = str(into.dtype).removeprefix("torch.")
-            entry = [dtype, list(into.shape), into.storage_offset(), list(into.stride()), *what]
-            self.copies.setdefault(self.name(into), []).append(entry)
+            self.writes.append([self.name(into), *described(into), *what])
+
+    def leading_to(self, names: set[str]) -> list[list[Any]]:
+        """Return the writes into storages of these names, and into all that these were copied from, in order."""
+        found: list[list[Any]] = []
+        for write in reversed(self.writes):
+            if write[0] in names:
+                found.append(write)
+                if write[5] == "copy":
+                    names.add(write[6])
+        return found[::-1]
 
     def copied(self, into: Any, source: Any) -> None:
         source = source.expand(into.shape)
-        dtype = str(source.dtype).removeprefix("torch.")
-        self.record(into, ["copy", self.name(source), dtype, source.storage_offset(), list(source.stride())])
+        dtype, _, offset, strides = described(source)
+        self.record(into, ["copy", self.name(source), dtype, offset, strides])
 
     def constant(self, into: Any, value: Any) -> None:
         self.record(into, ["constant", value])
 
     def computed(self, into: Any, operation: str) -> None:
         self.record(into, ["computed", operation])
+
+
+def described(tensor: Any) -> tuple[str, list[int], int, list[int]]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return dtype, list(tensor.shape), tensor.storage_offset(), list(tensor.stride())
 
 
 def mode_of(trace: Trace) -> Any:
@@ -297,9 +305,9 @@ def constants_of_host(trace: Trace) -> Any:
     class Numbers(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            if func is torch.tensor and args and isinstance(args[0], (int, float, bool)):
-                if result.device.type == "meta":
-                    trace.constant(result, args[0])
+            number = func is torch.tensor and args and isinstance(args[0], (int, float, bool))
+            if number and result.device.type == "meta":
+                trace.constant(result, args[0])
             return result
 
     return Numbers()
@@ -313,14 +321,12 @@ def plan_of_rank(config: Any, request: dict[str, Any], tp: int, pp: int) -> dict
 
     be_rank(config, tp, pp)
     trace = Trace()
-    asked: set[str] = set()
 
     def tensors() -> Iterator[tuple[str, Any]]:
         for name, (dtype, shape) in request["tensors"].items():
             with torch.utils._python_dispatch._disable_current_modes():
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             trace.name(tensor, f"s:{name}")
-            asked.add(name)
             yield name, tensor
 
     with set_current_vllm_config(config), mode_of(trace):
@@ -328,22 +334,8 @@ def plan_of_rank(config: Any, request: dict[str, Any], tp: int, pp: int) -> dict
             model = initialize_model(config, model_config=config.model_config)
         model.load_weights(tensors())
     found = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
-    file = FILE if config.parallel_config.pipeline_parallel_size == 1 else FILE_OF_STAGE
-    return {
-        "file": file.format(tp=tp, pp=pp),
-        "tensors": {
-            name: [
-                str(tensor.dtype).removeprefix("torch."),
-                list(tensor.shape),
-                tensor.storage_offset(),
-                list(tensor.stride()),
-                trace.name(tensor),
-            ]
-            for name, tensor in without_aliases(found).items()
-        },
-        "copies": trace.copies,
-        "not_asked": sorted(request["tensors"].keys() - asked),
-    }
+    held = {name: [trace.name(tensor), *described(tensor)] for name, tensor in without_aliases(found).items()}
+    return {"tp": tp, "pp": pp, "tensors": held, "writes": trace.leading_to({str(of[0]) for of in held.values()})}
 
 
 def without_aliases(tensors: dict[str, Any]) -> dict[str, Any]:
