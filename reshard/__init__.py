@@ -2,8 +2,8 @@
 
 The commands call the functions of the same names: `convert`, `plan`, `export`, `inspect`, `verify`, `merge`, `publish`,
 `pull`. They are imported when first used, so that importing this package, and asking for help, costs nothing. Each
-raises a `ReshardError`; `reshard.errors` lists them all. `plan` returns a `ReshardPlan`, `convert` and `inspect` return a
-`Manifest`. `sizes` is `reshard plan` without a number of ranks.
+raises a `ReshardError`; `reshard.errors` lists them all. `plan` returns a `ReshardPlan`; `convert`, `export` and
+`inspect` return a `Manifest`. `sizes` is `reshard plan` without a number of ranks.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ FAULTS = {
         "a quantized weight with a tensor missing, of another shape or dtype, or that lies",
         "3 before any output, or 4 at the load; the tensor is named, nothing large is made",
     ),
+    35: ("an engine's files for another version, backend or checkpoint", "3 before any output; inspect says for which"),
+    36: ("a copy plan that lies", "3 before any output; what makes no sense is named, nothing is read beyond a tensor"),
     37: (
         "files that belong to a checkpoint are not copied",
         "said in one line, each with its reason; what is copied has a digest",

@@ -101,5 +101,6 @@ def next_command(out: str, engine: dict[str, Any]) -> str:
     words = ["vllm", "serve", without_secrets(out), "--load-format", "sharded_state", "-tp", str(engine["tp"])]
     words += ["-pp", str(engine["pp"])] if engine["pp"] > 1 else []
     words += ["--enable-expert-parallel"] if engine["ep"] else []
+    words += ["--moe-backend", engine["moe_backend"]] if engine["moe_backend"] else []
     words += ["--dtype", engine["dtype"]]
     return shlex.join(words)

@@ -68,10 +68,12 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """The tensors of one rank's file, by name, and all writes that fill them, in order."""
+    """The tensors of one rank's file, by name, and all writes that fill them, in order. `backends` are the kernels that
+    the engine chose for experts: some lay their weights out in shapes of their own."""
 
     tp: int
     pp: int
+    backends: tuple[str, ...]
     tensors: dict[str, Held]
     writes: tuple[Write, ...]
 
@@ -143,7 +145,9 @@ def engine_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rank(content: Mapping[str, Any]) -> RankPlan:
     tensors = {text(name): _held(*of) for name, of in content["tensors"].items()}
-    return RankPlan(count(content["tp"]), count(content["pp"]), tensors, tuple(map(_write, content["writes"])))
+    backends = tuple(map(text, content["backends"]))
+    writes = tuple(map(_write, content["writes"]))
+    return RankPlan(count(content["tp"]), count(content["pp"]), backends, tensors, writes)
 
 
 def _held(storage: Any, dtype: Any, shape: Any, offset: Any, strides: Any) -> Held:
@@ -159,11 +163,11 @@ def _write(content: list[Any]) -> Write:
     if kind == "copy":
         storage, dtype, offset, strides = more
         return Write(into, _held(storage, dtype, shape, offset, strides))
+    if kind not in ("constant", "computed"):
+        raise ValueError(f"a write of the kind {kind!r:.50}")
     (value,) = more
     if kind == "constant":
         if type(value) not in (int, float, bool):
             raise ValueError(f"a constant {value!r:.50}")
         return Write(into, Constant(value))
-    if kind != "computed":
-        raise ValueError(f"a write of the kind {kind!r:.50}")
     return Write(into, Computed(text(value)))

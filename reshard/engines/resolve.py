@@ -96,7 +96,8 @@ def _target(name: str, ranks: Sequence[Target | None]) -> Target:
         if any(rank != first for rank in held):
             raise BadInputError(f"{printable(name)}: is one number, and the ranks have different ones")
         whole = Piece((), (), ())
-        return replace(first, placement=Explicit(((),) * len(ranks), tuple((whole,) if r else () for r in ranks)))
+        absent_or_not = tuple(() if rank else (0,) for rank in ranks)
+        return replace(first, placement=Explicit(absent_or_not, tuple((whole,) if rank else () for rank in ranks)))
     at, regions, shapes, boxes = 0, list[Region](), [], []
     for rank in ranks:
         shape = rank.shape if rank else (0, *first.shape[1:])

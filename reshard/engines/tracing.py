@@ -145,8 +145,9 @@ def _refusal(path: Path, code: int) -> BadInputError:
         return BadInputError(f"vLLM ended with code {code}: {printable(last, 300)}")
     kind, words = found[-1].groups()
     if kind == "ModuleNotFoundError" and "'vllm'" in words:
-        return (
-            "that Python has no vLLM",
-            "--engine-python takes the Python of the environment that vLLM is installed in",
+        return BadInputError(
+            "that Python has no vLLM", hint="--engine-python takes the Python of the environment that has it"
         )
-    return f"vLLM makes no plan: {kind}: {printable(words, 300)}", "its own loader would end in the same way"
+    return BadInputError(
+        f"vLLM makes no plan: {kind}: {printable(words, 300)}", hint="its own loader would end in the same way"
+    )

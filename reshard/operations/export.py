@@ -94,6 +94,11 @@ def export(
         )
     if (plan is None) == (tp_size is None):
         raise UsageError("export takes the number of ranks, or a plan that was made for one", hint="give --tp-size N")
+    if (platform is None) != (capability is None):
+        raise UsageError(
+            "a platform is chosen by its name and its compute capability",
+            hint="give both: --platform cuda --capability 9.0",
+        )
     python = engine_python(engine_python_path) if plan is None else None
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         choice = chosen(weights, links_into)
@@ -109,6 +114,7 @@ def export(
             say(f"asking {printable(python)} where vLLM puts each tensor")
             asked = Asked(tp_size, pipeline_size, ep, platform, capability, dtype, moe_backend)
             found = traced(asked, checkpoint.tensors, root, ("config.json", *checkpoint.extras), python=python)
+        _check_backend(found)
         for note in _notes(found.engine):
             say(note)
         resolved = resolve(found, checkpoint.tensors, tied=_is_tied(checkpoint))
@@ -151,6 +157,19 @@ def _is_tied(source: Source) -> bool:
     text = source.config.get("text_config")
     told = source.config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
     return told is not False
+
+
+def _check_backend(plan: CopyPlan) -> None:
+    """Raise UsageError if experts are laid out for kernels that nobody named.
+
+    A server may choose others, and its loader takes files of other shapes with no more than a warning.
+    """
+    chosen = sorted({backend for rank in plan.ranks for backend in rank.backends})
+    if chosen and plan.engine["platform"] != "cpu" and plan.engine["moe_backend"] is None:
+        raise UsageError(
+            f"the shapes of experts can depend on the kernels that run them, and vLLM chose {listed(chosen)}",
+            hint=f"name them, here and when you serve: --moe-backend {printable(chosen[0])}",
+        )
 
 
 def _notes(engine: dict[str, Any]) -> list[str]:

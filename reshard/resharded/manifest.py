@@ -36,9 +36,10 @@ class Manifest:
     `hooks` maps each module to its style. `custom` names the classes of the styles that are not built in.
     `runtime_only` says why plain transformers cannot open the folder; it is empty if it can. `extras` are named by
     path. `groups` gives, by attention, the query heads for each KV head on every rank, if ranks differ; else the model
-    has the number. `bundles` are the quantized parameters, whose tensors are among the `parameters`. `engine` tells
-    which engine reads the rank files, if they are for another one; `parameters` are then its tensors, those of all ranks
-    one after the other. `left` are the source files that were left behind: known when the folder is made, but not written.
+    has the number. `bundles` are the quantized parameters, whose tensors are among the `parameters`. `engine` says
+    which other engine the rank files are for, if any; `parameters` are then the tensors of that engine, those of all
+    ranks one after the other. `left` are the source files that were left behind: known when the folder is made, but not
+    written.
     """
 
     tool: dict[str, str]

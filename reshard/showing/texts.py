@@ -139,6 +139,20 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     return lines + [printable(note, _NOTE) for note in report.get("notes", ())]
 
 
+def _engine_line(engine: Mapping[str, Any] | None) -> list[str]:
+    """Say which engine rank files are for, and how it must be started."""
+    if engine is None:
+        return []
+    where = " ".join(
+        [engine["platform"], *([".".join(map(str, engine["capability"]))] if engine["capability"] else [])]
+    )
+    options = [f"-tp {engine['tp']}"]
+    options += [f"-pp {engine['pp']}"] if engine["pp"] > 1 else []
+    options += ["--enable-expert-parallel"] if engine["ep"] else []
+    options += [f"--moe-backend {engine['moe_backend']}"] if engine["moe_backend"] else []
+    return [printable(f"for {engine['name']} {engine['version']} on {where}: {' '.join(options)}")]
+
+
 def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
     """Write the manifest's report in words; its tables in at most `width` characters."""
     origin = report["source"]["repo_id"]
@@ -147,6 +161,7 @@ def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
     lines = [
         printable(f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}{source}"),
         printable(f"made by {tool}"),
+        *_engine_line(report.get("engine")),
         "",
         _parameter_table(report["parameters"], report["dtype"], width),
         "",

@@ -16,10 +16,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
+from enum import Enum
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+
+COMPILED = ("_C", "_moe_C", "_C_cache_ops", "_vllm_fa2_C", "_vllm_fa3_C")  # the spaces of compiled operations
+# What the compiled kernels answer when they are asked which GPUs they run on.
+LEAST_CAPABILITY = {
+    "cutlass_scaled_mm_supports_fp8": 89,
+    "cutlass_scaled_mm_supports_block_fp8": 90,
+    "cutlass_group_gemm_supported": 90,
+    "cutlass_scaled_mm_supports_fp4": 100,
+}
 
 
 class Refusal(Exception):
@@ -69,6 +81,8 @@ def stub_platform(request: dict[str, Any]) -> None:
     """Have vLLM choose as it does on the platform that is asked for, on a machine that is another."""
     if request["platform"] != "cuda":
         return
+    sys.meta_path.insert(0, NoKernels())
+    import torch
     import vllm.platforms as platforms
     from vllm.platforms.interface import DeviceCapability
 
@@ -105,6 +119,47 @@ def stub_platform(request: dict[str, Any]) -> None:
             return None
 
     platforms._current_platform = Stub()
+    for space in COMPILED:
+        setattr(torch.ops, space, NoKernel(space))
+    register = torch.library.register_fake
+
+    def register_fake(operation: Any, function: Any = None, /, **named: Any) -> Any:
+        if str(operation).partition("::")[0] in COMPILED:
+            return function or (lambda fake: fake)
+        return register(operation, function, **named)
+
+    torch.library.register_fake = register_fake
+
+
+class NoKernel:
+    """A compiled operation that is there, and is never run; or the space of them."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in LEAST_CAPABILITY:
+            return lambda capability: capability >= LEAST_CAPABILITY[name]
+        return NoKernel(f"{self._name}.{name}")
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        raise Refusal(f"the engine runs {self._name}, a kernel, when it loads weights")
+
+
+class NoKernels:
+    """Give empty modules for the engine's compiled ones, which do not load where their platform is not."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        compiled = re.fullmatch(r"vllm(\.\w+)*\._\w*C(_stable\w*)?", name)
+        return ModuleSpec(name, self) if compiled else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: Any) -> Any:
+        return None
+
+    def exec_module(self, module: Any) -> None:
+        return None
 
 
 def platform_name() -> str:
@@ -298,13 +353,17 @@ def joined(trace: Trace, result: Any, parts: Any, dim: int, stacked: bool) -> No
 
 
 def constants_of_host(trace: Trace) -> Any:
-    """See `torch.tensor(1.0)` under the meta device, of which no operation tells the number."""
+    """See `torch.tensor(1.0)` under the meta device, of which no operation tells the number; and keep tables of whole
+    numbers off it."""
     import torch
     from torch.overrides import TorchFunctionMode
 
     class Numbers(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
+            kwargs = kwargs or {}
+            if func in (torch.full, torch.arange) and kwargs.get("dtype") in (torch.int32, torch.int64):
+                kwargs = {"device": "cpu", **kwargs}  # a table, of which expert is where: its numbers are asked for
+            result = func(*args, **kwargs)
             number = func is torch.tensor and args and isinstance(args[0], (int, float, bool))
             if number and result.device.type == "meta":
                 trace.constant(result, args[0])
@@ -334,8 +393,20 @@ def plan_of_rank(config: Any, request: dict[str, Any], tp: int, pp: int) -> dict
             model = initialize_model(config, model_config=config.model_config)
         model.load_weights(tensors())
     found = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+    backends = {
+        value.name.lower()
+        for module in model.modules()
+        for value in vars(getattr(module, "quant_method", None) or object).values()
+        if isinstance(value, Enum) and type(value).__name__.lower().endswith("moebackend")
+    }
     held = {name: [trace.name(tensor), *described(tensor)] for name, tensor in without_aliases(found).items()}
-    return {"tp": tp, "pp": pp, "tensors": held, "writes": trace.leading_to({str(of[0]) for of in held.values()})}
+    return {
+        "tp": tp,
+        "pp": pp,
+        "backends": sorted(backends),
+        "tensors": held,
+        "writes": trace.leading_to({str(of[0]) for of in held.values()}),
+    }
 
 
 def without_aliases(tensors: dict[str, Any]) -> dict[str, Any]:
