@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .operations.plan import plan, sizes
     from .operations.publish.publish import publish
     from .operations.pull import pull
-    from .operations.verify import verify
+    from .operations.verify.verify import verify
     from .planning.plan import ReshardPlan
     from .resharded.manifest import Manifest
 
@@ -77,7 +77,7 @@ _HOMES = {
     "merge": "operations.merge",
     "publish": "operations.publish.publish",
     "pull": "operations.pull",
-    "verify": "operations.verify",
+    "verify": "operations.verify.verify",
 }
 
 

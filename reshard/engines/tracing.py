@@ -27,7 +27,7 @@ from .copy_plan import CopyPlan
 
 __all__ = ["Asked", "engine_python", "traced"]
 
-_PLANNER = Path(__file__).parent / "planners" / "vllm_planner.py"
+_PLANNER = Path(__file__).parent / "vllm_planner"
 _SECONDS = 1800
 _MEMORY = 64 << 30  # bytes of data
 _KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_HOME", "TMPDIR")  # of the environment's variables

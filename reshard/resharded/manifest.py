@@ -12,13 +12,23 @@ from ..checkpoint.companions import Left
 from ..checkpoint.source import MANIFEST_NAME
 from ..errors import BadInputError, IntegrityError, TopologyError, UsageError, VersionError
 from ..files.digest import ALGORITHM, digest_of
-from ..files.dtypes import CODES, FLOATING
-from ..files.untrusted import UnknownError, count, counts, maybe, one_of, read_json, text, texts, vetted_path
-from ..sharding.regions import Region, covers, whole
+from ..files.dtypes import FLOATING
+from ..files.untrusted import UnknownError, count, maybe, one_of, read_json, text, texts, vetted_path
 from ..sharding.topology import Topology
 from ..text import printable
-from .bundle_json import Quantizations, check_members
-from .placement_json import Cuts, placement_from_json, placement_to_json
+from .bundle_json import Quantizations
+from .manifest_json import (
+    bundle_to_json,
+    bundles_from_json,
+    engine_from_json,
+    file_from_json,
+    file_to_json,
+    groups_from_json,
+    parameter_from_json,
+    parameter_to_json,
+    source_file_from_json,
+)
+from .placement_json import Cuts
 from .rank_file import FileRecord
 from .report import replicated_bytes, rows
 from .targets import Bundle, LocalTensor, Target, rank_tensors
@@ -114,9 +124,9 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the file's text: the same for the same content, and sealed with its own digest."""
         cuts = Cuts()
-        parameters = [_parameter_to_json(parameter, cuts) for parameter in self.parameters]
+        parameters = [parameter_to_json(parameter, cuts) for parameter in self.parameters]
         quantizations = Quantizations()
-        bundles = [_bundle_to_json(bundle, cuts, quantizations) for bundle in self.bundles]
+        bundles = [bundle_to_json(bundle, cuts, quantizations) for bundle in self.bundles]
         content = {
             "format": "reshard",
             **version_members(self),
@@ -135,9 +145,9 @@ class Manifest:
             "dropped": list(self.dropped),
             "runtime_only": list(self.runtime_only),
             "digest": ALGORITHM,
-            "ranks": [_file_to_json(record) for record in self.rank_files],
-            "unused": _file_to_json(self.unused_file) if self.unused_file else None,
-            "extras": [_file_to_json(record) for record in self.extras],
+            "ranks": [file_to_json(record) for record in self.rank_files],
+            "unused": file_to_json(self.unused_file) if self.unused_file else None,
+            "extras": [file_to_json(record) for record in self.extras],
         }
         return sealed_text(content)
 
@@ -158,38 +168,6 @@ def _lines(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
     return json.dumps(value)
-
-
-def _file_to_json(record: FileRecord) -> dict[str, Any]:
-    content: dict[str, Any] = {"file": record.name, "size": record.size, "digest": record.digest}
-    return {**content, "tensors": record.tensors} if record.tensors else content
-
-
-def _parameter_to_json(record: Target, cuts: Cuts) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "name": record.name,
-        "shape": list(record.shape),
-        "dtype": record.dtype,
-        "style": record.style,
-        "placement": placement_to_json(record.placement, cuts),
-        "from": _regions_to_json(record),
-    }
-    if record.compute_dtype:
-        content["compute_dtype"] = record.compute_dtype
-    if record.reason:
-        content["reason"] = record.reason
-    return content
-
-
-def _bundle_to_json(record: Bundle, cuts: Cuts, quantizations: Quantizations) -> dict[str, Any]:
-    return {**_parameter_to_json(record.target, cuts), **quantizations.refer(record.quantized)}
-
-
-def _regions_to_json(record: Target) -> Any:
-    """Return a source tensor's name if it is taken as it is, otherwise every region."""
-    if len(record.regions) == 1 and record.regions == whole(record.regions[0].source, record.shape):
-        return record.regions[0].source
-    return [[r.source, r.offset, list(r.strides), list(r.extent), list(r.target_start)] for r in record.regions]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -246,12 +224,12 @@ def refuse_engine(folder: Path, manifest: Manifest) -> None:
 def _from_json(content: dict[str, Any]) -> Manifest:
     """Build the manifest and check the type of every value: a seal shows who wrote last, not that they wrote sense."""
     model, source, mesh = content["model"], content["source"], content["mesh"]
-    ranks = tuple(_file(item) for item in content["ranks"])
+    ranks = tuple(file_from_json(item) for item in content["ranks"])
     topology = Topology(count(mesh["tp"]), count(mesh.get("ep", 1)))
     if topology.world_size != len(ranks):
         raise ValueError(f"{len(ranks)} rank files for a mesh of {mesh}")
     cuts = Cuts.from_json(content.get("cuts", ()))
-    parameters = tuple(_parameter(item, len(ranks), cuts) for item in content["parameters"])
+    parameters = tuple(parameter_from_json(item, len(ranks), cuts) for item in content["parameters"])
     return Manifest(
         tool=texts(content["tool"]),
         architecture=text(model["architecture"]),
@@ -260,7 +238,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         topology=topology,
         repo_id=maybe(text, source["repo_id"]),
         commit=maybe(text, source["commit"]),
-        source_files=tuple(_source_file(item) for item in source["files"]),
+        source_files=tuple(source_file_from_json(item) for item in source["files"]),
         parameters=parameters,
         hooks=texts(content["hooks"]),
         custom=texts(content["custom_strategies"]),
@@ -269,80 +247,14 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         dropped=tuple(map(text, content["dropped"])),
         runtime_only=tuple(map(text, content["runtime_only"])),
         rank_files=ranks,
-        unused_file=maybe(_file, content["unused"]),
-        extras=tuple(_file(item) for item in content["extras"]),
-        groups={text(name): _groups(of, len(ranks)) for name, of in content.get("key_value_groups", {}).items()},
-        bundles=_bundles(content, parameters, len(ranks), cuts),
-        engine=maybe(_engine, content.get("engine")),
+        unused_file=maybe(file_from_json, content["unused"]),
+        extras=tuple(file_from_json(item) for item in content["extras"]),
+        groups={
+            text(name): groups_from_json(of, len(ranks)) for name, of in content.get("key_value_groups", {}).items()
+        },
+        bundles=bundles_from_json(content, parameters, len(ranks), cuts),
+        engine=maybe(engine_from_json, content.get("engine")),
     )
-
-
-def _engine(content: dict[str, Any]) -> dict[str, Any]:
-    for name in ("name", "version", "dtype"):
-        text(content[name])
-    texts(content["taken_for"])
-    return content
-
-
-def _file(content: dict[str, Any]) -> FileRecord:
-    return FileRecord(
-        text(content["file"]), count(content["size"]), text(content["digest"]), texts(content.get("tensors", {}))
-    )
-
-
-def _groups(content: Any, world_size: int) -> tuple[int, ...]:
-    groups = counts(content)
-    if len(groups) != world_size or 0 in groups:
-        raise ValueError(f"query heads of a KV head: {groups}")
-    return groups
-
-
-def _source_file(content: dict[str, Any]) -> dict[str, Any]:
-    kinds = {"file": text, "size": count, "digest": text, "header": text}
-    return {key: read(content[key]) for key, read in kinds.items()}
-
-
-def _parameter(content: dict[str, Any], world_size: int, cuts: Cuts) -> Target:
-    shape, origin = counts(content["shape"]), content["from"]
-    if isinstance(origin, str):
-        regions = whole(origin, shape)
-    else:
-        regions = tuple(Region(text(s), count(o), *map(counts, boxes)) for s, o, *boxes in origin)
-    if not covers(regions, shape) or any(len(region.strides) != len(shape) for region in regions):
-        raise ValueError(f"{content['name']!r} is not filled exactly")
-    return Target(
-        name=text(content["name"]),
-        shape=shape,
-        dtype=one_of(CODES, content["dtype"]),
-        placement=placement_from_json(content["placement"], shape, world_size, cuts),
-        regions=regions,
-        style=maybe(text, content["style"]),
-        compute_dtype=maybe(text, content.get("compute_dtype")),
-        reason=maybe(text, content.get("reason")),
-    )
-
-
-_OF_BUNDLES = {
-    *("name", "shape", "dtype", "style", "placement", "from", "compute_dtype", "reason"),
-    *("quantization", "members", "blocks", "lengths"),
-}
-
-
-def _bundles(
-    content: dict[str, Any], parameters: tuple[Target, ...], world_size: int, cuts: Cuts
-) -> tuple[Bundle, ...]:
-    quantizations = Quantizations.from_json(content.get("quantizations", ()))
-    tensors = {parameter.name: parameter for parameter in parameters}
-    found = []
-    for item in content.get("bundles", ()):
-        if unknown := sorted(item.keys() - _OF_BUNDLES):
-            raise UnknownError(f"has a bundle with {printable(unknown[0])}")
-        target = _parameter(item, world_size, cuts)
-        one_of(FLOATING, target.dtype)
-        quantized = quantizations.find(item, target.shape)
-        check_members(target, quantized, tensors, world_size)
-        found.append(Bundle(target, quantized))
-    return tuple(found)
 
 
 def reference_record(folder: Path, manifest: Manifest) -> FileRecord:

@@ -145,7 +145,7 @@ from reshard.errors import ReshardError
 from reshard.resharded.manifest import read_manifest
 folder = Path(sys.argv[1])
 kept = read_manifest(folder)
-from reshard.operations.verify import check_file
+from reshard.operations.verify.verify import check_file
 from reshard.resharded.rank_file import read_rank_header
 limit = max(map(int, os.listdir("/proc/self/fd")))
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

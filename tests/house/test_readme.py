@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import engine_tools
 import object_store
 import pico
 import pytest
@@ -26,9 +27,11 @@ FRONT = "README.md"
 COMMANDS = "reshard/cli/README.md"
 RUNTIME = "runtime/README.md"
 STYLES = "reshard/strategies/README.md"
+ENGINES = "reshard/engines/README.md"
 PAGES = [
     *(FRONT, COMMANDS, RUNTIME, STYLES, "reshard/README.md", "reshard/resharded/README.md", "scripts/README.md"),
     "reshard/transforms/README.md",
+    ENGINES,
     *("tests/README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 ]
 FRONT_LINES = 200
@@ -40,6 +43,7 @@ FRESH = {STYLES}  # pages whose commands are run by the real console scripts, in
 TOLD = "Once upon a time every rank opened the whole checkpoint"  # a text that the pico model was trained on
 # Options of other programs than ours and the scripts.
 FOREIGN = {"--no-python", "--nproc-per-node", "--private_key", "--public_key", "--signature"}
+FOREIGN |= {"--load-format", "--enable-expert-parallel"}
 
 
 def lines_of(page: str) -> list[str]:
@@ -89,6 +93,7 @@ def folder_of(sources: Path, tmp_path: Path) -> Callable[[str], Path]:
         for _, block in BLOCKS[page]:
             if match := NAMED.match(block):
                 (folder / match[1]).write_text(block)
+        shutil.copy(engine_tools.plan_of(engine_tools.PAGE), folder / "llama.copy-plan")
         return folder
 
     return make
@@ -103,7 +108,7 @@ def folded(text: str) -> set[str]:
     return {re.sub(r"\d[\d.,]*(e-?\d+)?", "#", line.strip()) for line in text.splitlines()}
 
 
-@pytest.mark.parametrize("page", [FRONT, COMMANDS, RUNTIME, STYLES])
+@pytest.mark.parametrize("page", [FRONT, COMMANDS, RUNTIME, STYLES, ENGINES])
 def test_commands(page: str, folder_of: Callable[[str], Path], sources: Path, hub: FakeHub) -> None:
     folder = folder_of(page)
     said = {}
@@ -164,7 +169,7 @@ def test_nothing_else_is_to_be_run() -> None:
         for line in filter(None, lines_of(page)):
             command = line.split()[0]
             if command in ("reshard", "torchrun"):
-                assert page in (FRONT, COMMANDS, RUNTIME, STYLES), line
+                assert page in (FRONT, COMMANDS, RUNTIME, STYLES, ENGINES), line
             elif command.startswith("scripts/"):  # the demo runs these commands too; scripts/test would run the tests
                 assert os.access(ROOT / command, os.X_OK), line
             else:  # test_benchmarks.py runs them

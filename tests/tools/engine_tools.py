@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,8 +32,10 @@ ALONE = {
 }
 _HEADS = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 _EXPERTS = {**_HEADS, "intermediate_size": 96, "moe_intermediate_size": 64}
+PAGE = "make_pico-tp2"  # the checkpoint that the pages' commands are run on
 # Recorded plans: name → family, its options, and those of the export.
 RECORDED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    PAGE: ("", {}, {"tp_size": 2}),
     "llama-tp2": ("llama", {**_HEADS, "intermediate_size": 96}, {"tp_size": 2}),
     "llama-tp4-pp2": ("llama", {**_HEADS, "intermediate_size": 96}, {"tp_size": 4, "pipeline_size": 2}),
     "qwen3_moe-tp2": ("qwen3_moe", _EXPERTS, {"tp_size": 2}),
@@ -43,6 +46,9 @@ RECORDED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def checkpoint(name: str, folder: Path) -> Path:
     """Write the checkpoint that a recorded plan is for."""
     family, options, _ = RECORDED[name]
+    if name == PAGE:
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "make_pico.py"), str(folder)], check=True)
+        return folder
     return pico.save(family, folder, **options)
 
 

@@ -20,7 +20,7 @@ from ...storage.locate import local_folder
 from ...storage.stores import is_url
 from ...text import listed, printable
 from ..arguments import checked
-from ..verify import verify
+from ..verify.verify import verify
 from .card import is_ours, render
 from .licence import Terms, agreed, agreed_by_hand, check_public, source_terms
 from .upload import Change, LocalFile, holds, upload

@@ -6,20 +6,20 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..checkpoint.source import Source
-from ..checkpoint.weights import AS_FOUND, Choice
-from ..engines.constants import CONSTANTS_NAME, as_read
-from ..errors import BadInputError, IntegrityError
-from ..execution.reader import SourceReader, equal_tensors, tensor_blocks
-from ..files.header import Header, TensorInfo, read_header
-from ..files.mapped import MappedFile
-from ..process import BLOCK_BYTES, Advance, Progress, silent
-from ..resharded.as_source import source_headers, source_tensors
-from ..resharded.manifest import Manifest
-from ..resharded.rank_file import FileRecord
-from ..resharded.targets import LocalTensor, unused_tensors
-from ..storage.locate import resolve_source
-from ..text import printable
+from ...checkpoint.source import Source
+from ...checkpoint.weights import AS_FOUND, Choice
+from ...engines.constants import CONSTANTS_NAME, as_read
+from ...errors import BadInputError, IntegrityError
+from ...execution.reader import SourceReader, equal_tensors, tensor_blocks
+from ...files.header import Header, TensorInfo, read_header
+from ...files.mapped import MappedFile
+from ...process import BLOCK_BYTES, Advance, Progress, silent
+from ...resharded.as_source import source_headers, source_tensors
+from ...resharded.manifest import Manifest
+from ...resharded.rank_file import FileRecord
+from ...resharded.targets import LocalTensor, unused_tensors
+from ...storage.locate import resolve_source
+from ...text import printable
 
 __all__ = ["compare_with_source"]
 

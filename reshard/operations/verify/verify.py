@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.weights import AS_FOUND, chosen
-from ..errors import IntegrityError, UsageError
-from ..process import Progress, silent
-from ..resharded.manifest import Manifest, read_manifest
-from ..resharded.rank_file import check_file
-from ..resharded.strangers import missing_and_strange
-from ..storage.locate import local_folder
-from ..storage.stores import as_text
-from ..text import printable
-from .arguments import checked
+from ...checkpoint.weights import AS_FOUND, chosen
+from ...errors import IntegrityError, UsageError
+from ...process import Progress, silent
+from ...resharded.manifest import Manifest, read_manifest
+from ...resharded.rank_file import check_file
+from ...resharded.strangers import missing_and_strange
+from ...storage.locate import local_folder
+from ...storage.stores import as_text
+from ...text import printable
+from ..arguments import checked
 
 __all__ = ["Report", "verify"]
 

@@ -1,0 +1,135 @@
+"""The parts of a manifest as JSON, and back: every value's type is checked. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..files.dtypes import CODES, FLOATING
+from ..files.untrusted import UnknownError, count, counts, maybe, one_of, text, texts
+from ..sharding.regions import Region, covers, whole
+from ..text import printable
+from .bundle_json import Quantizations, check_members
+from .placement_json import Cuts, placement_from_json, placement_to_json
+from .rank_file import FileRecord
+from .targets import Bundle, Target
+
+__all__ = [
+    "bundle_to_json",
+    "bundles_from_json",
+    "engine_from_json",
+    "file_from_json",
+    "file_to_json",
+    "groups_from_json",
+    "parameter_from_json",
+    "parameter_to_json",
+    "source_file_from_json",
+]
+
+
+def file_to_json(record: FileRecord) -> dict[str, Any]:
+    """Return the record of a file as the manifest has it."""
+    content: dict[str, Any] = {"file": record.name, "size": record.size, "digest": record.digest}
+    return {**content, "tensors": record.tensors} if record.tensors else content
+
+
+def parameter_to_json(record: Target, cuts: Cuts) -> dict[str, Any]:
+    """Return a parameter as the manifest has it. Cuts that many share go into `cuts`."""
+    content: dict[str, Any] = {
+        "name": record.name,
+        "shape": list(record.shape),
+        "dtype": record.dtype,
+        "style": record.style,
+        "placement": placement_to_json(record.placement, cuts),
+        "from": _regions_to_json(record),
+    }
+    if record.compute_dtype:
+        content["compute_dtype"] = record.compute_dtype
+    if record.reason:
+        content["reason"] = record.reason
+    return content
+
+
+def bundle_to_json(record: Bundle, cuts: Cuts, quantizations: Quantizations) -> dict[str, Any]:
+    """Return a quantized parameter as the manifest has it. Formats that many share go into `quantizations`."""
+    return {**parameter_to_json(record.target, cuts), **quantizations.refer(record.quantized)}
+
+
+def _regions_to_json(record: Target) -> Any:
+    """Return a source tensor's name if it is taken as it is, otherwise every region."""
+    if len(record.regions) == 1 and record.regions == whole(record.regions[0].source, record.shape):
+        return record.regions[0].source
+    return [[r.source, r.offset, list(r.strides), list(r.extent), list(r.target_start)] for r in record.regions]
+
+
+def engine_from_json(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the engine that its rank files are for."""
+    for name in ("name", "version", "dtype"):
+        text(content[name])
+    texts(content["taken_for"])
+    return content
+
+
+def file_from_json(content: dict[str, Any]) -> FileRecord:
+    """Return the record of a file. Raises ValueError, TypeError or KeyError, as all readers below do."""
+    return FileRecord(
+        text(content["file"]), count(content["size"]), text(content["digest"]), texts(content.get("tensors", {}))
+    )
+
+
+def groups_from_json(content: Any, world_size: int) -> tuple[int, ...]:
+    """Return the query heads of a KV head, for each rank."""
+    groups = counts(content)
+    if len(groups) != world_size or 0 in groups:
+        raise ValueError(f"query heads of a KV head: {groups}")
+    return groups
+
+
+def source_file_from_json(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded of a source file."""
+    kinds = {"file": text, "size": count, "digest": text, "header": text}
+    return {key: read(content[key]) for key, read in kinds.items()}
+
+
+def parameter_from_json(content: dict[str, Any], world_size: int, cuts: Cuts) -> Target:
+    """Return a parameter, which its regions must fill exactly."""
+    shape, origin = counts(content["shape"]), content["from"]
+    if isinstance(origin, str):
+        regions = whole(origin, shape)
+    else:
+        regions = tuple(Region(text(s), count(o), *map(counts, boxes)) for s, o, *boxes in origin)
+    if not covers(regions, shape) or any(len(region.strides) != len(shape) for region in regions):
+        raise ValueError(f"{content['name']!r} is not filled exactly")
+    return Target(
+        name=text(content["name"]),
+        shape=shape,
+        dtype=one_of(CODES, content["dtype"]),
+        placement=placement_from_json(content["placement"], shape, world_size, cuts),
+        regions=regions,
+        style=maybe(text, content["style"]),
+        compute_dtype=maybe(text, content.get("compute_dtype")),
+        reason=maybe(text, content.get("reason")),
+    )
+
+
+_OF_BUNDLES = {
+    *("name", "shape", "dtype", "style", "placement", "from", "compute_dtype", "reason"),
+    *("quantization", "members", "blocks", "lengths"),
+}
+
+
+def bundles_from_json(
+    content: dict[str, Any], parameters: tuple[Target, ...], world_size: int, cuts: Cuts
+) -> tuple[Bundle, ...]:
+    """Return the quantized parameters, whose tensors must be among `parameters`."""
+    quantizations = Quantizations.from_json(content.get("quantizations", ()))
+    tensors = {parameter.name: parameter for parameter in parameters}
+    found = []
+    for item in content.get("bundles", ()):
+        if unknown := sorted(item.keys() - _OF_BUNDLES):
+            raise UnknownError(f"has a bundle with {printable(unknown[0])}")
+        target = parameter_from_json(item, world_size, cuts)
+        one_of(FLOATING, target.dtype)
+        quantized = quantizations.find(item, target.shape)
+        check_members(target, quantized, tensors, world_size)
+        found.append(Bundle(target, quantized))
+    return tuple(found)
