@@ -7,7 +7,9 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from ..checkpoint.quantization import quantization_of
 from ..errors import BadInputError
 from ..files.dtypes import FLOATING, holds, itemsize, torch_name
 from ..files.header import TensorInfo
@@ -22,9 +24,15 @@ __all__ = ["Resolved", "resolve"]
 
 _DEPTH = 8  # temporary tensors between a source and a parameter
 _MOST = 1 << 22  # regions of one tensor
-# Tensors that engines leave out for good reasons, by the end of their names.
-_LEFT_OUT = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".attn.bias", ".masked_bias")
+# Tensors that engines leave out for good reasons, by the end of their names: tables, masks, and the shapes of matrices
+# that are packed (of several that are fused, the engine keeps one).
+_LEFT_OUT = (
+    *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".attn.bias", ".masked_bias"),
+    ".weight_shape",
+)
 _COMPUTED = "computed "
+# What may be cast to numbers that are computed in: those of 8 bits would lack their scales.
+_CAST_FROM = {*FLOATING, "float8_e8m0fnu", "uint8", "int16", "int32", "int64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,8 @@ class _Findings:
     taken_for: dict[str, str] = field(default_factory=dict)
 
 
-def resolve(plan: CopyPlan, tensors: Mapping[str, TensorInfo], *, tied: bool) -> Resolved:
-    """Return the targets of a plan, for a checkpoint that has `tensors`; `tied` if its embeddings are.
+def resolve(plan: CopyPlan, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Resolved:
+    """Return the targets of a plan, for a checkpoint that has `tensors` and this configuration.
 
     Raises BadInputError if a tensor would be wrong: something that fills it is computed, or not known, or nothing
     fills it; or if a source tensor is not used, and there is no good reason for that.
@@ -64,7 +72,8 @@ def resolve(plan: CopyPlan, tensors: Mapping[str, TensorInfo], *, tied: bool) ->
             if region.source in tensors:
                 used[region.source].add((region.offset, region.strides, region.extent))
     left_out = tuple(sorted(tensors.keys() - used.keys()))
-    if strange := [name for name in left_out if not _may_be_left_out(name, tied)]:
+    endings = _left_out_by(config)
+    if strange := [name for name in left_out if not name.endswith(endings)]:
         raise BadInputError(
             f"{plan.engine['name']} does not read {len(strange)} tensors of the checkpoint: {listed(strange)}",
             hint="its model class may be for another checkpoint; nothing is written, since the result may be wrong",
@@ -80,8 +89,17 @@ def resolve(plan: CopyPlan, tensors: Mapping[str, TensorInfo], *, tied: bool) ->
     return Resolved(targets, findings.constants, findings.taken_for, left_out)
 
 
-def _may_be_left_out(name: str, tied: bool) -> bool:
-    return name.endswith(_LEFT_OUT) or (tied and name.endswith("lm_head.weight"))
+def _left_out_by(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return how the names of tensors end that the engine may leave out: a tied head too, and an order of activity that
+    is none."""
+    inner = config.get("text_config")
+    told = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, Mapping) else None)
+    quantization = quantization_of(config) or {}
+    return (
+        *_LEFT_OUT,
+        *(() if told is False else ("lm_head.weight",)),
+        *((".g_idx",) if quantization.get("desc_act") is False else ()),
+    )
 
 
 def _target(name: str, ranks: Sequence[Target | None]) -> Target:
@@ -199,7 +217,7 @@ class _Rank:
         own = source.removeprefix(SOURCE)
         stored = torch_name(self._findings.tensors[own].dtype, tensor=own)
         read = casts[0]
-        if len(casts) > 2 or (len(casts) == 2 and not {*casts} <= FLOATING):
+        if len(casts) > 2 or (len(casts) == 2 and not (casts[0] in _CAST_FROM and casts[1] in FLOATING)):
             raise BadInputError(f"{printable(name)}: {printable(own)} is cast from {' to '.join(casts)}")
         if read != stored:
             if self._findings.taken_for.setdefault(own, read) != read:

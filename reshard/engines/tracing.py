@@ -139,11 +139,15 @@ def _limited() -> None:
 def _refusal(path: Path, code: int) -> BadInputError:
     """Return the error for a planner that made no plan, with the last words that it said."""
     lines = path.read_text(errors="replace").splitlines()
-    found = [match for line in lines if (match := _ERROR.match(line.strip()))]
+    plain = [re.sub(r"^\[rank\d+\]: ", "", line).strip() for line in lines]
+    found = [(at, match) for at, line in enumerate(plain) if (match := _ERROR.match(line))]
     if not found:
         last = next((line for line in reversed(lines) if line.strip()), "")
         return BadInputError(f"vLLM ended with code {code}: {printable(last, 300)}")
-    kind, words = found[-1].groups()
+    at, match = found[-1]
+    kind, words = match.groups()
+    if kind == "ValidationError":  # pydantic's: what is wrong is on the next line
+        words = plain[at + 1].removeprefix("Value error, ").partition(" [type=")[0]
     if kind == "ModuleNotFoundError" and "'vllm'" in words:
         return BadInputError(
             "that Python has no vLLM", hint="--engine-python takes the Python of the environment that has it"

@@ -117,7 +117,7 @@ def export(
         _check_backend(found)
         for note in _notes(found.engine):
             say(note)
-        resolved = resolve(found, checkpoint.tensors, tied=_is_tied(checkpoint))
+        resolved = resolve(found, checkpoint.tensors, checkpoint.config)
         draft = _draft(found, resolved, checkpoint)
         constants = constants_file(resolved.constants)
         folder = stage.begin(_work(found, constants, made.held if made else checkpoint))
@@ -151,12 +151,6 @@ def export(
         )
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest
-
-
-def _is_tied(source: Source) -> bool:
-    text = source.config.get("text_config")
-    told = source.config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
-    return told is not False
 
 
 def _check_backend(plan: CopyPlan) -> None:

@@ -33,7 +33,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {},
     "gemma3_text": {},
     "phi3": {},
-    "deepseek_v3": {},
+    "deepseek_v3": {
+        **_EXPERTS,
+        **{"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+        "topk_method": "noaux_tc",
+    },
 }
 HAVE_EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 CASES = [*((family, False) for family in FAMILIES), *((family, True) for family in HAVE_EXPERTS)]

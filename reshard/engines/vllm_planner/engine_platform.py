@@ -65,6 +65,7 @@ def stub_platform(request: dict[str, Any]) -> None:
     platforms._current_platform = Stub()
     for space in COMPILED:
         setattr(torch.ops, space, NoKernel(space))
+    torch.cuda.Stream, torch.cuda.Event = Waiting, Waiting
     register = torch.library.register_fake
 
     def register_fake(operation: Any, function: Any = None, /, **named: Any) -> Any:
@@ -73,6 +74,13 @@ def stub_platform(request: dict[str, Any]) -> None:
         return register(operation, function, **named)
 
     torch.library.register_fake = register_fake
+
+
+class Waiting:
+    """In place of a GPU's streams and events, which need a GPU to be made."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
 
 
 class NoKernel:
@@ -93,10 +101,11 @@ class NoKernel:
 
 
 class NoKernels:
-    """Give empty modules for the engine's compiled ones, which do not load where their platform is not."""
+    """Give empty modules for the engine's compiled ones, which do not load where their platform is not. The others, for
+    single kinds of attention and the like, may be missing: the engine does without."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        compiled = re.fullmatch(r"vllm(\.\w+)*\._\w*C(_stable\w*)?", name)
+        compiled = re.fullmatch(r"vllm(\.\w+)*\._(vllm_fa\d_|moe_)?C(_\w+)?", name)
         return ModuleSpec(name, self) if compiled else None  # type: ignore[arg-type]
 
     def create_module(self, spec: Any) -> Any:
