@@ -242,7 +242,8 @@ _F8B = {**_F8, "strategy": "block", "block_structure": [16, 16]}
 _NV = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
 
 # kind → what quantizes a matrix, and what config.json says
-KINDS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
+Kind = tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]
+KINDS: dict[str, Kind] = {
     "fp8": (_fp8((16, 16)), {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}),
     "fp8_e8m0": (
         _fp8((16, 16), ".scale", "e8m0"),
@@ -283,7 +284,7 @@ CONFIG_OF_EXPERTS = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_hea
 TORCHAO = ("int8", "float8", "intx")
 
 
-def is_quantized(name: str, tensor: torch.Tensor, kind: str) -> bool:
+def is_quantized(name: str, tensor: torch.Tensor, kind: object) -> bool:
     """Whether quantizers take a tensor of a plain checkpoint: the matrices of layers, but no router. mxfp4 is for the
     experts of gpt-oss."""
     parts = name.split(".")
@@ -292,10 +293,14 @@ def is_quantized(name: str, tensor: torch.Tensor, kind: str) -> bool:
     return tensor.ndim == 2 and name.endswith(".weight") and "layers" in parts and parts[-2] not in ("gate", "router")
 
 
-def quantize_folder(plain: Path, out: Path, kind: str) -> Path:
-    """Write the checkpoint in `plain` into `out`, quantized: as many files as it has."""
+def quantize_folder(plain: Path, out: Path, kind: str | Kind) -> Path:
+    """Write the checkpoint in `plain` into `out`, quantized: as many files as it has. A kind has a name in KINDS, or is
+    given as what they have."""
     shutil.copytree(plain, out)
-    quantize, config = (mxfp4, CONFIG_OF_EXPERTS) if kind == "mxfp4" else KINDS[kind]
+    if isinstance(kind, tuple):
+        quantize, config = kind
+    else:
+        quantize, config = (mxfp4, CONFIG_OF_EXPERTS) if kind == "mxfp4" else KINDS[kind]
     places: dict[str, str] = {}
     for file in out.glob("*.safetensors"):
         tensors: Tensors = {}
