@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..showing.engines import serve_command
 from ..text import printable, without_secrets
 from .common import (
     Dtype,
@@ -17,6 +18,7 @@ from .common import (
     no_sync_option,
     print_report,
     revision_option,
+    terminal_width,
     where_the_weights_are,
     workers_option,
 )
@@ -71,8 +73,11 @@ class Capability(click.ParamType):
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
 @workers_option
 @no_sync_option
+@click.option(
+    "--dry-run", is_flag=True, help="Ask the engine, print what its rank files would hold, and write nothing."
+)
 @format_option
-def export(source: str, out: str, no_sync: bool, style: str, **options: Any) -> None:
+def export(source: str, out: str, no_sync: bool, dry_run: bool, style: str, **options: Any) -> None:
     """Write SOURCE into OUT as the rank files of the engine that you serve with.
 
     SOURCE is a checkpoint folder, a resharded folder, Hub id or URL; OUT is a folder or URL. The engine's own loader,
@@ -85,7 +90,12 @@ def export(source: str, out: str, no_sync: bool, style: str, **options: Any) -> 
     """
     began = time.monotonic()
     from .. import export as run
+    from ..showing.texts import manifest_text
 
+    if dry_run:
+        draft = run(source, out, dry_run=True, progress=progress_bar, say=say, **options).to_dict()
+        print_report(draft, style, lambda report: manifest_text(report, terminal_width()))
+        return
     manifest = run(source, out, sync=not no_sync, progress=progress_bar, say=say, **options)
     size, seconds = sum(record.size for record in manifest.rank_files), time.monotonic() - began
     print_report(
@@ -93,14 +103,4 @@ def export(source: str, out: str, no_sync: bool, style: str, **options: Any) -> 
         style,
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes, in {duration(seconds)}",
     )
-    say(f"next: {next_command(out, manifest.engine or {})}")
-
-
-def next_command(out: str, engine: dict[str, Any]) -> str:
-    """Return the command that serves the folder."""
-    words = ["vllm", "serve", without_secrets(out), "--load-format", "sharded_state", "-tp", str(engine["tp"])]
-    words += ["-pp", str(engine["pp"])] if engine["pp"] > 1 else []
-    words += ["--enable-expert-parallel"] if engine["ep"] else []
-    words += ["--moe-backend", engine["moe_backend"]] if engine["moe_backend"] else []
-    words += ["--dtype", engine["dtype"]]
-    return shlex.join(words)
+    say(f"next: {shlex.join(serve_command(without_secrets(out), manifest.engine or {}))}")

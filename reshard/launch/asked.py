@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.source import open_source
 from ..errors import UsageError
-from ..resharded.manifest import Manifest, reference_record
+from ..resharded.manifest import Manifest, reference_record, refuse_engine
 from ..resharded.rank_file import written_file
 from ..storage.locate import find_resharded, locate
 from ..text import printable
@@ -74,6 +74,7 @@ def look_at_folder(out: str, revision: str | None = None) -> Manifest:
         ReshardError: the folder cannot be found.
     """
     found = find_resharded(out, revision=revision)
+    refuse_engine(Path(out), found.manifest)
     if found.version is None:
         for record in found.manifest.rank_files:
             written_file(found.folder, record)

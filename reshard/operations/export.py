@@ -71,6 +71,7 @@ def export(
     links_into: Sequence[str | Path] = (),
     include: Sequence[str] = (),
     overwrite: bool = False,
+    dry_run: bool = False,
     workers: int | None = None,
     sync: bool = True,
     progress: Progress = silent,
@@ -82,7 +83,8 @@ def export(
     `--enable-expert-parallel`. vLLM's own loader says where each element belongs: it is run without weights by the
     Python at `engine_python_path` (default: this one), for the `platform` and its compute `capability` ("cuda" and (9,
     0), say; default: what vLLM finds). `moe_backend` and `dtype` are the engine's options. What it says is a copy plan,
-    kept in `out`; an earlier one can be given as `plan` instead. The other arguments are those of `convert`.
+    kept in `out`; an earlier one can be given as `plan` instead. With `dry_run` nothing is written, and the result has
+    no digests. The other arguments are those of `convert`.
 
     Raises:
         BadInputError: the engine cannot load the checkpoint, or not by copies alone; or the plan is for another one.
@@ -119,6 +121,9 @@ def export(
             say(note)
         resolved = resolve(found, checkpoint.tensors, checkpoint.config)
         draft = _draft(found, resolved, checkpoint)
+        if dry_run:
+            planned = (FileRecord(layout.name, layout.size, "", {}) for layout in _layouts(draft, found))
+            return replace(draft, rank_files=tuple(planned))
         constants = constants_file(resolved.constants)
         folder = stage.begin(_work(found, constants, made.held if made else checkpoint))
         write_file(folder / CONSTANTS_NAME, constants, sync=sync)

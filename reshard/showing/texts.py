@@ -9,6 +9,7 @@ from typing import Any
 
 from ..sharding.topology import Topology
 from ..text import numbers_in_runs, printable
+from .engines import options_of
 from .tables import gigabytes, table
 
 __all__ = ["manifest_text", "plan_text", "size_table_text", "sizes_text"]
@@ -146,11 +147,7 @@ def _engine_line(engine: Mapping[str, Any] | None) -> list[str]:
     where = " ".join(
         [engine["platform"], *([".".join(map(str, engine["capability"]))] if engine["capability"] else [])]
     )
-    options = [f"-tp {engine['tp']}"]
-    options += [f"-pp {engine['pp']}"] if engine["pp"] > 1 else []
-    options += ["--enable-expert-parallel"] if engine["ep"] else []
-    options += [f"--moe-backend {engine['moe_backend']}"] if engine["moe_backend"] else []
-    return [printable(f"for {engine['name']} {engine['version']} on {where}: {' '.join(options)}")]
+    return [printable(f"for {engine['name']} {engine['version']} on {where}: {' '.join(options_of(engine))}")]
 
 
 def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from reshard.checkpoint.source import MANIFEST_NAME
 from reshard.errors import IntegrityError, TopologyError
-from reshard.resharded.manifest import Manifest, read_manifest
+from reshard.resharded.manifest import Manifest, read_manifest, refuse_engine
 from reshard.resharded.rank_file import check_file
 from reshard.storage.disk import discard
 from reshard.storage.locate import fetch_files, find_resharded, locate
@@ -90,6 +90,7 @@ def _fetch(place: str, commit: str | None, rank: int, world_size: int, *, digest
     """Fetch the manifest first: if the number of ranks is wrong, nothing large is fetched."""
     folder, repo_id, _ = locate(place, revision=commit, patterns=[MANIFEST_NAME], ignored=())
     manifest = read_manifest(folder)
+    refuse_engine(folder, manifest)
     if manifest.world_size != world_size:
         raise TopologyError(
             f"{printable(place)} was made for {manifest.world_size} ranks, not for {world_size}",

@@ -17,10 +17,12 @@ from cli_tools import Cli, rewrite
 from safetensors.torch import load_file
 
 import reshard
-from reshard.cli.export import next_command
 from reshard.engines.constants import CONSTANTS_NAME
 from reshard.engines.copy_plan import PLAN_NAME
 from reshard.errors import BadInputError, IntegrityError, UsageError
+from reshard.operations.publish.card import render
+from reshard.operations.publish.licence import Terms
+from reshard.showing.engines import serve_command
 
 NAMES = list(engine_tools.RECORDED)
 
@@ -130,6 +132,8 @@ def test_only_the_engine_reads_them(source: Any, tmp_path: Path, cli: Cli) -> No
         result = cli(*command)
         assert result.code == 3
         assert "has rank files that only vllm reads" in result.err
+    result = cli("run", tmp_path / "out", "--prompt", "x")
+    assert (result.code, result.error) == (3, f"Error: {tmp_path / 'out'}: has rank files that only vllm reads")
     told = json.loads(cli("inspect", tmp_path / "out", "--format", "json").out)["engine"]
     assert (told["name"], told["version"], told["platform"], told["tp"]) == ("vllm", "0.32.0", "cpu", 2)
     text = cli("inspect", tmp_path / "out").out
@@ -151,11 +155,15 @@ def test_a_plan_for_another_checkpoint_is_refused(source: Any, tmp_path: Path) -
 
 def test_the_command_says_what_to_run_next(source: Any, tmp_path: Path, cli: Cli) -> None:
     out, plan = tmp_path / "out", engine_tools.plan_of("qwen3_moe-ep2")
+    dry = cli("export", source("qwen3_moe-ep2"), out, "--plan", plan, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert "model-rank-1-part-0.safetensors" in dry.out
+    assert list(tmp_path.iterdir()) == []
     result = cli("export", source("qwen3_moe-ep2"), out, "--plan", plan, "--no-sync")
     assert result.code == 0, result.err
     engine = json.loads(cli("inspect", out, "--format", "json").out)["engine"]
     serve = "vllm serve OUT --load-format sharded_state -tp 2 --enable-expert-parallel --dtype float32"
-    assert next_command("OUT", engine) == serve
+    assert " ".join(serve_command("OUT", engine)) == serve
     assert {path.name for path in out.iterdir()} >= {PLAN_NAME, CONSTANTS_NAME, "config.json", "reshard.json"}
     again = cli("export", source("qwen3_moe-ep2"), tmp_path / "again", "--plan", out / PLAN_NAME, "--no-sync")
     assert again.code == 0, again.err
@@ -246,3 +254,30 @@ def test_a_file_that_is_no_plan(data: bytes, source: Any, tmp_path: Path) -> Non
     (tmp_path / "plan").write_bytes(data)
     with pytest.raises(BadInputError, match="plan: "):
         reshard.export(source("llama-tp2"), tmp_path / "out", plan=tmp_path / "plan")
+
+
+def test_the_card_of_a_published_repo_says_how_to_serve(source: Any, tmp_path: Path) -> None:
+    manifest = exported(source("llama-tp2"), tmp_path / "out", "llama-tp2")
+    card = render("org/model", {"": manifest}, Terms("mit", None, False, {}))
+    assert "vllm serve org/model --load-format sharded_state -tp 2 --dtype float32" in card
+    assert "runtime.load" not in card
+    assert "reshard merge" not in card
+    assert "Every element equals the source's, bit for bit." in card
+
+
+@pytest.mark.fault(1)
+def test_an_interrupted_export_goes_on(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written before is kept, and the folder is that of an export at one go."""
+    import reshard.operations.export as module
+
+    whole = exported(source("llama-tp2"), tmp_path / "whole", "llama-tp2")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "copy_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            exported(source("llama-tp2"), tmp_path / "out", "llama-tp2")
+    assert not (tmp_path / "out").exists()
+    assert any(path.name.startswith("out.part-") for path in tmp_path.iterdir())
+    assert exported(source("llama-tp2"), tmp_path / "out", "llama-tp2") == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+    for record in whole.files():
+        assert (tmp_path / "out" / record.name).read_bytes() == (tmp_path / "whole" / record.name).read_bytes()

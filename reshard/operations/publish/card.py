@@ -9,6 +9,7 @@ from ...checkpoint.kinds import is_licence
 from ...files.dtypes import torch_name
 from ...resharded.as_source import source_headers
 from ...resharded.manifest import Manifest
+from ...showing.engines import serve_command
 from ...showing.tables import gigabytes
 from ...text import printable
 from .licence import Terms
@@ -51,8 +52,6 @@ To fetch files ahead of time, or only those of some ranks:
 
 {merge}
 
-This needs no other copy, and writes {merged}.
-
 ## What it was made from
 
 {origin}
@@ -63,6 +62,10 @@ This needs no other copy, and writes {merged}.
 {files}
 `reshard.json` of each folder holds the digest of every tensor; `reshard verify` checks them all.
 """
+
+
+_ENGINE_READS = "Only that engine reads these files."
+_ENGINE_MERGES = "An engine's rank files are not merged: take the source."
 
 
 def is_ours(text: str) -> bool:
@@ -81,7 +84,7 @@ def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, rev
     first = next(iter(manifests))
     branch = f" --revision {_plain(revision)}" if revision else ""
     sources = sorted({_plain(m.repo_id) for m in manifests.values() if m.repo_id})
-    partial = manifests[first].dropped or _is_cast(manifests[first])
+    partial = bool(manifests[first].dropped) or _is_cast(manifests[first])
     text = _TEXT.format(
         front_matter=ModelCardData(**_front_matter(manifests, terms), ignore_metadata_errors=True).to_yaml(),
         mark=_MARK,
@@ -95,14 +98,13 @@ def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, rev
             ("folder", "ranks", "largest file", "all files", "dtype", "opens in plain transformers"),
             [_summary(path, manifest) for path, manifest in manifests.items()],
         ),
-        generate=_shell(f'reshard run {place}{branch} --prompt "Hello"' for place in places.values()),
-        python=_python(places[first], revision),
+        generate=_shell(_start(places[path], branch, manifest) for path, manifest in manifests.items()),
+        python=_python(places[first], revision) if manifests[first].engine is None else _ENGINE_READS,
         pull=_shell(
             f"reshard pull {places[path]}{branch} --ranks 0-{m.world_size - 1}" for path, m in manifests.items()
         ),
         custom=_custom(manifests),
-        merge=_shell([f"reshard merge {places[first]}{branch} DEST{' --layout hf' if partial else ''}"]),
-        merged="what there is of it" if partial else "the source's files, byte for byte as they were",
+        merge=_merge(places[first], branch, partial=partial) if manifests[first].engine is None else _ENGINE_MERGES,
         origin=_table(
             ("folder", "source", "commit", "with"),
             [_origin(path, manifest) for path, manifest in manifests.items()],
@@ -111,6 +113,18 @@ def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, rev
         files="".join(_files(path, manifest) for path, manifest in manifests.items()),
     )
     return str(ModelCard(text))
+
+
+def _start(place: str, branch: str, manifest: Manifest) -> str:
+    if manifest.engine is None:
+        return f'reshard run {place}{branch} --prompt "Hello"'
+    return " ".join(map(_plain, serve_command(place, manifest.engine))) + branch
+
+
+def _merge(place: str, branch: str, *, partial: bool) -> str:
+    merged = "what there is of it" if partial else "the source's files, byte for byte as they were"
+    command = _shell([f"reshard merge {place}{branch} DEST{' --layout hf' if partial else ''}"])
+    return f"{command}\n\nThis needs no other copy, and writes {merged}."
 
 
 def _front_matter(manifests: Mapping[str, Manifest], terms: Terms) -> dict[str, Any]:
@@ -150,11 +164,17 @@ def _opening(sources: Sequence[str], *, cast: bool, formats: Collection[str]) ->
 
 
 def _is_cast(manifest: Manifest) -> bool:
-    stored = {info.name: info.dtype for header in source_headers(manifest).values() for info in header.tensors}
+    stored = {
+        info.name: torch_name(info.dtype, tensor=info.name)
+        for header in source_headers(manifest).values()
+        for info in header.tensors
+    }
+    taken_for = manifest.engine["taken_for"] if manifest.engine else {}
     return any(
-        torch_name(stored[region.source], tensor=region.source) != parameter.dtype
+        taken_for.get(region.source, stored[region.source]) != parameter.dtype
         for parameter in manifest.parameters
         for region in parameter.regions
+        if region.source in stored  # an engine's rank files have constants too
     )
 
 
