@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -124,6 +125,48 @@ def _in_boxes(start: int, stop: int, sizes: Sequence[int]) -> Iterator[tuple[Ran
             start = end
 
 
+class _Layers:
+    """What lies on top after pieces were put over each other.
+
+    Fused experts are hundreds of pieces, so each is compared only with those that have places near its own: pieces are
+    listed by the stretches of the storage that they reach into.
+    """
+
+    def __init__(self, digits: _Digits, pieces: int) -> None:
+        self._steps = digits.steps
+        size = digits.steps[-1] * digits.sizes[-1]
+        self._stretch = max(1, size // (math.isqrt(pieces) + 1))
+        self._pieces: dict[int, _Piece] = {}
+        self._near: dict[int, set[int]] = defaultdict(set)
+        self._count = itertools.count()
+
+    def pieces(self) -> Iterable[_Piece]:
+        return self._pieces.values()
+
+    def put(self, piece: _Piece) -> None:
+        stretches = self._stretches(piece)
+        for key in sorted(set().union(*(self._near[at] for at in stretches))):
+            below = self._pieces[key]
+            if _meet(piece.ranges, below.ranges):
+                del self._pieces[key]
+                for at in self._stretches(below):
+                    self._near[at].discard(key)
+                for rest in _without(below, piece.ranges):
+                    self._add(rest, self._stretches(rest))
+        self._add(piece, stretches)
+
+    def _add(self, piece: _Piece, stretches: range) -> None:
+        key = next(self._count)
+        self._pieces[key] = piece
+        for at in stretches:
+            self._near[at].add(key)
+
+    def _stretches(self, piece: _Piece) -> range:
+        first = sum(low * step for (low, _), step in zip(piece.ranges, self._steps))
+        last = sum((high - 1) * step for (_, high), step in zip(piece.ranges, self._steps))
+        return range(first // self._stretch, last // self._stretch + 1)
+
+
 def filled(view: View, writes: Sequence[tuple[View, Sequence[Region]]]) -> list[Region]:
     """Return what fills a view after all writes, a later one over an earlier one. Each write fills a view of the same
     storage with regions, whose boxes are in that view.
@@ -131,16 +174,14 @@ def filled(view: View, writes: Sequence[tuple[View, Sequence[Region]]]) -> list[
     Raises ValueError if the views cannot be compared.
     """
     digits = _Digits([view, *(written for written, _ in writes)])
-    pieces: list[_Piece] = []
+    layers = _Layers(digits, sum(len(regions) for _, regions in writes))
     for written, regions in writes:
         for piece in _pieces(digits, written, regions):
-            if any(_meet(piece.ranges, other.ranges) for other in pieces):
-                pieces = [rest for other in pieces for rest in _without(other, piece.ranges)]
-            pieces.append(piece)
+            layers.put(piece)
     of_dims = digits.of_dims(view)
     found: list[Region] = []
     for ranges, start in digits.boxes(view):
-        for piece in pieces:
+        for piece in layers.pieces():
             common = _common(ranges, piece.ranges)
             if common is not None:
                 found += _regions(digits, of_dims, ranges, start, piece.within(common))
