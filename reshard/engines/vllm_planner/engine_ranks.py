@@ -10,7 +10,13 @@ from typing import Any
 
 def engine_config(model: Path, request: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import registry
 
+    def inspected(registered: Any) -> Any:
+        """Look at a model class in this process: vLLM starts another, which would know another platform."""
+        return registry._ModelInfo.from_model_cls(registered.load_model_cls())
+
+    registry._LazyRegisteredModel.inspect_model_cls = inspected
     chosen = {"moe_backend": request["moe_backend"]} if request["moe_backend"] else {}
     args = EngineArgs(
         model=str(model),
