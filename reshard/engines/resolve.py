@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,7 +50,7 @@ class Resolved:
 
 @dataclass(slots=True)
 class _Findings:
-    """What is found on the way, for all ranks. `chains` are the dtypes that elements went through, by source name."""
+    """What is found on the way, for all ranks: see `Resolved`."""
 
     tensors: Mapping[str, TensorInfo]
     constants: dict[str, tuple[str, float | int | bool]] = field(default_factory=dict)
@@ -72,8 +73,8 @@ def resolve(plan: CopyPlan, tensors: Mapping[str, TensorInfo], config: Mapping[s
             if region.source in tensors:
                 used[region.source].add((region.offset, region.strides, region.extent))
     left_out = tuple(sorted(tensors.keys() - used.keys()))
-    endings = _left_out_by(config)
-    if strange := [name for name in left_out if not name.endswith(endings)]:
+    endings, layers = _left_out_by(config), _layers(config)
+    if strange := [name for name in left_out if not (name.endswith(endings) or _is_beyond(name, layers))]:
         raise BadInputError(
             f"{plan.engine['name']} does not read {len(strange)} tensors of the checkpoint: {listed(strange)}",
             hint="its model class may be for another checkpoint; nothing is written, since the result may be wrong",
@@ -100,6 +101,19 @@ def _left_out_by(config: Mapping[str, Any]) -> tuple[str, ...]:
         *(() if told is False else ("lm_head.weight",)),
         *((".g_idx",) if quantization.get("desc_act") is False else ()),
     )
+
+
+def _layers(config: Mapping[str, Any]) -> int | None:
+    """Return the number of layers that the configuration gives the model."""
+    inner = config.get("text_config")
+    found = config.get("num_hidden_layers", inner.get("num_hidden_layers") if isinstance(inner, Mapping) else None)
+    return found if type(found) is int else None
+
+
+def _is_beyond(name: str, layers: int | None) -> bool:
+    """Whether a tensor is of a layer after the model's last, as those for multi-token prediction are."""
+    match = re.search(r"(?:^|\.)layers\.(\d{1,6})\.", name)
+    return layers is not None and match is not None and int(match[1]) >= layers
 
 
 def _target(name: str, ranks: Sequence[Target | None]) -> Target:

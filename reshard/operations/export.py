@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.left_behind import refuse_keys
-from ..checkpoint.source import MANIFEST_NAME, Source, is_resharded, open_source
-from ..checkpoint.weights import chosen
+from ..checkpoint.source import MANIFEST_NAME, Source, open_source
+from ..checkpoint.weights import Choice, chosen
 from ..engines.constants import CONSTANTS_NAME, as_read, constants_file, constants_record
 from ..engines.copy_plan import PLAN_NAME, CopyPlan
 from ..engines.resolve import Resolved, resolve
 from ..engines.tracing import Asked, engine_python, traced
-from ..errors import BadInputError, UsageError
+from ..errors import BadInputError, RemoteMovedError, UsageError
 from ..execution.destination import destination
 from ..execution.executor import Inputs, write_files
 from ..execution.journal import Journal
+from ..execution.origin import Origin, open_origin
 from ..execution.staging import staged_folder
 from ..files.digest import digest_of
 from ..files.dtypes import CODES
@@ -104,10 +105,8 @@ def export(
     python = engine_python(engine_python_path) if plan is None else None
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         choice = chosen(weights, links_into)
-        root, _, _ = fetch(as_text(source), revision=revision, choice=choice, progress=progress)
-        refuse_keys(root)
-        made = open_resharded(root) if is_resharded(root) else None
-        checkpoint = made.source if made else open_source(root, choice=choice, include=include)
+        origin = open_origin(as_text(source), revision=revision, choice=choice, include=include)
+        refuse_keys(origin.source.root)
         if plan is not None:
             found = CopyPlan.read(Path(plan))
         else:
@@ -115,19 +114,26 @@ def export(
             assert tp_size is not None
             say(f"asking {printable(python)} where vLLM puts each tensor")
             asked = Asked(tp_size, pipeline_size, ep, platform, capability, dtype, moe_backend)
-            found = traced(asked, checkpoint.tensors, root, ("config.json", *checkpoint.extras), python=python)
+            files = ("config.json", *origin.source.extras)
+            found = traced(asked, origin.source.tensors, origin.source.root, files, python=python)
         _check_backend(found)
         for note in _notes(found.engine):
             say(note)
-        resolved = resolve(found, checkpoint.tensors, checkpoint.config)
-        draft = _draft(found, resolved, checkpoint)
+        resolved = resolve(found, origin.source.tensors, origin.source.config)
+        if resolved.left_out:
+            say(f"vLLM does not read {len(resolved.left_out)} tensors: {listed(resolved.left_out)}")
+        draft = _draft(found, resolved, origin.source)
         if dry_run:
             planned = (FileRecord(layout.name, layout.size, "", {}) for layout in _layouts(draft, found))
             return replace(draft, rank_files=tuple(planned))
+        if origin.remote:
+            fetch(as_text(source), revision=revision, choice=choice, progress=progress)
+            origin = _fetched(origin, choice, include)
+        checkpoint, made, root = origin.source, origin.made, origin.source.root
         constants = constants_file(resolved.constants)
-        folder = stage.begin(_work(found, constants, made.held if made else checkpoint))
+        folder = stage.begin(_work(found, constants, origin.held))
         write_file(folder / CONSTANTS_NAME, constants, sync=sync)
-        read = as_read(made.held if made else checkpoint, folder / CONSTANTS_NAME, {} if made else resolved.taken_for)
+        read = as_read(origin.held, folder / CONSTANTS_NAME, {} if made else resolved.taken_for)
         layouts = _layouts(draft, found)
         if made:
             layouts = _from_rank_files(layouts, made, resolved)
@@ -156,6 +162,20 @@ def export(
         )
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest
+
+
+def _fetched(origin: Origin, choice: Choice, include: Sequence[str]) -> Origin:
+    """Open what was elsewhere, now that it is here. Raises RemoteMovedError if it is another one than was planned."""
+    was = origin.source
+    if origin.made:
+        made = open_resharded(was.root)
+        now = Origin(made.source, made=made)
+    else:
+        here = open_source(was.root, choice=choice, repo_id=was.repo_id, commit=was.commit, include=include)
+        now = Origin(here)
+    if now.source.tensors != was.tensors:
+        raise RemoteMovedError(f"{printable(was.root)}: has changed since it was planned", hint="run it again")
+    return now
 
 
 def _check_backend(plan: CopyPlan) -> None:

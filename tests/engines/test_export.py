@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
-def exported(source: Path, out: Path, name: str, **options: Any) -> reshard.Manifest:
+def exported(source: Path | str, out: Path, name: str, **options: Any) -> reshard.Manifest:
     return reshard.export(source, out, plan=engine_tools.plan_of(name), sync=False, **options)
 
 
@@ -254,6 +254,42 @@ def test_a_file_that_is_no_plan(data: bytes, source: Any, tmp_path: Path) -> Non
     (tmp_path / "plan").write_bytes(data)
     with pytest.raises(BadInputError, match="plan: "):
         reshard.export(source("llama-tp2"), tmp_path / "out", plan=tmp_path / "plan")
+
+
+def test_layers_for_multi_token_prediction_are_left_out(source: Any, tmp_path: Path) -> None:
+    """vLLM does not read DeepSeek-V3's layer 61 of 61, and says nothing of it. The export does."""
+    more, said = Path(shutil.copytree(source("llama-tp2"), tmp_path / "more")), []
+    rewrite(
+        next(more.glob("*.safetensors")), lambda tensors: tensors.update({"model.layers.2.x.weight": torch.ones(2)})
+    )
+    manifest = exported(more, tmp_path / "out", "llama-tp2", say=said.append)
+    assert manifest.dropped == ("model.layers.2.x.weight",)
+    assert "vLLM does not read 1 tensors: model.layers.2.x.weight" in said
+    reshard.verify(tmp_path / "out", against=more)
+
+
+def test_from_the_hub(source: Any, tmp_path: Path, hub: Any, python: Any) -> None:
+    """A dry run fetches headers only."""
+    hub.create("org/llama", {path.name: path.read_bytes() for path in source("llama-tp2").iterdir()})
+    command = (
+        "-m",
+        "reshard",
+        "export",
+        "org/llama",
+        str(tmp_path / "out"),
+        "--plan",
+        engine_tools.plan_of("llama-tp2"),
+    )
+    dry = python(*map(str, command), "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    done = python(*map(str, command), "--no-sync")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "home").rglob("*.safetensors"))
+    manifest = reshard.inspect(tmp_path / "out")
+    assert manifest.repo_id == "org/llama"
+    direct = exported(source("llama-tp2"), tmp_path / "direct", "llama-tp2")
+    assert manifest.rank_files == direct.rank_files
 
 
 def test_the_card_of_a_published_repo_says_how_to_serve(source: Any, tmp_path: Path) -> None:
