@@ -94,8 +94,8 @@ def cases() -> Iterator[tuple[str, str]]:
 
 def made(family: str, form: str, folder: Path) -> Path:
     if not form:
-        if family in pico.FAMILIES:
-            return pico.save(family, folder)
+        if family in pico.FAMILIES or family in QUANTIZED:
+            return pico.save(family, folder, **QUANTIZED.get(family, {}))
         model = families.build(family)
         if model is None:
             raise LookupError("has no plan")

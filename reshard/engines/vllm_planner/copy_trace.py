@@ -12,6 +12,7 @@ class Trace:
         self.names: dict[int, str] = {}
         self.kept: list[Any] = []  # storages that must not be freed, as their addresses are keys
         self.writes: list[list[Any]] = []
+        self.values: dict[int, Any] = {}  # of storages of one element that hold a known number
 
     def name(self, tensor: Any, called: str | None = None) -> str:
         """Return the name of a tensor's storage; it is a temporary one unless it is `called` otherwise."""
@@ -28,6 +29,7 @@ class Trace:
     def record(self, into: Any, what: list[Any]) -> None:
         if into.numel():
             self.writes.append([self.name(into), *described(into), *what])
+            self.values.pop(into.untyped_storage()._cdata, None)
 
     def leading_to(self, names: set[str]) -> list[list[Any]]:
         """Return the writes into storages of these names, and into all that these were copied from, in order."""
@@ -43,9 +45,17 @@ class Trace:
         source = source.expand(into.shape)
         dtype, _, offset, strides = described(source)
         self.record(into, ["copy", self.name(source), dtype, offset, strides])
+        if into.numel() == 1 and (value := self.value(source)) is not None:
+            self.values[into.untyped_storage()._cdata] = value
 
     def constant(self, into: Any, value: Any) -> None:
         self.record(into, ["constant", value])
+        if into.numel() == 1:
+            self.values[into.untyped_storage()._cdata] = value
+
+    def value(self, tensor: Any) -> Any:
+        """Return the number that a tensor of one element holds; None if it is not known."""
+        return self.values.get(tensor.untyped_storage()._cdata) if tensor.numel() == 1 else None
 
     def computed(self, into: Any, operation: str) -> None:
         self.record(into, ["computed", operation])
@@ -69,6 +79,11 @@ def mode_of(trace: Trace) -> Any:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             space, _, name = func._schema.name.partition("::")
+            if name == "_local_scalar_dense" and (value := trace.value(args[0])) is not None:
+                return value
+            to_host = name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu"
+            if to_host and (value := trace.value(args[0])) is not None:
+                return torch.full(args[0].shape, value, dtype=kwargs.get("dtype") or args[0].dtype)
             result = func(*args, **kwargs)
             if name == "copy_":
                 trace.copied(args[0], args[1])
@@ -135,10 +150,15 @@ def numbers_of_host(trace: Trace) -> Any:
     numbers off it."""
     import torch
     from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_map
+
+    def off_the_gpu(value: Any) -> Any:
+        is_device = isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda"))
+        return torch.device("meta") if is_device and torch.device(value).type == "cuda" else value
 
     class Numbers(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
+            args, kwargs = tree_map(off_the_gpu, (args, kwargs or {}))
             if func in (torch.full, torch.arange) and kwargs.get("dtype") in (torch.int32, torch.int64):
                 kwargs = {"device": "cpu", **kwargs}  # a table, of which expert is where: its numbers are asked for
             result = func(*args, **kwargs)
