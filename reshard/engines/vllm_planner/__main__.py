@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from copy_trace import Trace, described, mode_of, numbers_of_host
-from engine_platform import platform_name, stub_platform
+from engine_platform import Refusal, platform_name, stub_platform
 from engine_ranks import be_rank, engine_config, init_groups
 
 
@@ -81,15 +81,17 @@ def plan_of_rank(config: Any, request: dict[str, Any], tp: int, pp: int) -> dict
     with set_current_vllm_config(config), mode_of(trace):
         with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"), numbers_of_host(trace):
             model = initialize_model(config, model_config=config.model_config)
+        before = layout_of(model)
         model.load_weights(tensors())
-    found = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+    if layout_of(model) != before:  # the loader of rank files meets the model as it is built
+        raise Refusal("the engine changes its model while it loads weights, so its rank files cannot be foretold")
     backends = {
         value.name.lower()
         for module in model.modules()
         for value in vars(getattr(module, "quant_method", None) or object).values()
         if isinstance(value, Enum) and type(value).__name__.lower().endswith("moebackend")
     }
-    held = {name: [trace.name(tensor), *described(tensor)] for name, tensor in without_aliases(found).items()}
+    held = {name: [trace.name(tensor), *described(tensor)] for name, tensor in tensors_of(model).items()}
     return {
         "tp": tp,
         "pp": pp,
@@ -97,6 +99,14 @@ def plan_of_rank(config: Any, request: dict[str, Any], tp: int, pp: int) -> dict
         "tensors": held,
         "writes": trace.leading_to({str(of[0]) for of in held.values()}),
     }
+
+
+def tensors_of(model: Any) -> dict[str, Any]:
+    return without_aliases({name: tensor for name, tensor in model.state_dict().items() if tensor.numel()})
+
+
+def layout_of(model: Any) -> dict[str, Any]:
+    return {name: described(tensor)[:2] for name, tensor in tensors_of(model).items()}
 
 
 def without_aliases(tensors: dict[str, Any]) -> dict[str, Any]:
