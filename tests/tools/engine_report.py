@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import click
 import engine_tools
 import families
 import pico
-from places import DATA, ROOT
+from places import DATA, ROOT, WORKERS
 from quantizing import Kind, _awq, _compressed, _fp8, _gptq, _groups, quantize_folder
 
 from reshard.checkpoint.source import open_source
+from reshard.engines import tracing
 from reshard.engines.resolve import resolve
 from reshard.engines.tracing import Asked, traced
 from reshard.errors import ReshardError
@@ -112,6 +114,31 @@ def made(family: str, form: str, folder: Path) -> Path:
     return folder
 
 
+class _Planner:
+    """A planner that has imported vLLM already. It takes the place of `tracing._run`."""
+
+    def __init__(self) -> None:
+        command = [str(engine_tools.PYTHON), "-P", str(WORKERS / "vllm_plan_server.py"), str(tracing._PLANNER)]
+        environment = {**os.environ, **engine_tools.ALONE}
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, command: list[str], folder: Path) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{folder}\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        if code:
+            raise tracing._refusal(folder / "said", code)
+
+
 def outcome(source: Path, tp: int, ep: bool) -> str:
     """Return "copies", or why there are no rank files."""
     checkpoint = open_source(source)
@@ -133,11 +160,8 @@ def record_of(family: str, form: str) -> dict[str, Any] | None:
         except Exception:
             return None
         experts = any(".experts." in name for name in open_source(source).tensors)
-        with ThreadPoolExecutor(2) as pool:
-            found = {
-                mesh: pool.submit(outcome, source, tp, ep) for mesh, (tp, ep) in MESHES.items() if experts or not ep
-            }
-            return {"family": family, "format": form, "meshes": {mesh: one.result() for mesh, one in found.items()}}
+        found = {mesh: outcome(source, tp, ep) for mesh, (tp, ep) in MESHES.items() if experts or not ep}
+    return {"family": family, "format": form, "meshes": found}
 
 
 def path_of() -> Path:
@@ -178,6 +202,7 @@ def summary(records: list[dict[str, Any]]) -> str:
 def main(write: bool, only_page: bool, names: tuple[str, ...]) -> None:
     """Find out which families vLLM lays out by copies alone. NAMES are families to print."""
     kept = ROOT / f".engines-{VERSION}"  # what a stopped walk has found
+    tracing._run = _Planner().run
     if not only_page:
         for family, form in cases():
             if names and family not in names:
