@@ -45,12 +45,12 @@ class Trace:
         source = source.expand(into.shape)
         dtype, _, offset, strides = described(source)
         self.record(into, ["copy", self.name(source), dtype, offset, strides])
-        if into.numel() == 1 and (value := self.value(source)) is not None:
+        if is_alone(into) and (value := self.value(source)) is not None:
             self.values[into.untyped_storage()._cdata] = value
 
     def constant(self, into: Any, value: Any) -> None:
         self.record(into, ["constant", value])
-        if into.numel() == 1:
+        if is_alone(into):
             self.values[into.untyped_storage()._cdata] = value
 
     def value(self, tensor: Any) -> Any:
@@ -59,6 +59,11 @@ class Trace:
 
     def computed(self, into: Any, operation: str) -> None:
         self.record(into, ["computed", operation])
+
+
+def is_alone(tensor: Any) -> bool:
+    """Whether a tensor is the one element of its storage."""
+    return bool(tensor.untyped_storage().nbytes() == tensor.element_size())
 
 
 def described(tensor: Any) -> tuple[str, list[int], int, list[int]]:
@@ -111,10 +116,9 @@ def mode_of(trace: Trace) -> Any:
             else:
                 inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
                 outputs = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
-                changes = func._schema.is_mutable
-                for one in outputs:
-                    if changes or not any(shares(one, other) for other in inputs):
-                        trace.computed(one, f"{space}.{name}")
+                new = [one for one in outputs if not any(shares(one, other) for other in inputs)]
+                for one in (*new, *written_to(func, args, kwargs)):
+                    trace.computed(one, f"{space}.{name}")
             return result
 
         def bring(self, result: Any, source: Any) -> None:
@@ -128,6 +132,17 @@ def mode_of(trace: Trace) -> Any:
                 trace.copied(result, source)
 
     return Mode()
+
+
+def written_to(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the tensors among an operation's arguments that it writes to."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    given = zip((argument for argument in func._schema.arguments if not argument.kwarg_only), args)
+    named = ((argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs)
+    changed = [value for argument, value in (*given, *named) if argument.alias_info and argument.alias_info.is_write]
+    return [one for one in tree_leaves(changed) if isinstance(one, Tensor)]
 
 
 def shares(one: Any, other: Any) -> bool:
