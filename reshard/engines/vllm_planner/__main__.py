@@ -82,7 +82,8 @@ def plan_of_rank(config: Any, request: dict[str, Any], tp: int, pp: int) -> dict
         with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"), numbers_of_host(trace):
             model = initialize_model(config, model_config=config.model_config)
         before = layout_of(model)
-        model.load_weights(tensors())
+        with numbers_of_host(trace):
+            model.load_weights(tensors())
     if layout_of(model) != before:  # the loader of rank files meets the model as it is built
         raise Refusal("the engine changes its model while it loads weights, so its rank files cannot be foretold")
     backends = {

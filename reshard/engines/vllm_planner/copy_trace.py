@@ -12,7 +12,6 @@ class Trace:
         self.names: dict[int, str] = {}
         self.kept: list[Any] = []  # storages that must not be freed, as their addresses are keys
         self.writes: list[list[Any]] = []
-        self.values: dict[int, Any] = {}  # of storages of one element that hold a known number
 
     def name(self, tensor: Any, called: str | None = None) -> str:
         """Return the name of a tensor's storage; it is a temporary one unless it is `called` otherwise."""
@@ -29,7 +28,6 @@ class Trace:
     def record(self, into: Any, what: list[Any]) -> None:
         if into.numel():
             self.writes.append([self.name(into), *described(into), *what])
-            self.values.pop(into.untyped_storage()._cdata, None)
 
     def leading_to(self, names: set[str]) -> list[list[Any]]:
         """Return the writes into storages of these names, and into all that these were copied from, in order."""
@@ -45,20 +43,16 @@ class Trace:
         source = source.expand(into.shape)
         dtype, _, offset, strides = described(source)
         self.record(into, ["copy", self.name(source), dtype, offset, strides])
-        if is_alone(into) and (value := self.value(source)) is not None:
-            self.values[into.untyped_storage()._cdata] = value
 
     def constant(self, into: Any, value: Any) -> None:
         self.record(into, ["constant", value])
-        if is_alone(into):
-            self.values[into.untyped_storage()._cdata] = value
-
-    def value(self, tensor: Any) -> Any:
-        """Return the number that a tensor of one element holds; None if it is not known."""
-        return self.values.get(tensor.untyped_storage()._cdata) if tensor.numel() == 1 else None
 
     def computed(self, into: Any, operation: str) -> None:
-        self.record(into, ["computed", operation])
+        """Record what an operation makes: on the host, where numbers are real, the number of a single element."""
+        if into.device.type != "meta" and is_alone(into):
+            self.constant(into, into.item())
+        else:
+            self.record(into, ["computed", operation])
 
 
 def is_alone(tensor: Any) -> bool:
@@ -84,11 +78,9 @@ def mode_of(trace: Trace) -> Any:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             space, _, name = func._schema.name.partition("::")
-            if name == "_local_scalar_dense" and (value := trace.value(args[0])) is not None:
-                return value
-            to_host = name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu"
-            if to_host and (value := trace.value(args[0])) is not None:
-                return torch.full(args[0].shape, value, dtype=kwargs.get("dtype") or args[0].dtype)
+            if name == "copy_" and args[1].device.type == "meta" != args[0].device.type:
+                trace.copied(args[0], args[1])  # nothing can be copied to the host, and nobody reads it there any more
+                return args[0]
             result = func(*args, **kwargs)
             if name == "copy_":
                 trace.copied(args[0], args[1])
@@ -161,8 +153,8 @@ def joined(trace: Trace, result: Any, parts: Any, dim: int, stacked: bool) -> No
 
 
 def numbers_of_host(trace: Trace) -> Any:
-    """See `torch.tensor(1.0)` under the meta device, of which no operation tells the number; and keep tables of whole
-    numbers off it."""
+    """Keep single numbers, and tables of whole numbers, on the host: their values are asked for while a model is built.
+    What is meant for a GPU is not put there."""
     import torch
     from torch.overrides import TorchFunctionMode
     from torch.utils._pytree import tree_map
@@ -174,11 +166,14 @@ def numbers_of_host(trace: Trace) -> Any:
     class Numbers(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             args, kwargs = tree_map(off_the_gpu, (args, kwargs or {}))
-            if func in (torch.full, torch.arange) and kwargs.get("dtype") in (torch.int32, torch.int64):
-                kwargs = {"device": "cpu", **kwargs}  # a table, of which expert is where: its numbers are asked for
+            if type(kwargs.get("device")) is int:
+                kwargs["device"] = torch.device("meta")
+            number = func is torch.tensor and bool(args) and isinstance(args[0], (int, float, bool))
+            table = func in (torch.full, torch.arange) and kwargs.get("dtype") in (torch.int32, torch.int64)
+            if number or table:
+                kwargs = {"device": "cpu", **kwargs}
             result = func(*args, **kwargs)
-            number = func is torch.tensor and args and isinstance(args[0], (int, float, bool))
-            if number and result.device.type == "meta":
+            if number:
                 trace.constant(result, args[0])
             return result
 

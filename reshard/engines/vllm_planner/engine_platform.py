@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from importlib.machinery import ModuleSpec
@@ -25,6 +26,7 @@ def stub_platform(request: dict[str, Any]) -> None:
     """Have vLLM choose as it does on the platform that is asked for, on a machine that is another."""
     if request["platform"] != "cuda":
         return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so vLLM leaves Triton on, though no driver is active
     sys.meta_path.insert(0, NoKernels())
     import torch
     import vllm.platforms as platforms
@@ -65,7 +67,9 @@ def stub_platform(request: dict[str, Any]) -> None:
     platforms._current_platform = Stub()
     for space in COMPILED:
         setattr(torch.ops, space, NoKernel(space))
+    platforms.vllm_version_matches_substr = lambda word: False  # its build for CPUs would turn Triton off
     torch.cuda.Stream, torch.cuda.Event = Waiting, Waiting
+    torch.cuda.current_device = lambda: 0
     register = torch.library.register_fake
 
     def register_fake(operation: Any, function: Any = None, /, **named: Any) -> Any:
