@@ -100,7 +100,7 @@ def mode_of(trace: Trace) -> Any:
                 trace.constant(result, args[filled[name]] if len(args) > filled[name] else kwargs["fill_value"])
             elif name in empty:
                 pass
-            elif name in ("clone", "_to_copy", "lift_fresh", "detach", "alias") or name.endswith("_copy"):
+            elif name in ("clone", "_to_copy", "lift_fresh", "detach", "alias"):
                 if not shares(result, args[0]):
                     self.bring(result, args[0])
             elif name in ("cat", "stack"):
