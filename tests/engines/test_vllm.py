@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engine_report
 import engine_tools
 import pico
 import pytest
@@ -86,6 +87,18 @@ def test_bytes_are_those_of_its_own_saver(family: str, ep: bool, source: Any, sa
     for record in manifest.rank_files:
         same_bytes(out / record.name, saved / f"{family}-{ep}" / record.name)
     reshard.verify(out, against=source(family))
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors int4", "AWQ", "GPTQ"])
+def test_quantized_tensors_are_plain_ones_here(form: str, tmp_path: Path) -> None:
+    source = engine_report.made("llama", form, tmp_path / "source")
+    (tmp_path / "saved").mkdir()
+    job = {"folder": str(source), "out": str(tmp_path / "saved"), "ep": False, "dtype": "bfloat16"}
+    engine_tools.save_by_vllm([job], 2)
+    manifest = exported(source, tmp_path / "out", tp_size=2, dtype="bfloat16")
+    for record in manifest.rank_files:
+        same_bytes(tmp_path / "out" / record.name, tmp_path / "saved" / record.name)
+    reshard.verify(tmp_path / "out", against=source)
 
 
 def test_stages_of_a_pipeline(source: Any, tmp_path: Path) -> None:
