@@ -20,7 +20,7 @@ def load(rank: int, tp: int, meet: str, jobs: list[dict]) -> None:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    os.environ["VLLM_DIST_IDENT"] = "load"
+    os.environ["VLLM_DIST_IDENT"] = Path(meet).parent.name  # the engine's executor sets it
     torch.set_num_threads(1)
     seconds = []
     for number, job in enumerate(jobs):

@@ -20,7 +20,7 @@ def save(rank: int, tp: int, pp: int, meet: str, jobs: list[dict]) -> None:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    os.environ["VLLM_DIST_IDENT"] = "saver"  # the engine's executor sets it
+    os.environ["VLLM_DIST_IDENT"] = Path(meet).parent.name  # the engine's executor sets it
     for number, job in enumerate(jobs):
         args = EngineArgs(
             model=job["folder"],
