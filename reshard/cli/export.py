@@ -49,7 +49,6 @@ class Capability(click.ParamType):
 @click.option("--ep", is_flag=True, help="For --enable-expert-parallel.")
 @click.option(
     "--engine-python",
-    "engine_python_path",
     type=click.Path(),
     metavar="PATH",
     help="The Python of the environment that has the engine.  [default: this one]",

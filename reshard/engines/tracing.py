@@ -25,7 +25,7 @@ from ..files.untrusted import vetted_path
 from ..text import printable
 from .copy_plan import CopyPlan
 
-__all__ = ["Asked", "engine_python", "traced"]
+__all__ = ["Asked", "python_of_engine", "traced"]
 
 _PLANNER = Path(__file__).parent / "vllm_planner"
 _SECONDS = 1800
@@ -62,7 +62,7 @@ class Asked:
     moe_backend: str | None = None
 
 
-def engine_python(given: str | Path | None) -> Path:
+def python_of_engine(given: str | Path | None) -> Path:
     """Return the Python that has vLLM: the `given` one, or this one. Raises UsageError if there is none."""
     if given is None:
         if importlib.util.find_spec("vllm") is None:

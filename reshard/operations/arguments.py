@@ -132,6 +132,20 @@ def _strategies(value: Any) -> Any:
     return _path(value)
 
 
+def _file(value: Any) -> str | Path:
+    words = "the path of a file"
+    _known(isinstance(value, (str, os.PathLike)) and "\0" not in str(value), words)
+    _known(isinstance(os.fspath(value), str) and os.fspath(value) != "", words)
+    return value if isinstance(value, str) else Path(value)
+
+
+def _capability(value: Any) -> tuple[int, int]:
+    words = "a compute capability, such as (9, 0)"
+    _known(isinstance(value, (tuple, list)) and len(value) == 2, words)
+    _known(all(type(part) is int and 0 <= part < 100 for part in value), words)
+    return value[0], value[1]
+
+
 def _ranks(value: Any) -> list[int]:
     words = "numbers of ranks, such as range(4)"
     _known(isinstance(value, Iterable) and not isinstance(value, (str, bytes)), words)
@@ -178,6 +192,9 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("source", "place", "against"), _path),
     **dict.fromkeys(("out", "dest", "to"), _folder),
     **dict.fromkeys(("revision", "layout", "licence", "attn_implementation", "weights"), _text),
+    **dict.fromkeys(("engine", "platform", "moe_backend"), _text),
+    **dict.fromkeys(("engine_python", "plan"), _file),
+    "capability": _capability,
     **dict.fromkeys(("tp_size", "ep_size"), _RANKS),
     **dict.fromkeys(("drop_unused", "ep", "overwrite", "keep_cache", "reference_logits", "sync"), _flag),
     **dict.fromkeys(("private", "create_pr", "dry_run", "check_digests", "sequence_parallel"), _flag),

@@ -15,7 +15,7 @@ from ..checkpoint.weights import Choice, chosen
 from ..engines.constants import CONSTANTS_NAME, as_read, constants_file, constants_record
 from ..engines.copy_plan import PLAN_NAME, CopyPlan
 from ..engines.resolve import Resolved, resolve
-from ..engines.tracing import Asked, engine_python, traced
+from ..engines.tracing import Asked, python_of_engine, traced
 from ..errors import BadInputError, RemoteMovedError, UsageError
 from ..execution.destination import destination
 from ..execution.executor import Inputs, write_files
@@ -61,7 +61,7 @@ def export(
     tp_size: int | None = None,
     pipeline_size: int = 1,
     ep: bool = False,
-    engine_python_path: str | Path | None = None,
+    engine_python: str | Path | None = None,
     plan: str | Path | None = None,
     platform: str | None = None,
     capability: tuple[int, int] | None = None,
@@ -82,7 +82,7 @@ def export(
 
     For vLLM these are the files of `--load-format sharded_state`, for `tp_size` × `pipeline_size` ranks; with `ep`, for
     `--enable-expert-parallel`. vLLM's own loader says where each element belongs: it is run without weights by the
-    Python at `engine_python_path` (default: this one), for the `platform` and its compute `capability` ("cuda" and (9,
+    Python at `engine_python` (default: this one), for the `platform` and its compute `capability` ("cuda" and (9,
     0), say; default: what vLLM finds). `moe_backend` and `dtype` are the engine's options. What it says is a copy plan,
     kept in `out`; an earlier one can be given as `plan` instead. With `dry_run` nothing is written, and the result has
     no digests. The other arguments are those of `convert`.
@@ -102,7 +102,7 @@ def export(
             "a platform is chosen by its name and its compute capability",
             hint="give both: --platform cuda --capability 9.0",
         )
-    python = engine_python(engine_python_path) if plan is None else None
+    python = python_of_engine(engine_python) if plan is None else None
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         choice = chosen(weights, links_into)
         origin = open_origin(as_text(source), revision=revision, choice=choice, include=include)

@@ -176,13 +176,11 @@ def test_arguments_that_lack_or_clash(source: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="vLLM is not installed here"):
         reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2)
     with pytest.raises(UsageError, match="no Python to run"):
-        reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python_path=tmp_path / "none")
+        reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python=tmp_path / "none")
     with pytest.raises(UsageError, match="--capability"):
-        reshard.export(
-            source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python_path=sys.executable, platform="cuda"
-        )
+        reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python=sys.executable, platform="cuda")
     with pytest.raises(BadInputError, match="has no vLLM"):
-        reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python_path=sys.executable)
+        reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python=sys.executable)
     assert list(tmp_path.iterdir()) == []
 
 

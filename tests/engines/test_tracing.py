@@ -14,7 +14,7 @@ import pytest
 
 from reshard.checkpoint.source import open_source
 from reshard.engines import tracing
-from reshard.engines.tracing import Asked, engine_python, traced
+from reshard.engines.tracing import Asked, python_of_engine, traced
 from reshard.errors import BadInputError, UsageError
 
 NAME = "llama-tp2"
@@ -118,6 +118,6 @@ def test_a_link_to_a_python_is_followed_by_the_system(tmp_path: Path) -> None:
     """A virtual environment's Python is a link: what it leads to has other packages."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to("/bin/sh")
-    assert engine_python(tmp_path / "bin" / "python") == tmp_path / "bin" / "python"
+    assert python_of_engine(tmp_path / "bin" / "python") == tmp_path / "bin" / "python"
     with pytest.raises(UsageError, match="no Python to run"):
-        engine_python(tmp_path / "bin")
+        python_of_engine(tmp_path / "bin")

@@ -45,7 +45,7 @@ CASES = [*((family, False) for family in FAMILIES), *((family, True) for family 
 
 
 def exported(source: Path, out: Path, **options: Any) -> reshard.Manifest:
-    return reshard.export(source, out, engine_python_path=engine_tools.PYTHON, sync=False, **options)
+    return reshard.export(source, out, engine_python=engine_tools.PYTHON, sync=False, **options)
 
 
 @pytest.fixture(scope="module")

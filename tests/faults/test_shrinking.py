@@ -33,8 +33,8 @@ from reshard.execution.executor import Inputs, write_files
 from reshard.execution.journal import Journal
 from reshard.execution.reader import equal_tensors
 from reshard.files.mapped import MappedFile
-from reshard.operations import compare
 from reshard.operations import plan as planning
+from reshard.operations.verify import compare
 from reshard.resharded.layout import file_layout
 from reshard.resharded.targets import LocalTensor
 from reshard.sharding.regions import Region

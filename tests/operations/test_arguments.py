@@ -26,14 +26,16 @@ from reshard.operations.arguments import CHECKS, checked
 from reshard.strategies import ALL_PARALLEL_STYLES
 from reshard.text import printable
 
+PUBLISHED = ("plan", "convert", "export", "inspect", "verify", "merge", "publish", "pull")
 PUBLIC: dict[str, Callable[..., Any]] = {
-    **{name: getattr(reshard, name) for name in ("plan", "convert", "inspect", "verify", "merge", "publish", "pull")},
+    **{name: getattr(reshard, name) for name in PUBLISHED},
     "load": runtime.load,
 }
 # The rest of each call, apart from the argument in question.
 GIVEN: dict[str, dict[str, Any]] = {
     "plan": {"source": "/nowhere/at/all", "tp_size": 2},
     "convert": {"source": "/nowhere/at/all", "out": "/nowhere/out", "tp_size": 2},
+    "export": {"source": "/nowhere/at/all", "out": "/nowhere/out", "tp_size": 2, "engine_python": sys.executable},
     "inspect": {"place": "/nowhere/at/all"},
     "verify": {"out": "/nowhere/at/all"},
     "merge": {"out": "/nowhere/at/all", "dest": "/nowhere/dest"},
@@ -47,8 +49,11 @@ WRONG: dict[str, list[Any]] = {
     "to": ["", 3, b"folder", "a\0b"],
     "against": ["", 3, b"folder"],
     **{name: ["", 3, True, ["main"]] for name in ("revision", "layout", "licence", "weights")},
-    **{name: [0, -1, 2.0, "2", True, [2]] for name in ("tp_size", "ep_size", "dp_size", "workers")},
-    **{name: [None, 1, "yes"] for name in ("drop_unused", "overwrite", "keep_cache", "reference_logits", "sync")},
+    **{name: ["", 3, True, ["vllm"]] for name in ("engine", "platform", "moe_backend")},
+    **{name: ["", 3, b"file", ["a"], "a\0b"] for name in ("engine_python", "plan")},
+    "capability": ["9.0", 9.0, (9,), (9, 0, 0), (9, -1), (9.0, 0), (True, 0)],
+    **{name: [0, -1, 2.0, "2", True, [2]] for name in ("tp_size", "ep_size", "dp_size", "workers", "pipeline_size")},
+    **{name: [None, 1, "yes"] for name in ("drop_unused", "ep", "overwrite", "keep_cache", "reference_logits", "sync")},
     **{name: [None, 0, "no"] for name in ("private", "create_pr", "dry_run", "check_digests", "sequence_parallel")},
     **{name: [None, True, "bar"] for name in ("progress", "say")},
     "gpu_memory": [0, -5, 2.5, math.nan, math.inf, "80GB", True],

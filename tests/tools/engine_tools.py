@@ -78,7 +78,7 @@ def record() -> None:
     for name, (_, _, options) in RECORDED.items():
         with tempfile.TemporaryDirectory() as folder:
             source, out = checkpoint(name, Path(folder) / "source"), Path(folder) / "out"
-            reshard.export(source, out, engine_python_path=PYTHON, dtype="float32", **options)
+            reshard.export(source, out, engine_python=PYTHON, dtype="float32", **options)
             plan_of(name).write_bytes((out / "reshard.copy-plan.gz").read_bytes())
 
 

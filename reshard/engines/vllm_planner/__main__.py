@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from copy_trace import Trace, described, mode_of, numbers_of_host
-from engine_platform import Refusal, platform_name, stub_platform
+from engine_platform import Refusal, platform_of, stub_platform
 from engine_ranks import be_rank, engine_config, init_groups
 
 
@@ -41,8 +41,7 @@ def main(folder: Path) -> None:
             "engine": {
                 "name": "vllm",
                 "version": vllm.__version__,
-                "platform": request["platform"] or platform_name(),
-                "capability": request["capability"],
+                **platform_of(request),
                 "tp": request["tp"],
                 "pp": request["pp"],
                 "ep": request["ep"],

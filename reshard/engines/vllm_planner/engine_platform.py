@@ -119,7 +119,12 @@ class NoKernels:
         return None
 
 
-def platform_name() -> str:
+def platform_of(request: dict[str, Any]) -> dict[str, Any]:
+    """Return what a plan says of its platform: the one that was asked for, or this machine's."""
     from vllm.platforms import current_platform
 
-    return str(current_platform.device_type)
+    if request["platform"]:
+        return {"platform": request["platform"], "capability": request["capability"]}
+    found = current_platform.get_device_capability()
+    capability = [found.major, found.minor] if found else None
+    return {"platform": str(current_platform.device_type), "capability": capability}
