@@ -73,10 +73,16 @@ def _is_quick(path: Path) -> bool:
     return path.stem == "test_house" or (path.parent.name in _QUICK and path.stem not in _NOT_QUICK)
 
 
+_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+
+
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in _ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    # A command that runs in this process may set it for good: it must not reach the next test's subprocesses.
+    monkeypatch.setenv(_BARS, "")
+    monkeypatch.delenv(_BARS)
 
 
 @pytest.fixture(scope="session")
