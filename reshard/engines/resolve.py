@@ -93,20 +93,23 @@ def resolve(plan: CopyPlan, tensors: Mapping[str, TensorInfo], config: Mapping[s
 def _left_out_by(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return how the names of tensors end that the engine may leave out: a tied head too, and an order of activity that
     is none."""
-    inner = config.get("text_config")
-    told = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, Mapping) else None)
     quantization = quantization_of(config) or {}
     return (
         *_LEFT_OUT,
-        *(() if told is False else ("lm_head.weight",)),
+        *(() if _told(config, "tie_word_embeddings") is False else ("lm_head.weight",)),
         *((".g_idx",) if quantization.get("desc_act") is False else ()),
     )
 
 
+def _told(config: Mapping[str, Any], key: str) -> Any:
+    """Return what a configuration says, or that of its text model."""
+    inner = config.get("text_config")
+    return config.get(key, inner.get(key) if isinstance(inner, Mapping) else None)
+
+
 def _layers(config: Mapping[str, Any]) -> int | None:
     """Return the number of layers that the configuration gives the model."""
-    inner = config.get("text_config")
-    found = config.get("num_hidden_layers", inner.get("num_hidden_layers") if isinstance(inner, Mapping) else None)
+    found = _told(config, "num_hidden_layers")
     return found if type(found) is int else None
 
 
@@ -212,7 +215,7 @@ class _Rank:
 
     def _check_source(self, what: Held) -> None:
         info = self._findings.tensors.get(what.storage.removeprefix(SOURCE))
-        if info is None:
+        if info is None or "\0" in info.name:
             raise ValueError(f"{what.storage!r:.200} is no tensor of the checkpoint")
         stored = torch_name(info.dtype, tensor=info.name)
         if what.view.last >= math.prod(info.shape) or itemsize(stored) != itemsize(what.dtype):
@@ -226,6 +229,8 @@ class _Rank:
             if len(casts) > 1:
                 raise BadInputError(f"{printable(name)}: a constant goes through {' and '.join(casts)}")
             called = f"{source} {dtype}"
+            if called in self._findings.tensors:
+                raise BadInputError(f"{printable(called)}: a tensor of the checkpoint is called as a constant is")
             self._findings.constants[called] = (dtype, _value(source.removeprefix("constant ")))
             return replace(region, source=called)
         own = source.removeprefix(SOURCE)

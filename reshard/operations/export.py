@@ -102,6 +102,14 @@ def export(
             "a platform is chosen by its name and its compute capability",
             hint="give both: --platform cuda --capability 9.0",
         )
+    if platform not in (None, "cuda"):
+        raise UsageError(
+            f"{printable(platform)}: no platform that can be planned for elsewhere", hint="--platform cuda"
+        )
+    if plan is not None and (pipeline_size != 1 or ep or engine_python or platform or moe_backend or dtype):
+        raise UsageError(
+            "a plan says for which ranks, platform, dtype and kernels it is", hint="leave these options out"
+        )
     python = python_of_engine(engine_python) if plan is None else None
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         choice = chosen(weights, links_into)

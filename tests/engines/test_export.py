@@ -179,6 +179,10 @@ def test_arguments_that_lack_or_clash(source: Any, tmp_path: Path) -> None:
         reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python=tmp_path / "none")
     with pytest.raises(UsageError, match="--capability"):
         reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python=sys.executable, platform="cuda")
+    with pytest.raises(UsageError, match="no platform that can be planned"):
+        reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, platform="rocm", capability=(9, 0))
+    with pytest.raises(UsageError, match="a plan says for which ranks"):
+        exported(source("llama-tp2"), tmp_path / "out", "llama-tp2", moe_backend="triton")
     with pytest.raises(BadInputError, match="has no vLLM"):
         reshard.export(source("llama-tp2"), tmp_path / "out", tp_size=2, engine_python=sys.executable)
     assert list(tmp_path.iterdir()) == []

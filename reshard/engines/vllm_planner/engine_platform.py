@@ -30,6 +30,7 @@ def stub_platform(request: dict[str, Any]) -> None:
     sys.meta_path.insert(0, NoKernels())
     import torch
     import vllm.platforms as platforms
+    from torch import library
     from vllm.platforms.interface import DeviceCapability
 
     major, minor = request["capability"]
@@ -70,14 +71,14 @@ def stub_platform(request: dict[str, Any]) -> None:
     platforms.vllm_version_matches_substr = lambda word: False  # its build for CPUs would turn Triton off
     torch.cuda.Stream, torch.cuda.Event = Waiting, Waiting
     torch.cuda.current_device = lambda: 0
-    register = torch.library.register_fake
+    register = library.register_fake
 
     def register_fake(operation: Any, function: Any = None, /, **named: Any) -> Any:
         if str(operation).partition("::")[0] in COMPILED:
             return function or (lambda fake: fake)
         return register(operation, function, **named)
 
-    torch.library.register_fake = register_fake
+    library.register_fake = register_fake
 
 
 class Waiting:
