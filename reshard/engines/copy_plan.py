@@ -20,19 +20,16 @@ from ..errors import BadInputError, VersionError
 from ..files.dtypes import CODES
 from ..files.system import by_errno
 from ..files.untrusted import count, counts, one_of, text
+from ..resharded.manifest_json import engine_from_json
 from ..sharding.views import View
 from ..text import printable
 
-__all__ = ["PLAN_NAME", "SOURCE", "Computed", "Constant", "CopyPlan", "Held", "RankPlan", "Write", "engine_of"]
+__all__ = ["PLAN_NAME", "SOURCE", "Computed", "Constant", "CopyPlan", "Held", "RankPlan", "Write"]
 
 PLAN_NAME = "reshard.copy-plan.gz"
 SOURCE = "s:"  # how the storages of the checkpoint's tensors begin
 _VERSION = 1
 _LIMIT = 2 << 30  # bytes of a plan's text
-_ENGINES = ("vllm",)
-_TEXTS = ("name", "version", "torch", "platform", "dtype", "architecture")
-_MAY_BE_NONE = ("quantization", "moe_backend")
-_SIZES = ("tp", "pp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,7 @@ class CopyPlan:
                     f"{name}: version {printable(lines[0]['version'])} of copy plans, this release reads {_VERSION}",
                     hint="upgrade reshard, or make the plan again",
                 )
-            engine = engine_of(lines[0]["engine"])
+            engine = engine_from_json(lines[0]["engine"])
             ranks = tuple(map(_rank, lines[1:]))
             expected = [(tp, pp) for pp in range(engine["pp"]) for tp in range(engine["tp"])]
             if [(rank.tp, rank.pp) for rank in ranks] != expected:
@@ -127,20 +124,6 @@ class CopyPlan:
     def packed(self) -> bytes:
         """Return the file's bytes, the same each time."""
         return gzip.compress(self.text, mtime=0)
-
-
-def engine_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a plan, or a manifest, says of an engine. Raises ValueError or KeyError if it makes no sense."""
-    found: dict[str, Any] = {name: text(content[name]) for name in _TEXTS}
-    found |= {name: None if content[name] is None else text(content[name]) for name in _MAY_BE_NONE}
-    found |= {name: count(content[name]) for name in _SIZES}
-    one_of(_ENGINES, found["name"])
-    if 0 in (found["tp"], found["pp"]):
-        raise ValueError("no ranks")
-    if type(content["ep"]) is not bool:
-        raise ValueError("ep is true or false")
-    capability = content["capability"]
-    return {**found, "ep": content["ep"], "capability": None if capability is None else list(counts(capability))}
 
 
 def _rank(content: Mapping[str, Any]) -> RankPlan:

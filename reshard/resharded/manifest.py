@@ -20,12 +20,12 @@ from .bundle_json import Quantizations
 from .manifest_json import (
     bundle_to_json,
     bundles_from_json,
-    engine_from_json,
     file_from_json,
     file_to_json,
     groups_from_json,
     parameter_from_json,
     parameter_to_json,
+    served_by_json,
     source_file_from_json,
 )
 from .placement_json import Cuts
@@ -253,7 +253,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
             text(name): groups_from_json(of, len(ranks)) for name, of in content.get("key_value_groups", {}).items()
         },
         bundles=bundles_from_json(content, parameters, len(ranks), cuts),
-        engine=maybe(engine_from_json, content.get("engine")),
+        engine=maybe(served_by_json, content.get("engine")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..files.dtypes import CODES, FLOATING
@@ -22,8 +23,12 @@ __all__ = [
     "groups_from_json",
     "parameter_from_json",
     "parameter_to_json",
+    "served_by_json",
     "source_file_from_json",
 ]
+
+_ENGINES = ("vllm",)
+_ENGINE_TEXTS = ("name", "version", "torch", "platform", "dtype", "architecture")
 
 
 def file_to_json(record: FileRecord) -> dict[str, Any]:
@@ -61,12 +66,26 @@ def _regions_to_json(record: Target) -> Any:
     return [[r.source, r.offset, list(r.strides), list(r.extent), list(r.target_start)] for r in record.regions]
 
 
-def engine_from_json(content: dict[str, Any]) -> dict[str, Any]:
-    """Return what a manifest says of the engine that its rank files are for."""
-    for name in ("name", "version", "dtype"):
-        text(content[name])
-    texts(content["taken_for"])
-    return content
+def engine_from_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest, or a copy plan, says of the engine that rank files are for."""
+    found: dict[str, Any] = {name: text(content[name]) for name in _ENGINE_TEXTS}
+    found |= {name: maybe(text, content[name]) for name in ("quantization", "moe_backend")}
+    found |= {name: count(content[name]) for name in ("tp", "pp")}
+    one_of(_ENGINES, found["name"])
+    if 0 in (found["tp"], found["pp"]):
+        raise ValueError("no ranks")
+    if type(content["ep"]) is not bool:
+        raise ValueError("ep is true or false")
+    capability = maybe(counts, content["capability"])
+    if capability is not None and len(capability) != 2:
+        raise ValueError(f"compute capability {capability}")
+    return {**found, "ep": content["ep"], "capability": capability and list(capability)}
+
+
+def served_by_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of its engine: with the dtypes that it takes source tensors for."""
+    taken_for = {name: one_of(CODES, dtype) for name, dtype in texts(content["taken_for"]).items()}
+    return {**engine_from_json(content), "taken_for": taken_for}
 
 
 def file_from_json(content: dict[str, Any]) -> FileRecord:

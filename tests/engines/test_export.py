@@ -22,6 +22,7 @@ from reshard.engines.copy_plan import PLAN_NAME
 from reshard.errors import BadInputError, IntegrityError, UsageError
 from reshard.operations.publish.card import render
 from reshard.operations.publish.licence import Terms
+from reshard.resharded.manifest import sealed_text
 from reshard.showing.engines import serve_command
 
 NAMES = list(engine_tools.RECORDED)
@@ -319,3 +320,29 @@ def test_an_interrupted_export_goes_on(source: Any, tmp_path: Path, monkeypatch:
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
     for record in whole.files():
         assert (tmp_path / "out" / record.name).read_bytes() == (tmp_path / "whole" / record.name).read_bytes()
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["engine"].pop("platform"), "incomplete or malformed"),
+        (lambda m: m["engine"].update(capability=[9]), "incomplete or malformed"),
+        (lambda m: m["engine"].update(name="other"), "incomplete or malformed"),
+        (lambda m: m["engine"].update(taken_for={"lm_head.weight": "float99"}), "incomplete or malformed"),
+        (lambda m: m["engine"].update(taken_for=[]), "incomplete or malformed"),
+        (lambda m: m["extras"].pop(), "does not belong to this folder"),
+        (lambda m: m["parameters"][0]["from"][0].__setitem__(1, 1 << 40), "has no such elements"),
+        (lambda m: m["parameters"][0]["from"][0].__setitem__(0, "nowhere"), "has no such elements"),
+    ],
+)
+def test_a_manifest_that_lies_about_its_engine(
+    change: Callable[[Any], object], words: str, source: Any, tmp_path: Path
+) -> None:
+    exported(source("llama-tp2"), tmp_path / "out", "llama-tp2")
+    content = json.loads((tmp_path / "out" / "reshard.json").read_text())
+    content.pop("seal")
+    change(content)
+    (tmp_path / "out" / "reshard.json").write_bytes(sealed_text(content))
+    with pytest.raises(IntegrityError, match=words):
+        reshard.verify(tmp_path / "out", against=source("llama-tp2"))

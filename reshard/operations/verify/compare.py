@@ -43,7 +43,10 @@ def compare_with_source(
     headers = source_headers(manifest)
     _check_is_source(folder, manifest, headers, source)
     if manifest.engine:
+        if CONSTANTS_NAME not in {extra.name for extra in manifest.extras}:
+            raise IntegrityError(f"{printable(folder)}: lists no {CONSTANTS_NAME}")
         source = as_read(source, folder / CONSTANTS_NAME, manifest.engine["taken_for"])
+        _check_inside(manifest, source)
     else:
         source_tensors(manifest, headers)  # raises if an element is nowhere
     _check_duplicates(manifest, source)
@@ -69,6 +72,18 @@ def _check_is_source(folder: Path, manifest: Manifest, headers: Mapping[str, Hea
                 f" {printable(name)} is {now} here, and was {was} there",
                 hint=f"it was made from {made_of}" if made_of else "give the checkpoint it was made from",
             )
+
+
+def _check_inside(manifest: Manifest, source: Source) -> None:
+    """Check that the regions of an engine's rank files lie inside their sources."""
+    for parameter in manifest.parameters:
+        for region in parameter.regions:
+            info = source.tensors.get(region.source)
+            last = region.offset + sum((size - 1) * stride for size, stride in zip(region.extent, region.strides))
+            if info is None or last >= math.prod(info.shape):
+                raise IntegrityError(
+                    f"{printable(parameter.name)}: is made of {printable(region.source)}, which has no such elements"
+                )
 
 
 def _described(info: TensorInfo | None) -> str:
