@@ -43,7 +43,7 @@ class Capability(click.ParamType):
 @click.command()
 @click.argument("source")
 @click.argument("out", type=click.Path())
-@click.option("--engine", type=click.Choice(["vllm"]), default="vllm", help="The engine that loads the files.")
+@click.option("--engine", default="vllm", metavar="NAME", help="The engine that loads the files: vllm.")
 @click.option("--tp-size", "-tp", type=click.IntRange(min=1), help="Number of ranks, the engine's -tp.")
 @click.option("--pipeline-size", "-pp", type=click.IntRange(min=1), default=1, help="Number of stages, its -pp.")
 @click.option("--ep", is_flag=True, help="For --enable-expert-parallel.")
@@ -55,7 +55,7 @@ class Capability(click.ParamType):
 )
 @click.option(
     "--platform",
-    type=click.Choice(["cuda"]),
+    metavar="cuda",
     help="Choose as the engine does on GPUs, on a machine that has none. It takes --capability.",
 )
 @click.option("--capability", type=Capability(), help="Compute capability of the GPUs: 8.0, 8.9, 9.0, 10.0 …")

@@ -147,7 +147,7 @@ def _refusal(path: Path, code: int) -> BadInputError:
     at, match = found[-1]
     kind, words = match.groups()
     if kind == "ValidationError":  # pydantic's: what is wrong is on the next line
-        words = plain[at + 1].removeprefix("Value error, ").partition(" [type=")[0]
+        words = "".join(plain[at + 1 : at + 2]).removeprefix("Value error, ").partition(" [type=")[0] or words
     if kind == "ModuleNotFoundError" and "'vllm'" in words:
         return BadInputError(
             "that Python has no vLLM", hint="--engine-python takes the Python of the environment that has it"

@@ -30,6 +30,7 @@ from ..process import Progress, patient_collector, silent
 from ..resharded.as_source import Resharded, open_resharded, recorded
 from ..resharded.layout import FileLayout, file_layout
 from ..resharded.manifest import REFERENCE_NAME, Manifest
+from ..resharded.manifest_json import ENGINES
 from ..resharded.rank_file import FileRecord
 from ..resharded.targets import LocalTensor
 from ..sharding.regions import whole
@@ -43,9 +44,8 @@ from .arguments import checked
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ENGINES", "TESTED", "export"]
+__all__ = ["TESTED", "export"]
 
-ENGINES = ("vllm",)
 TESTED = ("0.32.0",)  # the versions of vLLM that the tests run
 _FILES = {False: "model-rank-{tp}-part-0.safetensors", True: "model-pp-{pp}-tp-{tp}-part-0.safetensors"}  # by stages
 _MANIFEST_SHARE = 1 << 20

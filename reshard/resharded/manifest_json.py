@@ -15,6 +15,7 @@ from .rank_file import FileRecord
 from .targets import Bundle, Target
 
 __all__ = [
+    "ENGINES",
     "bundle_to_json",
     "bundles_from_json",
     "engine_from_json",
@@ -27,7 +28,7 @@ __all__ = [
     "source_file_from_json",
 ]
 
-_ENGINES = ("vllm",)
+ENGINES = ("vllm",)
 _ENGINE_TEXTS = ("name", "version", "torch", "platform", "dtype", "architecture")
 
 
@@ -71,7 +72,7 @@ def engine_from_json(content: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {name: text(content[name]) for name in _ENGINE_TEXTS}
     found |= {name: maybe(text, content[name]) for name in ("quantization", "moe_backend")}
     found |= {name: count(content[name]) for name in ("tp", "pp")}
-    one_of(_ENGINES, found["name"])
+    one_of(ENGINES, found["name"])
     if 0 in (found["tp"], found["pp"]):
         raise ValueError("no ranks")
     if type(content["ep"]) is not bool:

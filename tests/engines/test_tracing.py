@@ -83,6 +83,7 @@ def test_it_gets_names_and_small_files_and_no_secrets(
             "echo 'p.ValidationError: 1 validation error for X'; echo '  Value error, no such dtype [type=v]'; exit 1",
             "ValidationError: no such dtype",
         ),
+        "of pydantic, cut off": ("echo 'p.ValidationError: 1 error'; exit 1", "ValidationError: 1 error"),
         "no vLLM": ("echo \"ModuleNotFoundError: No module named 'vllm'\"; exit 1", "that Python has no vLLM"),
         "silence": ("exit 7", "ended with code 7"),
         "no plan": ("echo fine", "ended with code 0: fine"),
