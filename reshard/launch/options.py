@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 __all__ = [
+    "COMPUTE",
     "ENGINES",
     "SDPA_BACKENDS",
     "Batches",
@@ -38,6 +39,7 @@ SDPA_BACKENDS = {
     "cudnn": "CUDNN_ATTENTION",
     "math": "MATH",
 }
+COMPUTE = ("auto", "native", "dequantised")  # what may compute with quantized weights
 ENGINES = ("tensor_parallel", "transformers")  # that `bench` can measure beside this runtime
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 _POSITIVE = click.IntRange(min=1)
@@ -126,6 +128,14 @@ _MODEL: tuple[Declare, ...] = (
         type=Device(),
         metavar="cpu|cuda|cuda:N",
         help="cuda: one GPU for each rank. cuda:N: GPU N for all ranks, over gloo.  [default: cuda if there is one]",
+    ),
+    click.option(
+        "--compute",
+        type=click.Choice(COMPUTE),
+        default=COMPUTE[0],
+        show_default=True,
+        help="Quantized weights: kept, and computed with by their library (native), or plain ones. auto: native if the"
+        " library is there and allows it.",
     ),
     click.option("--no-digests", is_flag=True, help="Do not check the digests of the rank files and the small files."),
     click.option(

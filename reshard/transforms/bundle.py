@@ -35,6 +35,7 @@ __all__ = [
     "block_at",
     "boxes_of",
     "count",
+    "cut_between_entries",
     "matrices",
     "matrix_at",
     "member_box",
@@ -165,6 +166,24 @@ def in_blocks(start: int, stop: int, blocks: Sequence[int]) -> Iterator[tuple[in
         if low < high:
             yield low, high
         first += block
+
+
+def cut_between_entries(q: Quantized, placement: Placement, world_size: int) -> bool:
+    """Whether every rank has a part of a parameter, and each part begins and ends where entries of its tensors do, so
+    that it is a quantized matrix by itself."""
+    shape = tuple(sum(along) for along in q.blocks)
+    for rank in range(world_size):
+        held = pieces(placement, shape, rank=rank, world_size=world_size)
+        for piece in held:
+            for dim, (start, extent) in enumerate(zip(piece.start, piece.extent)):
+                unit, along = q.unit(dim), q.blocks[dim]
+                for low, high in in_blocks(start, start + extent, along):
+                    number, first = block_at(low, along)
+                    if (low - first) % unit or ((high - first) % unit and high != first + along[number]):
+                        return False
+        if not any(math.prod(piece.extent) for piece in held):
+            return False
+    return True
 
 
 def member_placement(

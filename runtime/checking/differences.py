@@ -21,7 +21,7 @@ from reshard.sharding.placement import pieces, shard_bounds
 from reshard.strategies import AllReduceParallel
 from reshard.strategies.registry import ALL_PARALLEL_STYLES
 
-from ..model.placing import owners
+from ..model.full_tensor import part_of
 from ..model.shares import replicas_of
 from .traces import Moment, Trace
 
@@ -224,8 +224,7 @@ def altered_in(model: Any, layers: Layers | None, prefix: str = "") -> tuple[Alt
 def _altered(model: Any, manifest: Manifest, name: str, theirs: dict[str, torch.Tensor] | None) -> Altered | None:
     """Compare a parameter, rank by rank, with the source's, which rank 0 has. A collective."""
     target: Target = model._reshard_targets[name]
-    module, own = owners(model)(name)
-    tensor = module._parameters.get(own, module._buffers.get(own))
+    tensor = part_of(model, name)
     local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
     whole = torch.empty(target.shape, dtype=torch.float32, device=local.device)
     if theirs is not None:

@@ -29,6 +29,7 @@ from ..model.keeping import keep_model
 from ..model.kernels import shares_gpu
 from ..model.methods import give_method
 from ..model.placing import distribute, fill
+from ..model.quantized.native import AUTO
 from ..model.save import save_pretrained
 from ..model.sequence import split_sequence
 from .phases import Phases
@@ -50,6 +51,7 @@ def load(
     strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
     dp_size: int = 1,
     sequence_parallel: bool = False,
+    compute: str = AUTO,
     timeout: float = 1800,
 ) -> Any:
     """Load a resharded folder on every rank of the torchrun job, and return the transformers model.
@@ -73,6 +75,10 @@ def load(
     With `sequence_parallel`, each rank has only its slice of the sequence between a layer's blocks: activations take
     less memory. The files are the same with and without it, since norms are replicated.
 
+    With `compute` = `native`, the weights of a quantized checkpoint stay quantized, and modules of their library
+    compute with them; with `dequantised` they are plain weights in memory. `auto` is native for each weight that the
+    library can compute with here; `load_report` says why for the others.
+
     Every rank checks its files, and tells the others before any collective; a failure on one is raised on all.
     `device` is `cpu`, `cuda` (one GPU for each rank: the default if there are GPUs) or `cuda:0` (all ranks on that
     one, over gloo). With a mesh, it must be of the mesh's kind, and the collectives are the mesh's.
@@ -82,7 +88,8 @@ def load(
 
     Raises:
         UsageError: the attention implementation, or the kernel that `sdpa` has chosen, is not available for this
-            device, dtype or model; or `dp_size` or `device` does not go with the mesh.
+            device, dtype or model; or `dp_size` or `device` does not go with the mesh; or a weight cannot be computed
+            with natively, and `compute` asks for it.
         TopologyError: the folder was made for another number of ranks, or a rank did not answer in time.
         BadInputError: the model cannot use sequence parallelism.
         IntegrityError: a file is missing or its bytes are not those that were written. With `check_digests`, the bytes
@@ -93,7 +100,15 @@ def load(
     """
     deadline, phases = Deadline.after(timeout), Phases()
     asked = Asked(
-        as_text(place), revision, device, check_digests, attn_implementation, strategies, dp_size, sequence_parallel
+        as_text(place),
+        revision,
+        device,
+        check_digests,
+        attn_implementation,
+        strategies,
+        dp_size,
+        sequence_parallel,
+        compute,
     )
     ranks = _ranks(mesh, dp_size, deadline)
     phases.end("handshake")
@@ -140,13 +155,14 @@ def _connect(
     replicas = span(ranks.replicas, mesh)
     mesh = mesh if mesh.ndim == 1 else mesh[TP]
     phases.end("mesh")
-    fill(model, manifest, ready.tensors, ready.device, replicas.rank)
-    distribute(model, manifest, mesh, ready.strategies)
+    fill(model, manifest, ready.tensors, ready.device, ready.quantized)
+    distribute(model, manifest, mesh, ready.strategies, ready.quantized)
     if manifest.world_size > 1:
         install_hooks(model, manifest.hooks, model._reshard_targets, mesh, manifest.topology, ready.strategies)
     if ready.points is not None:
         split_sequence(model, ready.points, tp_axis(mesh, manifest.topology))
     _finish(model, ready.folder, mesh)
+    ready.quantized.begin(model, tp_axis(mesh, manifest.topology))
     model._reshard_replicas = replicas
     give_method(model, "save_pretrained", save_pretrained)  # transformers' own would write this rank's tensors
     keep_model(model)

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 __all__ = ["Phases", "load_report"]
 
@@ -30,7 +29,7 @@ def load_report(model: Any) -> str:
     """Report the load times of rank 0 and of the rank whose own parts took longest. A collective: call it on all.
 
     A rank's rate is that of reading its file, from when it was found until it was read; the model is built meanwhile.
-    A last line says what a quantized checkpoint takes in memory.
+    Further lines say what computes with quantized weights, and what these take in memory.
     """
     mine = (model.reshard_seconds, model.reshard_bytes)
     ranks: list[Any] = [mine] * model._device_mesh.size()
@@ -38,13 +37,7 @@ def load_report(model: Any) -> str:
         dist.all_gather_object(ranks, mine, group=model._device_mesh.get_group())
     slowest = max(range(len(ranks)), key=lambda rank: _own(ranks[rank][0]))
     lines = [_line(rank, *ranks[rank]) for rank in sorted({0, slowest})]
-    if bundles := model._reshard_manifest.bundles:
-        held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
-        lines.append(
-            f"compute: dequantised, {len(bundles)} quantized parameters are plain ones in memory: {held / 1e9:.3f} GB"
-            " of weights on this rank"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *model._reshard_quantized.report(model)])
 
 
 def _own(seconds: dict[str, float]) -> float:

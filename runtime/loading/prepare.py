@@ -32,7 +32,8 @@ from ..distributed.ranks import RankInfo
 from ..distributed.replicas import Replicas
 from ..model.kernels import check_attention, check_attention_of, check_sdpa_of
 from ..model.placing import check_held
-from ..model.quantized import check_quantized
+from ..model.quantized.agreed import check_quantized
+from ..model.quantized.native import Computation, choose
 from ..model.sequence import split_points
 from .locate import Located, locate_together
 from .mapped import map_rank_file
@@ -58,6 +59,7 @@ class Asked:
     strategies: ParallelInterface | str | Path
     dp_size: int
     sequence_parallel: bool
+    compute: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class Ranks:
 class Ready:
     """The work that this rank has done alone: the model on the meta device, and the tensors that go into it.
 
-    `seal` is the digest of the manifest, which must be equal on all ranks. The sequence is split at `points`.
+    `seal` must be equal on all ranks: the digest of the manifest, and what is `quantized` natively. The sequence is
+    split at `points`.
     """
 
     folder: Path
@@ -82,6 +85,7 @@ class Ready:
     device: torch.device
     model: Any
     tensors: dict[str, torch.Tensor]
+    quantized: Computation
     points: Any
     seal: str
 
@@ -119,14 +123,18 @@ def prepare(asked: Asked, mesh: DeviceMesh | None, ranks: Ranks, deadline: Deadl
         manifest, difference = adapted(manifest, model)
         if difference and info.rank == 0:
             _log.warning("%s: %s", printable(folder), difference)
-        check_quantized(manifest, model, quantization_of(model_config(folder)))
+        told = quantization_of(model_config(folder))
+        check_quantized(manifest, model, told)
+        quantized = choose(manifest, model, device, rank, asked.compute)
+        quantized.replace(model, told or {})
         check_sdpa_of(model, device)
         points = split_points(model, manifest.hooks, strategies) if asked.sequence_parallel else None
         phases.end("build")
         tensors = arriving()
         check_held(manifest, rank, tensors)
         phases.end("read")
-        return Ready(folder, manifest, strategies, device, model, tensors, points, seal)
+        seal = f"{seal} {quantized.seal()}"
+        return Ready(folder, manifest, strategies, device, model, tensors, quantized, points, seal)
     except IntegrityError:
         if found:
             found.damaged([rank_file_name(rank)])

@@ -19,16 +19,17 @@ from .keeping import check_views
 from .methods import given
 from .placing import owners
 
-__all__ = ["full_tensor", "whole_of"]
+__all__ = ["full_tensor", "part_of", "whole_of"]
 
 
 def full_tensor(model: Any, name: str) -> torch.Tensor:
     """Assemble a loaded model's full parameter or buffer on every rank. A collective: call it on all.
 
-    `DTensor.full_tensor()` does the same for layouts that DTensor can express. Raises UsageError if the files have no
-    such name.
+    `DTensor.full_tensor()` does the same for layouts that DTensor can express. A quantized parameter is dequantised. If
+    its library computes with it, the tensors that the files hold for it have names too. Raises UsageError if the files
+    have no such name.
     """
-    targets: dict[str, Target] = given(model, "_reshard_targets")
+    targets: dict[str, Target] = {**given(model, "_reshard_targets"), **model._reshard_quantized.stored}
     target = targets.get(name)
     if target is None:
         near = difflib.get_close_matches(name, targets)
@@ -37,8 +38,18 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
             hint=f"near to it: {listed(near)}" if near else "their names are those of model.state_dict()",
         )
     check_views(model)
+    return whole_of(part_of(model, name), target, model)
+
+
+def part_of(model: Any, name: str) -> Any:
+    """Return this rank's part of a parameter, a buffer, or a tensor of a quantized parameter."""
+    quantized = model._reshard_quantized
+    if name in quantized.tensors:
+        return quantized.tensors[name]
+    if name in quantized.native:
+        return quantized.part(name)
     module, own = owners(model)(name)
-    return whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
+    return module._parameters.get(own, module._buffers.get(own))
 
 
 def whole_of(tensor: Any, target: Target, model: Any) -> torch.Tensor:
@@ -54,6 +65,8 @@ def _assemble(local: torch.Tensor, placement: Placement, shape: tuple[int, ...],
     world_size = mesh.size()
     shapes = [local_shape(placement, shape, rank=rank, world_size=world_size) for rank in range(world_size)]
     most = max(torch.Size(s).numel() for s in shapes)
+    if local.is_floating_point() and local.element_size() == 1:  # gloo has no word for them
+        return _assemble(local.view(torch.uint8), placement, shape, mesh).view(local.dtype)
     padded = local.new_zeros(most)
     padded[: local.numel()] = local.detach().flatten()
     parts = [torch.empty_like(padded) for _ in shapes]

@@ -58,7 +58,7 @@ def install_hooks(
 def _note_bounds(name: str, module: nn.Module, targets: Mapping[str, Target], spanned: int, world_size: int) -> None:
     """Tell a module's style the bounds of its weight's cut, unless they are those that it would take itself: of parts
     of one size."""
-    for own in sorted(module._parameters, key=lambda own: own != "weight"):
+    for own in ("weight", *sorted(module._parameters.keys() - {"weight"})):  # a library may have no such parameter
         target = targets.get(f"{name}.{own}" if name else own)
         cut = target and (target.placement.outer if isinstance(target.placement, Nested) else target.placement)
         if target is None or not isinstance(cut, (Shard, Ranges)):

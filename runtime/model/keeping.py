@@ -52,7 +52,7 @@ def _unchanged(module: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse:
     tested, since `model.dtype` is its dtype; some parameters of a model in half precision are kept in fp32."""
     parameters = list(module.parameters())
     first = next((parameter for parameter in parameters if parameter.is_floating_point()), parameters[0])
-    probe = _local(first).new_empty(0)
+    probe = torch.empty(0, dtype=first.dtype, device=first.device)
     found = fn(probe)
     if (found.dtype, found.device) != (probe.dtype, probe.device):
         raise UsageError(
@@ -122,10 +122,12 @@ def _check_touched(model: Any, _inputs: Any) -> None:
 
 
 class _Views:
-    """A model's parameters, and the local tensors that its modules saw when it was loaded."""
+    """A model's parameters, and the local tensors that its modules saw when it was loaded. A library lays out its
+    quantized weights as it likes."""
 
     def __init__(self, model: Any) -> None:
-        self._parameters = dict(model.named_parameters())
+        native = model._reshard_quantized.native
+        self._parameters = {name: one for name, one in model.named_parameters() if name not in native}
         self._locals = list(map(_local, self._parameters.values()))
         self._layouts = [(local.shape, local.dtype) for local in self._locals]
         self._seen = self._look()

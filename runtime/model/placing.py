@@ -18,7 +18,7 @@ from reshard.strategies.registry import ParallelInterface
 from reshard.text import printable
 
 from .parameters import face_of
-from .quantized import with_quantized
+from .quantized.native import Computation
 
 __all__ = ["check_held", "distribute", "fill", "owners"]
 
@@ -40,14 +40,18 @@ def check_held(manifest: Manifest, rank: int, tensors: Mapping[str, torch.Tensor
             )
 
 
-def fill(model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device, rank: int) -> None:
+def fill(
+    model: Any, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device, quantized: Computation
+) -> None:
     """Put every local tensor into the model: parameters, then tied ones, then the buffers that no file holds.
 
     Raises IntegrityError if the files and config.json do not belong to one model.
     """
     owner = owners(model)
-    tensors = with_quantized(manifest, tensors, device, rank)
+    tensors = quantized.place_tensors(model, tensors)
     for target in manifest.of_model:
+        if target.name in quantized.native:
+            continue
         local = tensors[target.name].to(device)
         if target.compute_dtype:
             local = local.to(getattr(torch, target.compute_dtype))
@@ -88,11 +92,14 @@ def _check_shape(name: str, shape: tuple[int, ...], module: nn.Module, own: str)
         )
 
 
-def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: ParallelInterface) -> None:
+def distribute(
+    model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: ParallelInterface, quantized: Computation
+) -> None:
     """Make DTensors the public parameters, while each module's own forward still sees the local tensors.
 
     The DTensors are in `module._parameters`, which `named_parameters` and `state_dict` read. The local tensors are in
-    the instance's `__dict__`, where attributes are looked up first, at no cost per call.
+    the instance's `__dict__`, where attributes are looked up first, at no cost per call. A parameter that a library
+    computes with stays what the library has.
     """
     targets = {target.name: target for target in manifest.of_model}
     targets |= {name: targets[kept] for name, kept in manifest.tied.items()}
@@ -101,7 +108,7 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
     for name, target in targets.items():
         module, own = owner(name)
         local = module._parameters.get(own)
-        if local is None:
+        if local is None or name in quantized.native:
             continue
         if target.name not in public:
             distributed = local.detach()
@@ -112,6 +119,7 @@ def distribute(model: Any, manifest: Manifest, mesh: DeviceMesh, strategies: Par
         module.__dict__[own] = local
     model._reshard_targets = targets
     model._reshard_manifest = manifest
+    model._reshard_quantized = quantized
     _share_heads(model, manifest, mesh.get_local_rank())
 
 

@@ -27,9 +27,8 @@ from reshard.text import printable
 from ..distributed.agreement import Deadline, from_first, spoken, words_of
 from ..distributed.mesh import connect
 from ..distributed.ranks import RankInfo, this_rank
-from .full_tensor import whole_of
+from .full_tensor import part_of, whole_of
 from .keeping import check_views
-from .placing import owners
 from .shares import replicas_of
 from .source_tensors import Group, groups
 
@@ -46,10 +45,12 @@ def save_pretrained(
     """Write a loaded model into a folder that `from_pretrained` can open. This is `model.save_pretrained(DIR)`.
 
     The tensors are those of the source checkpoint that the model uses, by name, and in their dtype unless they were
-    cast. So an unchanged model gives the same bytes. Of a quantized checkpoint, the weights are written dequantised:
-    `reshard merge` gives the quantized ones back. Call it on every rank: the ranks of one replica assemble each
-    parameter in turn. Only its first rank writes, with one parameter in memory and one tensor made from it. The weights
-    appear when all are written; a failure is raised on all ranks.
+    cast. So an unchanged model gives the same bytes. If libraries compute with quantized weights, these are written as
+    the source has them. Else they are written dequantised, and `reshard merge` gives the quantized ones back.
+
+    Call it on every rank: the ranks of one replica assemble each parameter in turn. Only its first rank writes, with
+    one parameter in memory and one tensor made from it. The weights appear when all are written; a failure is raised on
+    all ranks.
 
     Arguments of transformers' own are accepted if they ask for what happens anyway, as their defaults do.
 
@@ -60,7 +61,8 @@ def save_pretrained(
         StorageError: the disk refused a write.
     """
     check_views(model)
-    plan = groups(model._reshard_manifest)
+    quantized = model._reshard_quantized
+    plan = groups(model._reshard_manifest, quantized=bool(quantized.tensors))
     group = replicas_of(model).group
     writes, first = dist.get_rank(group) == 0, dist.get_global_rank(group, 0)
     refused = _refused(model, others, writes=writes)
@@ -70,12 +72,10 @@ def save_pretrained(
         _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if begins else refused)
         failure = None
         if first in model._device_mesh.mesh.tolist():  # this replica's parameters are written
-            owner = owners(model)
             for one in plan:  # all of it, even if a write fails: the other ranks wait for this one
                 wholes = {}
                 for target in one.targets:
-                    module, own = owner(target.name)
-                    wholes[target.name] = whole_of(module._parameters.get(own, module._buffers.get(own)), target, model)
+                    wholes[target.name] = whole_of(part_of(model, target.name), target, model)
                 if writes and failure is None:
                     failure = _failure(writer.write, one, wholes)
         if writes and failure is None:

@@ -42,16 +42,19 @@ class Group:
         return source
 
 
-def groups(manifest: Manifest) -> list[Group]:
-    """Return the groups of the model, in its order. A source tensor has its own dtype, unless it was cast. A quantized
-    matrix is one: as a checkpoint that is not quantized has it, in the dtype that the model computes in.
+def groups(manifest: Manifest, *, quantized: bool = False) -> list[Group]:
+    """Return the groups of the model, in its order. A source tensor has its own dtype, unless it was cast.
+
+    If `quantized`, the parameters are those that the files hold. Else a quantized matrix is one parameter: as a
+    checkpoint that is not quantized has it, in the dtype that the model computes in.
 
     Raises IntegrityError if an element of a source tensor is not in the model.
     """
-    sources = {info.name: info for info in _sources(manifest)}
+    sources = {info.name: info for info in _sources(manifest, quantized=quantized)}
+    held = manifest.parameters if quantized else manifest.of_model
     parts: dict[str, list[tuple[str, Region]]] = defaultdict(list)
     dtypes: dict[str, set[str]] = defaultdict(set)
-    for target in manifest.of_model:
+    for target in held:
         own = {
             region.source: torch_name(sources[region.source].dtype, tensor=region.source) for region in target.regions
         }
@@ -63,7 +66,7 @@ def groups(manifest: Manifest) -> list[Group]:
     for name in sources:
         equal[manifest.duplicates.get(name, name)].append(name)
     found = []
-    for targets in _connected(manifest.of_model):
+    for targets in _connected(held):
         made: dict[str, LocalTensor] = {}
         for name in dict.fromkeys(region.source for target in targets for region in target.regions):
             _check_covered(sources[name], parts[name])
@@ -75,11 +78,11 @@ def groups(manifest: Manifest) -> list[Group]:
     return found
 
 
-def _sources(manifest: Manifest) -> Iterator[TensorInfo]:
+def _sources(manifest: Manifest, *, quantized: bool) -> Iterator[TensorInfo]:
     for file in manifest.source_files:
         text = file["header"].encode(errors="surrogatepass")
         yield from parse_header(text, file=file["file"], file_size=file["size"]).tensors
-    for bundle in manifest.bundles:
+    for bundle in () if quantized else manifest.bundles:
         for region in bundle.target.regions:
             shape = region.extent if len(bundle.target.regions) == 1 else region.extent[-2:]
             yield TensorInfo(region.source, CODES[bundle.target.dtype], shape, "", 0, 0)

@@ -18,8 +18,10 @@ from ..bundle import ONE, Follows, Role
 from ..dequantise import Format, Metadata, Options, Part
 from ..numbers import CODES_OF_BNB
 
+__all__ = ["BLOCK", "FORMATS", "METHODS", "quant_state", "unnested"]
+
 METHODS = ("bitsandbytes",)
-_BLOCK, _NESTED_BLOCK = 64, 256
+BLOCK, _NESTED_BLOCK = 64, 256  # values of a scale, scales of an outer scale
 _STORAGES = {1: ("uint8", "int8"), 2: ("bfloat16", "float16"), 4: ("float32",)}  # by the bytes of an element
 _BLOB_LIMIT = 4096  # bytes
 _PER_ROW = 7.874015718698502e-3  # 1 / 127, as `int8_vectorwise_dequant` has it
@@ -35,16 +37,16 @@ def _four_bits(config: Mapping[str, Any], metadata: Metadata) -> Sequence[Option
 
 def _roles(options: Options, size: tuple[int, int] | None) -> Sequence[Role]:
     storage, nested = options["storage"], options["nested"]
-    rows, columns = size or (_BLOCK, _BLOCK)
+    rows, columns = size or (BLOCK, BLOCK)
     values = rows * columns
     stored = (-(-values // (2 * storage)),)
-    in_rows = columns % _BLOCK == 0
+    in_rows = columns % BLOCK == 0
     return (
         Role(
             ".weight.absmax",
             ("uint8",) if nested else ("float32",),
-            (Follows(0), Follows(1, _BLOCK)) if in_rows else None,
-            (-(-values // _BLOCK),),
+            (Follows(0), Follows(1, BLOCK)) if in_rows else None,
+            (-(-values // BLOCK),),
         ),
         Role(
             ".weight",
@@ -59,7 +61,7 @@ def _roles(options: Options, size: tuple[int, int] | None) -> Sequence[Role]:
             ".weight.nested_absmax",
             ("float32",),
             None,
-            (-(-values // (_BLOCK * _NESTED_BLOCK)),),
+            (-(-values // (BLOCK * _NESTED_BLOCK)),),
             needed=nested,
         ),
     )
@@ -67,7 +69,8 @@ def _roles(options: Options, size: tuple[int, int] | None) -> Sequence[Role]:
 
 def _values(options: Options, parts: Mapping[str, Part]) -> torch.Tensor:
     weight, absmax = parts[".weight"], parts[".weight.absmax"]
-    told = _blob(options, parts[f".weight.quant_state.bitsandbytes__{options['code']}"])
+    stored = parts[f".weight.quant_state.bitsandbytes__{options['code']}"]
+    told = quant_state(options, stored.tensor, stored.size)
     device = weight.tensor.device
     rows, columns = (
         torch.arange(start, start + extent, device=device) for start, extent in zip(weight.start, weight.extent)
@@ -82,20 +85,21 @@ def _values(options: Options, parts: Mapping[str, Part]) -> torch.Tensor:
         packed = weight.tensor.contiguous().view(torch.uint8)
         held = held + torch.arange(len(rows), device=device)[:, None] * (2 * packed.shape[1])
     codes = (packed.reshape(-1)[held // 2] >> 4 * (1 - held % 2)) & 15
-    scales = absmax.tensor.reshape(-1)[places // _BLOCK] if absmax.dims[1].unit == ONE else absmax.each()
+    scales = absmax.tensor.reshape(-1)[places // BLOCK] if absmax.dims[1].unit == ONE else absmax.each()
     if options["nested"]:
-        outer = parts[".weight.nested_absmax"].tensor.reshape(-1)[places // (_BLOCK * _NESTED_BLOCK)]
-        scales = parts[".weight.nested_quant_map"].tensor.reshape(-1)[scales.long()] * outer + told["nested_offset"]
+        codes_of, outer = (parts[f".weight.nested_{name}"].tensor for name in ("quant_map", "absmax"))
+        scales = unnested(scales, places // BLOCK, codes_of, outer, told["nested_offset"])
     table = torch.tensor(CODES_OF_BNB[options["code"]], device=device)
     return table[codes.long()] * scales
 
 
-def _blob(options: Options, part: Part) -> dict[str, Any]:
-    """Return the JSON that a module's quantization state is stored as, and check that it says what is so."""
-    if part.tensor.numel() > _BLOB_LIMIT:
-        raise ValueError(f"quant_state has {part.tensor.numel()} bytes")
-    told = json.loads(bytes(part.tensor.flatten().tolist()))
-    expected = {"quant_type": options["code"], "blocksize": _BLOCK, "shape": list(part.size)}
+def quant_state(options: Options, stored: torch.Tensor, size: tuple[int, int]) -> dict[str, Any]:
+    """Return the JSON that the state of a matrix of the shape `size`, [out, in], is stored as. Raises ValueError,
+    TypeError or KeyError if it does not say what is so."""
+    if stored.numel() > _BLOB_LIMIT:
+        raise ValueError(f"quant_state has {stored.numel()} bytes")
+    told = json.loads(bytes(stored.flatten().tolist()))
+    expected = {"quant_type": options["code"], "blocksize": BLOCK, "shape": list(size)}
     if options["nested"]:
         expected["nested_blocksize"] = _NESTED_BLOCK
         offset = told["nested_offset"]
@@ -105,6 +109,14 @@ def _blob(options: Options, part: Part) -> dict[str, Any]:
         if told[key] != value:
             raise ValueError(f"quant_state says {key} {str(told[key])[:50]}, and it is {value}")
     return told
+
+
+def unnested(
+    scales: torch.Tensor, places: torch.Tensor, codes: torch.Tensor, outer: torch.Tensor, offset: float
+) -> torch.Tensor:
+    """Return scales that are quantized themselves as float32. `places` are their numbers in the whole matrix, in
+    blocks; `codes` and `outer` are its nested_quant_map and nested_absmax."""
+    return codes.reshape(-1)[scales.long()] * outer.reshape(-1)[places // _NESTED_BLOCK] + offset
 
 
 def _eight_bits(config: Mapping[str, Any], metadata: Metadata) -> Sequence[Options]:

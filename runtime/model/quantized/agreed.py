@@ -1,21 +1,19 @@
-"""Quantized parameters of a loaded model: plain ones, made of this rank's part of their tensors."""
+"""Whether a folder and the installed transformers agree about which modules are quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from reshard.checkpoint.naming import renamed_modules
 from reshard.errors import BadInputError, IntegrityError, VersionError
 from reshard.resharded.manifest import Manifest
 from reshard.text import listed
-from reshard.transforms.dequantise import dequantised
 from reshard.transforms.formats import FORMATS
 
-__all__ = ["check_quantized", "with_quantized"]
+__all__ = ["check_quantized"]
 
 # Formats of which transformers quantizes all linear layers, or all fused experts, but those that a list of the
 # configuration leaves out.
@@ -80,27 +78,3 @@ def _targeted(model: nn.Module, told: Mapping[str, Any]) -> set[str] | None:
         target for group in told["config_groups"].values() if group.get("weights") for target in group["targets"]
     ]
     return {name for name, _ in match_named_modules(model, targets, told.get("ignore"))}
-
-
-def with_quantized(
-    manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device, rank: int
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of the model's parameters on `device`: quantized ones dequantised, in their compute dtype."""
-    held = dict(tensors)
-    if manifest.bundles and device.type != "cpu":
-        # All are views of one allocation: what stays is copied out of it, so that the quantized bytes are given back.
-        inside = {name for bundle in manifest.bundles for name in bundle.quantized.members}
-        held = {name: tensor if name in inside else tensor.clone() for name, tensor in held.items()}
-    for bundle in manifest.bundles:
-        of, quantized = bundle.target, bundle.quantized
-        held[of.name] = dequantised(
-            FORMATS[quantized.format],
-            quantized,
-            of.placement,
-            {name: held.pop(name).to(device) for name in quantized.members},
-            rank=rank,
-            world_size=manifest.world_size,
-            dtype=getattr(torch, of.dtype),
-            name=of.name,
-        )
-    return held

@@ -1,0 +1,12 @@
+"""The libraries, one file each."""
+
+from __future__ import annotations
+
+from ..library import Library
+from . import bitsandbytes, torchao
+
+__all__ = ["BY_FORMAT"]
+
+_LIBRARIES: tuple[Library, ...] = (*bitsandbytes.LIBRARIES, torchao.LIBRARY)
+
+BY_FORMAT = {form: library for library in _LIBRARIES for form in library.formats}

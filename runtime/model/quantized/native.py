@@ -1,0 +1,208 @@
+"""The choice of what computes with each quantized parameter: its library's own module, or a plain one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from reshard.errors import IntegrityError, UsageError
+from reshard.launch.options import COMPUTE
+from reshard.resharded.manifest import Manifest
+from reshard.resharded.targets import Bundle, Target
+from reshard.sharding.placement import local_shape
+from reshard.text import listed, printable
+from reshard.transforms.bundle import cut_between_entries, matrices
+
+from .libraries import BY_FORMAT
+from .library import Held, Library, Place
+from .plain import plain_part
+
+__all__ = ["Computation", "choose"]
+
+AUTO, NATIVE, DEQUANTISED = COMPUTE
+
+# Why no library's module is taken for a format, if it is one that transformers runs.
+_NO_LIBRARY = {
+    "compressed": "transformers decompresses it before it computes",
+    "compressed_packed": "transformers decompresses it before it computes",
+    "compressed_fp4": "transformers decompresses it before it computes",
+    "fp8": "its kernels are for GPUs, and this release does not use them",
+    "fbgemm_fp8": "its kernels are for GPUs, and this release does not use them",
+    "mxfp4": "its kernels are for GPUs, and this release does not use them",
+}
+
+
+@dataclass(slots=True)
+class Computation:
+    """The quantized parameters of a model: which of them their libraries compute with, and why not the others.
+
+    `native` are their places by name; `reasons` say of each other one why it is dequantised. `tensors` are this rank's,
+    of all bundles, by name: if any is native, they are kept, so that the model can be saved as it was.
+    """
+
+    manifest: Manifest
+    rank: int
+    device: torch.device
+    native: dict[str, Place] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def seal(self) -> str:
+        """Return what must be equal on all ranks: the names of what is native."""
+        return " ".join(sorted(self.native))
+
+    def replace(self, model: Any, told: Mapping[str, Any]) -> None:
+        """Put the libraries' modules in their places. The model is on the meta device; `told` is the
+        quantization_config of config.json."""
+        by_library: dict[int, tuple[Library, dict[str, Place]]] = {}
+        for name, place in self.native.items():
+            library = BY_FORMAT[place.quantized.format]
+            by_library.setdefault(id(library), (library, {}))[1][_module(name)] = place
+        for library, places in by_library.values():
+            library.replace(model, places, told, self.device)
+
+    def place_tensors(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Fill the libraries' modules. Return the tensors of plain parameters by name, dequantised ones among them.
+
+        Raises IntegrityError if a quantized tensor holds what makes no sense."""
+        held = dict(tensors)
+        bundles = self.manifest.bundles
+        inside = {name for bundle in bundles for name in bundle.quantized.members}
+        if self.native:
+            self.tensors = {name: held[name].to(self.device) for name in inside}
+        elif bundles and self.device.type != "cpu":
+            # All are views of one allocation: what stays is copied out of it, so that the quantized bytes are freed.
+            held = {name: tensor if name in inside else tensor.clone() for name, tensor in held.items()}
+        for bundle in bundles:
+            name = bundle.target.name
+            if name in self.native:
+                self._fill(model, bundle)
+            else:
+                held[name] = plain_part(bundle, held, self.device, self.rank, self.manifest.world_size)
+            for member in bundle.quantized.members:
+                del held[member]
+        return held
+
+    def _fill(self, model: Any, bundle: Bundle) -> None:
+        name = bundle.target.name
+        module = model.get_submodule(_module(name))
+        roles = {member.role: self.tensors[one] for one, member in bundle.quantized.members.items()}
+        try:
+            BY_FORMAT[bundle.quantized.format].fill(module, Held(self.native[name], roles))
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+            raise IntegrityError(f"{printable(name)}: cannot be computed with: {printable(error)}") from None
+
+    def begin(self, model: Any, mesh: DeviceMesh) -> None:
+        """Ready the libraries' modules for the first forward. `mesh` is over the ranks that the model is cut over."""
+        for name, place in self.native.items():
+            library, module = BY_FORMAT[place.quantized.format], model.get_submodule(_module(name))
+            if mesh.size() > 1 and place.local[1] < place.size[1]:
+                library.reduce(module, mesh)
+            library.begin(module, place, model.dtype)
+
+    def part(self, name: str) -> torch.Tensor:
+        """Return this rank's part of a native parameter, dequantised."""
+        bundle = next(one for one in self.manifest.bundles if one.target.name == name)
+        return plain_part(bundle, self.tensors, self.device, self.rank, self.manifest.world_size)
+
+    @property
+    def stored(self) -> dict[str, Target]:
+        """The tensors of the rank files that are kept, by name."""
+        return {target.name: target for target in self.manifest.parameters if target.name in self.tensors}
+
+    def report(self, model: Any) -> list[str]:
+        """Say what computes with the quantized parameters, and what their weights take on this rank."""
+        lines = []
+        counts = Counter(BY_FORMAT[place.quantized.format].name for place in self.native.values())
+        for library, count in counts.items():
+            size = sum(
+                tensor.nbytes
+                for name, place in self.native.items()
+                for tensor in BY_FORMAT[place.quantized.format].tensors(model.get_submodule(_module(name)))
+                if BY_FORMAT[place.quantized.format].name == library
+            )
+            lines.append(
+                f"compute: native, {count} quantized parameters by {library}: {size / 1e9:.3f} GB on this rank"
+            )
+        sizes = {
+            bundle.target.name: _bytes(bundle.target, self.rank, self.manifest) for bundle in self.manifest.bundles
+        }
+        for reason, count in Counter(self.reasons.values()).items():
+            size = sum(sizes[name] for name, why in self.reasons.items() if why == reason)
+            words = f"compute: dequantised, {count} quantized parameters are plain ones in memory: {size / 1e9:.3f} GB"
+            lines.append(f"{words} on this rank; {reason}")
+        return lines
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _bytes(target: Target, rank: int, manifest: Manifest) -> int:
+    shape = local_shape(target.placement, target.shape, rank=rank, world_size=manifest.world_size)
+    return torch.Size(shape).numel() * getattr(torch, target.dtype).itemsize
+
+
+def choose(manifest: Manifest, model: nn.Module, device: torch.device, rank: int, asked: str) -> Computation:
+    """Choose what computes with each quantized parameter of a folder. `model` is on the meta device, with plain
+    modules. `asked` is `auto`, `native` or `dequantised`.
+
+    The choice looks at the parts of all ranks, so it is the same on all that have the same libraries and devices.
+
+    Raises UsageError if `native` is asked for, and is not possible for all of them.
+    """
+    found = Computation(manifest, rank, device)
+    modules = dict(model.named_modules())
+    missing: dict[int, str | None] = {}
+
+    @functools.cache
+    def metadata() -> dict[str, str]:
+        texts = [json.loads(file["header"]).get("__metadata__") or {} for file in manifest.source_files]
+        return {name: value for text in texts for name, value in text.items()}
+
+    for bundle in manifest.bundles:
+        target, quantized = bundle.target, bundle.quantized
+        library = BY_FORMAT.get(quantized.format)
+        reason: str | None = None
+        if asked == DEQUANTISED:
+            reason = "as asked for"
+        elif library is None:
+            reason = _NO_LIBRARY[quantized.format]
+        else:
+            reason = missing.setdefault(id(library), library.missing())
+        if reason is None and library is not None:
+            place = Place(target, quantized, rank, manifest.world_size, metadata)
+            reason = _unfit(place, modules.get(_module(target.name))) or library.refusal(place, device)
+        if reason is None:
+            found.native[target.name] = place
+        else:
+            found.reasons[target.name] = reason
+    if asked == NATIVE and found.reasons:
+        reason = next(iter(found.reasons.values()))
+        names = listed([name for name, why in found.reasons.items() if why == reason])
+        raise UsageError(
+            f"{names}: cannot be computed with natively: {reason}",
+            hint="with --compute auto, such parameters are dequantised",
+        )
+    return found
+
+
+def _unfit(place: Place, module: Any) -> str | None:
+    """Say why no library's module can hold the parts of a parameter; None if it can."""
+    if type(module) is not nn.Linear or not place.target.name.endswith(".weight"):
+        return "it is not the weight of a linear layer"
+    if place.target.shape != tuple(module.weight.shape):
+        return "it has another shape"  # which is an error, where the model is filled
+    if matrices(place.quantized.blocks) != 1:
+        return "it is made of several quantized matrices"
+    if not cut_between_entries(place.quantized, place.target.placement, place.world_size):
+        return "its cut goes through scales or words, or leaves a rank without a part"
+    return None
