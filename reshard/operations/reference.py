@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +166,9 @@ def values_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(**inputs_of(model, ids))[0].float()
 
 
-def reference_of(single: Any, ids: torch.Tensor) -> Reference:
-    """Run the single-process model. If it is in half precision, it is then cast to fp32 and run once more.
+def reference_of(single: Any, ids: torch.Tensor, in_fp32: Callable[[], Any] | None = None) -> Reference:
+    """Run the single-process model. If it is in half precision, it is run once more in fp32: `in_fp32` returns the
+    model for that, if it cannot be cast.
 
     Raises BadInputError if transformers cannot decode as the model's generation_config.json says.
     """
@@ -179,7 +180,7 @@ def reference_of(single: Any, ids: torch.Tensor) -> Reference:
             tokens = single.generate(inputs, attention_mask=torch.ones_like(inputs), **options).cpu()
     tolerance = EXACT
     if single.dtype in HALF:
-        tolerance = rounding(values, values_of(single.float(), ids))
+        tolerance = rounding(values, values_of(in_fp32() if in_fp32 else single.float(), ids))
     return Reference(ids, values.cpu(), tokens, tolerance)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reshard.errors import IntegrityError
+from reshard.errors import IntegrityError, UsageError
 from reshard.launch.asked import check_per_layer
 from reshard.operations.reference import (
     ELSEWHERE,
@@ -26,6 +27,7 @@ from reshard.operations.reference import (
     largest,
     read_reference,
     reference_of,
+    rounding,
     single_model,
     values_of,
 )
@@ -37,8 +39,9 @@ from ..distributed.agreement import Deadline, from_first, spoken, words_of
 from ..distributed.mesh import connect
 from ..distributed.ranks import this_rank
 from ..generation.generate import greedy
+from ..model.quantized.single import native_model, shaken
 from .differences import Altered, Difference, Layers, altered_in, first_difference
-from .traces import record
+from .traces import Trace, record
 
 __all__ = ["Parity", "check"]
 
@@ -48,8 +51,9 @@ class Parity:
     """Errors of the sharded model against the single-process model, relative to the latter's largest value.
 
     The values are logits, or the last hidden state of a model without a head. `tolerance` is what rounding explains:
-    in half precision, a few times the reference's own distance from fp32. `equal_tokens` is None if the model
-    generates none; `tied_tokens` tells whether rounding explains that they differ. If layers were compared,
+    in half precision, a few times the reference's own distance from fp32; if a library quantizes activations, a few
+    times what a little noise in them changes. `equal_tokens` is None if the model generates none; `tied_tokens` tells
+    whether rounding explains that they differ. If layers were compared,
     `difference` is the first module that computes something else. If no module does, `unreached` are the parameters
     that differ from the source nevertheless.
     """
@@ -87,7 +91,8 @@ def check(model: Any, reference: str | None = None, *, revision: str | None = No
     a `reference`, and memory on rank 0 for the outputs of all modules. Call it on every rank; all get the same result.
 
     Raises:
-        UsageError: there is nothing to compare with.
+        UsageError: there is nothing to compare with; or the stored outputs are of dequantised weights, and libraries
+            compute with the model's quantized ones.
         ReshardError: rank 0 failed; raised on every rank.
     """
     single: _Single | None = None
@@ -134,27 +139,46 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
     if place is None:
         check_per_layer(place, per_layer=per_layer)
         folder = Path(model.name_or_path)
+        if model._reshard_quantized.native:
+            raise UsageError(
+                f"{printable(folder)}: its stored logits are of dequantised weights, and libraries compute with the"
+                " quantized ones",
+                hint="give --reference SOURCE, or --compute dequantised",
+            )
         reference = read_reference(folder, read_manifest(folder))
         _check_ids(model, folder, reference.ids)
         if model.device.type != STORED_ON:
             reference = replace(reference, tolerance=max(reference.tolerance, ELSEWHERE))
         return _Single(reference, None)
     root = resolve_source(place, revision=revision).root
-    single = single_model(root, model.dtype, model.device)
+    native = bool(model._reshard_quantized.native)
+    load = native_model if native else single_model
+    single = load(root, model.dtype, model.device)
     _check_same(model, single, place)
     ids = fixed_ids(model)
     traced = record(single, inputs_of(single, ids)) if per_layer else {}
-    reference = reference_of(single, ids)
+    in_fp32 = functools.cache(lambda: load(root, torch.float32, model.device) if native else single.float())
+    reference = reference_of(single, ids, in_fp32)
+    again: Trace | None = None  # what rounding changes, layer by layer
+    if model.dtype in HALF:
+        again = record(in_fp32(), inputs_of(single, ids)) if per_layer else None
+    elif native:
+        with shaken(single) as by_steps:
+            if by_steps:
+                reference = replace(reference, tolerance=rounding(reference.values, values_of(single, ids).cpu()))
+        with shaken(single) as by_steps:
+            again = record(single, inputs_of(single, ids)) if by_steps and per_layer else None
     if not per_layer:
         return _Single(reference, None)
-    exact = record(single, inputs_of(single, ids)) if model.dtype in HALF else None
-    return _Single(reference, Layers(single, traced, exact))
+    weights = single_model(root, model.dtype, model.device) if native else single
+    return _Single(reference, Layers(single, weights, traced, again))
 
 
 def _check_same(model: Any, single: Any, place: str) -> None:
     theirs = single.state_dict()
     for name, target in model._reshard_targets.items():
-        if type(single) is not type(model) or name not in theirs or theirs[name].shape != target.shape:
+        same = name in model._reshard_quantized.native or (name in theirs and theirs[name].shape == target.shape)
+        if type(single) is not type(model) or not same:
             raise IntegrityError(f"{printable(place)}: is of another shape or architecture, at {printable(name)}")
 
 

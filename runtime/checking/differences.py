@@ -63,9 +63,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Rank 0's single-process model, the trace of its forward, and, in half precision, the trace in fp32."""
+    """Rank 0's single-process model, and the trace of its forward. `exact` is the trace of another run, which differs by
+    rounding, if rounding explains more than EXACT. `weights` is the same model with plain weights."""
 
     single: Any
+    weights: Any
     trace: Trace
     exact: Trace | None
 
@@ -216,7 +218,7 @@ def altered_in(model: Any, layers: Layers | None, prefix: str = "") -> tuple[Alt
     manifest: Manifest = model._reshard_manifest
     # Only the model's own list has tied names: a file holds their owner.
     names = dict.fromkeys(t.name for name, t in model._reshard_targets.items() if name.startswith(prefix))
-    theirs = layers.single.state_dict() if layers else None
+    theirs = layers.weights.state_dict() if layers else None
     found = [_altered(model, manifest, name, theirs) for name in names]
     return tuple(one for one in found if one)
 

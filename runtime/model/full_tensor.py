@@ -29,7 +29,8 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
     its library computes with it, the tensors that the files hold for it have names too. Raises UsageError if the files
     have no such name.
     """
-    targets: dict[str, Target] = {**given(model, "_reshard_targets"), **model._reshard_quantized.stored}
+    targets: dict[str, Target] = given(model, "_reshard_targets")
+    targets = {**model._reshard_quantized.stored, **targets}
     target = targets.get(name)
     if target is None:
         near = difflib.get_close_matches(name, targets)
@@ -44,10 +45,10 @@ def full_tensor(model: Any, name: str) -> torch.Tensor:
 def part_of(model: Any, name: str) -> Any:
     """Return this rank's part of a parameter, a buffer, or a tensor of a quantized parameter."""
     quantized = model._reshard_quantized
-    if name in quantized.tensors:
-        return quantized.tensors[name]
     if name in quantized.native:
         return quantized.part(name)
+    if name not in model._reshard_targets:
+        return quantized.tensors[name]
     module, own = owners(model)(name)
     return module._parameters.get(own, module._buffers.get(own))
 

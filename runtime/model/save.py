@@ -75,7 +75,9 @@ def save_pretrained(
             for one in plan:  # all of it, even if a write fails: the other ranks wait for this one
                 wholes = {}
                 for target in one.targets:
-                    wholes[target.name] = whole_of(part_of(model, target.name), target, model)
+                    kept = quantized.tensors.get(target.name)  # a quantized weight may be called like its parameter
+                    part = part_of(model, target.name) if kept is None else kept
+                    wholes[target.name] = whole_of(part, target, model)
                 if writes and failure is None:
                     failure = _failure(writer.write, one, wholes)
         if writes and failure is None:

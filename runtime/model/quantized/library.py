@@ -70,6 +70,10 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _never(_: nn.Module) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """A library whose own modules compute with quantized weights.
@@ -78,10 +82,11 @@ class Library:
     `refusal` says why a rank's part cannot be computed with natively on a device, None if it can.
     `replace` puts the library's modules, on the meta device, in the place of plain ones, by their names.
     `fill` gives such a module this rank's tensors.
-    `begin` readies a filled module for its first forward; it is given the dtype that the model computes in.
+    `begin` readies a filled module for its first forward, in a model of a dtype. It leaves other modules as they are.
     `reduce` changes the forward of a module that has a part of the inputs only, so that it computes its part of what
     one process does. The mesh is over the ranks that have the other parts.
     `tensors` are those that a module holds in memory for its weight.
+    `quantizes_inputs` tells whether a module does: rounding can then change its output by a step.
     """
 
     name: str
@@ -92,8 +97,9 @@ class Library:
     replace: Callable[[Any, Mapping[str, Place], Mapping[str, Any], torch.device], None]
     fill: Callable[[nn.Module, Held], None]
     tensors: Callable[[nn.Module], Iterable[torch.Tensor]]
-    begin: Callable[[nn.Module, Place, torch.dtype], None] = _nothing
+    begin: Callable[[nn.Module, torch.dtype], None] = _nothing
     reduce: Callable[[nn.Module, DeviceMesh], None] = _nothing
+    quantizes_inputs: Callable[[nn.Module], bool] = _never
 
     def missing(self) -> str | None:
         """Say which of its packages are not installed; None if all are."""

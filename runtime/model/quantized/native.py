@@ -25,7 +25,7 @@ from .libraries import BY_FORMAT
 from .library import Held, Library, Place
 from .plain import plain_part
 
-__all__ = ["Computation", "choose"]
+__all__ = ["AUTO", "DEQUANTISED", "Computation", "choose"]
 
 AUTO, NATIVE, DEQUANTISED = COMPUTE
 
@@ -106,7 +106,7 @@ class Computation:
             library, module = BY_FORMAT[place.quantized.format], model.get_submodule(_module(name))
             if mesh.size() > 1 and place.local[1] < place.size[1]:
                 library.reduce(module, mesh)
-            library.begin(module, place, model.dtype)
+            library.begin(module, model.dtype)
 
     def part(self, name: str) -> torch.Tensor:
         """Return this rank's part of a native parameter, dequantised."""

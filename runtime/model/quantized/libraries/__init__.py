@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..library import Library
 from . import bitsandbytes, torchao
 
-__all__ = ["BY_FORMAT"]
+__all__ = ["BY_FORMAT", "LIBRARIES"]
 
-_LIBRARIES: tuple[Library, ...] = (*bitsandbytes.LIBRARIES, torchao.LIBRARY)
+LIBRARIES: tuple[Library, ...] = (*bitsandbytes.LIBRARIES, torchao.LIBRARY)
 
-BY_FORMAT = {form: library for library in _LIBRARIES for form in library.formats}
+BY_FORMAT = {form: library for library in LIBRARIES for form in library.formats}

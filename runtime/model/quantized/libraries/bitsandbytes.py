@@ -23,7 +23,9 @@ from ..library import Held, Library, Place
 __all__ = ["LIBRARIES"]
 
 _DEVICES = ("cpu", "cuda")
-_ROWS = 32  # of a weight: its kernel for CPUs takes whole numbers of so many
+# Attributes of a module: whether this CPU has a kernel that computes in bf16, whatever is asked of it; and our own.
+_FAST, _BIAS = "support_avx512bf16_for_cpu", "_own_bias"
+_ROWS = 32  # of a weight: that kernel takes whole numbers of so many
 
 
 def _refusal(place: Place, device: torch.device) -> str | None:
@@ -88,16 +90,27 @@ def _numbers(place: Place, scales: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def _begin_four_bits(module: Any, place: Place, dtype: torch.dtype) -> None:
-    """Choose what computes. Some CPUs have a kernel that computes in bf16, whatever is asked of it, and lays out the
-    weight anew for that at the first forward."""
-    rows, columns = place.local
+def _begin_four_bits(module: Any, dtype: torch.dtype) -> None:
+    """Choose what computes, in a module that has been filled."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is None:
+        return
     computed = dtype if module.compute_dtype is None else module.compute_dtype
-    fast = getattr(module, "support_avx512bf16_for_cpu", False)
-    module.support_avx512bf16_for_cpu = fast and computed == torch.bfloat16 and rows % _ROWS == 0
-    if module.support_avx512bf16_for_cpu and module.weight.device.type == "cpu":
+    if module.bias is not None and module.bias.dtype != computed:
+        module.__dict__[_BIAS], module.__dict__["bias"] = module.bias, None
+        give_method(module, "forward", _with_bias)
+    rows, columns = state.shape
+    fast = getattr(module, _FAST, False) and computed == torch.bfloat16 and rows % _ROWS == 0
+    module.__dict__[_FAST] = fast
+    if fast and module.weight.device.type == "cpu":  # the weight gets its layout now, not at the first forward
         with torch.inference_mode():
             type(module).forward(module, torch.zeros(1, columns, dtype=dtype))
+
+
+def _with_bias(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Compute what `Linear4bit.forward` does. That casts the bias for good, and a loaded model's stays as it is."""
+    output = type(module).forward(module, inputs.to(module.compute_dtype))
+    return (output + module.__dict__[_BIAS].to(output.dtype)).to(inputs.dtype)
 
 
 def _fill_int8(module: Any, held: Held) -> None:
@@ -162,6 +175,7 @@ LIBRARIES = (
         fill=_fill_int8,
         tensors=_tensors_of_int8,
         reduce=_reduce_int8,
+        quantizes_inputs=lambda module: type(module).__name__ == "Linear8bitLt",
         **_COMMON,
     ),
 )
