@@ -39,7 +39,7 @@ from ..distributed.agreement import Deadline, from_first, spoken, words_of
 from ..distributed.mesh import connect
 from ..distributed.ranks import this_rank
 from ..generation.generate import greedy
-from ..model.quantized.single import native_model, shaken
+from ..model.quantized.single import native_model, quantizes_inputs, shaken
 from .differences import Altered, Difference, Layers, altered_in, first_difference
 from .traces import Trace, record
 
@@ -157,17 +157,18 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
     _check_same(model, single, place)
     ids = fixed_ids(model)
     traced = record(single, inputs_of(single, ids)) if per_layer else {}
-    in_fp32 = functools.cache(lambda: load(root, torch.float32, model.device) if native else single.float())
+    by_steps = native and quantizes_inputs(single)
+    exactly = native_model if by_steps else single_model  # any other library computes with the dequantised weights
+    in_fp32 = functools.cache(lambda: exactly(root, torch.float32, model.device) if native else single.float())
     reference = reference_of(single, ids, in_fp32)
-    again: Trace | None = None  # what rounding changes, layer by layer
+    again: Trace | None = None  # the same but for rounding, layer by layer
     if model.dtype in HALF:
         again = record(in_fp32(), inputs_of(single, ids)) if per_layer else None
-    elif native:
-        with shaken(single) as by_steps:
-            if by_steps:
-                reference = replace(reference, tolerance=rounding(reference.values, values_of(single, ids).cpu()))
-        with shaken(single) as by_steps:
-            again = record(single, inputs_of(single, ids)) if by_steps and per_layer else None
+    elif by_steps:
+        with shaken(single):
+            reference = replace(reference, tolerance=rounding(reference.values, values_of(single, ids).cpu()))
+        with shaken(single):
+            again = record(single, inputs_of(single, ids)) if per_layer else None
     if not per_layer:
         return _Single(reference, None)
     weights = single_model(root, model.dtype, model.device) if native else single

@@ -63,8 +63,8 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Rank 0's single-process model, and the trace of its forward. `exact` is the trace of another run, which differs by
-    rounding, if rounding explains more than EXACT. `weights` is the same model with plain weights."""
+    """Rank 0's single-process model, and the trace of its forward. If rounding explains more than EXACT, `exact` is the
+    trace of another run, which differs by rounding. `weights` is the same model with plain weights."""
 
     single: Any
     weights: Any

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import Piece, local_shape, pieces
+from reshard.text import printable
 from reshard.transforms.bundle import Quantized, member_placement, member_shape
 
 __all__ = ["Held", "Library", "Place"]
@@ -78,7 +81,7 @@ def _never(_: nn.Module) -> bool:
 class Library:
     """A library whose own modules compute with quantized weights.
 
-    `packages` must be importable; `extra` is the extra of this package that brings them.
+    `packages` are needed; `extra` is the extra of this package that brings them.
     `refusal` says why a rank's part cannot be computed with natively on a device, None if it can.
     `replace` puts the library's modules, on the meta device, in the place of plain ones, by their names.
     `fill` gives such a module this rank's tensors.
@@ -102,6 +105,14 @@ class Library:
     quantizes_inputs: Callable[[nn.Module], bool] = _never
 
     def missing(self) -> str | None:
-        """Say which of its packages are not installed; None if all are."""
-        lacking = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        return f"{' and '.join(lacking)} is not installed: pip install 'reshard[{self.extra}]'" if lacking else None
+        """Say which of its packages cannot be imported; None if all can."""
+        for name in self.packages:
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # some say something of themselves
+                    importlib.import_module(name)
+            except Exception as error:  # of any kind: what they need may be missing, or not fit
+                if getattr(error, "name", None) == name:
+                    return f"{name} is not installed: pip install 'reshard[{self.extra}]'"
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                return f"{name} cannot be imported: {printable(reason)}"
+        return None

@@ -20,7 +20,7 @@ from reshard.text import printable
 
 from .libraries import LIBRARIES
 
-__all__ = ["native_model", "shaken"]
+__all__ = ["native_model", "quantizes_inputs", "shaken"]
 
 _SHAKEN = 2**-16  # of a value: several times what another order of sums changes in fp32
 
@@ -52,20 +52,28 @@ def native_model(root: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
+def quantizes_inputs(model: Any) -> bool:
+    """Whether modules of a model quantize what goes into them."""
+    return bool(_quantizing(model))
+
+
+def _quantizing(model: Any) -> list[nn.Module]:
+    return [module for module in model.modules() if any(library.quantizes_inputs(module) for library in LIBRARIES)]
+
+
 @contextlib.contextmanager
-def shaken(model: Any) -> Iterator[bool]:
-    """A context in which inputs that the modules of a model quantize are changed a little, at random, the same each
-    time. Gives whether there are such modules. What comes out then shows how far rounding can move it."""
+def shaken(model: Any) -> Iterator[None]:
+    """A context in which inputs that modules quantize are changed a little, at random, the same each time. What comes
+    out then shows how far rounding can move it."""
     generator = torch.Generator().manual_seed(0)
 
     def shake(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         noise = 1 + _SHAKEN * torch.randn(inputs[0].shape, generator=generator)
         return (inputs[0] * noise.to(inputs[0]), *inputs[1:])
 
-    found = [module for module in model.modules() if any(library.quantizes_inputs(module) for library in LIBRARIES)]
-    handles = [module.register_forward_pre_hook(shake) for module in found]
+    handles = [module.register_forward_pre_hook(shake) for module in _quantizing(model)]
     try:
-        yield bool(found)
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..library import Library
-from . import bitsandbytes, torchao
+from . import bitsandbytes, gptqmodel, torchao
 
 __all__ = ["BY_FORMAT", "LIBRARIES"]
 
-LIBRARIES: tuple[Library, ...] = (*bitsandbytes.LIBRARIES, torchao.LIBRARY)
+LIBRARIES: tuple[Library, ...] = (*bitsandbytes.LIBRARIES, *gptqmodel.LIBRARIES, torchao.LIBRARY)
 
 BY_FORMAT = {form: library for library in LIBRARIES for form in library.formats}

@@ -60,7 +60,7 @@ def _fill(module: Any, held: Held) -> None:
 
 def _tensors(module: Any) -> Iterator[torch.Tensor]:
     weight = module._parameters["weight"]
-    names = (*weight.tensor_data_names, *weight.optional_tensor_data_names)
+    names = (*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ()))
     yield from (tensor for tensor in (getattr(weight, name) for name in names) if tensor is not None)
 
 
