@@ -129,14 +129,6 @@ _MODEL: tuple[Declare, ...] = (
         metavar="cpu|cuda|cuda:N",
         help="cuda: one GPU for each rank. cuda:N: GPU N for all ranks, over gloo.  [default: cuda if there is one]",
     ),
-    click.option(
-        "--compute",
-        type=click.Choice(COMPUTE),
-        default=COMPUTE[0],
-        show_default=True,
-        help="Quantized weights: kept, and computed with by their library (native), or plain ones. auto: native if the"
-        " library is there and allows it.",
-    ),
     click.option("--no-digests", is_flag=True, help="Do not check the digests of the rank files and the small files."),
     click.option(
         "--report", is_flag=True, help="Print on stderr how long the load took on rank 0 and on the slowest rank."
@@ -154,6 +146,19 @@ _MODEL: tuple[Declare, ...] = (
         help="Seconds that every rank has to load. If one takes longer, it is named and all end.",
     ),
     strategies_option,
+)
+_COMPUTE = (
+    "native: a library computes with quantized weights as they are. dequantised: they are plain ones in memory. auto:"
+    " native where the library is installed and can."
+)
+_COMPUTED = click.option("--compute", type=click.Choice(COMPUTE), default=COMPUTE[0], show_default=True, help=_COMPUTE)
+_COMPARED = click.option(
+    "--compute",
+    "computes",
+    type=click.Choice(COMPUTE),
+    multiple=True,
+    default=COMPUTE[:1],
+    help=f"{_COMPUTE} Repeat it to compare.",
 )
 _OUT = click.argument("out", type=click.Path())
 _REPLICAS = click.option(
@@ -240,21 +245,22 @@ _BENCH: tuple[Declare, ...] = (
 
 def generate_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Declare what `reshard run` takes, and `reshard-rank generate`."""
-    return _declared(command, _OUT, *_GENERATE, _REPLICAS, *_MODEL, format_option)
+    return _declared(command, _OUT, *_GENERATE, _REPLICAS, *_MODEL, _COMPUTED, format_option)
 
 
 def check_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Declare what `check` takes."""
-    return _declared(command, _OUT, *_CHECK, _REPLICAS, *_MODEL, format_option)
+    return _declared(command, _OUT, *_CHECK, _REPLICAS, *_MODEL, _COMPUTED, format_option)
 
 
 def bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Declare what `bench` takes."""
     outs = click.argument("outs", nargs=-1, required=True, metavar="OUT…", type=click.Path())
-    return _declared(command, outs, *_BENCH, *_MODEL, format_option)
+    return _declared(command, outs, *_BENCH, *_MODEL, _COMPARED, format_option)
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare what only a job of `bench` takes: the engine, the folder of its ranks, and rank 0's result file."""
-    names = (["--engine", "engine"], ["--on", "folder"], ["--result", "result"])
+    """Declare what only a job of `bench` takes: the engine, the folder of its ranks, what computes with quantized
+    weights, and rank 0's result file."""
+    names = (["--engine", "engine"], ["--on", "folder"], ["--computed", "compute"], ["--result", "result"])
     return _declared(command, *(click.option(*name, hidden=True) for name in names))

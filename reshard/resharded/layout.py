@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.source import Source
@@ -40,14 +40,21 @@ class FileLayout:
     size: int
 
 
-def file_layout(name: str, tensors: Iterable[LocalTensor], *, boxes: frozenset[str] | None = None) -> FileLayout:
+def file_layout(
+    name: str,
+    tensors: Iterable[LocalTensor],
+    *,
+    boxes: frozenset[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> FileLayout:
     """Lay out one file: larger elements first so that all are aligned, otherwise in the order given.
 
     `boxes` names the tensors that are plain boxes of the global tensor; the metadata describes them to torch's
-    distributed checkpoint, which refuses the others instead of misreading them. None leaves that metadata out.
+    distributed checkpoint, which refuses the others instead of misreading them. None leaves that out. `metadata` is
+    what the file says besides.
     """
     ordered = sorted(tensors, key=lambda tensor: -itemsize(tensor.dtype))
-    metadata = {"format": "pt"}
+    metadata = {**(metadata or {}), "format": "pt"}
     if boxes is not None:
         metadata["DCP_VERSION"] = "1.0"
         metadata["DCP_SHARDING_INFO"] = json.dumps(

@@ -62,7 +62,7 @@ def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
         return x
     if x.requires_grad:
         x = x.detach()
-    if x.device.type != "cpu" or x.nbytes * world_size > _SMALL:
+    if x.device.type != "cpu" or x.numel() * x.element_size() * world_size > _SMALL:
         dist.all_reduce(x, group=mesh.get_group())
         return x
     parts = x.new_empty((world_size, *x.shape))

@@ -91,8 +91,8 @@ def check(model: Any, reference: str | None = None, *, revision: str | None = No
     a `reference`, and memory on rank 0 for the outputs of all modules. Call it on every rank; all get the same result.
 
     Raises:
-        UsageError: there is nothing to compare with; or the stored outputs are of dequantised weights, and libraries
-            compute with the model's quantized ones.
+        UsageError: there is nothing to compare with; or the stored outputs are of dequantised weights, and a library
+            that quantizes activations too computes with the quantized ones.
         ReshardError: rank 0 failed; raised on every rank.
     """
     single: _Single | None = None
@@ -139,10 +139,10 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
     if place is None:
         check_per_layer(place, per_layer=per_layer)
         folder = Path(model.name_or_path)
-        if model._reshard_quantized.native:
+        if quantizes_inputs(model):
             raise UsageError(
-                f"{printable(folder)}: its stored logits are of dequantised weights, and libraries compute with the"
-                " quantized ones",
+                f"{printable(folder)}: its stored logits are of dequantised weights, and the library that computes with"
+                " its quantized ones quantizes activations too",
                 hint="give --reference SOURCE, or --compute dequantised",
             )
         reference = read_reference(folder, read_manifest(folder))
@@ -151,15 +151,13 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
             reference = replace(reference, tolerance=max(reference.tolerance, ELSEWHERE))
         return _Single(reference, None)
     root = resolve_source(place, revision=revision).root
-    native = bool(model._reshard_quantized.native)
-    load = native_model if native else single_model
+    by_steps = quantizes_inputs(model)  # any other library computes with what dequantised weights are
+    load = native_model if by_steps else single_model
     single = load(root, model.dtype, model.device)
     _check_same(model, single, place)
     ids = fixed_ids(model)
     traced = record(single, inputs_of(single, ids)) if per_layer else {}
-    by_steps = native and quantizes_inputs(single)
-    exactly = native_model if by_steps else single_model  # any other library computes with the dequantised weights
-    in_fp32 = functools.cache(lambda: exactly(root, torch.float32, model.device) if native else single.float())
+    in_fp32 = functools.cache(lambda: load(root, torch.float32, model.device) if by_steps else single.float())
     reference = reference_of(single, ids, in_fp32)
     again: Trace | None = None  # the same but for rounding, layer by layer
     if model.dtype in HALF:
@@ -171,7 +169,7 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
             again = record(single, inputs_of(single, ids)) if per_layer else None
     if not per_layer:
         return _Single(reference, None)
-    weights = single_model(root, model.dtype, model.device) if native else single
+    weights = single_model(root, model.dtype, model.device) if by_steps else single
     return _Single(reference, Layers(single, weights, traced, again))
 
 

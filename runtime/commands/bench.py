@@ -40,7 +40,9 @@ def bench(
     against: tuple[str, ...],
     source: str | None,
     plot: str | None,
+    computes: tuple[str, ...],
     engine: str | None,
+    compute: str | None,
     folder: str | None,
     result: str | None,
     style: str,
@@ -57,11 +59,11 @@ def bench(
     if RankInfo.from_env(os.environ).attempt is None:
         say(report_text(bench_folders(click.get_current_context().params), style))
         return
-    if folder is None and (len(outs) > 1 or against or plot):
+    if folder is None and (len(outs) > 1 or len(computes) > 1 or against or plot):
         raise UsageError("under torchrun, one folder is measured, and nothing drawn", hint="use reshard bench")
     settings = Settings(batches, length, steps, compiled)
     with sdpa(kernel):
-        loads = {**options, "kernel": kernel}
+        loads = {**options, "kernel": kernel, "compute": compute or computes[0]}
         measured = _measure(folder or outs[0], engine or "reshard", settings, source, result, loads)
     if measured and result is None:
         say(report_text(report_of([[measured]]), style))

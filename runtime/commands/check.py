@@ -31,7 +31,7 @@ def check(
       torchrun --no-python --nproc-per-node 2 reshard-rank check llama-tp2 --reference ./llama
     """
     if reference is None and compute == AUTO:
-        compute = DEQUANTISED  # the stored logits are of dequantised weights
+        compute = DEQUANTISED  # as the stored logits are
     with sdpa(kernel):
         model = load_model(out, kernel=kernel, compute=compute, **options)
         parity = compare(model, reference, per_layer=per_layer)

@@ -68,8 +68,9 @@ def save_pretrained(
     refused = _refused(model, others, writes=writes)
     with _Writer(local_folder(save_directory)) as writer:
         tensors = [tensor for one in plan for tensor in one.sources]
+        metadata = quantized.metadata() if quantized.tensors else {}
         begins = writes and not refused
-        _raise_together(model, _failure(writer.begin, tensors, max_shard_size) if begins else refused)
+        _raise_together(model, _failure(writer.begin, tensors, metadata, max_shard_size) if begins else refused)
         failure = None
         if first in model._device_mesh.mesh.tolist():  # this replica's parameters are written
             for one in plan:  # all of it, even if a write fails: the other ranks wait for this one
@@ -122,8 +123,8 @@ class _Writer:
     def _part(self, name: str) -> Path:
         return self._folder / f"{name}{_PART}"
 
-    def begin(self, tensors: list[LocalTensor], max_shard_size: int | str) -> None:
-        """Create the files and write their headers."""
+    def begin(self, tensors: list[LocalTensor], metadata: Mapping[str, str], max_shard_size: int | str) -> None:
+        """Create the files and write their headers, with `metadata` in each."""
         self._folder.mkdir(parents=True, exist_ok=True)
         there = sorted([*self._folder.glob("*.safetensors"), *self._folder.glob(INDEX_NAME)])
         if there:
@@ -138,7 +139,7 @@ class _Writer:
         self._file_of = split.tensor_to_filename
         self._names = list(split.filename_to_tensors)
         layouts = [
-            file_layout(self._part(name).name, [by_name[one] for one in names])
+            file_layout(self._part(name).name, [by_name[one] for one in names], metadata=metadata)
             for name, names in split.filename_to_tensors.items()
         ]
         self._slots = {slot.tensor.name: slot for layout in layouts for slot in layout.slots}

@@ -1,4 +1,5 @@
-"""Quantized checkpoints on several ranks: each format computes what one process computes, and gives its bytes back."""
+"""Quantized checkpoints on several ranks, dequantised: each format computes what one process computes, and gives its
+bytes back."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ import reshard
 from reshard.checkpoint.quantization import quantization_of, without_quantization
 from reshard.errors import IntegrityError
 from reshard.operations.reference import single_model
-from runtime.model.quantized import check_quantized
+from runtime.model.quantized.agreed import check_quantized
 
 IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7))
 # What runs each time; the rest is slow. Each format is there, and each model with two numbers of ranks.
@@ -97,7 +98,7 @@ def computed(request: pytest.FixtureRequest, folder: Any, tmp_path_factory: pyte
     return results
 
 
-JOB = {"ids": IDS.tolist(), "new_tokens": NEW_TOKENS}
+JOB = {"ids": IDS.tolist(), "new_tokens": NEW_TOKENS, "compute": "dequantised"}
 
 
 @pytest.mark.parametrize(("size", "name", "kind"), [case for case in CASES if is_run(case.values[2])])

@@ -41,7 +41,8 @@ class Measured:
 
     `load` and its `parts`, if they are known, are in seconds, as is `first_token`, from the start of the process.
     `memory` is in bytes, of the rank that has most: on a GPU the peak of what was allocated, on CPU the process's own
-    memory after the runs, without pages of mapped files. `folder` tells apart folders with as many ranks.
+    memory after the runs, without pages of mapped files. `folder` tells apart folders with as many ranks, and `compute`
+    what computes with quantized weights, if that was compared.
     """
 
     engine: str
@@ -57,6 +58,7 @@ class Measured:
     memory: int
     points: tuple[Point, ...]
     folder: str | None = None
+    compute: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -28,10 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An engine on the ranks of the folder `out`."""
+    """An engine on the ranks of the folder `out`. `compute` says what computes with quantized weights, for ours."""
 
     engine: str
     out: str
+    compute: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +98,11 @@ def _point(report: Report, one: Measured, point: Point) -> dict[str, Any]:
 
 def label(one: Measured, *, compiled: bool = False) -> str:
     """Return the name of a series."""
-    return f"{_name(one.engine, one.ranks, one.folder)}{', compiled' if compiled else ''}"
+    return f"{_name(one.engine, one.ranks, one.folder, one.compute)}{', compiled' if compiled else ''}"
 
 
-def _name(engine: str, ranks: int, folder: str | None) -> str:
-    return f"{engine} tp {ranks}" + (f" ({printable(folder)})" if folder else "")
+def _name(engine: str, ranks: int, folder: str | None, compute: str | None = None) -> str:
+    return f"{engine} tp {ranks}" + (f" ({printable(folder)})" if folder else "") + (f", {compute}" if compute else "")
 
 
 def _folders(jobs: Sequence[Job], sizes: Mapping[str, int]) -> dict[Job, str | None]:
@@ -110,14 +111,14 @@ def _folders(jobs: Sequence[Job], sizes: Mapping[str, int]) -> dict[Job, str | N
     It is None if the engine runs on no other folder with as many ranks.
     """
     alike: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for job in dict.fromkeys(jobs):
+    for job in dict.fromkeys(replace(job, compute=None) for job in jobs):
         alike[job.engine, sizes[job.out]].append(job.out)
     found: dict[Job, str | None] = {}
     for (engine, _), outs in alike.items():
         last = [PurePath(out).name for out in outs]
         for out, name in zip(outs, last):
             found[Job(engine, out)] = None if len(outs) == 1 else name if name and last.count(name) == 1 else out
-    return found
+    return {job: found[replace(job, compute=None)] for job in jobs}
 
 
 def in_turn(repeat: int, contenders: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
@@ -140,8 +141,11 @@ def run_jobs(jobs: Sequence[Job], words: Sequence[str], repeat: int, *, revision
         JobFailedError: this runtime cannot run a folder, and a rank has said why.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sizes = {out: look_at_folder(out, revision).world_size for out in dict.fromkeys(job.out for job in jobs)}
+    manifests = {out: look_at_folder(out, revision) for out in dict.fromkeys(job.out for job in jobs)}
+    sizes = {out: manifest.world_size for out, manifest in manifests.items()}
+    jobs = [job if manifests[job.out].bundles else replace(job, compute=None) for job in jobs]
     folders = _folders(jobs, sizes)
+    compared = len({job.compute for job in jobs if job.compute}) > 1
     failed: dict[Job, Failed] = {}
 
     def run(job: Job) -> Measured | None:
@@ -151,7 +155,7 @@ def run_jobs(jobs: Sequence[Job], words: Sequence[str], repeat: int, *, revision
         if isinstance(found, str):
             failed[job] = Failed(_name(job.engine, sizes[job.out], folders[job]), found)
             return None
-        return replace(found, folder=folders[job])
+        return replace(found, folder=folders[job], compute=job.compute if compared else None)
 
     runs = in_turn(repeat, {job: partial(run, job) for job in dict.fromkeys(jobs)})
     measured = [[one for one in found if one] for job, found in runs.items() if job not in failed]
@@ -178,6 +182,7 @@ def _run(job: Job, words: Sequence[str], ranks: int) -> Measured | str:
         result = Path(folder, "result.json")
         try:
             told = ["--engine", job.engine, "--on", job.out, "--result", str(result)]
+            told += ["--computed", job.compute] if job.compute else []
             code = launch([*switches_of(), "bench", *told, *words], ranks)
         except ReshardError as error:
             if ours:

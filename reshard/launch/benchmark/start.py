@@ -37,7 +37,8 @@ def bench_folders(options: Mapping[str, Any]) -> Report:
         check_chart(plot)
     if against:
         resolve_source(source)  # now, not only after this runtime was measured
-    jobs = [Job(name, out) for name in ("reshard", *against) for out in options["outs"]]
+    jobs = [Job("reshard", out, compute) for compute in options["computes"] for out in options["outs"]]
+    jobs += [Job(name, out) for name in against for out in options["outs"]]
     try:
         report = run_jobs(jobs, words_of(), options["repeat"], revision=options["revision"])
     except JobFailedError as failed:

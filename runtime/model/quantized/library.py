@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from reshard.sharding.placement import Piece, local_shape, pieces
 from reshard.text import printable
 from reshard.transforms.bundle import Quantized, member_placement, member_shape
 
-__all__ = ["Held", "Library", "Place"]
+__all__ = ["Held", "Library", "Place", "mark_quantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Library:
     def missing(self) -> str | None:
         """Say which of its packages cannot be imported; None if all can."""
         for name in self.packages:
+            logging.getLogger(name).setLevel(logging.ERROR)  # bitsandbytes warns at every int8 forward
             try:
                 with contextlib.redirect_stdout(sys.stderr):  # some say something of themselves
                     importlib.import_module(name)
@@ -116,3 +118,9 @@ class Library:
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 return f"{name} cannot be imported: {printable(reason)}"
         return None
+
+
+def mark_quantized(model: Any, told: Mapping[str, Any]) -> None:
+    """Mark a model as transformers' quantizers do. `told` is the quantization_config of config.json."""
+    model.is_quantized = True
+    model.config.quantization_config = dict(told)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from reshard.launch.options import COMPUTE
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import Bundle, Target
 from reshard.sharding.placement import local_shape
-from reshard.text import listed, printable
+from reshard.text import printable
 from reshard.transforms.bundle import cut_between_entries, matrices
 
 from .libraries import BY_FORMAT
@@ -38,6 +37,7 @@ _NO_LIBRARY = {
     "fbgemm_fp8": "its kernels are for GPUs, and this release does not use them",
     "mxfp4": "its kernels are for GPUs, and this release does not use them",
 }
+_NAMES = "tensor_names"  # of a file, in torchao's metadata
 
 
 @dataclass(slots=True)
@@ -54,6 +54,7 @@ class Computation:
     native: dict[str, Place] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _metadata: dict[str, str] = field(default_factory=dict)
 
     def seal(self) -> str:
         """Return what must be equal on all ranks: the names of what is native."""
@@ -83,12 +84,11 @@ class Computation:
             held = {name: tensor if name in inside else tensor.clone() for name, tensor in held.items()}
         for bundle in bundles:
             name = bundle.target.name
+            members = {member: held.pop(member) for member in bundle.quantized.members}
             if name in self.native:
                 self._fill(model, bundle)
             else:
-                held[name] = plain_part(bundle, held, self.device, self.rank, self.manifest.world_size)
-            for member in bundle.quantized.members:
-                del held[member]
+                held[name] = plain_part(bundle, members, self.device, self.rank, self.manifest.world_size)
         return held
 
     def _fill(self, model: Any, bundle: Bundle) -> None:
@@ -107,6 +107,17 @@ class Computation:
             if mesh.size() > 1 and place.local[1] < place.size[1]:
                 library.reduce(module, mesh)
             library.begin(module, model.dtype)
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of the source's files."""
+        if not self._metadata:
+            names: list[str] = []
+            for file in self.manifest.source_files:
+                told = json.loads(file["header"]).get("__metadata__") or {}
+                names += json.loads(told.get(_NAMES, "[]"))
+                self._metadata |= told
+            self._metadata |= {_NAMES: json.dumps(names)} if names else {}
+        return self._metadata
 
     def part(self, name: str) -> torch.Tensor:
         """Return this rank's part of a native parameter, dequantised."""
@@ -130,14 +141,14 @@ class Computation:
                 if BY_FORMAT[place.quantized.format].name == library
             )
             lines.append(
-                f"compute: native, {count} quantized parameters by {library}: {size / 1e9:.3f} GB on this rank"
+                f"compute: native, {count} quantized parameters by {library}: {size / 1e6:,.1f} MB on this rank"
             )
         sizes = {
             bundle.target.name: _bytes(bundle.target, self.rank, self.manifest) for bundle in self.manifest.bundles
         }
         for reason, count in Counter(self.reasons.values()).items():
             size = sum(sizes[name] for name, why in self.reasons.items() if why == reason)
-            words = f"compute: dequantised, {count} quantized parameters are plain ones in memory: {size / 1e9:.3f} GB"
+            words = f"compute: dequantised, {count} quantized parameters are plain ones in memory: {size / 1e6:,.1f} MB"
             lines.append(f"{words} on this rank; {reason}")
         return lines
 
@@ -163,11 +174,6 @@ def choose(manifest: Manifest, model: nn.Module, device: torch.device, rank: int
     modules = dict(model.named_modules())
     missing: dict[int, str | None] = {}
 
-    @functools.cache
-    def metadata() -> dict[str, str]:
-        texts = [json.loads(file["header"]).get("__metadata__") or {} for file in manifest.source_files]
-        return {name: value for text in texts for name, value in text.items()}
-
     for bundle in manifest.bundles:
         target, quantized = bundle.target, bundle.quantized
         library = BY_FORMAT.get(quantized.format)
@@ -179,7 +185,7 @@ def choose(manifest: Manifest, model: nn.Module, device: torch.device, rank: int
         else:
             reason = missing.setdefault(id(library), library.missing())
         if reason is None and library is not None:
-            place = Place(target, quantized, rank, manifest.world_size, metadata)
+            place = Place(target, quantized, rank, manifest.world_size, found.metadata)
             reason = _unfit(place, modules.get(_module(target.name))) or library.refusal(place, device)
         if reason is None:
             found.native[target.name] = place
@@ -187,9 +193,10 @@ def choose(manifest: Manifest, model: nn.Module, device: torch.device, rank: int
             found.reasons[target.name] = reason
     if asked == NATIVE and found.reasons:
         reason = next(iter(found.reasons.values()))
-        names = listed([name for name, why in found.reasons.items() if why == reason])
+        names = [name for name, why in found.reasons.items() if why == reason]
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
         raise UsageError(
-            f"{names}: cannot be computed with natively: {reason}",
+            f"{printable(names[0])}{others}: cannot be computed with natively: {reason}",
             hint="with --compute auto, such parameters are dequantised",
         )
     return found

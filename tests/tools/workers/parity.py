@@ -2,9 +2,9 @@
 
     parity.py JOBS.json OUT.json
 
-JOBS is a list of {"name", "folder", "new_tokens"} with either "ids" or "inputs", a file of the forward's arguments. If
-"new_tokens" is null, none are generated. After each job, rank 0 writes OUT: the greedy tokens and the parameters that
-are no DTensors. The compared output and full tensors go to OUT.NAME.pt.
+JOBS is a list of {"name", "folder", "new_tokens"} with either "ids" or "inputs", a file of the forward's arguments, and
+perhaps "compute". If "new_tokens" is null, none are generated. After each job, rank 0 writes OUT: the greedy tokens and
+the parameters that are no DTensors. The compared output and full tensors go to OUT.NAME.pt.
 """
 
 import json
@@ -23,7 +23,7 @@ import runtime
 def main(jobs_path: str, out_path: str) -> None:
     results = {}
     for job in json.loads(Path(jobs_path).read_text()):
-        model = runtime.load(job["folder"])
+        model = runtime.load(job["folder"], compute=job.get("compute", "auto"))
         inputs = {"input_ids": torch.tensor(job["ids"])} if "ids" in job else torch.load(job["inputs"])
         with torch.inference_mode():
             logits = main_output(model(**inputs))

@@ -20,7 +20,7 @@ from runtime.loading.phases import load_report
 
 
 def main(folder: str, source: str, saved: str, out: str) -> None:
-    model = runtime.load(folder)
+    model = runtime.load(folder, compute="dequantised")
     report = load_report(model)
     good = check(model, source, per_layer=True)
     model.save_pretrained(saved)

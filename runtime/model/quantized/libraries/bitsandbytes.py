@@ -7,7 +7,6 @@ quantizes each token by its largest input. If a rank has a part of the inputs on
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,7 +43,6 @@ def _replace(model: Any, places: Mapping[str, Place], told: Mapping[str, Any], d
     """Let transformers replace all that it takes for quantized, then put the others back."""
     from transformers.quantizers import AutoHfQuantizer
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every int8 forward that it casts to fp16
     quantizer = AutoHfQuantizer.from_config(dict(told), pre_quantized=True)
     before = dict(model.named_modules())
     quantizer.validate_environment(device_map={"": device.type})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..library import Held, Library, Place
+from ..library import Held, Library, Place, mark_quantized
 
 __all__ = ["LIBRARIES"]
 
@@ -54,7 +54,7 @@ def _replace(model: Any, places: Mapping[str, Place], told: Mapping[str, Any], d
         module._buffers.pop("bias", None)
         module.register_parameter("bias", plain.bias)
         model.set_submodule(name, module)
-    model.is_quantized = True
+    mark_quantized(model, told)
 
 
 def _fill_gptq(module: Any, held: Held) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..library import Held, Library, Place
+from ..library import Held, Library, Place, mark_quantized
 
 __all__ = ["LIBRARY"]
 
@@ -40,7 +40,7 @@ def _refusal(place: Place, device: torch.device) -> str | None:
 
 
 def _replace(model: Any, places: Mapping[str, Place], told: Mapping[str, Any], device: torch.device) -> None:
-    model.is_quantized = True
+    mark_quantized(model, told)
 
 
 def _fill(module: Any, held: Held) -> None:
