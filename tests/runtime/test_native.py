@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 from cli_tools import Checkpoint
 from places import WORKERS
 from quantized_cases import MODELS
+from quantizing import KINDS, quantize_folder
 from safetensors.torch import load_file
 from single_process import NEW_TOKENS
 from torchrun_tools import on_ranks
@@ -23,7 +25,7 @@ import reshard
 from reshard.checkpoint.quantization import quantization_of
 from reshard.operations.reference import distance, rounding, single_model
 from runtime.model.quantized.libraries.bitsandbytes import _FAST
-from runtime.model.quantized.single import quantizes_inputs, shaken
+from runtime.model.quantized.single import native_model, quantizes_inputs, shaken
 
 IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7))
 MODULE = "model.layers.1.mlp.down_proj"  # cut along its inputs
@@ -98,7 +100,7 @@ def _job(root: Path, source: Path, size: int, name: str, kind: str) -> dict[str,
         "module": MODULE,
         "inputs": str(root / f"{name}.inputs.pt"),
         "compile": kind == "nf4",
-        "all": True,
+        "compute": "native",
     }
 
 
@@ -185,3 +187,49 @@ def test_a_rank_has_the_quantized_bytes_in_memory(computed: Any, source: Any) ->
         )
         expected = weights * (1 / 2 + 4 / 64) / size / 1e6
         assert f"compute: native, 14 quantized parameters by bitsandbytes: {expected:,.1f} MB" in report
+
+
+def test_what_no_library_takes_is_dequantised(source: Any, tmp_path: Path) -> None:
+    """bitsandbytes has no module for fused experts. The model is saved as it was quantized all the same."""
+    folder = source("experts", "nf4")
+    job = {**_job(tmp_path, folder, 2, "experts", "nf4"), "module": "model.layers.1.self_attn.o_proj"}
+    inputs = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(3))
+    torch.save(inputs, job["inputs"])
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "compute": "auto", "compile": False}]))
+    run = on_ranks(2, str(WORKERS / "native.py"), str(tmp_path / "jobs.json"), str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    got = torch.load(tmp_path / "experts-nf4.pt")
+    assert "compute: native, 8 quantized parameters by bitsandbytes" in got["report"]
+    why = re.findall(r"^compute: dequantised, (\d+) .*; (.*)$", got["report"], re.M)
+    assert why == [
+        ("3", "a scale is for 64 values, and some rows are not whole scales"),
+        ("2", "it is not the weight of a linear layer"),
+    ]
+    single = single_model(folder, torch.float32)
+    with torch.inference_mode():
+        assert distance(got["logits"], single(IDS).logits)[1] <= 1e-5
+        assert distance(got["made"], single.get_submodule(job["module"])(inputs))[1] <= 1e-6
+    for called, tensor in single.state_dict().items():
+        assert torch.equal(got["parameters"][called], tensor), called
+    saved, before = _tensors(tmp_path / "experts-nf4"), _tensors(folder)
+    assert {name: _bytes(tensor) for name, tensor in saved.items()} == {n: _bytes(t) for n, t in before.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_differs_by_rounding(dtype: torch.dtype, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """With biases, which the library's modules would cast for good. Some CPUs have a kernel for bf16."""
+    told = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    quantize, config = KINDS["nf4"]
+    folder = quantize_folder(
+        checkpoint("qwen2", **MODELS["even"][1]), tmp_path / "source", (quantize, {**config, **told})
+    )
+    job = _job(tmp_path, folder, 2, "even", "nf4")
+    reshard.convert(folder, tmp_path / "half", tp_size=2, dtype=dtype, sync=False)
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "folder": str(tmp_path / "half"), "compile": False}]))
+    run = on_ranks(2, str(WORKERS / "native.py"), str(tmp_path / "jobs.json"), str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    got = torch.load(tmp_path / "even-nf4.pt")["logits"]
+    with torch.inference_mode():
+        theirs, exact = native_model(folder, dtype, torch.device("cpu"))(IDS).logits, _theirs(folder)(IDS).logits
+    assert got.dtype == theirs.dtype == dtype
+    assert distance(got, theirs)[1] <= rounding(theirs.float(), exact) < 0.2

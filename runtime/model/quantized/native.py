@@ -194,7 +194,7 @@ def choose(manifest: Manifest, model: nn.Module, device: torch.device, rank: int
     if asked == NATIVE and found.reasons:
         reason = next(iter(found.reasons.values()))
         names = [name for name, why in found.reasons.items() if why == reason]
-        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UsageError(
             f"{printable(names[0])}{others}: cannot be computed with natively: {reason}",
             hint="with --compute auto, such parameters are dequantised",

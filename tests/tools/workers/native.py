@@ -2,9 +2,10 @@
 
     native.py JOBS.json OUT
 
-JOBS is a list of {"name", "folder", "ids", "new_tokens", "module", "inputs", "compile"}. Rank 0 writes into the folder
-OUT, for each job, NAME.pt: logits, logits of the compiled model, greedy tokens, the report of the load, every parameter
-and tensor of a file, and what the `module` makes of the tensor in the file `inputs`. OUT/NAME is the saved model.
+JOBS is a list of {"name", "folder", "compute", "ids", "new_tokens", "module", "inputs", "compile"}. Rank 0 writes into
+the folder OUT, for each job, NAME.pt: logits, logits of the compiled model, greedy tokens, the report of the load,
+every parameter and tensor of a file, and what the `module`, which is cut along its inputs, makes of the tensor in the
+file `inputs`. OUT/NAME is the saved model.
 """
 
 import json
@@ -14,18 +15,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from compiling import leave_guards_as_they_are
 
 import runtime
 from runtime.loading.phases import load_report
 
 
 def main(jobs: str, out: str) -> None:
+    leave_guards_as_they_are()
     for job in json.loads(Path(jobs).read_text()):
-        model = runtime.load(job["folder"], compute="native")
+        model = runtime.load(job["folder"], compute=job["compute"])
         ids = torch.tensor(job["ids"])
         with torch.inference_mode():
             logits = model(ids).logits
-            compiled = torch.compile(model)(ids).logits if job["compile"] else logits
+            compiled = (
+                torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits if job["compile"] else logits
+            )
             made = model.get_submodule(job["module"])(_part(model, job["module"], torch.load(job["inputs"])))
         asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": job["new_tokens"], "do_sample": False}
         tokens = model.generate(ids, **asked)
