@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +152,12 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
         return _Single(reference, None)
     root = resolve_source(place, revision=revision).root
     by_steps = quantizes_inputs(model)  # any other library computes with what dequantised weights are
-    load = native_model if by_steps else single_model
+    load = partial(native_model, names=model._reshard_quantized.native) if by_steps else single_model
     single = load(root, model.dtype, model.device)
     _check_same(model, single, place)
     ids = fixed_ids(model)
     traced = record(single, inputs_of(single, ids)) if per_layer else {}
-    in_fp32 = functools.cache(lambda: load(root, torch.float32, model.device) if by_steps else single.float())
+    in_fp32 = cache(lambda: load(root, torch.float32, model.device) if by_steps else single.float())
     reference = reference_of(single, ids, in_fp32)
     again: Trace | None = None  # the same but for rounding, layer by layer
     if model.dtype in HALF:

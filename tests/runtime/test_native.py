@@ -229,7 +229,9 @@ def test_half_precision_differs_by_rounding(dtype: torch.dtype, checkpoint: Chec
     run = on_ranks(2, str(WORKERS / "native.py"), str(tmp_path / "jobs.json"), str(tmp_path))
     assert run.returncode == 0, run.stderr
     got = torch.load(tmp_path / "even-nf4.pt")["logits"]
+    names = [bundle.target.name for bundle in reshard.inspect(tmp_path / "half").bundles]
     with torch.inference_mode():
-        theirs, exact = native_model(folder, dtype, torch.device("cpu"))(IDS).logits, _theirs(folder)(IDS).logits
+        theirs = native_model(folder, dtype, torch.device("cpu"), names)(IDS).logits
+        exact = _theirs(folder)(IDS).logits
     assert got.dtype == theirs.dtype == dtype
     assert distance(got, theirs)[1] <= rounding(theirs.float(), exact) < 0.2

@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,13 @@ from safetensors.torch import load_file
 from torchrun_tools import on_ranks
 
 import reshard
+from reshard.checkpoint.architecture import meta_model
 from reshard.checkpoint.source import open_source
-from reshard.operations.reference import EXACT, distance, single_model
+from reshard.operations.reference import EXACT, distance, rounding, single_model
 from reshard.planning.model.quantized import Matrices
+from runtime.model.quantized.libraries import BY_FORMAT
+from runtime.model.quantized.native import choose
+from runtime.model.quantized.single import native_model, quantizes_inputs, shaken
 
 IDS = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(7))
 NEW_TOKENS = 4
@@ -40,6 +47,8 @@ def record_of(name: str, kind: str, root: Path, *, upstream: bool = True) -> dic
     for mesh, (tp, ep) in MESHES.items():
         if ep == 1 or name in HAVE_EXPERTS:
             record["meshes"][mesh] = _on_mesh(source, root, tp, ep, single)
+    if single is not None and kind != quantized_cases.PLAIN:
+        record["native"] = natively(source, root / "2-1", root / "3-1", single)
     if upstream and single is not None:
         record["upstream"] = _upstream(source, root, kind, single["logits"])
     return record
@@ -77,15 +86,52 @@ def _on_mesh(source: Path, root: Path, tp: int, ep: int, single: dict[str, Any] 
     if single is None:
         return found
     if manifest.dtype != "float32":
-        out = root / f"{out.name}-fp32"
+        shutil.rmtree(out)
         reshard.convert(source, out, tp_size=tp, ep_size=ep, dtype="float32", sync=False)
-    job = {"name": "ours", "folder": str(out), "ids": IDS.tolist(), "new_tokens": NEW_TOKENS}
+    return {**_run(out, root, tp, "dequantised", single), **found}
+
+
+def _run(out: Path, root: Path, ranks: int, compute: str, single: dict[str, Any]) -> dict[str, Any]:
+    """Return how far a folder on ranks is from one process."""
+    job = {"name": "ours", "folder": str(out), "ids": IDS.tolist(), "new_tokens": NEW_TOKENS, "compute": compute}
     jobs, results = root / "jobs.json", root / "ours.json"
     jobs.write_text(json.dumps([job]))
-    done = on_ranks(tp, str(WORKERS / "parity.py"), str(jobs), str(results))
+    done = on_ranks(ranks, str(WORKERS / "parity.py"), str(jobs), str(results))
     assert done.returncode == 0, done.stderr
     error = _apart(torch.load(f"{results}.ours.pt")["logits"], single["logits"])
-    return {"error": error, "tokens": json.loads(results.read_text())["ours"]["tokens"] == single["tokens"], **found}
+    return {"error": error, "tokens": json.loads(results.read_text())["ours"]["tokens"] == single["tokens"]}
+
+
+def natively(source: Path, on_2: Path, on_3: Path, single: dict[str, Any]) -> dict[str, Any]:
+    """Return what a library does with a case on 2 and 3 ranks: its name, how many parameters it takes of all and the
+    most frequent reason for the others, and how far the ranks are from one process. That computes with dequantised
+    weights, or with the library if it quantizes activations: then `limit` is what a little noise in these changes."""
+    found: dict[str, Any] = {}
+    for out in (on_2, on_3):
+        manifest = reshard.inspect(out)
+        chosen = choose(manifest, meta_model(out, dtype="float32"), torch.device("cpu"), 0, "auto")
+        reasons = Counter(chosen.reasons.values()).most_common(1)
+        ranks: dict[str, Any] = {"taken": len(chosen.native), "of": len(manifest.bundles)}
+        ranks |= {"reason": reasons[0][0]} if reasons else {}
+        if chosen.native:
+            found["library"] = BY_FORMAT[manifest.bundles[0].quantized.format].name
+            expected, limit = _with_library(source, single, chosen.native)
+            ranks |= {"limit": limit, **_run(out, out.parent, manifest.world_size, "auto", expected)}
+        found[f"tp{manifest.world_size}"] = ranks
+    return found
+
+
+def _with_library(source: Path, single: dict[str, Any], names: Collection[str]) -> tuple[dict[str, Any], float]:
+    """Return what one process computes that does what ranks do with a library, and the largest error of these."""
+    model = native_model(source, torch.float32, torch.device("cpu"), names)
+    if not quantizes_inputs(model):
+        return single, EXACT
+    with torch.inference_mode():
+        logits = model(IDS).logits
+        with shaken(model):
+            limit = rounding(logits, model(IDS).logits)
+    tokens = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=NEW_TOKENS, do_sample=False)
+    return {"logits": logits, "tokens": tokens.tolist()}, float(f"{limit:.1e}")
 
 
 def gives_back(merged: Path, source: Path) -> bool:
@@ -137,9 +183,11 @@ def _apart(values: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def is_exact(record: dict[str, Any]) -> bool:
-    """Whether the case computed what one process does on every mesh, and every merge gave its bytes back."""
+    """Whether the case computed what one process does on every mesh, natively too, and every merge gave its bytes
+    back."""
     ran = quantized_cases.is_run(record["kind"])
-    return all(
+    native = [one for one in record.get("native", {}).values() if isinstance(one, dict) and one["taken"]]
+    return all(one["error"] <= one["limit"] for one in native) and all(
         result["merged"] and (not ran or (result["error"] <= EXACT and result["tokens"]))
         for result in record["meshes"].values()
     )

@@ -15,6 +15,8 @@ import quantized_matrix
 from family_report import release
 from places import DATA, ROOT
 
+from reshard.operations.reference import EXACT
+
 PAGE = ROOT / "tests" / "QUANTIZED.md"
 RELEASE = "5.24"  # of transformers: that of the page's data
 NEAR = 1e-3  # largest relative error of transformers' own that is called right
@@ -58,6 +60,11 @@ it with transformers {release}, and writes this page and
   so scales weigh more here than in a big model.
 - **tp 2, tp 3, tp 2 × ep 2**: the largest relative error of the logits in fp32, against one process that dequantises
   the checkpoint as `reshard` does. The limit is 1e-5. Greedy tokens are equal wherever an error is given.
+- **By its library**: the same on 2 and 3 ranks, where the library of the format computes with the quantized weights,
+  and how many of them it takes, if not all. Only bitsandbytes int8 quantizes activations. There rounding can move a
+  number by a step, so the process that it is compared with uses the library too, and the limit, given behind the error,
+  is what a little noise in the activations changes in that process. The kernels of bitsandbytes for CPUs with
+  AVX512-BF16 compute in bf16: they are used in models in bf16 only.
 - **Merge**: whether merges give back the weight files and config.json byte for byte, on all these meshes.
 - **transformers alone** is transformers in one process, against ours. Where it differs, it computes something else:
   bitsandbytes int8 and torchao int4 quantize activations too, compressed-tensors rounds weights to the dtype of their
@@ -72,7 +79,7 @@ engines: they are converted, verified and merged only.
 
 {summary}
 """
-_COLUMNS = ("format", "model", "bits", *("tp 2", "tp 3", "tp 2 × ep 2", "merge"))
+_COLUMNS = ("format", "model", "bits", *("tp 2", "tp 3", "tp 2 × ep 2", "merge", "by its library"))
 _THEIRS = ("transformers alone", "transformers on 2 ranks")
 
 
@@ -125,6 +132,7 @@ def _row(record: dict[str, Any]) -> list[str]:
     ours = [_ours(meshes.get(mesh)) for mesh in quantized_matrix.MESHES]
     return [
         *(NAMES[record["kind"]], MODELS[record["model"]], f"{record['bits']:g}", *ours, merged),
+        _natively(record.get("native")),
         *_theirs(record.get("upstream")),
     ]
 
@@ -135,6 +143,21 @@ def _ours(result: dict[str, Any] | None) -> str:
     if "error" not in result:
         return "not run"
     return _number(result["error"]) + ("" if result["tokens"] else ", **tokens differ**")
+
+
+def _natively(native: dict[str, Any] | None) -> str:
+    """Return what the page says of a library: its errors on 2 and 3 ranks, or why it takes no parameter."""
+    if native is None:
+        return "–"
+    on = [native["tp2"], native["tp3"]]
+    if "library" not in native:
+        return f"dequantised: {on[0]['reason'].partition(': ')[0]}"
+    said = []
+    for ranks in on:
+        part = "" if ranks["taken"] == ranks["of"] else f" ({ranks['taken']} of {ranks['of']})"
+        far = "" if ranks["limit"] <= EXACT else f" of {_number(ranks['limit'])}"
+        said.append(_number(ranks["error"]) + far + part if ranks["taken"] else "dequantised")
+    return f"{native['library']}: {', '.join(said)}"
 
 
 def _theirs(upstream: dict[str, Any] | None) -> tuple[str, str]:

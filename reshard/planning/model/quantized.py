@@ -19,7 +19,7 @@ from ...transforms.bundle import ONE, Follows, Role, count
 from ...transforms.dequantise import Format, Options
 from ...transforms.formats import BY_METHOD
 
-__all__ = ["Fit", "Matrices", "Matrix"]
+__all__ = ["Fit", "Matrices", "Matrix", "metadata_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def _schemes(source: Source, config: Mapping[str, Any]) -> list[_Scheme]:
         found = [
             _Scheme(form, options, f"{form.name} {json.dumps(options, sort_keys=True)}")
             for form in forms
-            for options in form.options(config, lambda: _metadata(source))
+            for options in form.options(config, lambda: metadata_of(source))
         ]
         for scheme in found:
             scheme.roles()
@@ -176,7 +176,8 @@ def _schemes(source: Source, config: Mapping[str, Any]) -> list[_Scheme]:
     return found
 
 
-def _metadata(source: Source) -> dict[str, str]:
+def metadata_of(source: Source) -> dict[str, str]:
+    """Return the metadata of a checkpoint's files."""
     found: dict[str, str] = {}
     for file in source.files:
         found |= json.loads(file.header.raw).get("__metadata__") or {}

@@ -26,10 +26,12 @@ __all__ = ["Held", "Library", "Place", "mark_quantized"]
 class Place:
     """A rank's part of a quantized weight [out, in], seen before its tensors are there.
 
-    `target` is the weight as the model has it, of the full shape; `metadata` is that of the source files.
+    `target` is the weight as the model has it, of the full shape. The source files call it `source`, and `metadata` is
+    theirs.
     """
 
     target: Target
+    source: str
     quantized: Quantized
     rank: int
     world_size: int

@@ -29,13 +29,11 @@ __all__ = ["AUTO", "DEQUANTISED", "Computation", "choose"]
 AUTO, NATIVE, DEQUANTISED = COMPUTE
 
 # Why no library's module is taken for a format, if it is one that transformers runs.
+_DECOMPRESSED = "transformers decompresses it before it computes"
+_FETCHED = "its kernels are code that transformers fetches from the Hub"
 _NO_LIBRARY = {
-    "compressed": "transformers decompresses it before it computes",
-    "compressed_packed": "transformers decompresses it before it computes",
-    "compressed_fp4": "transformers decompresses it before it computes",
-    "fp8": "its kernels are for GPUs, and this release does not use them",
-    "fbgemm_fp8": "its kernels are for GPUs, and this release does not use them",
-    "mxfp4": "its kernels are for GPUs, and this release does not use them",
+    **dict.fromkeys(("compressed", "compressed_packed", "compressed_fp4"), _DECOMPRESSED),
+    **dict.fromkeys(("fp8", "fbgemm_fp8", "mxfp4"), _FETCHED),
 }
 _NAMES = "tensor_names"  # of a file, in torchao's metadata
 
@@ -185,7 +183,7 @@ def choose(manifest: Manifest, model: nn.Module, device: torch.device, rank: int
         else:
             reason = missing.setdefault(id(library), library.missing())
         if reason is None and library is not None:
-            place = Place(target, quantized, rank, manifest.world_size, found.metadata)
+            place = Place(target, target.regions[0].source, quantized, rank, manifest.world_size, found.metadata)
             reason = _unfit(place, modules.get(_module(target.name))) or library.refusal(place, device)
         if reason is None:
             found.native[target.name] = place

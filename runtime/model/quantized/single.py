@@ -3,51 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from reshard.checkpoint.architecture import expected_dtypes, model_class, on_meta, quiet_transformers
 from reshard.checkpoint.quantization import quantization_of
-from reshard.checkpoint.source import model_config
-from reshard.errors import BadInputError
-from reshard.files.system import by_errno
-from reshard.text import printable
+from reshard.checkpoint.source import open_source
+from reshard.operations.dequantised import metadata_of, quantized_matrices
+from reshard.operations.reference import single_model
+from reshard.resharded.targets import Target
+from reshard.sharding.placement import Replicate
 
-from .libraries import LIBRARIES
+from .libraries import BY_FORMAT, LIBRARIES
+from .library import Held, Library, Place
 
 __all__ = ["native_model", "quantizes_inputs", "shaken"]
 
 _SHAKEN = 2**-16  # of a value: several times what another order of sums changes in fp32
 
 
-def native_model(root: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load the checkpoint in `root` with transformers and the library that its quantization needs, in one process.
-
-    Where a library has a kernel that computes in less than `dtype`, it is not used, as on ranks. Raises BadInputError
-    if transformers cannot load it.
-    """
-    family, config = model_class(root)
-    loader: Any = family
-    plain = on_meta(family, copy.deepcopy(config), dtype=str(dtype).removeprefix("torch."))
-    config.quantization_config = quantization_of(model_config(root))
-    options = {"config": config, "dtype": dtype, "use_safetensors": True, "device_map": {"": str(device)}}
-    try:
-        with quiet_transformers():
-            model = loader.from_pretrained(root, **options).eval()
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        words = f"{printable(root)}: transformers cannot load it quantized: {printable(error)}"
-        raise by_errno(error, words, BadInputError, hint="--compute dequantised compares dequantised weights") from None
-    wanted = expected_dtypes(plain, str(dtype).removeprefix("torch."))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # transformers leaves them as stored
-        if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_floating_point() and name in wanted:
-            tensor.data = tensor.data.to(wanted[name])
-    for module in model.modules():
-        for library in LIBRARIES:
+def native_model(root: Path, dtype: torch.dtype, device: torch.device, names: Collection[str]) -> Any:
+    """Load the checkpoint in `root` in one process, with libraries that compute with the quantized parameters `names`,
+    each the weight of a linear layer. Raises what `single_model` does."""
+    model, source = single_model(root, dtype, device), open_source(root)
+    held: dict[int, tuple[Library, dict[str, Held]]] = {}
+    for one in quantized_matrices(source, model):
+        if one.parameter in names and not one.is_part:
+            library, kind = BY_FORMAT[one.bundle.format], str(dtype).removeprefix("torch.")
+            target = Target(one.parameter, tuple(map(sum, one.bundle.blocks)), kind, Replicate(), ())
+            tensors = {one.bundle.members[name].role: tensor.to(device) for name, tensor in one.tensors.items()}
+            module = one.parameter.rpartition(".")[0]
+            held.setdefault(id(library), (library, {}))[1][module] = Held(
+                Place(target, one.name, one.bundle, 0, 1, partial(metadata_of, source)), tensors
+            )
+    for library, parts in held.values():
+        biases = {name: model.get_submodule(name).bias for name in parts}
+        places = {name: part.place for name, part in parts.items()}
+        library.replace(model, places, quantization_of(source.config) or {}, device)
+        for name, part in parts.items():
+            module = model.get_submodule(name)
+            library.fill(module, part)
+            if biases[name] is not None:
+                module._parameters["bias"] = biases[name]
+            module.eval()
             library.begin(module, dtype)
     return model
 

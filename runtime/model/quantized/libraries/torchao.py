@@ -20,15 +20,14 @@ __all__ = ["LIBRARY"]
 _OF_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 
 
-def _told(place: Place) -> tuple[str, dict[str, Any]]:
-    """Return the name of a weight in the source files, and what they say of it."""
-    name = place.target.regions[0].source
-    return name, json.loads(place.metadata()[name])
+def _told(place: Place) -> dict[str, Any]:
+    """Return what the source files say of a weight."""
+    return json.loads(place.metadata()[place.source])
 
 
 def _refusal(place: Place, device: torch.device) -> str | None:
     try:
-        told = _told(place)[1]["_data"]
+        told = _told(place)["_data"]
         dtype = told["dtype"]["_data"]
     except (KeyError, TypeError, ValueError):
         return "the source files do not describe it"
@@ -47,7 +46,7 @@ def _fill(module: Any, held: Held) -> None:
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
     place = held.place
-    name, told = _told(place)
+    name, told = place.source, _told(place)
     columns = held.options["block"][1]
     told["_data"]["block_size"] = [held.options["block"][0], min(columns, place.local[1])]
     told["_data"]["dtype"]["_data"] = place.target.dtype
