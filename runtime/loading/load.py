@@ -24,7 +24,7 @@ from ..distributed.agreement import Deadline, agree
 from ..distributed.mesh import backend_of, connect, make_mesh
 from ..distributed.ranks import this_rank
 from ..distributed.replicas import TP, on_mesh, side_by_side, span
-from ..model.hooks import install_hooks, tp_axis
+from ..model.hooks import install_hooks, take_last_tokens, tp_axis
 from ..model.keeping import keep_model
 from ..model.kernels import shares_gpu
 from ..model.methods import give_method
@@ -161,6 +161,7 @@ def _connect(
         install_hooks(model, manifest.hooks, model._reshard_targets, mesh, manifest.topology, ready.strategies)
     if ready.points is not None:
         split_sequence(model, ready.points, tp_axis(mesh, manifest.topology))
+    take_last_tokens(model)
     _finish(model, ready.folder, mesh)
     ready.quantized.begin(model, tp_axis(mesh, manifest.topology))
     model._reshard_replicas = replicas

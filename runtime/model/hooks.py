@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,7 +16,7 @@ from reshard.strategies import rows_of
 from reshard.strategies.base import note_bounds
 from reshard.strategies.registry import ParallelInterface
 
-__all__ = ["install_hooks", "tp_axis"]
+__all__ = ["install_hooks", "take_last_tokens", "tp_axis"]
 
 
 def tp_axis(mesh: DeviceMesh, topology: Topology) -> DeviceMesh:
@@ -69,3 +70,21 @@ def _note_bounds(name: str, module: nn.Module, targets: Mapping[str, Target], sp
         if len(set(sizes)) > 1:
             note_bounds(module, [(start, start + size) for start, size in zip(starts, sizes)])
         return
+
+
+def take_last_tokens(model: Any) -> None:
+    """Let the model's head compute with the last tokens of a prompt at their cost.
+
+    For `hidden_states[:, -1:]` and a weight without gradients, torch 2.13 copies the weight into a batch of its own
+    (`should_fold` in `aten::matmul`): that of a 1B llama took 4 s of a prefill. It does not if the strides are those of
+    a tensor of this shape alone. `contiguous()` leaves them as they are where sizes are 1.
+    """
+    head = model.get_output_embeddings() if model.can_generate() else None
+    if isinstance(head, nn.Module):
+        head.register_forward_pre_hook(lambda _, inputs: (_anew(inputs[0]), *inputs[1:]) if inputs else None)
+
+
+def _anew(hidden_states: torch.Tensor) -> torch.Tensor:
+    if hidden_states.ndim < 3 or hidden_states.stride(0) == hidden_states[0].numel():
+        return hidden_states
+    return hidden_states.clone(memory_format=torch.contiguous_format)

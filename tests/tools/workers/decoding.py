@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from compiling import leave_guards_as_they_are
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache
 
 import runtime
@@ -54,6 +55,28 @@ def greedy_tokens(model: torch.nn.Module, ids: torch.Tensor, gathers: str) -> to
     return tokens
 
 
+class Batched(TorchDispatchMode):
+    """How often a weight of the head's shape is one of a batch: torch copies it before it multiplies."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._shape = (*model.get_output_embeddings().weight.shape[::-1],)
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default and tuple(args[1].shape[1:]) == self._shape:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def last_token(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """The logits of a prompt's last token alone cost no copy of the head's weight, at any batch size."""
+    for batch in (1, 2):
+        with torch.no_grad(), Batched(model) as batched:
+            model(ids[:batch], logits_to_keep=1)
+        assert not batched.count
+
+
 def one_graph(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -89,6 +112,7 @@ def main(source: str, folder: str, gathers: str, backend: str) -> None:
         tokens = greedy_tokens(model, ids, gathers)
         options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "static"}
         assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options), tokens)
+    last_token(model, ids)
     with torch.no_grad():
         one_graph(model, ids, backend)
         told: list[Any] = [None]
