@@ -16,7 +16,7 @@ import transformers
 from cli_tools import Checkpoint
 from places import WORKERS
 from quantized_cases import MODELS
-from quantizing import KINDS, quantize_folder
+from quantizing import KINDS, _awq, _gptq, quantize_folder
 from safetensors.torch import load_file
 from single_process import NEW_TOKENS
 from torchrun_tools import on_ranks
@@ -235,3 +235,43 @@ def test_half_precision_differs_by_rounding(dtype: torch.dtype, checkpoint: Chec
         exact = _theirs(folder)(IDS).logits
     assert got.dtype == theirs.dtype == dtype
     assert distance(got, theirs)[1] <= rounding(theirs.float(), exact) < 0.2
+
+
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False}
+OF_GPTQMODEL = {
+    "gptq": (_gptq(16), _GPTQ, torch.float32),
+    "gptq_order": (_gptq(16, by_activity=True), {**_GPTQ, "desc_act": True}, torch.float32),
+    "gptq_8": (*KINDS["gptq_8"], torch.float32),
+    "awq": (_awq(16), {**KINDS["awq"][1], "group_size": 16}, torch.float16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", OF_GPTQMODEL)
+def test_gptqmodel_computes_what_dequantised_weights_do(
+    kind: str, size: int, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """It is not among the packages of the tests: see tests/README.md."""
+    pytest.importorskip("gptqmodel")
+    quantize, config, dtype = OF_GPTQMODEL[kind]
+    plain = checkpoint("qwen2", **{**MODELS["even"][1], "intermediate_size": 384})
+    folder = quantize_folder(plain, tmp_path / "source", (quantize, config))
+    job = _job(tmp_path, folder, size, "even", kind)
+    torch.save(torch.randn(2, 5, 384, generator=torch.Generator().manual_seed(3)).to(dtype), job["inputs"])
+    reshard.convert(folder, tmp_path / "cast", tp_size=size, dtype=dtype, sync=False)
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "folder": str(tmp_path / "cast")}]))
+    run = on_ranks(size, str(WORKERS / "native.py"), str(tmp_path / "jobs.json"), str(tmp_path), timeout=900)
+    assert run.returncode == 0, run.stderr
+    got = torch.load(tmp_path / f"even-{kind}.pt")
+    assert "compute: native, 14 quantized parameters by gptqmodel" in got["report"]
+    with torch.inference_mode():
+        half, exact = (single_model(folder, one)(IDS).logits.float() for one in (dtype, torch.float32))
+    limit = 1e-5 if dtype == torch.float32 else rounding(half, exact)
+    assert distance(got["logits"], half)[1] <= limit < 0.1
+    stored = _tensors(folder)
+    assert all(
+        _bytes(tensor) == _bytes(stored[name])
+        for name, tensor in _tensors(tmp_path / f"even-{kind}").items()
+        if "proj.bias" not in name and tensor.dtype == stored[name].dtype
+    )

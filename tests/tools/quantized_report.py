@@ -95,7 +95,20 @@ def read(version: str) -> list[dict[str, Any]]:
 def page(version: str) -> str:
     """Return the page that the written data make."""
     records = read(version)
-    return "\n".join([_HEAD.format(release=version, summary=summary(records)), *table(records)]) + "\n"
+    why = [f"{number}. {reason}" for number, reason in enumerate(_reasons(records), 1)]
+    told = ["", "Why a library takes no weight of a format, or of a model:", "", *why]
+    return "\n".join([_HEAD.format(release=version, summary=summary(records)), *table(records), *told]) + "\n"
+
+
+def _reasons(records: list[dict[str, Any]]) -> list[str]:
+    """Return why libraries take no parameter of a case, in the order of the table."""
+    cases = [record["native"] for record in _in_order(records) if "native" in record]
+    return list(dict.fromkeys(native["tp2"]["reason"] for native in cases if "library" not in native))
+
+
+def _in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    order = {kind: place for place, kind in enumerate(NAMES)}
+    return sorted(records, key=lambda record: order[record["kind"]])
 
 
 def summary(records: list[dict[str, Any]]) -> str:
@@ -117,8 +130,8 @@ def summary(records: list[dict[str, Any]]) -> str:
 def table(records: list[dict[str, Any]]) -> list[str]:
     """Return the lines of the table, format by format."""
     columns = (*_COLUMNS, *_THEIRS)
-    order = {kind: place for place, kind in enumerate(NAMES)}
-    rows = [_row(record) for record in sorted(records, key=lambda record: order[record["kind"]])]
+    reasons = _reasons(records)
+    rows = [_row(record, reasons) for record in _in_order(records)]
     return [_line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
 
 
@@ -126,13 +139,13 @@ def _line(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _row(record: dict[str, Any]) -> list[str]:
+def _row(record: dict[str, Any], reasons: list[str]) -> list[str]:
     meshes = record["meshes"]
     merged = "equal" if all(result["merged"] for result in meshes.values()) else "**differs**"
     ours = [_ours(meshes.get(mesh)) for mesh in quantized_matrix.MESHES]
     return [
         *(NAMES[record["kind"]], MODELS[record["model"]], f"{record['bits']:g}", *ours, merged),
-        _natively(record.get("native")),
+        _natively(record.get("native"), reasons),
         *_theirs(record.get("upstream")),
     ]
 
@@ -145,13 +158,14 @@ def _ours(result: dict[str, Any] | None) -> str:
     return _number(result["error"]) + ("" if result["tokens"] else ", **tokens differ**")
 
 
-def _natively(native: dict[str, Any] | None) -> str:
-    """Return what the page says of a library: its errors on 2 and 3 ranks, or why it takes no parameter."""
+def _natively(native: dict[str, Any] | None, reasons: list[str]) -> str:
+    """Return what the page says of a library: its errors on 2 and 3 ranks, or the number of the reason why it takes no
+    parameter."""
     if native is None:
         return "–"
     on = [native["tp2"], native["tp3"]]
     if "library" not in native:
-        return f"dequantised: {on[0]['reason'].partition(': ')[0]}"
+        return f"dequantised ({reasons.index(on[0]['reason']) + 1})"
     said = []
     for ranks in on:
         part = "" if ranks["taken"] == ranks["of"] else f" ({ranks['taken']} of {ranks['of']})"
@@ -207,7 +221,7 @@ def main(write: bool, only_page: bool, kinds: tuple[str, ...]) -> None:
         return
     for name, kind in quantized_cases.OF_TABLE:
         if kind in kinds:
-            click.echo(_line(_row(_measured(name, kind))))
+            click.echo("\n".join(table([_measured(name, kind)])))
 
 
 def _measured(name: str, kind: str) -> dict[str, Any]:
@@ -223,7 +237,7 @@ def _kept_on(kept: Path, name: str, kind: str) -> dict[str, Any]:
         record = _measured(name, kind)
         path.with_suffix(".part").write_text(json.dumps(record))
         path.with_suffix(".part").rename(path)
-        click.echo(_line(_row(record)), err=True)
+        click.echo("\n".join(table([record])), err=True)
     return json.loads(path.read_text())
 
 
