@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -53,9 +54,26 @@ class Case:
         job = {"device": self.device, "backend": self.backend}
         job["compiler"] = "inductor" if self.gpus else "aot_eager"
         job |= {name: str(folder / name) for name in ("source", "fp32", "bf16")}
+        job["quantized"] = quantized(folder, self.ranks) if importlib.util.find_spec("bitsandbytes") else {}
         (folder / "job.json").write_text(json.dumps(job))
         worker = ROOT / "tests" / "tools" / "workers" / "on_device.py"
         return [str(worker), str(folder / "job.json"), str(folder / "found.json")]
+
+
+def quantized(folder: Path, ranks: int) -> dict[str, list[str]]:
+    """Make quantized checkpoints and resharded folders of them. Returns both, by kind."""
+    import pico
+    from quantizing import quantize_folder
+
+    import reshard
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    plain, found = pico.save("llama", folder / "plain", **sizes, head_dim=64), {}
+    for kind in ("nf4_nested", "int8", "fp8"):
+        source, out = quantize_folder(plain, folder / kind, kind), folder / f"{kind}-ranks"
+        reshard.convert(source, out, tp_size=ranks, sync=False)
+        found[kind] = [str(source), str(out)]
+    return found
 
 
 CASES = (

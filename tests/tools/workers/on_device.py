@@ -2,8 +2,9 @@
 
     on_device.py JOB.json OUT.json
 
-The job is {"device", "source", "fp32", "bf16", "backend", "compiler"}: a folder of each dtype, and how to compile. Any
-difference is an assertion, hence a non-zero exit. Rank 0 prints each figure at once, and writes them all to OUT.json.
+The job is {"device", "source", "fp32", "bf16", "quantized", "backend", "compiler"}: a folder of each dtype, the source
+and folder of quantized checkpoints by kind, and how to compile. Any difference is an assertion, hence a non-zero exit.
+Rank 0 prints each figure at once, and writes them all to OUT.json.
 """
 
 import json
@@ -119,6 +120,13 @@ def main(job_path: str, out_path: str) -> None:
     half = runtime.load(job["bf16"], device=job["device"], attn_implementation="sdpa")
     found["flash"] = flash(half)
     assert found["flash"] <= 0.05, found
+    for kind, (source, folder) in job["quantized"].items():
+        model = runtime.load(folder, device=job["device"])
+        parity = check(model, source)
+        native = len(model._reshard_quantized.native)
+        found[kind] = {"error": parity.max_rel, "limit": parity.tolerance, "native": native}
+        assert parity.max_rel <= max(parity.tolerance, exact), parity
+        assert native or kind == "fp8"
     engine = Engine("reshard", dist.get_world_size(), partial(runtime.load, job["bf16"], device=job["device"]))
     measured = measure(engine, Settings((1,), 16, 2))
     assert measured.memory > 0
