@@ -51,22 +51,34 @@ class Deadline:
         return timedelta(seconds=max(0.001, self.seconds()))
 
 
+ANOTHER_FOLDER: ReshardError = RemoteMovedError(
+    "has another version", hint="give all ranks the same folder, or pin a commit of a repo with --revision"
+)
+
+
 class UnansweredError(TopologyError):
     """Waiting for the other ranks has failed. If some are silent, they are at fault."""
 
 
 def agree(
-    store: dist.Store, info: RankInfo, failure: Exception | None, deadline: Deadline, *, what: str, value: str = ""
+    store: dist.Store,
+    info: RankInfo,
+    failure: Exception | None,
+    deadline: Deadline,
+    *,
+    what: str,
+    value: str = "",
+    differing: ReshardError = ANOTHER_FOLDER,
 ) -> Deadline:
     """Tell the other ranks how `what` went here, and learn how it went there. Return the earliest of their deadlines.
 
-    `value` must be equal on all ranks, such as the digest of the manifest they read. All ranks learn of a failure
-    within seconds, even if some are silent.
+    `value` must be equal on all ranks, such as the digest of the manifest they read. `differing` is the error if it is
+    not: its words follow the number of the rank. All ranks learn of a failure within seconds, even if some are silent.
 
     Raises:
         ReshardError: the failure of the first rank that had one, the same on every rank. It names the rank, unless all
             failed alike. This rank's own failure is its cause.
-        RemoteMovedError: the ranks' values differ.
+        RemoteMovedError: the ranks' values differ; or what `differing` is.
         TopologyError: a rank, which is named, did not answer in time; or the store is gone.
     """
     meeting = dist.PrefixStore(f"reshard/{next(_meetings)}", store)
@@ -78,7 +90,7 @@ def agree(
         elif words:
             _judge(meeting, info.rank, words)
         answers = _answers(meeting, info.world_size, deadline)
-        verdict = _verdict(meeting, answers, what)
+        verdict = _verdict(meeting, answers, what, differing)
     except RuntimeError as error:  # the store's
         raise failure or TopologyError(
             f"{what}: rank {info.rank} has lost the others, since their store is gone: {first_line(error)}",
@@ -109,9 +121,9 @@ def _answers(meeting: dist.Store, world_size: int, deadline: Deadline) -> list[A
     return [json.loads(meeting.get(key)) if meeting.check([key]) else None for key in keys]
 
 
-def _verdict(meeting: dist.Store, answers: list[Any], what: str) -> Any:
+def _verdict(meeting: dist.Store, answers: list[Any], what: str, differing: ReshardError) -> Any:
     """Return [guilty rank or None, words] if something is wrong. The first verdict holds for ranks that come later."""
-    found = _complaint(answers, what)
+    found = _complaint(answers, what, differing)
     if found and not meeting.check(["verdict"]):
         _judge(meeting, *found)
     return json.loads(meeting.get("verdict")) if meeting.check(["verdict"]) else None
@@ -121,7 +133,7 @@ def _judge(meeting: dist.Store, guilty: int | None, words: list[str | None]) -> 
     meeting.compare_set("verdict", "", json.dumps([guilty, words]))
 
 
-def _complaint(answers: list[Any], what: str) -> tuple[int | None, list[str | None]] | None:
+def _complaint(answers: list[Any], what: str, differing: ReshardError) -> tuple[int | None, list[str | None]] | None:
     silent = [str(rank) for rank, answer in enumerate(answers) if answer is None]
     if silent:
         message = f"{what}: no answer from rank {', '.join(silent)} in time"
@@ -130,11 +142,8 @@ def _complaint(answers: list[Any], what: str) -> tuple[int | None, list[str | No
         if answer["failure"]:
             return rank, answer["failure"]
         if answer["value"] != answers[0]["value"]:
-            message = f"{what}: rank {rank} has another version than rank 0"
             return None, words_of(
-                RemoteMovedError(
-                    message, hint="give all ranks the same folder, or pin a commit of a repo with --revision"
-                )
+                type(differing)(f"{what}: rank {rank} {differing.message} than rank 0", hint=differing.hint)
             )
     return None
 

@@ -29,7 +29,7 @@ from ..model.keeping import keep_model
 from ..model.kernels import shares_gpu
 from ..model.methods import give_method
 from ..model.placing import distribute, fill
-from ..model.quantized.native import AUTO
+from ..model.quantized.native import AUTO, OTHER_LIBRARIES
 from ..model.save import save_pretrained
 from ..model.sequence import split_sequence
 from .phases import Phases
@@ -125,7 +125,8 @@ def load(
         _connect(asked, mesh, ranks, ready, deadline, phases)
     except Exception as error:
         failure = error
-    agree(ranks.store, ranks.info, failure, deadline, what="connecting")
+    native = ready.quantized.seal()
+    agree(ranks.store, ranks.info, failure, deadline, what="connecting", value=native, differing=OTHER_LIBRARIES)
     phases.end("ready")
     model = ready.model
     model.reshard_seconds = phases.seconds

@@ -75,8 +75,7 @@ class Ranks:
 class Ready:
     """The work that this rank has done alone: the model on the meta device, and the tensors that go into it.
 
-    `seal` must be equal on all ranks: the digest of the manifest, and what is `quantized` natively. The sequence is
-    split at `points`.
+    `seal` is the digest of the manifest, which must be equal on all ranks. The sequence is split at `points`.
     """
 
     folder: Path
@@ -133,7 +132,6 @@ def prepare(asked: Asked, mesh: DeviceMesh | None, ranks: Ranks, deadline: Deadl
         tensors = arriving()
         check_held(manifest, rank, tensors)
         phases.end("read")
-        seal = f"{seal} {quantized.seal()}"
         return Ready(folder, manifest, strategies, device, model, tensors, quantized, points, seal)
     except IntegrityError:
         if found:

@@ -152,3 +152,18 @@ def test_stored_logits_are_of_dequantised_weights(folder: Callable[..., Path]) -
     refused = on_ranks(2, "-m", "runtime", "check", str(out), "--compute", "native")
     assert set(refused.codes) == {2}
     assert "quantizes activations too" in refused.stderr
+
+
+def test_ranks_with_other_libraries(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A rank that lacks the library would compute something else: all end, with 8."""
+    code = """
+import os, sys, runtime
+if os.environ["RANK"] == "1":
+    sys.modules["bitsandbytes"] = None
+runtime.load(sys.argv[1])
+"""
+    (tmp_path / "load.py").write_text(code)
+    done = on_ranks(2, str(tmp_path / "load.py"), str(folder("even", "int8")))
+    assert done.returncode != 0
+    assert "rank 1 computes with other quantized weights by their library than rank 0" in done.stderr
+    assert "Hint: install the same packages for all ranks" in done.stderr

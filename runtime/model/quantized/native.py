@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from reshard.errors import IntegrityError, UsageError
+from reshard.errors import IntegrityError, UsageError, VersionError
 from reshard.launch.options import COMPUTE
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import Bundle, Target
@@ -24,7 +24,7 @@ from .libraries import BY_FORMAT
 from .library import Held, Library, Place
 from .plain import plain_part
 
-__all__ = ["AUTO", "DEQUANTISED", "Computation", "choose"]
+__all__ = ["AUTO", "DEQUANTISED", "OTHER_LIBRARIES", "Computation", "choose"]
 
 AUTO, NATIVE, DEQUANTISED = COMPUTE
 
@@ -35,6 +35,11 @@ _NO_LIBRARY = {
     **dict.fromkeys(("compressed", "compressed_packed", "compressed_fp4"), _DECOMPRESSED),
     **dict.fromkeys(("fp8", "fbgemm_fp8", "mxfp4"), _FETCHED),
 }
+# Of a rank, if another one computes natively with other weights.
+OTHER_LIBRARIES = VersionError(
+    "computes with other quantized weights by their library",
+    hint="install the same packages for all ranks, or give them all --compute dequantised",
+)
 _NAMES = "tensor_names"  # of a file, in torchao's metadata
 
 
