@@ -150,7 +150,7 @@ def test_stored_logits_are_of_dequantised_weights(folder: Callable[..., Path]) -
     done = on_ranks(2, "-m", "runtime", "check", str(out))
     assert "tokens equal" in done.stdout, done.stderr
     refused = on_ranks(2, "-m", "runtime", "check", str(out), "--compute", "native")
-    assert set(refused.codes) == {2}
+    assert 2 in refused.codes
     assert "quantizes activations too" in refused.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ from reshard.sharding.placement import local_shape
 from reshard.text import printable
 from reshard.transforms.bundle import cut_between_entries, matrices
 
-from .libraries import BY_FORMAT
-from .library import Held, Library, Place
+from .libraries import BY_FORMAT, replace_modules
+from .library import Held, Place
 from .plain import plain_part
 
 __all__ = ["AUTO", "DEQUANTISED", "OTHER_LIBRARIES", "Computation", "choose"]
@@ -66,12 +67,7 @@ class Computation:
     def replace(self, model: Any, told: Mapping[str, Any]) -> None:
         """Put the libraries' modules in their places. The model is on the meta device; `told` is the
         quantization_config of config.json."""
-        by_library: dict[int, tuple[Library, dict[str, Place]]] = {}
-        for name, place in self.native.items():
-            library = BY_FORMAT[place.quantized.format]
-            by_library.setdefault(id(library), (library, {}))[1][_module(name)] = place
-        for library, places in by_library.values():
-            library.replace(model, places, told, self.device)
+        replace_modules(model, {_module(name): place for name, place in self.native.items()}, told, self.device)
 
     def place_tensors(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fill the libraries' modules. Return the tensors of plain parameters by name, dequantised ones among them.
@@ -114,10 +110,11 @@ class Computation:
     def metadata(self) -> dict[str, str]:
         """Return the metadata of the source's files."""
         if not self._metadata:
-            names: list[str] = []
+            names: list[Any] = []
             for file in self.manifest.source_files:
                 told = json.loads(file["header"]).get("__metadata__") or {}
-                names += json.loads(told.get(_NAMES, "[]"))
+                with contextlib.suppress(ValueError, TypeError):
+                    names += json.loads(told.get(_NAMES, "[]"))
                 self._metadata |= told
             self._metadata |= {_NAMES: json.dumps(names)} if names else {}
         return self._metadata
@@ -134,25 +131,21 @@ class Computation:
 
     def report(self, model: Any) -> list[str]:
         """Say what computes with the quantized parameters, and what their weights take on this rank."""
-        lines = []
-        counts = Counter(BY_FORMAT[place.quantized.format].name for place in self.native.values())
-        for library, count in counts.items():
-            size = sum(
-                tensor.nbytes
-                for name, place in self.native.items()
-                for tensor in BY_FORMAT[place.quantized.format].tensors(model.get_submodule(_module(name)))
-                if BY_FORMAT[place.quantized.format].name == library
-            )
-            lines.append(
-                f"compute: native, {count} quantized parameters by {library}: {size / 1e6:,.1f} MB on this rank"
-            )
-        sizes = {
-            bundle.target.name: _bytes(bundle.target, self.rank, self.manifest) for bundle in self.manifest.bundles
-        }
-        for reason, count in Counter(self.reasons.values()).items():
-            size = sum(sizes[name] for name, why in self.reasons.items() if why == reason)
-            words = f"compute: dequantised, {count} quantized parameters are plain ones in memory: {size / 1e6:,.1f} MB"
-            lines.append(f"{words} on this rank; {reason}")
+        lines, counts, sizes = [], Counter[str](), Counter[str]()
+        for name, place in self.native.items():
+            library = BY_FORMAT[place.quantized.format]
+            counts[library.name] += 1
+            sizes[library.name] += sum(one.nbytes for one in library.tensors(model.get_submodule(_module(name))))
+        for library_name, count in counts.items():
+            words = f"{count} quantized parameters by {library_name}: {sizes[library_name] / 1e6:,.1f} MB on this rank"
+            lines.append(f"compute: native, {words}")
+        targets = {bundle.target.name: bundle.target for bundle in self.manifest.bundles}
+        for name, reason in self.reasons.items():
+            counts[reason] += 1
+            sizes[reason] += _bytes(targets[name], self.rank, self.manifest)
+        for reason in dict.fromkeys(self.reasons.values()):
+            words = f"{counts[reason]} quantized parameters are plain ones in memory: {sizes[reason] / 1e6:,.1f} MB"
+            lines.append(f"compute: dequantised, {words} on this rank; {reason}")
         return lines
 
 
@@ -176,7 +169,6 @@ def choose(manifest: Manifest, model: nn.Module, device: torch.device, rank: int
     found = Computation(manifest, rank, device)
     modules = dict(model.named_modules())
     missing: dict[int, str | None] = {}
-
     for bundle in manifest.bundles:
         target, quantized = bundle.target, bundle.quantized
         library = BY_FORMAT.get(quantized.format)

@@ -18,8 +18,8 @@ from reshard.operations.reference import single_model
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import Replicate
 
-from .libraries import BY_FORMAT, LIBRARIES
-from .library import Held, Library, Place
+from .libraries import BY_FORMAT, LIBRARIES, replace_modules
+from .library import Held, Place
 
 __all__ = ["native_model", "quantizes_inputs", "shaken"]
 
@@ -30,27 +30,24 @@ def native_model(root: Path, dtype: torch.dtype, device: torch.device, names: Co
     """Load the checkpoint in `root` in one process, with libraries that compute with the quantized parameters `names`,
     each the weight of a linear layer. Raises what `single_model` does."""
     model, source = single_model(root, dtype, device), open_source(root)
-    held: dict[int, tuple[Library, dict[str, Held]]] = {}
+    held: dict[str, Held] = {}
     for one in quantized_matrices(source, model):
         if one.parameter in names and not one.is_part:
-            library, kind = BY_FORMAT[one.bundle.format], str(dtype).removeprefix("torch.")
+            kind = str(dtype).removeprefix("torch.")
             target = Target(one.parameter, tuple(map(sum, one.bundle.blocks)), kind, Replicate(), ())
+            place = Place(target, one.name, one.bundle, 0, 1, partial(metadata_of, source))
             tensors = {one.bundle.members[name].role: tensor.to(device) for name, tensor in one.tensors.items()}
-            module = one.parameter.rpartition(".")[0]
-            held.setdefault(id(library), (library, {}))[1][module] = Held(
-                Place(target, one.name, one.bundle, 0, 1, partial(metadata_of, source)), tensors
-            )
-    for library, parts in held.values():
-        biases = {name: model.get_submodule(name).bias for name in parts}
-        places = {name: part.place for name, part in parts.items()}
-        library.replace(model, places, quantization_of(source.config) or {}, device)
-        for name, part in parts.items():
-            module = model.get_submodule(name)
-            library.fill(module, part)
-            if biases[name] is not None:
-                module._parameters["bias"] = biases[name]
-            module.eval()
-            library.begin(module, dtype)
+            held[one.parameter.rpartition(".")[0]] = Held(place, tensors)
+    biases = {name: model.get_submodule(name).bias for name in held}
+    places = {name: part.place for name, part in held.items()}
+    replace_modules(model, places, quantization_of(source.config) or {}, device)
+    for name, part in held.items():
+        module, library = model.get_submodule(name), BY_FORMAT[part.place.quantized.format]
+        library.fill(module, part)
+        if biases[name] is not None:
+            module._parameters["bias"] = biases[name]
+        module.eval()
+        library.begin(module, dtype)
     return model
 
 
