@@ -134,7 +134,8 @@ def filled(planned: ReshardPlan, origin: Origin) -> list[FileLayout]:
     Raises BadInputError if a resharded folder lacks what a rank needs.
     """
     layouts, made = plan_layouts(planned), origin.made
-    return [made.relocated(layout) for layout in layouts] if made else layouts
+    computed = origin.derived.computed if origin.derived else {}
+    return [made.relocated(layout, computed=computed) for layout in layouts] if made else layouts
 
 
 def plan_of(

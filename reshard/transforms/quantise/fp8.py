@@ -1,0 +1,86 @@
+"""The bytes of transformers' fp8 by blocks. Source: `transformers.integrations.finegrained_fp8.Fp8Quantize`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .recipe import Made, Read, Recipe, tiles
+
+_FP8 = torch.float8_e4m3fn
+_MOST = torch.finfo(_FP8).max
+
+
+def blocks(config: Any) -> Recipe:
+    """Return the recipe for transformers' `FineGrainedFP8Config`. Raises ValueError for what needs more than weights.
+
+    A matrix whose sides are not whole blocks is not quantized, as there; without a block size, it is one block.
+    """
+    if config.activation_scheme != "dynamic":
+        raise ValueError("activation_scheme static needs scales of activations, which only running the model gives")
+    if config.expert_dtype != "fp8" or config.dequantize or config.modules_to_convert:
+        raise ValueError("expert_dtype, dequantize and modules_to_convert are of checkpoints that are quantized already")
+    size = config.weight_block_size
+    exponents = config.scale_fmt == "ue8m0"
+
+    def made(shape: tuple[int, int], dtype: str, largest: float | None) -> tuple[Made, ...]:
+        block = tuple(size) if size else shape
+        grid = (shape[0] // block[0], shape[1] // block[1])
+        scale = functools.partial(_scales, block, largest, exponents)
+        kind = "float8_e8m0fnu" if exponents else "float32"
+        return (
+            Made(".weight", "float8_e4m3fn", shape, shape, shape, functools.partial(_values, block, scale)),
+            Made(".weight_scale_inv", kind, grid, grid, shape, lambda *box: scale(*box)[0]),
+        )
+
+    def fits(shape: tuple[int, int]) -> bool:
+        return not size or (shape[0] % size[0] == 0 and shape[1] % size[1] == 0)
+
+    return Recipe(made, None if size else _largest, fits)
+
+
+def _largest(read: Read, values: int) -> float:
+    found = [read(*tile).float().abs().amax() for tile in tiles((0, 1), (0, values), (1, 1))]
+    return torch.stack(found).amax().item()  # NaN if any is
+
+
+def _scales(
+    block: tuple[int, int], largest: float | None, exponents: bool, read: Read, top: int, bottom: int, left: int, right: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales of blocks as they are stored, and what values are multiplied with: [rows, columns] of blocks.
+    `largest` is the largest value if the matrix is one block."""
+    if largest is None:
+        high, wide = block
+        most = torch.empty(bottom - top, right - left)
+        for first, last, start, stop in tiles((top * high, bottom * high), (left * wide, right * wide), block):
+            values = read(first, last, start, stop).float().unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+            where = slice(first // high - top, last // high - top), slice(start // wide - left, stop // wide - left)
+            most[where] = values.abs().amax((1, 3))
+    else:
+        most = torch.full((bottom - top, right - left), largest)
+    scales = torch.where(most > 0, _MOST / torch.where(most > 0, most, 1.0), 1.0)
+    stored = 1.0 / scales
+    if exponents:
+        stored = torch.pow(2.0, torch.ceil(torch.log2(stored.clamp(min=torch.finfo(torch.float32).tiny))))
+        stored = stored.to(torch.float8_e8m0fnu)
+        scales = 1.0 / stored.float()
+    return stored, scales
+
+
+def _values(
+    block: tuple[int, int], scale: Any, read: Read, top: int, bottom: int, left: int, right: int
+) -> torch.Tensor:
+    found = torch.empty(bottom - top, right - left, dtype=_FP8)
+    high, wide = block
+    # Whole blocks: a part of one needs the scale of all of it.
+    over = (top // high, -(-bottom // high)), (left // wide, -(-right // wide))
+    _, scales = scale(read, *over[0], *over[1])
+    for first, last, start, stop in tiles((top, bottom), (left, right), (1, 1)):
+        down = torch.arange(first, last) // high - over[0][0]
+        across = torch.arange(start, stop) // wide - over[1][0]
+        factor = scales.index_select(0, down).index_select(1, across)
+        values = (read(first, last, start, stop).float() * factor).clamp_(-_MOST, _MOST)
+        found[first - top : last - top, start - left : stop - left] = values.to(_FP8)
+    return found
