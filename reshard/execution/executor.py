@@ -60,8 +60,9 @@ def write_files(
 
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
     Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor; a computed block
-    takes a few times as much. With `sync`, every file is on disk on return. With a journal, a tensor that an earlier run wrote is kept if it still has the
-    digest claimed there. Returns the record of each file, and the digests of the source files by name.
+    takes a few times as much. With `sync`, every file is on disk on return. With a journal, a tensor that an earlier
+    run wrote is kept if it still has the digest claimed there. Returns the record of each file, and the digests of the
+    source files by name.
 
     Raises:
         StorageError: the disk refused.

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from ..errors import UsageError
 from ..checkpoint.quantization import QUANTIZATIONS
+from ..errors import UsageError
 from ..files.dtypes import cache_dtype, floating_dtype
 from ..text import printable
 

@@ -150,7 +150,7 @@ def convert(
             write_file(folder / CONFIG_NAME, derived.config, sync=sync)
             extras.append(FileRecord(CONFIG_NAME, len(derived.config), digest_of(derived.config), {}))
         if reference_logits:
-            extras.append(store_reference(whole, folder, draft.dtype, choice=choice, sync=sync))
+            extras.append(store_reference(whole, folder, draft.dtype, choice=choice, sync=sync, derived=derived))
         found = draft.source_files if made else recorded(origin.original.files, source_digests)
         manifest = replace(
             draft,
@@ -201,8 +201,7 @@ def _planned(
         arrivals=arrivals,
     )
     before = origin.made.manifest if origin.made else None
-    notes = (*(origin.derived.notes if origin.derived else ()), *planned.notes)
-    return Recut(_draft(planned, before), filled(planned, origin), notes)
+    return Recut(_draft(planned, before), filled(planned, origin), planned.notes)
 
 
 def _work(draft: Manifest, layouts: list[FileLayout], origin: Origin) -> str:

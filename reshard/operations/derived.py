@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.quantization import quantization_of
+from ..checkpoint.source import Source
 from ..errors import UsageError
 from ..execution.executor import Inputs
 from ..execution.measure import measure
 from ..execution.origin import Origin
 from ..execution.reader import SourceReader, tensor_blocks
-from ..files.digest import ALGORITHM, new_digest
+from ..files.digest import new_digest
 from ..files.untrusted import read_json
 from ..process import BLOCK_BYTES, Advance, Progress, silent, worker_count
 from ..resharded.as_source import Resharded, recorded, written_back
@@ -23,7 +25,7 @@ from ..text import printable
 if TYPE_CHECKING:
     from ..checkpoint.source import SourceFile
 
-__all__ = ["AS_IT_IS", "Change", "change_of", "derived_origin", "with_recorded_files"]
+__all__ = ["AS_IT_IS", "Change", "change_of", "derived_origin", "made_again", "with_recorded_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,13 @@ def change_of(
         raise UsageError("--quantize and --dequantize contradict each other")
     if quantize is None and (config is not None or experts):
         raise UsageError("--quantize-config and --experts say how to quantize", hint="give --quantize too")
-    if isinstance(config, (str, Path)):
-        found = read_json(Path(config))
-        if not isinstance(found, dict):
-            raise UsageError(f"{printable(config)}: is no JSON object")
-        config = found.get("quantization_config", found)
-    return Change(quantize, config, experts, dequantize)
+    if config is None or isinstance(config, Mapping):
+        return Change(quantize, config, experts, dequantize)
+    found = read_json(Path(config))
+    options = found.get("quantization_config", found) if isinstance(found, dict) else None
+    if not isinstance(options, dict):
+        raise UsageError(f"{printable(config)}: is no JSON object")
+    return Change(quantize, options, experts, dequantize)
 
 
 def derived_origin(
@@ -85,7 +88,8 @@ def derived_origin(
         return origin
     if drop_unused:
         raise UsageError(
-            "--drop-unused goes with no other change of the weights", hint="leave it out, and cut the result again with it"
+            "--drop-unused goes with no other change of the weights",
+            hint="leave it out, and cut the result again with it",
         )
     if change.dequantize:
         from ..planning.dequantise import dequantised
@@ -113,11 +117,25 @@ def derived_origin(
     return origin.as_derived(derived)
 
 
+def made_again(manifest: Manifest, config: Mapping[str, Any], source: Source, *, progress: Progress = silent) -> Origin:
+    """Return the origin that a folder with this manifest and `config` (config.json) was computed from, given what
+    `source` it was made of: that one itself if it has the folder's tensors already.
+
+    Raises a `ReshardError`.
+    """
+    told, origin = manifest.derived, Origin(source)
+    is_quantized = quantization_of(source.config) is not None
+    if told is None or is_quantized == (told["quantized"] is not None):
+        return origin
+    change = Change(told["quantized"], quantization_of(config), told["experts"], told["dequantized"] is not None)
+    return derived_origin(origin, change, dtype=told["dtype"], progress=progress)
+
+
 def with_recorded_files(
     folder: Path, manifest: Manifest, origin: Origin, *, workers: int | None = None, progress: Progress = silent
 ) -> Manifest:
-    """Return the manifest with the files that its source would have, and the digest of each: of what `merge --layout hf`
-    writes. They are computed from the rank files in `folder`, read once more."""
+    """Return the manifest with the files that its source would have, and their digests: what `merge --layout hf` writes.
+    For these, the rank files in `folder` are read once more."""
     files = origin.source.files
     manifest = replace(manifest, source_files=recorded(files, dict.fromkeys((file.name for file in files), "0" * 32)))
     made = written_back(folder, manifest)

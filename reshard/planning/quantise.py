@@ -178,18 +178,24 @@ def _configuration(kind: str, options: Mapping[str, Any]) -> Any:
     from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 
     family: Any = FineGrainedFP8Config if kind == "fp8" else BitsAndBytesConfig
-    fixed = {
+    every: dict[str, dict[str, Any]] = {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
         "int8": {"load_in_8bit": True},
         "fp8": {},
-    }[kind]
-    own = {"quant_method": "fp8" if kind == "fp8" else "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False, **fixed}
+    }
+    fixed = every[kind]
+    own = {
+        "quant_method": "fp8" if kind == "fp8" else "bitsandbytes",
+        "load_in_4bit": False,
+        "load_in_8bit": False,
+        **fixed,
+    }
     names = inspect.signature(family).parameters.keys() - {"kwargs"}
     given = {}
     for name, value in options.items():
         if name in own:
-            if value != own[name] and (name != "load_in_4bit" or kind == "fp8" or value):
+            if value != own[name]:
                 raise UsageError(f"--quantize {kind}: {name} is {printable(value)} in the configuration")
         elif name not in names and not name.startswith("_load_in"):
             raise UsageError(
@@ -283,7 +289,11 @@ def _notes(kind: str, chosen: _Chosen, *, experts: bool) -> tuple[str, ...]:
     found = []
     share = 1 - chosen.quantized / chosen.all
     if chosen.left:
-        why = "a side is no whole blocks, or the experts are in one tensor" if kind == "fp8" else "their experts are in one tensor"
+        why = (
+            "a side is no whole blocks, or the experts are in one tensor"
+            if kind == "fp8"
+            else "their experts are in one tensor"
+        )
         found.append(f"{kind}: {len(chosen.left)} modules are not quantized ({why}): {listed(chosen.left)}")
     if share >= _MUCH:
         found.append(f"{kind}: {share:.0%} of the weights in matrices are not quantized, as in transformers")

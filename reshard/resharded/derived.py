@@ -54,7 +54,7 @@ class Derived:
     notes: tuple[str, ...] = field(default=())
 
     def digest(self) -> str:
-        """Return a digest of all that decides the bytes of its tensors, beside the files that they are computed from."""
+        """Return a digest of all that decides the bytes of its tensors, beside those that they are computed from."""
         digest = new_digest()
         digest.update(self.config)
         for name, made in self.computed.items():
@@ -63,9 +63,7 @@ class Derived:
 
     def filled(self, fill: Callable[[LocalTensor], LocalTensor]) -> Derived:
         """Return it with its inputs read from elsewhere."""
-        computed = {
-            name: replace(made, inputs=tuple(map(fill, made.inputs))) for name, made in self.computed.items()
-        }
+        computed = {name: replace(made, inputs=tuple(map(fill, made.inputs))) for name, made in self.computed.items()}
         return replace(self, computed=computed)
 
 

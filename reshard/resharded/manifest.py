@@ -49,9 +49,9 @@ class Manifest:
     path. `groups` gives, by attention, the query heads for each KV head on every rank, if ranks differ; else the model
     has the number. `bundles` are the quantized parameters, whose tensors are among the `parameters`. `engine` says
     which other engine the rank files are for, if any; `parameters` are then the tensors of that engine, those of all
-    ranks one after the other. `derived` says how the checkpoint that `source_files` are of was computed from another, and
-    has the files of that one; they may be nowhere themselves. `left` are the source files that were left behind: known when the folder is made, but not
-    written.
+    ranks one after the other. `derived` says how the checkpoint of the `source_files` was computed from another, and
+    has the files of that one: those of the source may be nowhere. `left` are the source files that were left behind:
+    known when the folder is made, but not written.
     """
 
     tool: dict[str, str]

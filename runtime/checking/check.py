@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from reshard.checkpoint.source import Source, model_config
 from reshard.errors import IntegrityError
 from reshard.launch.asked import check_per_layer
 from reshard.operations.reference import (
@@ -24,6 +25,9 @@ from reshard.operations.reference import (
     in_memory,
     inputs_of,
     largest,
+    made_again,
+    of_derived,
+    quality,
     read_reference,
     reference_of,
     single_model,
@@ -40,7 +44,18 @@ from ..generation.generate import greedy
 from .differences import Altered, Difference, Layers, altered_in, first_difference
 from .traces import record
 
-__all__ = ["Parity", "check"]
+__all__ = ["Parity", "Quality", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How far the quantized single process is from the unquantized one on the fixed tokens: the Kullback-Leibler
+    divergence of the next token's probabilities in nats, mean and largest of all positions, and the part of positions
+    at which the most probable token is the same."""
+
+    divergence: float
+    largest_divergence: float
+    same_token: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,8 @@ class Parity:
     in half precision, a few times the reference's own distance from fp32. `equal_tokens` is None if the model
     generates none; `tied_tokens` tells whether rounding explains that they differ. If layers were compared,
     `difference` is the first module that computes something else. If no module does, `unreached` are the parameters
-    that differ from the source nevertheless.
+    that differ from the source nevertheless. `quality` says what quantizing changed, if the folder was quantized when
+    it was made.
     """
 
     max_abs: float
@@ -61,6 +77,7 @@ class Parity:
     tied_tokens: bool = False
     difference: Difference | None = None
     unreached: tuple[Altered, ...] = ()
+    quality: Quality | None = None
 
     @property
     def ok(self) -> bool:
@@ -113,7 +130,8 @@ def check(model: Any, reference: str | None = None, *, revision: str | None = No
     if single is not None:
         try:
             apart = _apart(single.reference, values.cpu())
-            result = [Parity(*apart, single.reference.tolerance, equal, tied, difference, unreached)]
+            cost = _quality(single.reference)
+            result = [Parity(*apart, single.reference.tolerance, equal, tied, difference, unreached, cost)]
         except IntegrityError as error:
             result = [words_of(error)]
     dist.broadcast_object_list(result, src=0, device=model.device)
@@ -139,16 +157,34 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
         if model.device.type != STORED_ON:
             reference = replace(reference, tolerance=max(reference.tolerance, ELSEWHERE))
         return _Single(reference, None)
-    root = resolve_source(place, revision=revision).root
-    single = single_model(root, model.dtype, model.device)
+    source = resolve_source(place, revision=revision)
+    single, unquantized = _made_again(model, source)
     _check_same(model, single, place)
     ids = fixed_ids(model)
     traced = record(single, inputs_of(single, ids)) if per_layer else {}
-    reference = reference_of(single, ids)
+    reference = replace(reference_of(single, ids), unquantized=unquantized)
     if not per_layer:
         return _Single(reference, None)
     exact = record(single, inputs_of(single, ids)) if model.dtype in HALF else None
     return _Single(reference, Layers(single, traced, exact))
+
+
+def _made_again(model: Any, source: Source) -> tuple[Any, torch.Tensor | None]:
+    """Return the single-process model that a folder's model was made of, computed again if it was quantized or
+    dequantised then; and the values before it was quantized, if it was."""
+    manifest = model._reshard_manifest
+    origin = made_again(manifest, model_config(Path(model.name_or_path)), source) if manifest.derived else None
+    if origin is None or origin.derived is None:
+        return single_model(source.root, model.dtype, model.device), None
+    if manifest.derived["quantized"]:
+        return of_derived(source.root, model.dtype, model.device, origin.derived)
+    return single_model(source.root, model.dtype, model.device, derived=origin.derived), None
+
+
+def _quality(reference: Reference) -> Quality | None:
+    if reference.unquantized is None or reference.unquantized.ndim != 3:
+        return None
+    return Quality(*quality(reference.unquantized, reference.values))
 
 
 def _check_same(model: Any, single: Any, place: str) -> None:

@@ -1,5 +1,5 @@
-"""What quantizes: one file for each library whose bytes are made. A recipe says what a matrix becomes, and makes any part
-of it from what this takes of the matrix: the result does not depend on how it is cut, nor on how many threads work.
+"""What quantizes: one file for each library whose bytes are made. A recipe says what a matrix becomes, and makes any
+part of it from what this takes of the matrix: the result does not depend on how it is cut, nor on the threads.
 """
 
 from __future__ import annotations

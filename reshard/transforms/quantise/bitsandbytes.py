@@ -53,20 +53,32 @@ def four_bits(config: Any) -> Recipe:
             constant(".weight.quant_map", torch.tensor(CODES_OF_BNB[code]), matrix),
         ]
         if not nested:
-            return (*found, Made(".weight.absmax", "float32", (blocks,), scales, matrix, functools.partial(_absmax, matrix[1])))
+            return (
+                *found,
+                Made(".weight.absmax", "float32", (blocks,), scales, matrix, functools.partial(_absmax, matrix[1])),
+            )
         whole, groups = (1, values), -(-blocks // _NESTED_BLOCK)
         inner = functools.partial(_nested, values, offset or 0.0)
         return (
             *found,
             Made(".weight.absmax", "uint8", (blocks,), (1, blocks), whole, lambda *box: inner(*box)[0]),
-            Made(".weight.nested_absmax", "float32", (groups,), (1, groups), whole, functools.partial(_outer, values, offset or 0.0)),
+            Made(
+                ".weight.nested_absmax",
+                "float32",
+                (groups,),
+                (1, groups),
+                whole,
+                functools.partial(_outer, values, offset or 0.0),
+            ),
             constant(".weight.nested_quant_map", _dynamic_map(), matrix),
         )
 
     return Recipe(made, _offset if nested else None, lambda shape: math.prod(shape) % (2 * size) == 0 or size == 1)
 
 
-def _blocks_of(read: Read, width: int, rows: tuple[int, int], blocks: tuple[int, int]) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
+def _blocks_of(
+    read: Read, width: int, rows: tuple[int, int], blocks: tuple[int, int]
+) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
     """Yield the blocks of a box by tiles: where they are in it, and their values [rows, blocks, 64] in fp32. A block at
     the end that is smaller has them [rows, 1, its size]."""
     last = width // _BLOCK
@@ -113,10 +125,8 @@ def _codes(code: str, values: torch.Tensor) -> torch.Tensor:
     search, it looks up a bucket of a table, which has one bound at most, and is compared with that.
     """
     scale = values.abs().amax(2, keepdim=True).clamp_(min=_LEAST)
-    if values.shape[2] == _BLOCK:
-        scaled = (values * (1.0 / scale)).clamp_(-1, 1)
-    else:
-        scaled = (values / scale).clamp_(-1, 1)
+    scaled = values * (1.0 / scale) if values.shape[2] == _BLOCK else values / scale
+    scaled.clamp_(-1, 1)
     bounds, order, below, above, bound = _table(code)
     if not bool(scale.isfinite().all()):  # NaN has no bucket
         return order[torch.bucketize(scaled, bounds)]

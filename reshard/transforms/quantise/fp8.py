@@ -21,7 +21,9 @@ def blocks(config: Any) -> Recipe:
     if config.activation_scheme != "dynamic":
         raise ValueError("activation_scheme static needs scales of activations, which only running the model gives")
     if config.expert_dtype != "fp8" or config.dequantize or config.modules_to_convert:
-        raise ValueError("expert_dtype, dequantize and modules_to_convert are of checkpoints that are quantized already")
+        raise ValueError(
+            "expert_dtype, dequantize and modules_to_convert are of checkpoints that are quantized already"
+        )
     size = config.weight_block_size
     exponents = config.scale_fmt == "ue8m0"
 
@@ -47,7 +49,14 @@ def _largest(read: Read, values: int) -> float:
 
 
 def _scales(
-    block: tuple[int, int], largest: float | None, exponents: bool, read: Read, top: int, bottom: int, left: int, right: int
+    block: tuple[int, int],
+    largest: float | None,
+    exponents: bool,
+    read: Read,
+    top: int,
+    bottom: int,
+    left: int,
+    right: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scales of blocks as they are stored, and what values are multiplied with: [rows, columns] of blocks.
     `largest` is the largest value if the matrix is one block."""
