@@ -134,7 +134,7 @@ def made_again(manifest: Manifest, config: Mapping[str, Any], source: Source, *,
 def with_recorded_files(
     folder: Path, manifest: Manifest, origin: Origin, *, workers: int | None = None, progress: Progress = silent
 ) -> Manifest:
-    """Return the manifest with the files that its source would have, and their digests: what `merge --layout hf` writes.
+    """Return the manifest with the files that its source would have, which `merge --layout hf` writes, and their digests.
     For these, the rank files in `folder` are read once more."""
     files = origin.source.files
     manifest = replace(manifest, source_files=recorded(files, dict.fromkeys((file.name for file in files), "0" * 32)))

@@ -75,6 +75,8 @@ def quantised(
         )
     config = _configuration(kind, options)
     recipe = _recipe(kind, config)
+    if experts and kind == "fp8":
+        raise UsageError("--quantize fp8 quantizes experts anyway", hint="leave out --experts")
     model_dtype = dtype or dtype_of(source)
     model = meta_model(source.root, dtype=model_dtype)
     naming, wanted = Naming(model, source.tensors), expected_dtypes(model, model_dtype)
