@@ -35,7 +35,7 @@ from ..storage.locate import fetch
 from ..storage.stores import as_text
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from .arguments import checked
-from .derived import change_of, derived_origin, with_recorded_files
+from .values.change import change_of, derived_origin, with_recorded_files
 
 if TYPE_CHECKING:
     import torch

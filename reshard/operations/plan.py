@@ -24,7 +24,7 @@ from ..storage.prefetch import Arrivals
 from ..storage.stores import as_text
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .arguments import checked
-from .derived import change_of, derived_origin
+from .values.change import change_of, derived_origin
 
 if TYPE_CHECKING:
     import torch

@@ -30,8 +30,8 @@ from ..resharded.rank_file import FileRecord, written_file
 from ..storage.disk import write_file
 from ..storage.locate import fetch
 from ..text import printable
-from .dequantised import dequantised_tensors
-from .derived import made_again
+from .values.change import made_again
+from .values.in_memory import dequantised_tensors
 
 __all__ = [
     "ELSEWHERE",

@@ -172,7 +172,7 @@ def test_merge_says_what_cannot_be_undone(quantized: Path, tmp_path: Path) -> No
 def test_dequantising_stores_the_values_of_one_process(kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Those that ranks make of the same files, which are compared with each library's in `test_formats`."""
     from reshard.checkpoint.source import open_source
-    from reshard.operations.dequantised import dequantised_tensors
+    from reshard.operations.values.in_memory import dequantised_tensors
 
     source = quantize_folder(checkpoint("llama", hidden_size=64, intermediate_size=128), tmp_path / "source", kind)
     reshard.convert(source, tmp_path / "quantized", tp_size=2, sync=False)

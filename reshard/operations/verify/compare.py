@@ -21,7 +21,7 @@ from ...resharded.rank_file import FileRecord
 from ...resharded.targets import LocalTensor, unused_tensors
 from ...storage.locate import resolve_source
 from ...text import printable
-from ..derived import made_again
+from ..values.change import made_again
 
 __all__ = ["compare_with_source"]
 

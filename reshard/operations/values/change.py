@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.quantization import quantization_of
-from ..checkpoint.source import Source
-from ..errors import UsageError
-from ..execution.executor import Inputs
-from ..execution.measure import measure
-from ..execution.origin import Origin
-from ..execution.reader import SourceReader, tensor_blocks
-from ..files.digest import new_digest
-from ..files.untrusted import read_json
-from ..process import BLOCK_BYTES, Advance, Progress, silent, worker_count
-from ..resharded.as_source import Resharded, recorded, written_back
-from ..resharded.manifest import Manifest
-from ..text import printable
+from ...checkpoint.quantization import quantization_of
+from ...checkpoint.source import Source
+from ...errors import UsageError
+from ...execution.executor import Inputs
+from ...execution.measure import measure
+from ...execution.origin import Origin
+from ...execution.reader import SourceReader, tensor_blocks
+from ...files.digest import new_digest
+from ...files.untrusted import read_json
+from ...process import BLOCK_BYTES, Advance, Progress, silent, worker_count
+from ...resharded.as_source import Resharded, recorded, written_back
+from ...resharded.manifest import Manifest
+from ...text import printable
 
 if TYPE_CHECKING:
-    from ..checkpoint.source import SourceFile
+    from ...checkpoint.source import SourceFile
 
 __all__ = ["AS_IT_IS", "Change", "change_of", "derived_origin", "made_again", "with_recorded_files"]
 
@@ -43,7 +43,7 @@ class Change:
         """Whether a pass over all the weights comes before the planning."""
         if self.quantize is None:
             return False
-        from ..planning.quantise import needs_whole
+        from ...planning.quantise import needs_whole
 
         return needs_whole(self.quantize, self.options or {})
 
@@ -92,10 +92,10 @@ def derived_origin(
             hint="leave it out, and cut the result again with it",
         )
     if change.dequantize:
-        from ..planning.dequantise import dequantised
+        from ...planning.dequantise import dequantised
 
         return origin.as_derived(dequantised(origin.source, dtype=dtype))
-    from ..planning.quantise import Measure, quantised
+    from ...planning.quantise import Measure, quantised
 
     def find(wanted: Any) -> list[float]:
         assert progress is not None
@@ -134,8 +134,8 @@ def made_again(manifest: Manifest, config: Mapping[str, Any], source: Source, *,
 def with_recorded_files(
     folder: Path, manifest: Manifest, origin: Origin, *, workers: int | None = None, progress: Progress = silent
 ) -> Manifest:
-    """Return the manifest with the files that its source would have, which `merge --layout hf` writes, and their digests.
-    For these, the rank files in `folder` are read once more."""
+    """Return the manifest with the files that its source would have, those that `merge --layout hf` writes. For their
+    digests, the rank files in `folder` are read once more."""
     files = origin.source.files
     manifest = replace(manifest, source_files=recorded(files, dict.fromkeys((file.name for file in files), "0" * 32)))
     made = written_back(folder, manifest)

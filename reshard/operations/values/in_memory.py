@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.naming import Naming
-from ..checkpoint.source import Source
-from ..execution.reader import SourceReader, tensor_blocks
-from ..planning.model.quantized import Matrices
-from ..process import BLOCK_BYTES
-from ..resharded.derived import Derived
-from ..resharded.targets import unused_tensors
-from ..sharding.placement import Replicate
-from ..transforms.bundle import Quantized, member_of
-from ..transforms.dequantise import dequantised
+from ...checkpoint.naming import Naming
+from ...checkpoint.source import Source
+from ...execution.reader import SourceReader, tensor_blocks
+from ...planning.model.quantized import Matrices
+from ...process import BLOCK_BYTES
+from ...resharded.derived import Derived
+from ...resharded.targets import unused_tensors
+from ...sharding.placement import Replicate
+from ...transforms.bundle import Quantized, member_of
+from ...transforms.dequantise import dequantised
 
 __all__ = ["dequantised_tensors"]
 
