@@ -127,12 +127,13 @@ def _codes(code: str, values: torch.Tensor) -> torch.Tensor:
     scale = values.abs().amax(2, keepdim=True).clamp_(min=_LEAST)
     scaled = values * (1.0 / scale) if values.shape[2] == _BLOCK else values / scale
     scaled.clamp_(-1, 1)
-    bounds, order, below, above, bound = _table(code)
+    bounds, order, pairs, bound = _table(code)
     if not bool(scale.isfinite().all()):  # NaN has no bucket
         return order[torch.bucketize(scaled, bounds)]
     bucket = _bucket(scaled).flatten()
-    is_above = scaled.flatten() > bound.index_select(0, bucket)
-    return torch.where(is_above, above.index_select(0, bucket), below.index_select(0, bucket)).view(scaled.shape)
+    is_above = (scaled.flatten() > bound.index_select(0, bucket)).view(torch.uint8)
+    pair = pairs.index_select(0, bucket)
+    return ((pair & 15) ^ (pair >> 4) * is_above).view(scaled.shape)
 
 
 def _bucket(scaled: torch.Tensor) -> torch.Tensor:
@@ -144,8 +145,8 @@ _CENTRE = torch.tensor(float(_STEPS))
 
 @functools.cache
 def _table(code: str) -> tuple[torch.Tensor, ...]:
-    """Return the bounds of a code, the code that each number of bounds below stands for, and for each bucket the codes
-    below and above its bound, and the bound: 2 if it has none."""
+    """Return the bounds of a code, the code that each number of bounds below stands for, and for each bucket the code
+    below its bound (with what changes above it in the high half of a byte), and the bound: 2 if it has none."""
     values = torch.tensor(CODES_OF_BNB[code])
     order = torch.argsort(values)
     bounds = (values[order[:-1]] + values[order[1:]]) / 2
@@ -157,7 +158,7 @@ def _table(code: str) -> tuple[torch.Tensor, ...]:
     bound = torch.full(buckets.shape, 2.0)
     bound[of_bounds.long()] = bounds
     after = before + (bound < 2).long()
-    return bounds, order, order[before], order[after], bound
+    return bounds, order, order[before] | (order[before] ^ order[after]) << 4, bound
 
 
 def _offset(read: Read, values: int) -> float:
