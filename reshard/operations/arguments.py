@@ -188,7 +188,7 @@ def _mesh(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    _known(value in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}")
+    _known(isinstance(value, str) and value in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}")
     return str(value)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from cli_tools import Checkpoint, Cli, Refused, file_of, rewrite, tree
+from cli_tools import Checkpoint, Cli, Refused, configure, file_of, rewrite, tree
 from cutting import same
+from jsonschema import Draft202012Validator
 from quantizing import quantize_folder
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config
@@ -148,6 +150,46 @@ def test_any_threads_and_a_resharded_source_give_the_same_folder(origin: Any, qu
     assert other.derived == made.derived
     options["tp_size"] = 3
     assert other.rank_files == reshard.convert(origin("dense"), tmp_path / "at-once", **options).rank_files
+
+
+def test_inspect_and_the_schema_know_of_it(quantized: Path, cli: Cli) -> None:
+    assert "its weights were quantized to nf4 when it was made" in cli("inspect", quantized).out
+    schema = json.loads((files("reshard") / "manifest.schema.json").read_text())
+    content = json.loads((quantized / "reshard.json").read_text())
+    Draft202012Validator(schema).validate(content)
+    assert "derived" in content["requires"]
+    names = [file["file"] for file in content["derived"]["files"]]
+    assert names == [file["file"] for file in content["source"]["files"]]
+
+
+def test_experts_over_ranks(origin: Any, single: Single, tmp_path: Path) -> None:
+    kind, options = CONFIGS["fp8"]
+    out = tmp_path / "out"
+    reshard.convert(origin("experts"), out, tp_size=2, ep_size=2, quantize=kind, quantize_config=options, sync=False)
+    reshard.merge(out, tmp_path / "merged", layout="hf", sync=False)
+    found, (expected, _) = tensors_of(tmp_path / "merged"), single("experts", "fp8")
+    assert found.keys() == expected.keys()
+    assert not [name for name, one in expected.items() if not same(one, found[name])]
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_matrices_are_quantized_in_the_dtype_of_the_model(
+    dtype: str | None, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The source is in fp32: that of the model is what config.json says, or --dtype."""
+    source = shutil.copytree(checkpoint("llama", hidden_size=64, intermediate_size=128), tmp_path / "source")
+    configure(source, dtype="bfloat16")
+    reshard.convert(source, tmp_path / "out", tp_size=2, dtype=dtype, quantize="nf4", sync=False)
+    reshard.merge(tmp_path / "out", tmp_path / "merged", layout="hf", sync=False)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype or "auto")
+    model.save_pretrained(tmp_path / "single")
+    found, expected = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "single")
+    assert found.keys() == expected.keys()
+    kept = [name for name in expected if name.endswith("weight") and f"{name}.absmax" not in expected]
+    assert {found[name].dtype for name in kept} == {torch.float16 if dtype else torch.float32}
+    assert not [name for name, one in expected.items() if not same(one, found[name].to(one.dtype))]
+    assert config_of(tmp_path / "merged") == config_of(tmp_path / "single")
 
 
 def test_it_is_compared_with_its_source(origin: Any, quantized: Path, tmp_path: Path) -> None:
