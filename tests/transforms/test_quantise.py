@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -189,5 +190,7 @@ def test_the_mean_of_scales_is_that_of_one_thread(size: int) -> None:
     ],
 )
 def test_what_needs_more_than_weights_is_refused(kind: str, options: dict[str, Any]) -> None:
+    if kind == "fp8" and not options.keys() <= inspect.signature(FineGrainedFP8Config).parameters.keys():
+        pytest.skip("this transformers has no such option")
     with pytest.raises(ValueError, match=next(iter(options))):
         RECIPES[kind](config_of(kind, options))

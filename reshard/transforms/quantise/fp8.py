@@ -20,12 +20,14 @@ def blocks(config: Any) -> Recipe:
     """
     if config.activation_scheme != "dynamic":
         raise ValueError("activation_scheme static needs scales of activations, which only running the model gives")
-    if config.expert_dtype != "fp8" or config.dequantize or config.modules_to_convert:
+    # transformers 5.17 does not have all of these options yet.
+    experts, more = getattr(config, "expert_dtype", "fp8"), getattr(config, "modules_to_convert", None)
+    if experts != "fp8" or config.dequantize or more:
         raise ValueError(
             "expert_dtype, dequantize and modules_to_convert are of checkpoints that are quantized already"
         )
     size = config.weight_block_size
-    exponents = config.scale_fmt == "ue8m0"
+    exponents = getattr(config, "scale_fmt", "float") == "ue8m0"
 
     def made(shape: tuple[int, int], dtype: str, largest: float | None) -> tuple[Made, ...]:
         block = tuple(size) if size else shape
