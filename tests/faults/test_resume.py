@@ -291,7 +291,7 @@ NESTED: dict[str, Any] = {"quantize": "nf4", "quantize_config": {"bnb_4bit_use_d
 
 
 @pytest.mark.fault(1)
-@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [97, pytest.param(STEP, marks=pytest.mark.slow)])
 def test_killed_while_it_quantizes(step: int, origin: Path, tmp_path: Path) -> None:
     """Also in the pass before the planning, and while the digests of what was quantized are found."""
     reshard.convert(origin, tmp_path / "expected", tp_size=2, **NESTED)
