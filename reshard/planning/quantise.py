@@ -26,9 +26,8 @@ from ..sharding.regions import whole
 from ..text import listed, printable
 from ..transforms.quantise import RECIPES, Made, Read, Recipe
 
-__all__ = ["KINDS", "Measure", "needs_whole", "quantised"]
+__all__ = ["Measure", "needs_whole", "quantised"]
 
-KINDS = tuple(RECIPES)
 Measure = Callable[[Sequence[tuple[LocalTensor, Callable[[ReadInput], float]]]], Sequence[float]]
 """Find a number for each of some matrices: what a function makes of it, given one that reads boxes of it."""
 
@@ -62,11 +61,13 @@ def quantised(
     `options` are those of `BitsAndBytesConfig` or `FineGrainedFP8Config`. `dtype` (a torch name) is the model's, in
     which matrices are quantized and all else is stored; without it, matrices are cast to the model's own, and all else
     stays as it is. With `experts`, the experts of a mixture are quantized by bitsandbytes too, which is ours:
-    transformers leaves them. If a statistic needs a whole matrix, `measure` finds it; without, it is taken to be 1.
+    transformers leaves them. If a number depends on a whole matrix, `measure` finds it; without, sizes may be a few
+    bytes off.
 
     Raises:
         UsageError: an option is unknown or makes no sense.
-        BadInputError: it is quantized already, or has nothing to quantize.
+        BadInputError: it is quantized already, has nothing to quantize, or modules whose weights are made of several
+            tensors of it.
     """
     if quantization_of(source.config) is not None:
         raise BadInputError(
@@ -240,20 +241,30 @@ def _chosen(
         elif name.endswith(".experts") and (experts or method == "fp8"):
             modules |= {f"{name}.{own}": name for own, one in module.named_parameters(recurse=False) if one.ndim == 3}
     of_module: dict[str, list[str]] = defaultdict(list)
-    for name, (target, _) in targets.items():
-        if target in modules:
-            of_module[modules[target]].append(name)
+    for name, (target, conversion) in targets.items():
+        if target not in modules:
+            continue
+        module_name = modules[target]
+        if conversion is not None and not module_name.endswith(".experts"):
+            raise BadInputError(
+                f"{printable(module_name)}: its weight is made of other tensors of the checkpoint, so it cannot be"
+                " quantized while it is cut",
+                hint=f"leave it out: {_SKIPPED[method]} in --quantize-config",
+            )
+        of_module[module_name].append(name)
     tensors: set[str] = set()
     left = []
-    for module, names in of_module.items():
+    for module_name, names in of_module.items():
         if all(_can_be(source.tensors[name], recipe) for name in names):
             tensors.update(names)
         else:
-            left.append(module)
+            left.append(module_name)
     if not tensors:
         raise BadInputError(
             f"{printable(source.root)}: has no matrix that can be quantized so",
-            hint="the block size must divide the sides of a matrix" if left else None,
+            hint="give a block size that divides the sides of matrices: weight_block_size in --quantize-config"
+            if left
+            else None,
         )
     sizes = {name: math.prod(info.shape) for name, info in source.tensors.items() if len(info.shape) > 1}
     return _Chosen(frozenset(tensors), tuple(left), sum(sizes[name] for name in tensors), sum(sizes.values()))
@@ -276,10 +287,11 @@ def _written(
     """Return the content of config.json. Modules that could not be quantized are listed where those left out are."""
     from transformers.quantizers.base import HfQuantizer
 
-    says = quantization.to_dict()
-    if chosen.left and method == "fp8":
-        listed_ = HfQuantizer.get_modules_to_not_convert(model, says[_SKIPPED[method]], None)
-        says[_SKIPPED[method]] = sorted({*listed_, *chosen.left})
+    says, key = quantization.to_dict(), _SKIPPED[method]
+    # bitsandbytes takes no experts anyway.
+    left = [name for name in chosen.left if method == "fp8" or not name.endswith(".experts")]
+    if left:
+        says[key] = sorted({*HfQuantizer.get_modules_to_not_convert(model, says[key], None), *left})
     found = {**config, "quantization_config": says}
     if dtype is not None:
         found.pop("torch_dtype", None)
@@ -291,11 +303,7 @@ def _notes(kind: str, chosen: _Chosen, *, experts: bool) -> tuple[str, ...]:
     found = []
     share = 1 - chosen.quantized / chosen.all
     if chosen.left:
-        why = (
-            "a side is no whole blocks, or the experts are in one tensor"
-            if kind == "fp8"
-            else "their experts are in one tensor"
-        )
+        why = "a side is no whole blocks, or the experts are in one tensor"
         found.append(f"{kind}: {len(chosen.left)} modules are not quantized ({why}): {listed(chosen.left)}")
     if share >= _MUCH:
         found.append(f"{kind}: {share:.0%} of the weights in matrices are not quantized, as in transformers")

@@ -14,13 +14,17 @@ import torch
 import transformers
 from cli_tools import Checkpoint, Cli, Refused, configure, file_of, rewrite, tree
 from cutting import same
+from fake_hub import FakeHub
 from jsonschema import Draft202012Validator
 from quantizing import quantize_folder
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 
 import reshard
+from reshard.checkpoint.naming import Naming
+from reshard.checkpoint.quantization import QUANTIZATIONS
 from reshard.errors import BadInputError, IntegrityError, UsageError
+from reshard.transforms.quantise import RECIPES
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": (
@@ -150,6 +154,38 @@ def test_any_threads_and_a_resharded_source_give_the_same_folder(origin: Any, qu
     assert other.derived == made.derived
     options["tp_size"] = 3
     assert other.rank_files == reshard.convert(origin("dense"), tmp_path / "at-once", **options).rank_files
+
+
+def test_there_is_a_recipe_for_each_kind() -> None:
+    assert tuple(RECIPES) == QUANTIZATIONS
+
+
+def test_a_weight_that_is_made_of_several_tensors_is_refused(
+    checkpoint: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers quantizes what a conversion has made, which no tensor of the checkpoint is."""
+    real = Naming.target
+
+    def target(self: Naming, name: str) -> tuple[str | None, str | None]:
+        found, conversion = real(self, name)
+        return found, "up_proj" if name.endswith("up_proj.weight") else conversion
+
+    monkeypatch.setattr(Naming, "target", target)
+    with pytest.raises(BadInputError, match=r"mlp\.up_proj: its weight is made of other tensors") as refusal:
+        reshard.convert(checkpoint("llama"), out, tp_size=2, quantize="nf4")
+    assert "llm_int8_skip_modules" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("case", ["int8", "nested"])
+def test_from_the_hub(case: str, here: FakeHub, origin: Any, tmp_path: Path) -> None:
+    """Files come while they are cut, or all before if a pass over them comes first."""
+    here.create("org/model", {path.name: path.read_bytes() for path in origin("dense").iterdir()})
+    kind, options = CONFIGS[case]
+    made = reshard.convert("org/model", tmp_path / "out", tp_size=3, quantize=kind, quantize_config=options)
+    again = reshard.convert(origin("dense"), tmp_path / "again", tp_size=3, quantize=kind, quantize_config=options)
+    assert (made.rank_files, made.source_files, made.derived) == (again.rank_files, again.source_files, again.derived)
+    planned = reshard.plan("org/model", tp_size=3, quantize=kind, quantize_config=options)
+    assert [bundle.target.name for bundle in planned.bundles] == [bundle.target.name for bundle in made.bundles]
 
 
 def test_inspect_and_the_schema_know_of_it(quantized: Path, cli: Cli) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from ...checkpoint.quantization import quantization_of
 from ...checkpoint.source import Source
 from ...errors import UsageError
 from ...execution.executor import Inputs
+from ...execution.jobs import Job, run_jobs
 from ...execution.measure import measure
 from ...execution.origin import Origin
 from ...execution.reader import SourceReader, tensor_blocks
 from ...files.digest import new_digest
 from ...files.untrusted import read_json
 from ...process import BLOCK_BYTES, Advance, Progress, silent, worker_count
-from ...resharded.as_source import Resharded, recorded, written_back
+from ...resharded.as_source import recorded, written_back
 from ...resharded.manifest import Manifest
 from ...text import printable
 
@@ -139,22 +141,20 @@ def with_recorded_files(
     files = origin.source.files
     manifest = replace(manifest, source_files=recorded(files, dict.fromkeys((file.name for file in files), "0" * 32)))
     made = written_back(folder, manifest)
-    total = sum(file.size for file in files)
-    with SourceReader(made.held) as reader, progress(total, "digesting") as report:
-        pool = ThreadPoolExecutor(workers or worker_count(), thread_name_prefix="reshard")
-        try:
-            digests = list(pool.map(lambda file: _digest(file, made, reader, report), files))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    found = dict(zip((file.name for file in files), digests, strict=True))
+    stop, found = threading.Event(), dict[str, str]()
+
+    def work(file: SourceFile, reader: SourceReader, report: Advance) -> None:
+        digest, buffer = new_digest(), memoryview(bytearray(BLOCK_BYTES))
+        digest.update(file.header.head)
+        for info in file.header.tensors:
+            for _, block in tensor_blocks(made.tensors[info.name], reader, buffer):
+                if stop.is_set():
+                    return
+                digest.update(block)
+                report(len(block))
+        found[file.name] = digest.hexdigest()
+
+    with SourceReader(made.held) as reader, progress(sum(file.size for file in files), "digesting") as report:
+        jobs = [Job((), 0.0, partial(work, file, reader, report), False) for file in files]
+        run_jobs(jobs, workers or worker_count(), stop)
     return replace(manifest, source_files=recorded(files, found))
-
-
-def _digest(file: SourceFile, made: Resharded, reader: SourceReader, report: Advance) -> str:
-    digest, buffer = new_digest(), memoryview(bytearray(BLOCK_BYTES))
-    digest.update(file.header.head)
-    for info in file.header.tensors:
-        for _, block in tensor_blocks(made.tensors[info.name], reader, buffer):
-            digest.update(block)
-            report(len(block))
-    return str(digest.hexdigest())
