@@ -86,7 +86,8 @@ Progress = Callable[[int, str], contextlib.AbstractContextManager[Advance]]
 """Progress of long work, as public functions report it: `progress(total, what)` returns a context manager.
 
 It is called once for each part of the work, with the bytes to come and a word for what is done with them ("writing",
-"checking", "sending"). The value of the context manager is an `Advance`. A total of 0 means not known yet. With tqdm:
+"checking", "sending"; "measuring" and "digesting" where weights are quantized). The value of the context manager is an
+`Advance`. A total of 0 means not known yet. With tqdm:
 
     @contextlib.contextmanager
     def progress(total, what):

@@ -77,6 +77,11 @@ def plan(
     keeps in fp32. `include` holds shell patterns, such as `assets/*`, of files beside the weights to take along though
     their kind is unknown. `say` is called with one line when the work begins; the remarks are the plan's `notes`.
 
+    `quantize` ("nf4", "fp4", "int8" or "fp8") plans the checkpoint that transformers would make by loading it quantized
+    and saving it. `quantize_config` has the options of its configuration, or is a JSON file of them; `quantize_experts`
+    takes the experts of a mixture too where transformers does not. `dequantize` plans the values of a quantized
+    checkpoint. Matrices are quantized in `dtype`, or dequantised to it, else in the model's own.
+
     The weights are found as transformers finds them, unless `weights` names them: a subfolder of the source, a variant
     (`fp16` for `model.fp16.safetensors`), a file of weights, or its index. `links_into` are folders that links among
     the weights may lead into; any other link out of the source is refused.

@@ -222,11 +222,11 @@ def rounding(values: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def of_derived(
-    root: Path, dtype: torch.dtype, device: torch.device | str, derived: Derived
+    root: Path, dtype: torch.dtype, device: torch.device | str, derived: Derived, *, choice: Choice = AS_FOUND
 ) -> tuple[Any, torch.Tensor]:
     """Return the single-process model `derived` from the checkpoint in `root`, and what the latter computes from the
     fixed tokens (as `values_of`). One of the two models is in memory at a time."""
-    plain = single_model(root, dtype, device)
+    plain = single_model(root, dtype, device, choice=choice)
     values = values_of(plain, fixed_ids(plain)).cpu()
     del plain
     return single_model(root, dtype, device, derived=derived), values
@@ -266,7 +266,7 @@ def store_reference(
     with in_memory(root):
         unquantized = None
         if derived and derived.told["quantized"]:
-            single, unquantized = of_derived(root, getattr(torch, dtype), STORED_ON, derived)
+            single, unquantized = of_derived(root, getattr(torch, dtype), STORED_ON, derived, choice=choice)
         else:
             single = single_model(root, getattr(torch, dtype), choice=choice, derived=derived)
         reference = reference_of(single, fixed_ids(single))
