@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.quantization import QUANTIZATIONS
 from ..files.dtypes import CODES, FLOATING
 from ..files.untrusted import UnknownError, count, counts, maybe, one_of, text, texts
 from ..sharding.regions import Region, covers, whole
@@ -95,6 +96,8 @@ def derived_from_json(content: Mapping[str, Any]) -> dict[str, Any]:
     kinds = {"file": text, "size": count, "digest": text}
     if type(content["experts"]) is not bool or (content["quantized"] is None) == (content["dequantized"] is None):
         raise ValueError("either quantized or dequantized, and experts is true or false")
+    if content["quantized"] not in (None, *QUANTIZATIONS):
+        raise UnknownError(f"is quantized to {printable(content['quantized'])}")
     return {
         **{name: maybe(text, content[name]) for name in ("quantized", "dequantized")},
         "experts": content["experts"],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cli_tools import Checkpoint, Cli, Refused, configure, file_of, rewrite, tree
+from cli_tools import Checkpoint, Cli, Refused, configure, file_of, reseal, rewrite, tree
 from cutting import same
 from fake_hub import FakeHub
 from jsonschema import Draft202012Validator
@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 import reshard
 from reshard.checkpoint.naming import Naming
 from reshard.checkpoint.quantization import QUANTIZATIONS
-from reshard.errors import BadInputError, IntegrityError, UsageError
+from reshard.errors import BadInputError, IntegrityError, UsageError, VersionError
 from reshard.transforms.quantise import RECIPES
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -154,6 +154,26 @@ def test_any_threads_and_a_resharded_source_give_the_same_folder(origin: Any, qu
     assert other.derived == made.derived
     options["tp_size"] = 3
     assert other.rank_files == reshard.convert(origin("dense"), tmp_path / "at-once", **options).rank_files
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"quantized": "nf3"}, VersionError, "is quantized to nf3"),
+        ({"dequantized": "fp8"}, IntegrityError, "either quantized or dequantized"),
+        ({"quantized": None}, IntegrityError, "either quantized or dequantized"),
+        ({"experts": 1}, IntegrityError, "experts is true or false"),
+        ({"dtype": "int4"}, IntegrityError, "unknown 'int4'"),
+        ({"files": [{"file": 3, "size": 1, "digest": ""}]}, IntegrityError, "malformed"),
+    ],
+)
+def test_what_a_manifest_claims_of_it_is_checked(
+    changed: dict[str, Any], error: type[Exception], words: str, quantized: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(quantized, tmp_path / "out")
+    reseal(folder, lambda content: content["derived"].update(changed))
+    with pytest.raises(error, match=words):
+        reshard.inspect(folder)
 
 
 def test_there_is_a_recipe_for_each_kind() -> None:
