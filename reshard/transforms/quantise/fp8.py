@@ -32,11 +32,11 @@ def blocks(config: Any) -> Recipe:
     def made(shape: tuple[int, int], dtype: str, largest: float | None) -> tuple[Made, ...]:
         block = tuple(size) if size else shape
         grid = (shape[0] // block[0], shape[1] // block[1])
-        scale = functools.partial(_scales, block, largest, exponents)
+        how = (block, largest, exponents)
         kind = "float8_e8m0fnu" if exponents else "float32"
         return (
-            Made(".weight", "float8_e4m3fn", shape, shape, shape, functools.partial(_values, block, scale)),
-            Made(".weight_scale_inv", kind, grid, grid, shape, lambda *box: scale(*box)[0]),
+            Made(".weight", "float8_e4m3fn", shape, shape, shape, functools.partial(_values, *how)),
+            Made(".weight_scale_inv", kind, grid, grid, shape, functools.partial(_scales, *how)),
         )
 
     def fits(shape: tuple[int, int]) -> bool:
@@ -59,18 +59,29 @@ def _scales(
     bottom: int,
     left: int,
     right: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scales of blocks as they are stored, and what values are multiplied with: [rows, columns] of blocks.
-    `largest` is the largest value if the matrix is one block."""
-    if largest is None:
-        high, wide = block
-        most = torch.empty(bottom - top, right - left)
-        for first, last, start, stop in tiles((top * high, bottom * high), (left * wide, right * wide), block):
-            values = read(first, last, start, stop).float().unflatten(1, (-1, wide)).unflatten(0, (-1, high))
-            where = slice(first // high - top, last // high - top), slice(start // wide - left, stop // wide - left)
-            most[where] = values.abs().amax((1, 3))
-    else:
-        most = torch.full((bottom - top, right - left), largest)
+) -> torch.Tensor:
+    """Return the scales of blocks as they are stored, [rows, columns] of blocks."""
+    if largest is not None:
+        return _scale(torch.full((bottom - top, right - left), largest), exponents)[0]
+    high, wide = block
+    most = torch.empty(bottom - top, right - left)
+    for first, last, start, stop in tiles((top * high, bottom * high), (left * wide, right * wide), block):
+        where = slice(first // high - top, last // high - top), slice(start // wide - left, stop // wide - left)
+        most[where] = _most(_in_blocks(read(first, last, start, stop), block))
+    return _scale(most, exponents)[0]
+
+
+def _in_blocks(values: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Return the values of whole blocks in fp32, [rows of blocks, rows, columns of blocks, columns]."""
+    return values.float().unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+
+
+def _most(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().amax(3).amax(1)
+
+
+def _scale(most: torch.Tensor, exponents: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales of blocks with these largest values: as they are stored, and what values are multiplied by."""
     scales = torch.where(most > 0, _MOST / torch.where(most > 0, most, 1.0), 1.0)
     stored = 1.0 / scales
     if exponents:
@@ -81,17 +92,30 @@ def _scales(
 
 
 def _values(
-    block: tuple[int, int], scale: Any, read: Read, top: int, bottom: int, left: int, right: int
+    block: tuple[int, int],
+    largest: float | None,
+    exponents: bool,
+    read: Read,
+    top: int,
+    bottom: int,
+    left: int,
+    right: int,
 ) -> torch.Tensor:
     found = torch.empty(bottom - top, right - left, dtype=_FP8)
+    if largest is not None:
+        _, scales = _scale(torch.tensor(largest), exponents)
+        for first, last, start, stop in tiles((top, bottom), (left, right), (1, 1)):
+            values = (read(first, last, start, stop).float() * scales).clamp_(-_MOST, _MOST).to(_FP8)
+            found[first - top : last - top, start - left : stop - left] = values
+        return found
     high, wide = block
-    # Whole blocks: a part of one needs the scale of all of it.
-    over = (top // high, -(-bottom // high)), (left // wide, -(-right // wide))
-    _, scales = scale(read, *over[0], *over[1])
-    for first, last, start, stop in tiles((top, bottom), (left, right), (1, 1)):
-        down = torch.arange(first, last) // high - over[0][0]
-        across = torch.arange(start, stop) // wide - over[1][0]
-        factor = scales.index_select(0, down).index_select(1, across)
-        values = (read(first, last, start, stop).float() * factor).clamp_(-_MOST, _MOST)
-        found[first - top : last - top, start - left : stop - left] = values.to(_FP8)
+    # Whole blocks: a part of one needs the largest value of all of it.
+    over = (top // high * high, -(-bottom // high) * high), (left // wide * wide, -(-right // wide) * wide)
+    for first, last, start, stop in tiles(*over, block):
+        values = _in_blocks(read(first, last, start, stop), block)
+        _, scales = _scale(_most(values), exponents)
+        values = (values * scales[:, None, :, None]).clamp_(-_MOST, _MOST).view(last - first, stop - start).to(_FP8)
+        low, after, begin, end = max(first, top), min(last, bottom), max(start, left), min(stop, right)
+        part = values[low - first : after - first, begin - start : end - start]
+        found[low - top : after - top, begin - left : end - left] = part
     return found
