@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized_cases
 import torch
 import transformers
 from cli_tools import Checkpoint, Cli, Refused, configure, file_of, reseal, rewrite, tree
@@ -23,7 +24,9 @@ from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 import reshard
 from reshard.checkpoint.naming import Naming
 from reshard.checkpoint.quantization import QUANTIZATIONS
+from reshard.checkpoint.source import open_source
 from reshard.errors import BadInputError, IntegrityError, UsageError, VersionError
+from reshard.operations.values.in_memory import dequantised_tensors
 from reshard.transforms.quantise import RECIPES
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -264,24 +267,27 @@ def test_merge_says_what_cannot_be_undone(quantized: Path, tmp_path: Path) -> No
     assert "--layout hf" in str(refusal.value.hint)
 
 
-@pytest.mark.parametrize(
-    "kind", ["fp8", "nf4_nested", "fp4_bf16", "int8", "ct_w4_zero", "ct_nvfp4", "gptq_order", "awq"]
-)
-def test_dequantising_stores_the_values_of_one_process(kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Those that ranks make of the same files, which are compared with each library's in `test_formats`."""
-    from reshard.checkpoint.source import open_source
-    from reshard.operations.values.in_memory import dequantised_tensors
+DEQUANTISED = [
+    *(("even", kind) for kind in ("nf4_nested", "fp4_bf16", "int8", "ct_w4_zero", "ct_nvfp4", "gptq_order", "awq")),
+    *(("ragged", kind) for kind in ("fp8", "fp8_e8m0", "nf4", "fbgemm")),
+    *(("experts", kind) for kind in ("fp8", "ct_w4", "torchao_int8")),
+    ("gpt_oss", "mxfp4"),
+]
 
-    source = quantize_folder(checkpoint("llama", hidden_size=64, intermediate_size=128), tmp_path / "source", kind)
+
+@pytest.mark.parametrize(("model", "kind"), DEQUANTISED)
+def test_dequantising_stores_the_values_of_one_process(model: str, kind: str, tmp_path: Path) -> None:
+    """Those that ranks make of the same files, which are compared with each library's in `test_formats`."""
+    source = quantized_cases.quantized(quantized_cases.plain(model, tmp_path / "plain"), tmp_path / "source", kind)
     reshard.convert(source, tmp_path / "quantized", tp_size=2, sync=False)
     for number, origin in enumerate((source, tmp_path / "quantized")):
         out = tmp_path / f"out-{number}"
         made = reshard.convert(origin, out, tp_size=3, dequantize=True, dtype="bfloat16", sync=False)
         assert not made.bundles
         reshard.merge(out, tmp_path / f"merged-{number}", layout="hf", sync=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{number}")
-        assert model.dtype == torch.bfloat16
-        expected = dequantised_tensors(open_source(source), model, torch.bfloat16)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{number}")
+        assert loaded.dtype == torch.bfloat16
+        expected = dequantised_tensors(open_source(source), loaded, torch.bfloat16)
         found = tensors_of(tmp_path / f"merged-{number}")
         assert found.keys() == expected.keys()
         assert not [name for name, one in expected.items() if not same(one.to(torch.bfloat16), found[name])]
