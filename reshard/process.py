@@ -14,6 +14,7 @@ __all__ = [
     "Advance",
     "Progress",
     "end_on_interrupt",
+    "one_thread_each",
     "patient_collector",
     "patient_from_now_on",
     "quiet_imports",
@@ -28,6 +29,22 @@ def worker_count(sharers: int = 1) -> int:
     """Return the default number of threads: the CPUs this process may use, at most 8, divided by `sharers`."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cpus // sharers))
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Have torch compute on the thread that calls it alone, and on those that begin inside the context.
+
+    Threads of ours share the work already; and how torch splits a sum among its threads decides its last bit.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def end_on_interrupt() -> None:
@@ -69,7 +86,8 @@ Progress = Callable[[int, str], contextlib.AbstractContextManager[Advance]]
 """Progress of long work, as public functions report it: `progress(total, what)` returns a context manager.
 
 It is called once for each part of the work, with the bytes to come and a word for what is done with them ("writing",
-"checking", "sending"). The value of the context manager is an `Advance`. A total of 0 means not known yet. With tqdm:
+"checking", "sending"; "measuring" and "digesting" where weights are quantized). The value of the context manager is an
+`Advance`. A total of 0 means not known yet. With tqdm:
 
     @contextlib.contextmanager
     def progress(total, what):

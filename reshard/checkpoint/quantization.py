@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import BadInputError
 
-__all__ = ["quantization_of", "without_quantization"]
+__all__ = ["QUANTIZATIONS", "quantization_of", "without_quantization"]
 
+QUANTIZATIONS = ("nf4", "fp4", "int8", "fp8")  # the kinds that checkpoints are quantized to here
 _KEY = "quantization_config"
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
+from ..checkpoint.quantization import QUANTIZATIONS
 from ..files.dtypes import STORABLE, floating_dtype
 from ..launch.failures import json_text
 from ..launch.options import completions, format_option, revision_option, strategies_option
@@ -109,6 +110,19 @@ _WHAT_TO_CUT = (
     strategies_option,
     revision_option,
     click.option("--dtype", type=Dtype(), help="Store floating parameters in this dtype."),
+    click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Quantize the matrices, as transformers would."),
+    click.option(
+        "--quantize-config",
+        type=click.Path(exists=True, dir_okay=False),
+        metavar="FILE",
+        help="JSON: options of transformers' BitsAndBytesConfig, or of FineGrainedFP8Config for fp8.",
+    ),
+    click.option(
+        "--experts", "quantize_experts", is_flag=True, help="With --quantize: experts too, which transformers leaves."
+    ),
+    click.option(
+        "--dequantize", is_flag=True, help="Store the values of a quantized SOURCE, in --dtype or the model's."
+    ),
     click.option("--drop-unused", is_flag=True, help="Leave out tensors that the model does not use."),
     where_the_weights_are,
     include_option,

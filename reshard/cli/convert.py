@@ -59,6 +59,7 @@ def convert(
     Examples:
       reshard convert meta-llama/Llama-3.1-8B llama-tp4 --tp-size 4
       reshard convert llama-tp4 llama-tp8 --tp-size 8
+      reshard convert meta-llama/Llama-3.1-8B llama-nf4 --tp-size 2 --quantize nf4
       reshard convert Qwen/Qwen3-30B-A3B qwen-ep4 --tp-size 4 --ep-size 4
       reshard convert s3://bucket/llama s3://bucket/llama-tp4 --tp-size 4
     """

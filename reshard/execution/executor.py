@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from ..checkpoint.source import Source, SourceFile
 from ..files.digest import DigestsAhead, new_digest, tree_digest
-from ..process import BLOCK_BYTES, worker_count
+from ..process import BLOCK_BYTES, one_thread_each, worker_count
+from ..resharded.derived import Computed, read_regions
 from ..resharded.layout import FileLayout, Slot
 from ..resharded.rank_file import FileRecord, check_digests
 from ..resharded.targets import LocalTensor
@@ -22,7 +24,7 @@ from .jobs import Job, run_jobs
 from .journal import Journal
 from .reader import SourceReader, tensor_blocks
 
-__all__ = ["Inputs", "write_files"]
+__all__ = ["Inputs", "reads_of", "write_files"]
 
 _SOURCE = ""  # stands in the journal for the name of an output file: no file has this name
 
@@ -33,13 +35,15 @@ class Inputs:
 
     Files that `ahead` has begun are not digested again. Files still to come are taken from `arrivals`, each for as long
     as it is needed; a file of which nothing is missing is not asked for. If there are `records`, the source files are
-    rank files themselves: every tensor is checked against its record, and no digest of a file is made.
+    rank files themselves: every tensor is checked against its record, and no digest of a file is made. Tensors that are
+    `computed` are in none of the files: they are computed from those that are, a block at a time.
     """
 
     source: Source
     ahead: DigestsAhead | None = None
     arrivals: Arrivals | None = None
     records: Mapping[str, FileRecord] | None = None
+    computed: Mapping[str, Computed] = field(default_factory=dict)
 
 
 def write_files(
@@ -55,9 +59,10 @@ def write_files(
     """Write every file of a plan into `folder`; also digest the source files. `progress` is told of bytes written.
 
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
-    Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor. With `sync`,
-    every file is on disk on return. With a journal, a tensor that an earlier run wrote is kept if it still has the
-    digest claimed there. Returns the record of each file, and the digests of the source files by name.
+    Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor; a computed block
+    takes a few times as much. With `sync`, every file is on disk on return. With a journal, a tensor that an earlier
+    run wrote is kept if it still has the digest claimed there. Returns the record of each file, and the digests of the
+    source files by name.
 
     Raises:
         StorageError: the disk refused.
@@ -116,7 +121,7 @@ def write_files(
             journal.add(_SOURCE, file.name, source_digests[file.name])
 
     jobs = [
-        Job(*_reads(slot.tensor, source), partial(write, index, slot), (layout.name, slot.tensor.name) in claimed)
+        Job(*reads_of(slot.tensor, inputs), partial(write, index, slot), (layout.name, slot.tensor.name) in claimed)
         for index, layout in enumerate(layouts)
         for slot in layout.slots
     ]
@@ -130,7 +135,10 @@ def write_files(
         arrivals.expect(in_order(job.files for job in jobs if job.files and not job.done))
     try:
         with OutputFiles(folder, layouts, anew=journal is None) as files:
-            with SourceReader(source, arrivals, stop.is_set) as reader:
+            with (
+                SourceReader(source, arrivals, stop.is_set, computed=inputs.computed) as reader,
+                one_thread_each() if inputs.computed else contextlib.nullcontext(),
+            ):
                 run_jobs(jobs, min(workers or worker_count(), files.most), stop, release=reader.release)
             written = True
             if sync:
@@ -145,9 +153,9 @@ def _evidence(layout: FileLayout, found: dict[str, str]) -> FileRecord:
     return FileRecord(layout.name, layout.size, tree_digest(layout.head, tensors.values()), tensors)
 
 
-def _reads(tensor: LocalTensor, source: Source) -> tuple[tuple[str, ...], float]:
+def reads_of(tensor: LocalTensor, inputs: Inputs) -> tuple[tuple[str, ...], float]:
     """Return the source files that a tensor is made of, in order, and the byte where it begins in the first."""
-    infos = [source.tensors[region.source] for region in tensor.regions]
+    infos = [inputs.source.tensors[region.source] for region in read_regions(tensor.regions, inputs.computed)]
     files = tuple(sorted({info.file for info in infos}))
     return files, float(min((info.start for info in infos if info.file == files[0]), default=0))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ..checkpoint.weights import AS_FOUND, Choice
 from ..errors import StorageError, UsageError
 from ..files.digest import DigestsAhead
 from ..resharded.as_source import Resharded, open_resharded
+from ..resharded.derived import Derived
 from ..resharded.manifest import read_manifest
 from ..storage.locate import away, look_at, of_hub
 from ..storage.prefetch import AHEAD, Arrivals
@@ -31,17 +32,30 @@ _FETCHED = "fetched-"  # followed by the version: files of another version are n
 class Origin:
     """The checkpoint that is planned, and what there is of it: its files, or a resharded folder `made` from it.
 
-    If there is a `remote` place, files of either are still to come from there.
+    If there is a `remote` place, files of either are still to come from there. If `source` is `derived`, it is computed
+    from the checkpoint that is there.
     """
 
     source: Source
     made: Resharded | None = None
     remote: Remote | None = None
+    derived: Derived | None = None
+
+    @property
+    def original(self) -> Source:
+        """The checkpoint that is there, or that a resharded folder was made from."""
+        return self.derived.original if self.derived else self.source
 
     @property
     def held(self) -> Source:
-        """The files that are read: those of the resharded folder, or of the source itself."""
-        return self.made.held if self.made else self.source
+        """The files that are read: those of the resharded folder, or of the checkpoint that is there."""
+        return self.made.held if self.made else self.original
+
+    def as_derived(self, derived: Derived) -> Origin:
+        """Return the origin whose source is `derived` from this one's. Raises BadInputError if a resharded folder lacks
+        what it is computed from."""
+        filled = derived.filled(self.made.relocated_tensor) if self.made else derived
+        return replace(self, source=derived.source, derived=filled)
 
     @property
     def version(self) -> str:
@@ -50,14 +64,14 @@ class Origin:
 
     def ahead(self) -> DigestsAhead:
         """Return digests, made ahead, of the files that are here as the source has them."""
-        here = () if self.made or self.remote else self.source.files  # rank files are checked by tensor instead
+        here = () if self.made or self.remote else self.original.files  # rank files are checked by tensor instead
         return DigestsAhead({file.name: file.path for file in here})
 
     def equal(self, arrivals: Arrivals | None) -> Callable[[str, str], bool] | None:
         """Return a test whether two tensors hold the same bytes; None if the source is remote and no files arrive."""
         if self.made:
             return self.made.equal
-        return partial(equal_tensors, self.source, arrivals=arrivals) if arrivals or not self.remote else None
+        return partial(equal_tensors, self.original, arrivals=arrivals) if arrivals or not self.remote else None
 
     def coming(self) -> list[SourceFile]:
         """Return the files that are still to come, in order."""

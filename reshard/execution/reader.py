@@ -10,13 +10,15 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..checkpoint.source import Source
 from ..files.dtypes import itemsize, torch_name
 from ..files.mapped import MappedFile, check_unchanged
 from ..process import BLOCK_BYTES
+from ..resharded.derived import Computed, read_regions
 from ..resharded.targets import LocalTensor
 from ..sharding.placement import Piece
 from ..sharding.regions import Box, Region, boxes, cut, is_run, run_length, run_starts
@@ -42,15 +44,22 @@ class SourceReader:
     """The source files, mapped. Mapped pages belong to the page cache: they are not this process's memory.
 
     Files that are still to come are waited for in `arrivals`, until the work is `given_up`; nobody else uses them.
+    Tensors that are `computed` are in no file: a region of one is computed when it is asked for.
 
     Leaving the context raises IntegrityError if a source file has changed since it was opened. It replaces any other
     error, which would be about bytes nobody wrote.
     """
 
     def __init__(
-        self, source: Source, arrivals: Arrivals | None = None, given_up: Callable[[], bool] = lambda: False
+        self,
+        source: Source,
+        arrivals: Arrivals | None = None,
+        given_up: Callable[[], bool] = lambda: False,
+        *,
+        computed: Mapping[str, Computed] | None = None,
     ) -> None:
         self._source, self._arrivals, self._given_up = source, arrivals, given_up
+        self._computed = computed or {}
         self._maps: dict[str, MappedFile] = {}
         self._short_runs = 0
         self._lock = threading.Lock()
@@ -91,7 +100,39 @@ class SourceReader:
             self._arrivals.done(name)
 
     def view(self, region: Region, *, bits: bool) -> torch.Tensor:
-        """Return the region's elements as a strided view of the mapped file; if `bits`, as same-width integers."""
+        """Return the region's elements, if `bits` as same-width integers: a strided view of the mapped file, or of the
+        box of a computed tensor that the region is in."""
+        import torch
+
+        made = self._computed.get(region.source)
+        if made is None:
+            return self._stored(region, bits=bits)
+        (top, bottom, left, right), within = _box_around(region, made.grid[1])
+        found = made.make(partial(self._input, made.inputs), top, bottom, left, right).contiguous()
+        if bits:
+            found = found.view(getattr(torch, _BITS[found.element_size()]))
+        return found.as_strided(within.extent, within.strides, found.storage_offset() + within.offset)
+
+    def box(self, tensor: LocalTensor, start: Sequence[int], extent: Sequence[int]) -> torch.Tensor:
+        """Return a box of a tensor that is filled from files, in its dtype. It is a view if it is one region of it."""
+        import torch
+
+        piece = Piece(tuple(start), tuple(extent), (0,) * len(extent))
+        inside = cut(_near(tensor.regions, piece.start, piece.extent), piece)
+        if len(inside) == 1 and self._stored_dtype(inside[0]) == tensor.dtype:
+            return self._stored(inside[0], bits=False)
+        found = torch.empty(piece.extent, dtype=getattr(torch, tensor.dtype))
+        for region in inside:
+            index = tuple(slice(at, at + size) for at, size in zip(region.target_start, region.extent))
+            found[index].copy_(self._stored(region, bits=False))
+        return found
+
+    def _input(
+        self, inputs: Sequence[LocalTensor], number: int, start: Sequence[int], extent: Sequence[int]
+    ) -> torch.Tensor:
+        return self.box(inputs[number], start, extent)
+
+    def _stored(self, region: Region, *, bits: bool) -> torch.Tensor:
         import torch
 
         info = self._source.tensors[region.source]
@@ -114,7 +155,7 @@ class SourceReader:
     def copies_runs(self, region: Region, shape: Sequence[int]) -> bool:
         """Whether to copy a region, into a target of `shape`, run by run and not with torch: torch is not here, and
         there have not been enough short runs to import it for them."""
-        if _torch_is_here():
+        if _torch_is_here() or self.computes(region):
             return False
         length = run_length(region, shape)
         if length * itemsize(self.dtype(region)) >= _LONG:
@@ -138,11 +179,21 @@ class SourceReader:
 
     def check(self, tensor: LocalTensor) -> None:
         """Raise IntegrityError if a file that `tensor` is made of has changed since it was opened."""
-        for name in {self._source.tensors[region.source].file for region in tensor.regions}:
+        found = read_regions(tensor.regions, self._computed)
+        for name in {self._source.tensors[region.source].file for region in found}:
             if (mapped := self._maps.get(name)) is not None:
                 mapped.check()
 
+    def computes(self, region: Region) -> bool:
+        """Whether a region is of a tensor that is in no file."""
+        return region.source in self._computed
+
     def dtype(self, region: Region) -> str:
+        """Return the dtype that a region is read in (torch's name)."""
+        made = self._computed.get(region.source)
+        return self._stored_dtype(region) if made is None else made.dtype
+
+    def _stored_dtype(self, region: Region) -> str:
         info = self._source.tensors[region.source]
         return torch_name(info.dtype, tensor=info.name)
 
@@ -155,9 +206,10 @@ def tensor_blocks(tensor: LocalTensor, reader: SourceReader, buffer: memoryview)
     """
     width = itemsize(tensor.dtype)
     for box in boxes(tensor.shape, len(buffer) // width):
-        inside = cut(_near(tensor.regions, box), Piece(box.start, box.extent, (0,) * len(box.extent)))
+        near = _near(tensor.regions, box.start, box.extent)
+        inside = cut(near, Piece(box.start, box.extent, (0,) * len(box.extent)))
         only = inside[0]
-        if len(inside) == 1 and is_run(only) and reader.dtype(only) == tensor.dtype:
+        if len(inside) == 1 and is_run(only) and reader.dtype(only) == tensor.dtype and not reader.computes(only):
             yield box.offset * width, reader.bytes_of(only)
             continue
         block = buffer[: box.size * width]
@@ -165,11 +217,27 @@ def tensor_blocks(tensor: LocalTensor, reader: SourceReader, buffer: memoryview)
         yield box.offset * width, block
 
 
-def _near(regions: Sequence[Region], box: Box) -> Sequence[Region]:
-    """Return the regions that can meet the box's first dim: fused experts have hundreds, and a block spans few."""
-    if len(regions) == 1 or not box.start:
+def _box_around(region: Region, width: int) -> tuple[tuple[int, int, int, int], Region]:
+    """Return the box of a grid of rows of `width` entries that a region's elements are in, as rows and entries, and the
+    region within this box."""
+    top, left = divmod(region.offset, width)
+    steps = [stride if size > 1 else 0 for size, stride in zip(region.extent, region.strides)]
+    down = sum((size - 1) * (step // width) for size, step in zip(region.extent, steps) if step % width == 0)
+    across = sum((size - 1) * step for size, step in zip(region.extent, steps) if step % width)
+    if left + across < width:
+        of_box = tuple(step // width * (across + 1) if step % width == 0 else step for step in steps)
+        box, offset = (top, top + down + 1, left, left + across + 1), 0
+    else:  # it goes from one row into the next
+        of_box, offset = tuple(steps), left
+        box = (top, top + (left + down * width + across) // width + 1, 0, width)
+    return box, Region(region.source, offset, of_box, region.extent, region.target_start)
+
+
+def _near(regions: Sequence[Region], start: Sequence[int], extent: Sequence[int]) -> Sequence[Region]:
+    """Return the regions that can meet the first dim of a box: fused experts have hundreds, and a block spans few."""
+    if len(regions) == 1 or not start:
         return regions
-    low, high = box.start[0], box.start[0] + box.extent[0]
+    low, high = start[0], start[0] + extent[0]
     return [r for r in regions if r.target_start[0] < high and r.target_start[0] + r.extent[0] > low]
 
 

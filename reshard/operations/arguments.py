@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from ..checkpoint.quantization import QUANTIZATIONS
 from ..errors import UsageError
 from ..files.dtypes import cache_dtype, floating_dtype
 from ..text import printable
@@ -186,6 +187,20 @@ def _mesh(value: Any) -> Any:
     return value
 
 
+def _kind(value: Any) -> str:
+    _known(isinstance(value, str) and value in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}")
+    return str(value)
+
+
+def _options(value: Any) -> Any:
+    words = "options of transformers' configuration (name → value), or the JSON file that holds them"
+    if isinstance(value, Mapping):
+        _known(all(isinstance(name, str) for name in value), words)
+        return value
+    _known(isinstance(value, (str, os.PathLike)), words)
+    return _file(value)
+
+
 _RANKS = _count("a number of ranks")
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
@@ -196,6 +211,9 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("engine_python", "plan"), _file),
     "capability": _capability,
     **dict.fromkeys(("tp_size", "ep_size"), _RANKS),
+    "quantize": _kind,
+    "quantize_config": _options,
+    **dict.fromkeys(("quantize_experts", "dequantize"), _flag),
     **dict.fromkeys(("drop_unused", "ep", "overwrite", "keep_cache", "reference_logits", "sync"), _flag),
     **dict.fromkeys(("private", "create_pr", "dry_run", "check_digests", "sequence_parallel"), _flag),
     **dict.fromkeys(("progress", "say"), _function),

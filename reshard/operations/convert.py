@@ -18,20 +18,24 @@ from ..execution.executor import Inputs, write_files
 from ..execution.journal import Journal
 from ..execution.origin import Origin, open_origin
 from ..execution.staging import staged_folder
-from ..files.digest import new_digest
+from ..files.digest import digest_of, new_digest
 from ..files.untrusted import vetted_path
 from ..planning.model.rules import AUTO
 from ..planning.recut import Recut, recut
 from ..planning.remarks import announced
 from ..process import Progress, patient_collector, silent
 from ..resharded.as_source import recorded
+from ..resharded.derived import CONFIG_NAME
 from ..resharded.layout import FileLayout
 from ..resharded.manifest import REFERENCE_NAME, Manifest
+from ..resharded.rank_file import FileRecord
 from ..sharding.topology import Topology
 from ..storage.disk import check_free_space, copy_file, write_file
+from ..storage.locate import fetch
 from ..storage.stores import as_text
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
 from .arguments import checked
+from .values.change import change_of, derived_origin, with_recorded_files
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +62,10 @@ def convert(
     strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_config: Mapping[str, Any] | str | Path | None = None,
+    quantize_experts: bool = False,
+    dequantize: bool = False,
     drop_unused: bool = False,
     weights: str | None = None,
     links_into: Sequence[str | Path] = (),
@@ -88,15 +96,22 @@ def convert(
         ReshardError: the subclass and its exit code say which kind of failure.
     """
     topology, choice = Topology(tp_size, ep_size), chosen(weights, links_into)
+    change = change_of(quantize, quantize_config, experts=quantize_experts, dequantize=dequantize)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         say(announced(as_text(source), topology))
         if reference_logits:
             from .reference import fetch_whole, store_reference
 
             whole, revision = fetch_whole(as_text(source), revision=revision, choice=choice)
+        if change.needs_whole:
+            fetch(as_text(source), revision=revision, choice=choice, progress=progress)
         origin = open_origin(as_text(source), revision=revision, choice=choice, include=include)
-        checkpoint, made = origin.source, origin.made
+        made = origin.made
         with origin.ahead() as ahead, origin.arrivals(stage, keep_cache=keep_cache) as arrivals:
+            origin = derived_origin(
+                origin, change, dtype=dtype, drop_unused=drop_unused, workers=workers, progress=progress
+            )
+            checkpoint, derived = origin.source, origin.derived
             planned = _planned(  # may import transformers; a few gigabytes arrive meanwhile
                 origin,
                 topology,
@@ -114,7 +129,8 @@ def convert(
             extras_size = sum((checkpoint.root / name).stat().st_size for name in checkpoint.extras)
             staged = 0 if keep_cache else origin.staged_bytes()
             check_free_space(folder, total + staged + extras_size + _MANIFEST_SHARE, origin.staged(stage))
-            inputs = Inputs(origin.held, ahead, arrivals, made.records if made else None)
+            records = made.records if made else None
+            inputs = Inputs(origin.held, ahead, arrivals, records, derived.computed if derived else {})
             with progress(total, "writing") as report, contextlib.closing(Journal(folder)) as journal:
                 written, source_digests = write_files(
                     folder,
@@ -125,22 +141,34 @@ def convert(
                     sync=sync,
                     progress=report,
                 )
-        same = made is None or made.manifest.dtype == draft.dtype
+        same = derived is None and (made is None or made.manifest.dtype == draft.dtype)
         kept = [name for name in checkpoint.extras if name != REFERENCE_NAME or same]
         root = checkpoint.root
+        kept = [name for name in kept if derived is None or name != CONFIG_NAME]
         extras = [copy_file(vetted_path(root, name, what="source"), folder, name, sync=sync) for name in kept]
+        if derived:
+            write_file(folder / CONFIG_NAME, derived.config, sync=sync)
+            extras.append(FileRecord(CONFIG_NAME, len(derived.config), digest_of(derived.config), {}))
         if reference_logits:
-            extras.append(store_reference(whole, folder, draft.dtype, choice=choice, sync=sync))
+            extras.append(store_reference(whole, folder, draft.dtype, choice=choice, sync=sync, derived=derived))
+        found = draft.source_files if made else recorded(origin.original.files, source_digests)
         manifest = replace(
             draft,
             tool={"reshard": __version__, **{name: version(name) for name in ("torch", "transformers")}},
-            source_files=draft.source_files if made else recorded(checkpoint.files, source_digests),
+            source_files=found,
             rank_files=tuple(written[: topology.world_size]),
             unused_file=next(iter(written[topology.world_size :]), None),
             extras=tuple(extras),
         )
+        if derived:
+            manifest = replace(manifest, derived={**derived.told, "files": [_less_header(file) for file in found]})
+            manifest = with_recorded_files(folder, manifest, origin, workers=workers, progress=progress)
         write_file(folder / MANIFEST_NAME, manifest.to_bytes(), sync=sync)
     return manifest
+
+
+def _less_header(file: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in file.items() if key != "header"}
 
 
 def _planned(
@@ -156,7 +184,7 @@ def _planned(
     """Plan from the manifest of a resharded folder, if that tells all, else with the model, which imports transformers.
 
     The manifest is the same either way."""
-    changed = tp_plan != AUTO or dtype is not None or drop_unused
+    changed = tp_plan != AUTO or dtype is not None or drop_unused or origin.derived is not None
     if origin.made and not changed and isinstance(strategies, ParallelInterface) and strategies.is_plain:
         refuse_keys(origin.source.root)
         if found := recut(origin.made, topology):
@@ -172,8 +200,8 @@ def _planned(
         drop_unused=drop_unused,
         arrivals=arrivals,
     )
-    recorded = origin.made.manifest.source_files if origin.made else ()
-    return Recut(_draft(planned, recorded), filled(planned, origin), planned.notes)
+    before = origin.made.manifest if origin.made else None
+    return Recut(_draft(planned, before), filled(planned, origin), planned.notes)
 
 
 def _work(draft: Manifest, layouts: list[FileLayout], origin: Origin) -> str:
@@ -182,6 +210,8 @@ def _work(draft: Manifest, layouts: list[FileLayout], origin: Origin) -> str:
     digest.update(origin.version.encode())
     for file in origin.held.files:
         digest.update(repr((file.name, file.size, file.mtime_ns)).encode() + file.header.raw)
+    if origin.derived:
+        digest.update(origin.derived.digest().encode())
     for thing in (*origin.source.extras, *draft.parameters):
         digest.update(repr(thing).encode())
     for layout in layouts:
@@ -189,8 +219,9 @@ def _work(draft: Manifest, layouts: list[FileLayout], origin: Origin) -> str:
     return digest.hexdigest()
 
 
-def _draft(plan: ReshardPlan, recorded: tuple[dict[str, Any], ...]) -> Manifest:
-    """Return the manifest of a plan before any file is written. `recorded` are the source files, if they are known."""
+def _draft(plan: ReshardPlan, before: Manifest | None) -> Manifest:
+    """Return the manifest of a plan before any file is written. `before` is that of a resharded source."""
+    recorded, derived = (before.source_files, before.derived) if before else ((), None)
     model, source = plan.model, plan.source
     return Manifest(
         tool={},
@@ -214,4 +245,5 @@ def _draft(plan: ReshardPlan, recorded: tuple[dict[str, Any], ...]) -> Manifest:
         groups=plan.groups,
         bundles=plan.bundles,
         left=source.left,
+        derived=derived,
     )

@@ -49,13 +49,14 @@ def merge(
     If `out` is a Hub id or a URL, all its files are fetched to the cache first, at one `revision`.
 
     At the end each file's digest must be the one recorded of the source. With `layout` "hf" the files keep their names
-    and get new headers, and no digest is compared: any tool opens the result, even if tensors were cast or dropped.
+    and get new headers, and no digest is compared: any tool opens the result, even if tensors were cast, quantized or
+    dropped.
     The small files are copied, and an index is written anew. `dest` appears in one step, and an interrupted merge
     resumes, as with `convert`. `progress` is told of bytes written, and checked (see `reshard.process.Progress`).
     Returns the names of the weight files.
 
     Raises:
-        BadInputError: tensors were cast or dropped, so the source files cannot come back.
+        BadInputError: tensors were cast, quantized, dequantised or dropped, so the source files cannot come back.
         IntegrityError: `out` is not complete, or a file differs from the source's.
         UsageError: no such layout.
         NetworkError: `out` is remote, and cannot be fetched.
@@ -104,6 +105,11 @@ def _source_files(made: Resharded) -> list[FileLayout]:
 
 def _check_undoable(made: Resharded) -> None:
     hint = "reshard merge --layout hf writes what there is"
+    derived = made.manifest.derived
+    if derived:
+        kind, was = derived["quantized"], derived["dequantized"]
+        how = f"quantized to {kind}, which loses bits" if kind else f"dequantised from {printable(was)}"
+        raise BadInputError(f"the weights were {how}, when {printable(made.held.root)} was made of them", hint=hint)
     dropped = made.manifest.dropped
     if dropped:
         raise BadInputError(f"{len(dropped)} tensors of the source were dropped: {listed(dropped)}", hint=hint)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.left_behind import refuse_keys
 from ..checkpoint.weights import chosen
@@ -23,6 +24,7 @@ from ..storage.prefetch import Arrivals
 from ..storage.stores import as_text
 from ..strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface, as_strategies
 from .arguments import checked
+from .values.change import change_of, derived_origin
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,10 @@ def plan(
     strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_config: Mapping[str, Any] | str | Path | None = None,
+    quantize_experts: bool = False,
+    dequantize: bool = False,
     drop_unused: bool = False,
     weights: str | None = None,
     links_into: Sequence[str | Path] = (),
@@ -71,6 +77,11 @@ def plan(
     keeps in fp32. `include` holds shell patterns, such as `assets/*`, of files beside the weights to take along though
     their kind is unknown. `say` is called with one line when the work begins; the remarks are the plan's `notes`.
 
+    `quantize` ("nf4", "fp4", "int8" or "fp8") plans the checkpoint that transformers would make by loading it quantized
+    and saving it. `quantize_config` has the options of its configuration, or is a JSON file of them; `quantize_experts`
+    takes the experts of a mixture too where transformers does not. `dequantize` plans the values of a quantized
+    checkpoint. Matrices are quantized in `dtype`, or dequantised to it, else in the model's own.
+
     The weights are found as transformers finds them, unless `weights` names them: a subfolder of the source, a variant
     (`fp16` for `model.fp16.safetensors`), a file of weights, or its index. `links_into` are folders that links among
     the weights may lead into; any other link out of the source is refused.
@@ -83,7 +94,9 @@ def plan(
             hint="--tp-size 2, or --gpu-memory 24GB",
         )
     say(announced(as_text(source), Topology(tp_size, ep_size) if tp_size else "the fewest ranks"))
+    change = change_of(quantize, quantize_config, experts=quantize_experts, dequantize=dequantize)
     origin = open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into), include=include)
+    origin = derived_origin(origin, change, dtype=dtype, drop_unused=drop_unused)
     planned = plan_of(
         origin,
         Topology(tp_size or ep_size, ep_size),
@@ -112,6 +125,10 @@ def sizes(
     strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_config: Mapping[str, Any] | str | Path | None = None,
+    quantize_experts: bool = False,
+    dequantize: bool = False,
     weights: str | None = None,
     links_into: Sequence[str | Path] = (),
     say: Callable[[str], object] = lambda _: None,
@@ -123,7 +140,9 @@ def sizes(
     Raises a `ReshardError`.
     """
     say(announced(as_text(source), "any number of ranks"))
+    change = change_of(quantize, quantize_config, experts=quantize_experts, dequantize=dequantize)
     origin = open_origin(as_text(source), revision=revision, choice=chosen(weights, links_into))
+    origin = derived_origin(origin, change, dtype=dtype)
     strategies, model = _model(origin, tp_plan, strategies, dtype, experts=ep_size > 1)
     return size_table(model, strategies, ep=ep_size, serving=Serving(max_model_len, batch_size, kv_dtype))
 
@@ -134,7 +153,8 @@ def filled(planned: ReshardPlan, origin: Origin) -> list[FileLayout]:
     Raises BadInputError if a resharded folder lacks what a rank needs.
     """
     layouts, made = plan_layouts(planned), origin.made
-    return [made.relocated(layout) for layout in layouts] if made else layouts
+    computed = origin.derived.computed if origin.derived else {}
+    return [made.relocated(layout, computed=computed) for layout in layouts] if made else layouts
 
 
 def plan_of(
@@ -153,7 +173,7 @@ def plan_of(
     strategies, model = _model(origin, tp_plan, strategies, dtype, experts=topology.ep > 1)
     if gpu_memory is not None:
         topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory, serving=serving)
-    return build_plan(
+    planned = build_plan(
         origin.source,
         model,
         topology,
@@ -163,6 +183,7 @@ def plan_of(
         equal=origin.equal(arrivals),
         serving=serving,
     )
+    return replace(planned, notes=(*origin.derived.notes, *planned.notes)) if origin.derived else planned
 
 
 def _model(

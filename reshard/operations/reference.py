@@ -24,12 +24,14 @@ from ..checkpoint.weights import AS_FOUND, Choice, arguments_for
 from ..errors import BadInputError, IntegrityError, TopologyError, UsageError
 from ..files.digest import digest_file, digest_of
 from ..files.system import by_errno
+from ..resharded.derived import Derived
 from ..resharded.manifest import REFERENCE_NAME, Manifest, reference_record
 from ..resharded.rank_file import FileRecord, written_file
 from ..storage.disk import write_file
 from ..storage.locate import fetch
 from ..text import printable
-from .dequantised import dequantised_tensors
+from .values.change import made_again
+from .values.in_memory import dequantised_tensors
 
 __all__ = [
     "ELSEWHERE",
@@ -44,11 +46,14 @@ __all__ = [
     "in_memory",
     "inputs_of",
     "largest",
+    "made_again",
+    "quality",
     "read_reference",
     "reference_of",
     "rounding",
     "single_model",
     "store_reference",
+    "unquantized_values",
     "values_of",
 ]
 
@@ -69,13 +74,14 @@ class Reference:
     `values` are fp32 logits `[rows, positions, vocabulary]`, of the last positions if they were stored, or the last
     hidden state of a model without a head. `tokens` are the ids continued greedily, None if the model generates none.
     `tolerance` is the relative error that rounding explains: in half precision, a few times the model's own distance
-    from fp32.
+    from fp32. If the checkpoint was quantized here, `unquantized` are the values of what it was made of.
     """
 
     ids: torch.Tensor
     values: torch.Tensor
     tokens: torch.Tensor | None
     tolerance: float
+    unquantized: torch.Tensor | None = None
 
 
 def fetch_whole(place: str, *, revision: str | None = None, choice: Choice = AS_FOUND) -> tuple[Path, str | None]:
@@ -117,15 +123,20 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def single_model(
-    root: Path, dtype: torch.dtype, device: torch.device | str = STORED_ON, *, choice: Choice = AS_FOUND
+    root: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = STORED_ON,
+    *,
+    choice: Choice = AS_FOUND,
+    derived: Derived | None = None,
 ) -> Any:
     """Load the checkpoint in `root` with transformers in one process: the whole model is in memory. A quantized one is
-    dequantised by this package, as its ranks do.
+    dequantised by this package, as its ranks do. If one is `derived` from that in `root`, it is loaded instead.
 
     Raises BadInputError if it cannot be loaded. If memory runs out, the error is torch's own (see `in_memory`).
     """
     family, config = model_class(root)
-    source = open_source(root, choice=choice)
+    source = derived.source if derived else open_source(root, choice=choice)
     empty = on_meta(family, deepcopy(config), dtype="float32")
     prefix = Naming(empty, source.tensors).prefix
     where: dict[str, Any] = dict(arguments_for(root, choice))
@@ -134,8 +145,8 @@ def single_model(
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "key_mapping": prefix_mapping(prefix)}
     loader: Any = family
     place: Path | None = root
-    if quantization_of(source.config) is not None:
-        place, where = None, {"state_dict": dequantised_tensors(source, empty, dtype)}
+    if derived or quantization_of(source.config) is not None:
+        place, where = None, {"state_dict": dequantised_tensors(source, empty, dtype, derived=derived)}
     try:
         with quiet_transformers():
             return loader.from_pretrained(place, **options, **where).to(device).eval()
@@ -211,10 +222,36 @@ def rounding(values: torch.Tensor, exact: torch.Tensor) -> float:
     return max(EXACT, _ROUNDING * distance(exact[both], values[both])[1])
 
 
+def unquantized_values(
+    root: Path, dtype: torch.dtype, device: torch.device | str = STORED_ON, *, choice: Choice = AS_FOUND
+) -> torch.Tensor:
+    """Return what the checkpoint in `root` computes from the fixed tokens (as `values_of`), before another is derived
+    from it. Its model is in memory until then."""
+    plain = single_model(root, dtype, device, choice=choice)
+    return values_of(plain, fixed_ids(plain)).cpu()
+
+
+def quality(unquantized: torch.Tensor, quantized: torch.Tensor) -> tuple[float, float, float]:
+    """Return how far quantized logits [rows, positions, vocabulary] are from those before: the Kullback-Leibler
+    divergence of the next token's probabilities in nats, mean and largest of all positions, and the part of positions
+    at which the most probable token is the same."""
+    before, after = (values.double().log_softmax(-1) for values in (unquantized, quantized))
+    apart = (before.exp() * (before - after)).sum(-1)
+    same = before.argmax(-1) == after.argmax(-1)
+    return apart.mean().item(), apart.max().item(), same.double().mean().item()
+
+
 def store_reference(
-    root: Path, folder: Path, dtype: str, *, choice: Choice = AS_FOUND, sync: bool = True
+    root: Path,
+    folder: Path,
+    dtype: str,
+    *,
+    choice: Choice = AS_FOUND,
+    sync: bool = True,
+    derived: Derived | None = None,
 ) -> FileRecord:
-    """Run the checkpoint in `root` in one process, and write what it computes into `folder`.
+    """Run the checkpoint in `root` in one process, and write what it computes into `folder`. If one is `derived` from
+    it, that is run, and the values of the checkpoint itself are written too.
 
     Memory is that of the model, in fp32 if `dtype` (a torch name) is half precision. The file holds the values of the
     last positions only: 4 MB for a vocabulary of 128,000 tokens.
@@ -226,11 +263,11 @@ def store_reference(
     from safetensors.torch import save
 
     with in_memory(root):
-        single = single_model(root, getattr(torch, dtype), choice=choice)
+        quantized = derived and derived.told["quantized"]
+        unquantized = unquantized_values(root, getattr(torch, dtype), choice=choice) if quantized else None
+        single = single_model(root, getattr(torch, dtype), choice=choice, derived=derived)
         reference = reference_of(single, fixed_ids(single))
-    values = reference.values
-    if values.ndim == 3:
-        values = values[:, -_KEPT:].contiguous()
+    values = _last(reference.values)
     tensors = {
         "ids": reference.ids,
         "values": values,
@@ -238,9 +275,15 @@ def store_reference(
     }
     if reference.tokens is not None:
         tensors["tokens"] = reference.tokens
+    if unquantized is not None:
+        tensors["unquantized"] = _last(unquantized)
     data = save(tensors, metadata={"format": "pt"})
     write_file(folder / REFERENCE_NAME, data, sync=sync)
     return FileRecord(REFERENCE_NAME, len(data), digest_of(data), {})
+
+
+def _last(values: torch.Tensor) -> torch.Tensor:
+    return values[:, -_KEPT:].contiguous() if values.ndim == 3 else values
 
 
 def read_reference(folder: Path, manifest: Manifest) -> Reference:
@@ -267,4 +310,7 @@ def _reference(tensors: Mapping[str, torch.Tensor]) -> Reference:
     ids, values, tokens = tensors["ids"], tensors["values"], tensors.get("tokens")
     if ids.ndim != 2 or ids.dtype != torch.int64 or values.dtype != torch.float32 or len(values) != len(ids):
         raise ValueError("ids and values do not fit together")
-    return Reference(ids, values, tokens, float(tensors["tolerance"]))
+    unquantized = tensors.get("unquantized")
+    if unquantized is not None and (unquantized.dtype != values.dtype or unquantized.shape != values.shape):
+        raise ValueError("the values before and after quantizing do not fit together")
+    return Reference(ids, values, tokens, float(tensors["tolerance"]), unquantized)

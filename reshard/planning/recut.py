@@ -29,7 +29,12 @@ from .remarks import dtypes_of, mixed_note, partly_note, runtime_only, why_whole
 
 __all__ = ["Recut", "recut"]
 
-_KNOWN = {"copies", "cuts", "subfolders"}  # of the manifest's features: others, such as bundles, bear on a cut
+_KNOWN = {
+    "copies",
+    "cuts",
+    "derived",
+    "subfolders",
+}  # of the manifest's features: others, such as bundles, bear on a cut
 _Heads = tuple[int, int]  # numbers of query heads and of KV heads
 _Group = Sequence[tuple[Target, str]]  # the parameters of an attention, each with its projection
 

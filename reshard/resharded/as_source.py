@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,7 +24,7 @@ from .manifest import Manifest, read_manifest, refuse_engine
 from .rank_file import FileRecord, read_rank_header, written_file
 from .targets import LocalTensor
 
-__all__ = ["Resharded", "open_resharded", "recorded", "source_headers", "source_tensors"]
+__all__ = ["Resharded", "open_resharded", "recorded", "source_headers", "source_tensors", "written_back"]
 
 Held = dict[str, tuple[str, tuple[int, ...]]]  # tensor → dtype and shape
 
@@ -54,17 +54,22 @@ class Resharded:
         owners = self.manifest.duplicates
         return owners.get(one, one) == owners.get(other, other)
 
-    def relocated(self, layout: FileLayout) -> FileLayout:
-        """Return a file planned from the source, to be filled from the rank files instead.
+    def relocated(self, layout: FileLayout, *, computed: Container[str] = ()) -> FileLayout:
+        """Return a file planned from the source, to be filled from the rank files instead. What is `computed` stays.
 
         Raises:
             BadInputError: a tensor that it needs was dropped, or was cast to a third dtype.
         """
-        return replace(layout, slots=tuple(replace(slot, tensor=self._relocated(slot.tensor)) for slot in layout.slots))
+        slots = (replace(slot, tensor=self.relocated_tensor(slot.tensor, computed=computed)) for slot in layout.slots)
+        return replace(layout, slots=tuple(slots))
 
-    def _relocated(self, tensor: LocalTensor) -> LocalTensor:
+    def relocated_tensor(self, tensor: LocalTensor, *, computed: Container[str] = ()) -> LocalTensor:
+        """Return a tensor of such a file. Raises what `relocated` does."""
         found: list[Region] = []
         for region in tensor.regions:
+            if region.source in computed:
+                found.append(region)
+                continue
             there = self.tensors.get(region.source)
             if there is None:
                 raise BadInputError(
@@ -106,12 +111,27 @@ def open_resharded(
         path = written_file(folder, extra)
         if digest_file(path) != extra.digest:
             raise IntegrityError(f"{printable(path)}: its content was altered")
+    return _resharded(folder, manifest, headers, model_config(folder), absent)
+
+
+def written_back(folder: Path, manifest: Manifest) -> Resharded:
+    """Return rank files that have just been written into `folder`, as a source, by the manifest that they will have."""
+    return _resharded(folder, manifest, source_headers(manifest), {}, _none_absent)
+
+
+def _resharded(
+    folder: Path,
+    manifest: Manifest,
+    headers: Mapping[str, Header],
+    config: dict[str, Any],
+    absent: Callable[[Sequence[FileRecord]], Mapping[str, Header]],
+) -> Resharded:
     sizes = {file["file"]: file["size"] for file in manifest.source_files}
     source = Source(
         folder,
         tuple(SourceFile(name, folder / name, sizes[name], 0, header) for name, header in headers.items()),
         _by_name(headers),
-        model_config(folder),
+        config,
         tuple(extra.name for extra in manifest.extras),
         manifest.repo_id,
         manifest.commit,

@@ -20,6 +20,7 @@ from .bundle_json import Quantizations
 from .manifest_json import (
     bundle_to_json,
     bundles_from_json,
+    derived_from_json,
     file_from_json,
     file_to_json,
     groups_from_json,
@@ -48,8 +49,9 @@ class Manifest:
     path. `groups` gives, by attention, the query heads for each KV head on every rank, if ranks differ; else the model
     has the number. `bundles` are the quantized parameters, whose tensors are among the `parameters`. `engine` says
     which other engine the rank files are for, if any; `parameters` are then the tensors of that engine, those of all
-    ranks one after the other. `left` are the source files that were left behind: known when the folder is made, but not
-    written.
+    ranks one after the other. `derived` says how the checkpoint of the `source_files` was computed from another, and
+    has the files of that one: those of the source may be nowhere. `left` are the source files that were left behind:
+    known when the folder is made, but not written.
     """
 
     tool: dict[str, str]
@@ -73,6 +75,7 @@ class Manifest:
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bundles: tuple[Bundle, ...] = ()
     engine: dict[str, Any] | None = None
+    derived: dict[str, Any] | None = None
     left: tuple[Left, ...] = field(default=(), compare=False)
 
     @property
@@ -114,6 +117,7 @@ class Manifest:
             "custom_strategies": self.custom,
             "runtime_only": list(self.runtime_only),
             **({"engine": self.engine} if self.engine else {}),
+            **({"derived": self.derived} if self.derived else {}),
         }
 
     def __repr__(self) -> str:
@@ -138,6 +142,7 @@ class Manifest:
             "parameters": parameters,
             **({"quantizations": quantizations.to_json(), "bundles": bundles} if bundles else {}),
             **({"engine": self.engine} if self.engine else {}),
+            **({"derived": self.derived} if self.derived else {}),
             "hooks": self.hooks,
             "custom_strategies": self.custom,
             "tied": self.tied,
@@ -254,6 +259,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         },
         bundles=bundles_from_json(content, parameters, len(ranks), cuts),
         engine=maybe(served_by_json, content.get("engine")),
+        derived=maybe(derived_from_json, content.get("derived")),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.quantization import QUANTIZATIONS
 from ..files.dtypes import CODES, FLOATING
 from ..files.untrusted import UnknownError, count, counts, maybe, one_of, text, texts
 from ..sharding.regions import Region, covers, whole
@@ -18,6 +19,7 @@ __all__ = [
     "ENGINES",
     "bundle_to_json",
     "bundles_from_json",
+    "derived_from_json",
     "engine_from_json",
     "file_from_json",
     "file_to_json",
@@ -87,6 +89,21 @@ def served_by_json(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a manifest says of its engine: with the dtypes that it takes source tensors for."""
     taken_for = {name: one_of(CODES, dtype) for name, dtype in texts(content["taken_for"]).items()}
     return {**engine_from_json(content), "taken_for": taken_for}
+
+
+def derived_from_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the checkpoint that its source was computed from."""
+    kinds = {"file": text, "size": count, "digest": text}
+    if type(content["experts"]) is not bool or (content["quantized"] is None) == (content["dequantized"] is None):
+        raise ValueError("either quantized or dequantized, and experts is true or false")
+    if content["quantized"] not in (None, *QUANTIZATIONS):
+        raise UnknownError(f"is quantized to {printable(content['quantized'])}")
+    return {
+        **{name: maybe(text, content[name]) for name in ("quantized", "dequantized")},
+        "experts": content["experts"],
+        "dtype": maybe(lambda name: one_of(FLOATING, name), content["dtype"]),
+        "files": [{key: read(file[key]) for key, read in kinds.items()} for file in content["files"]],
+    }
 
 
 def file_from_json(content: dict[str, Any]) -> FileRecord:

@@ -49,6 +49,7 @@ FEATURES: dict[str, Callable[[Manifest], bool]] = {
     "bundles": lambda manifest: bool(manifest.bundles),
     "copies": _has_copies,
     "cuts": _has_cuts,
+    "derived": lambda manifest: manifest.derived is not None,
     "engine": lambda manifest: manifest.engine is not None,
     "subfolders": _has_subfolders,
 }

@@ -150,6 +150,15 @@ def _engine_line(engine: Mapping[str, Any] | None) -> list[str]:
     return [printable(f"for {engine['name']} {engine['version']} on {where}: {' '.join(options_of(engine))}")]
 
 
+def _derived_line(derived: Mapping[str, Any] | None) -> list[str]:
+    if derived is None:
+        return []
+    what = f"dequantised from {derived['dequantized']}"
+    if derived["quantized"]:
+        what = f"quantized to {derived['quantized']}{', with experts' if derived['experts'] else ''}"
+    return [printable(f"its weights were {what} when it was made")]
+
+
 def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
     """Write the manifest's report in words; its tables in at most `width` characters."""
     origin = report["source"]["repo_id"]
@@ -159,6 +168,7 @@ def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
         printable(f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}{source}"),
         printable(f"made by {tool}"),
         *_engine_line(report.get("engine")),
+        *_derived_line(report.get("derived")),
         "",
         _parameter_table(report["parameters"], report["dtype"], width),
         "",

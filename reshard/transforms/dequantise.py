@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,15 @@ from ..sharding.placement import Piece, Placement, local_shape, pieces
 from ..text import printable
 from .bundle import Follows, Member, Quantized, Role, block_at, boxes_of, member_box, member_placement, member_shape
 
-__all__ = ["Format", "Metadata", "Options", "Part", "dequantised"]
+__all__ = ["Format", "Held", "Metadata", "Options", "Part", "dequantised", "values_of"]
 
+_AT_ONCE = 1 << 18  # elements dequantised at a time where memory matters
 _MOST = 1 << 22  # elements dequantised at a time: what is in between takes a few times their bytes
 
 Options = Mapping[str, Any]
 Metadata = Callable[[], Mapping[str, str]]
+Held = Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor]
+"""Read a box of a tensor of a bundle, by its name, start and extent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +144,48 @@ def dequantised(
             member.role: _part(tensors[one], member, held[one], box, bundle.blocks)
             for one, member in bundle.members.items()
         }
-        try:
-            values = form.values(bundle.options, parts)
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-            raise IntegrityError(f"{printable(name)}: cannot be dequantised: {printable(error)}") from None
+        values = _values(form, bundle.options, parts, name)
         filled = tuple(slice(at, at + size) for at, size in zip(box.local_start, box.extent))
         made[filled] = values.to(dtype).reshape(box.extent)
     return made
+
+
+def values_of(
+    form: Format,
+    bundle: Quantized,
+    place: tuple[int, ...],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    held: Held,
+    *,
+    name: str = "",
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the values of a box of a matrix of a parameter, [rows, columns], some rows at a time: the first row, and
+    the values. `place` is the matrix's, in the dims before the last two.
+
+    Raises IntegrityError, which says `name`, if what the tensors hold makes no sense.
+    """
+    outer, size = len(place), tuple(sum(along) for along in bundle.blocks[-2:])
+    step = max(1, _AT_ONCE // max(1, columns[1] - columns[0]))
+    for first in range(*rows, step):
+        extent = (min(step, rows[1] - first), columns[1] - columns[0])
+        box = Piece((*place, first, columns[0]), ((1,) * outer + extent), ())
+        parts = {}
+        for one, member in bundle.members.items():
+            wanted = member_box(member, box, bundle.blocks)
+            tensor = held(one, tuple(low for low, _ in wanted), tuple(high - low for low, high in wanted))
+            own = [at for at in member.dims if at.dim >= outer]
+            inner = tuple(Follows(at.dim - outer, at.unit, at.width) for at in own)
+            tensor = tensor.reshape([length for length, at in zip(tensor.shape, member.dims) if at.dim >= outer])
+            parts[member.role] = Part(tensor, inner, (first, columns[0]), extent, size)  # type: ignore[arg-type]
+        yield first, _values(form, bundle.options, parts, name)
+
+
+def _values(form: Format, options: Options, parts: Mapping[str, Part], name: str) -> torch.Tensor:
+    try:
+        return form.values(options, parts)
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise IntegrityError(f"{printable(name)}: cannot be dequantised: {printable(error)}") from None
 
 
 def _part(

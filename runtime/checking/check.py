@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from reshard.checkpoint.source import Source, model_config
 from reshard.errors import IntegrityError, UsageError
 from reshard.launch.asked import check_per_layer
 from reshard.operations.reference import (
@@ -25,10 +26,13 @@ from reshard.operations.reference import (
     in_memory,
     inputs_of,
     largest,
+    made_again,
+    quality,
     read_reference,
     reference_of,
     rounding,
     single_model,
+    unquantized_values,
     values_of,
 )
 from reshard.resharded.manifest import read_manifest
@@ -43,7 +47,18 @@ from ..model.quantized.single import native_model, quantizes_inputs, shaken
 from .differences import Altered, Difference, Layers, altered_in, first_difference
 from .traces import Trace, record
 
-__all__ = ["Parity", "check"]
+__all__ = ["Parity", "Quality", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How far the quantized single process is from the unquantized one on the fixed tokens: the Kullback-Leibler
+    divergence of the next token's probabilities in nats, mean and largest of all positions, and the part of positions
+    at which the most probable token is the same."""
+
+    divergence: float
+    largest_divergence: float
+    same_token: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +70,8 @@ class Parity:
     times what a little noise in them changes. `equal_tokens` is None if the model generates none; `tied_tokens` tells
     whether rounding explains that they differ. If layers were compared,
     `difference` is the first module that computes something else. If no module does, `unreached` are the parameters
-    that differ from the source nevertheless.
+    that differ from the source nevertheless. `quality` says what quantizing changed, if the folder was quantized when
+    it was made.
     """
 
     max_abs: float
@@ -65,6 +81,7 @@ class Parity:
     tied_tokens: bool = False
     difference: Difference | None = None
     unreached: tuple[Altered, ...] = ()
+    quality: Quality | None = None
 
     @property
     def ok(self) -> bool:
@@ -118,7 +135,8 @@ def check(model: Any, reference: str | None = None, *, revision: str | None = No
     if single is not None:
         try:
             apart = _apart(single.reference, values.cpu())
-            result = [Parity(*apart, single.reference.tolerance, equal, tied, difference, unreached)]
+            cost = _quality(single.reference)
+            result = [Parity(*apart, single.reference.tolerance, equal, tied, difference, unreached, cost)]
         except IntegrityError as error:
             result = [words_of(error)]
     dist.broadcast_object_list(result, src=0, device=model.device)
@@ -150,15 +168,20 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
         if model.device.type != STORED_ON:
             reference = replace(reference, tolerance=max(reference.tolerance, ELSEWHERE))
         return _Single(reference, None)
-    root = resolve_source(place, revision=revision).root
+    source = resolve_source(place, revision=revision)
+    origin = _origin(model, source)
+    derived = origin.derived if origin else None
     by_steps = quantizes_inputs(model)  # any other library computes with what dequantised weights are
     load = partial(native_model, names=model._reshard_quantized.native) if by_steps else single_model
-    single = load(root, model.dtype, model.device)
-    _check_same(model, single, place)
+    load = partial(load, source.root, device=model.device, derived=derived)
     ids = fixed_ids(model)
+    quantized = derived and derived.told["quantized"]
+    unquantized = unquantized_values(source.root, model.dtype, model.device) if quantized else None
+    single = load(dtype=model.dtype)
+    _check_same(model, single, place)
     traced = record(single, inputs_of(single, ids)) if per_layer else {}
-    in_fp32 = cache(lambda: load(root, torch.float32, model.device) if by_steps else single.float())
-    reference = reference_of(single, ids, in_fp32)
+    in_fp32 = cache(lambda: load(dtype=torch.float32) if by_steps else single.float())
+    reference = replace(reference_of(single, ids, in_fp32), unquantized=unquantized)
     again: Trace | None = None  # the same but for rounding, layer by layer
     if model.dtype in HALF:
         again = record(in_fp32(), inputs_of(single, ids)) if per_layer else None
@@ -169,8 +192,20 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
             again = record(single, inputs_of(single, ids)) if per_layer else None
     if not per_layer:
         return _Single(reference, None)
-    weights = single_model(root, model.dtype, model.device) if by_steps else single
+    weights = single_model(source.root, model.dtype, model.device, derived=derived) if by_steps else single
     return _Single(reference, Layers(single, weights, traced, again))
+
+
+def _origin(model: Any, source: Source) -> Any:
+    """Return what the folder's model was made of, if it was quantized or dequantised then."""
+    manifest = model._reshard_manifest
+    return made_again(manifest, model_config(Path(model.name_or_path)), source) if manifest.derived else None
+
+
+def _quality(reference: Reference) -> Quality | None:
+    if reference.unquantized is None or reference.unquantized.ndim != 3:
+        return None
+    return Quality(*quality(reference.unquantized, reference.values))
 
 
 def _check_same(model: Any, single: Any, place: str) -> None:

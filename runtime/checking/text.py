@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reshard.text import printable
 
-from .check import Parity
+from .check import Parity, Quality
 from .differences import Altered, Difference
 
 __all__ = ["parity_text"]
@@ -19,6 +19,8 @@ def parity_text(out: str, parity: Parity, *, per_layer: bool) -> str:
         f"{printable(out)}: max abs {parity.max_abs:.3g}, max rel {parity.max_rel:.3g} (limit {parity.tolerance:g}),"
         f" tokens {_TIED if parity.tied_tokens else _TOKENS[parity.equal_tokens]}"
     ]
+    if parity.quality:
+        lines.append(_quality(parity.quality))
     if parity.difference:
         lines += _difference(parity.difference)
     elif parity.unreached:
@@ -27,6 +29,14 @@ def parity_text(out: str, parity: Parity, *, per_layer: bool) -> str:
     elif per_layer:
         lines.append("no module differs")
     return "\n".join(lines)
+
+
+def _quality(found: Quality) -> str:
+    return (
+        f"quantizing changed the next token's probabilities by {found.divergence:.3g} nats of KL divergence on average"
+        f" (most {found.largest_divergence:.3g}); the most probable token stays the same at {found.same_token:.0%} of"
+        " positions"
+    )
 
 
 def _difference(found: Difference) -> list[str]:

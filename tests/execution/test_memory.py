@@ -34,6 +34,10 @@ def anonymous_peak(*arguments: str) -> int:
 def test_convert_of_two_gigabytes_stays_flat(tmp_path: Path) -> None:
     _, total = write(tmp_path / "source", {**LLAMA_1B, "num_hidden_layers": 10})
     assert total >= 2 << 30
-    planning = anonymous_peak("convert", str(tmp_path / "source"), str(tmp_path / "out"), "-tp", "4", "--dry-run")
-    whole = anonymous_peak("convert", str(tmp_path / "source"), str(tmp_path / "out"), "-tp", "4")
+    command = ["convert", str(tmp_path / "source"), str(tmp_path / "out"), "-tp", "4"]
+    planning = anonymous_peak(*command, "--dry-run")
+    whole = anonymous_peak(*command)
     assert whole - planning < LIMIT, f"{(whole - planning) >> 20} MB above the imports"
+    for options in (["--quantize", "nf4"], ["--quantize", "fp8"]):
+        quantizing = anonymous_peak(*command, "--overwrite", *options)
+        assert quantizing - planning < LIMIT, f"{options}: {(quantizing - planning) >> 20} MB above the imports"

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
 import warm_commands
 from cli_tools import RANK_FILES, Cli, convert, tree
-from kill_tools import KILLED, convert_until, interrupt_after, server
+from kill_tools import KILLED, convert_until, interrupt_after, interrupted_after, server
 
 import reshard
 from reshard.errors import DestinationExistsError, IntegrityError, StorageError
@@ -249,25 +250,25 @@ def bytes_of(path: Path, info: TensorInfo) -> bytes:
     return path.read_bytes()[info.start : info.end]
 
 
-def sweep(origin: Path, root: Path, whole: dict[str, object], step: int) -> int:
+def sweep(origin: Path, root: Path, whole: dict[str, object], step: int, **options: Any) -> int:
     """Kill a conversion before and after every `step`-th call, then run it again. Returns the number of kills."""
     context = server()
-    code, calls, everything = convert_until(context, origin, root / "whole")
+    code, calls, everything = convert_until(context, origin, root / "whole", **options)
     assert code == 0
     assert tree(root / "whole") == whole
     kills = 0
     for call, after in itertools.product(range(1, calls + 1, step), (False, True)):
         out = root / f"{call}-{after}"
-        code, made, _ = convert_until(context, origin, out, call=call, after=after)
+        code, made, _ = convert_until(context, origin, out, call=call, after=after, **options)
         # Reading ahead makes a call or two fewer if the work overtakes it.
         assert code == KILLED or (code == 0 and made < call), (call, after, made)
         kills += code == KILLED
         if out.exists():  # all or nothing
             assert tree(out) == whole, (call, after)
             with pytest.raises(DestinationExistsError):
-                reshard.convert(origin, out, tp_size=2)
+                reshard.convert(origin, out, tp_size=2, **options)
         else:
-            code, _, written = convert_until(context, origin, out)
+            code, _, written = convert_until(context, origin, out, **options)
             assert code == 0, (call, after)
             assert written <= everything
             assert tree(out) == whole, (call, after)
@@ -284,6 +285,33 @@ def test_killed_at_any_call(origin: Path, tmp_path: Path, whole: dict[str, objec
 @pytest.mark.slow
 def test_killed_at_every_call(origin: Path, tmp_path: Path, whole: dict[str, object]) -> None:
     print(sweep(origin, tmp_path, whole, 1), "kills")
+
+
+NESTED: dict[str, Any] = {"quantize": "nf4", "quantize_config": {"bnb_4bit_use_double_quant": True}}
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("step", [97, pytest.param(STEP, marks=pytest.mark.slow)])
+def test_killed_while_it_quantizes(step: int, origin: Path, tmp_path: Path) -> None:
+    """Also in the pass before the planning, and while the digests of what was quantized are found."""
+    reshard.convert(origin, tmp_path / "expected", tp_size=2, **NESTED)
+    (tmp_path / "swept").mkdir()
+    assert sweep(origin, tmp_path / "swept", tree(tmp_path / "expected"), step, **NESTED) > 8
+
+
+@pytest.mark.fault(3)
+def test_what_another_quantization_wrote_is_not_taken(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that changes no shape and no name: the modules' own dtype for computing is in config.json alone."""
+    with interrupted_after(9):
+        reshard.convert(origin, tmp_path / "out", tp_size=2, workers=1, **NESTED)
+    assert len(unfinished(tmp_path / "out")) == 1
+    other = {**NESTED["quantize_config"], "bnb_4bit_compute_dtype": "float16"}
+    seen = tensors_written(monkeypatch)
+    made = reshard.convert(origin, tmp_path / "out", tp_size=2, quantize="nf4", quantize_config=other)
+    assert len(seen) == sum(len(record.tensors) for record in made.rank_files)
+    assert not unfinished(tmp_path / "out")
 
 
 @pytest.mark.fault(3)

@@ -14,6 +14,7 @@ import bench_hub
 import bench_load
 import bench_overhead
 import bench_plan
+import bench_quantize
 import bench_sequence
 import bench_startup
 import pytest
@@ -36,7 +37,7 @@ SMALL = {
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the benchmarks start is forked: only how long it takes is another."""
     monkeypatch.setattr(sys, "executable", warm_commands.python())
-    for module, name in ((bench_convert, "RESHARD"), (bench_hub, "RESHARD")):
+    for module, name in ((bench_convert, "RESHARD"), (bench_hub, "RESHARD"), (bench_quantize, "RESHARD")):
         monkeypatch.setattr(module, name, [sys.executable, *getattr(module, name)[1:]])
 
 
@@ -85,6 +86,13 @@ def test_the_benchmark_of_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, rows in ((first, [*ours, "load and split", r"transformers \+ DCP"]), (second, ours)):
         for row in rows:
             assert re.search(rf"^  {row}  .*\d", text, re.MULTILINE), output
+
+
+def test_the_benchmark_of_quantizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_quantize, "MODEL", SMALL)
+    output = run(bench_quantize.main, "--repeat", "1", "--layers", "1", "--kind", "nf4")
+    for row in ("reshard", "library", "transformers"):
+        assert re.search(rf"^  {row} +\d+ MB/s a core +-?\d+ MB above the imports$", output, re.MULTILINE), output
 
 
 def test_the_benchmark_of_start_up() -> None:

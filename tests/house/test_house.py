@@ -53,7 +53,7 @@ RUNTIME_ROOMS: dict[str, set[str]] = {
 FRONT = {"cli": {""}}  # the commands call what the package `reshard` itself exports
 # The rooms and two modules of reshard that the runtime may import.
 RUNTIME_MAY_TAKE = {"files", "sharding", "transforms", "checkpoint", "resharded", "strategies", "storage", "launch"}
-RUNTIME_MAY_TAKE_TOO = {f"reshard.operations.{name}" for name in ("arguments", "dequantised", "reference")}
+RUNTIME_MAY_TAKE_TOO = {f"reshard.operations.{name}" for name in ("arguments", "reference", "values.in_memory")}
 HEAVY = {"torch", "transformers", "numpy"}
 NEEDS_TORCH = {"reshard.checkpoint.architecture"}  # it imports transformers' model classes
 TORCH_FREE_ROOMS = [

@@ -72,6 +72,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sources")
     run("python", str(ROOT / "scripts" / "make_pico.py"), "SOURCE", folder=root)
     (root / "SOURCE" / "recipe.yaml").write_text("steps: 1\n")
+    (root / "nf4.json").write_text('{"bnb_4bit_compute_dtype": "float16", "bnb_4bit_use_double_quant": true}')
     reshard.convert(root / "SOURCE", root / "OUT", tp_size=2)
     pico.save("qwen3_moe", root / "MOE")
     pico.build("llama").save_pretrained(root / "VARIANT", variant="fp16")

@@ -54,13 +54,15 @@ def server() -> Any:
     return context
 
 
-def convert_until(context: Any, source: Path, out: Path, *, call: int | None = None, after: bool = False) -> Any:
+def convert_until(
+    context: Any, source: Path, out: Path, *, call: int | None = None, after: bool = False, **options: Any
+) -> Any:
     """Convert for 2 ranks in another process, which ends at the `call`-th call, before it is made or `after`.
 
     Returns (exit code, calls made, bytes of tensor data written); the last two are None if the process was killed.
     """
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_job, args=(sender, str(source), str(out), call, after))
+    process = context.Process(target=_job, args=(sender, str(source), str(out), call, after, options))
     process.start()
     sender.close()
     try:
@@ -71,7 +73,7 @@ def convert_until(context: Any, source: Path, out: Path, *, call: int | None = N
     return process.exitcode, calls, written
 
 
-def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> None:
+def _job(sender: Any, source: str, out: str, call: int | None, after: bool, options: dict[str, Any]) -> None:
     import torch
 
     import reshard.execution.destination
@@ -114,7 +116,7 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool) -> N
         setattr(os, name, counted(getattr(os, name)))
     builtins.open = counted(builtins.open)
     reshard.execution.destination.move = counted(reshard.execution.destination.move)
-    convert(source, out, tp_size=2, workers=1)
+    convert(source, out, tp_size=2, workers=1, **options)
     sender.send((made, written))
     sender.close()
     os._exit(0)

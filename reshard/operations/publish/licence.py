@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,14 +156,16 @@ def _same_source(one: Manifest, other: Manifest) -> bool:
     """Whether both were made from the same repo, or from the same files."""
     if one.repo_id and other.repo_id and _repo(one) == _repo(other):
         return True
-    return _digests(one.source_files) == _digests(other.source_files)
+    return _digests(one) == _digests(other)
 
 
 def _repo(manifest: Manifest) -> list[str]:
     return str(manifest.repo_id).split("/")[:2]
 
 
-def _digests(files: Iterable[Mapping[str, Any]]) -> set[str]:
+def _digests(manifest: Manifest) -> set[str]:
+    """Return the digests of the files that a folder was made of, before they were quantized or dequantised."""
+    files = manifest.derived["files"] if manifest.derived else manifest.source_files
     return {str(file["digest"]) for file in files}
 
 

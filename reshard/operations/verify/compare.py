@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ...checkpoint.source import Source
+from ...checkpoint.source import Source, model_config
 from ...checkpoint.weights import AS_FOUND, Choice
 from ...engines.constants import CONSTANTS_NAME, as_read
 from ...errors import BadInputError, IntegrityError
+from ...execution.origin import Origin
 from ...execution.reader import SourceReader, equal_tensors, tensor_blocks
 from ...files.header import Header, TensorInfo, read_header
 from ...files.mapped import MappedFile
@@ -20,6 +21,7 @@ from ...resharded.rank_file import FileRecord
 from ...resharded.targets import LocalTensor, unused_tensors
 from ...storage.locate import resolve_source
 from ...text import printable
+from ..values.change import made_again
 
 __all__ = ["compare_with_source"]
 
@@ -34,6 +36,7 @@ def compare_with_source(
     progress: Progress = silent,
 ) -> int:
     """Gather each tensor of each file from the source again and compare the bytes. Returns how many elements agree.
+    What was quantized or dequantised is computed again.
 
     Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose. (For
     another engine's rank files, the export made sure of that.)
@@ -41,6 +44,10 @@ def compare_with_source(
     """
     source = resolve_source(place, revision=revision, choice=choice, progress=progress)
     headers = source_headers(manifest)
+    origin = (
+        made_again(manifest, model_config(folder), source, progress=progress) if manifest.derived else Origin(source)
+    )
+    source = origin.source
     _check_is_source(folder, manifest, headers, source)
     if manifest.engine:
         if CONSTANTS_NAME not in {extra.name for extra in manifest.extras}:
@@ -49,14 +56,16 @@ def compare_with_source(
         _check_inside(manifest, source)
     else:
         source_tensors(manifest, headers)  # raises if an element is nowhere
-    _check_duplicates(manifest, source)
+    there = source if manifest.engine else origin.original
+    _check_duplicates(manifest, there)
     held: list[tuple[FileRecord, Iterable[LocalTensor]]] = [
         (record, manifest.tensors_of(rank)) for rank, record in enumerate(manifest.rank_files)
     ]
     if manifest.unused_file:
         held.append((manifest.unused_file, unused_tensors(source, manifest.unused_file.tensors)))
     total = sum(record.size for record, _ in held)
-    with SourceReader(source) as reader, progress(total, "comparing") as report:
+    computed = origin.derived.computed if origin.derived else {}
+    with SourceReader(there, computed=computed) as reader, progress(total, "comparing") as report:
         return sum(_compare(folder, record, tensors, reader, report) for record, tensors in held)
 
 

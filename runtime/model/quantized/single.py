@@ -13,8 +13,9 @@ from torch import nn
 
 from reshard.checkpoint.quantization import quantization_of
 from reshard.checkpoint.source import open_source
-from reshard.operations.dequantised import metadata_of, quantized_matrices
 from reshard.operations.reference import single_model
+from reshard.operations.values.in_memory import metadata_of, quantized_matrices, tensors_of
+from reshard.resharded.derived import Derived
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import Replicate
 
@@ -26,12 +27,20 @@ __all__ = ["native_model", "quantizes_inputs", "shaken"]
 _SHAKEN = 2**-16  # of a value: several times what another order of sums changes in fp32
 
 
-def native_model(root: Path, dtype: torch.dtype, device: torch.device, names: Collection[str]) -> Any:
+def native_model(
+    root: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Collection[str],
+    *,
+    derived: Derived | None = None,
+) -> Any:
     """Load the checkpoint in `root` in one process, with libraries that compute with the quantized parameters `names`,
-    each the weight of a linear layer. Raises what `single_model` does."""
-    model, source = single_model(root, dtype, device), open_source(root)
+    each the weight of a linear layer. If one is `derived` from it, that is loaded. Raises what `single_model` does."""
+    model = single_model(root, dtype, device, derived=derived)
+    source = derived.source if derived else open_source(root)
     held: dict[str, Held] = {}
-    for one in quantized_matrices(source, model):
+    for one in quantized_matrices(source, model, tensors_of(source, derived)):
         if one.parameter in names and not one.is_part:
             kind = str(dtype).removeprefix("torch.")
             target = Target(one.parameter, tuple(map(sum, one.bundle.blocks)), kind, Replicate(), ())

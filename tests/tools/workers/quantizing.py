@@ -1,0 +1,28 @@
+"""Run under torchrun: quantizing.py FOLDER SOURCE OUT.json
+
+Checks a folder that was quantized when it was made: layer by layer with SOURCE, the checkpoint before that, and with
+the stored logits. Rank 0 writes both results into OUT.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+import runtime
+from runtime.checking.check import check
+
+
+def main(folder: str, source: str, out: str) -> None:
+    model = runtime.load(folder)
+    found = {"source": check(model, source, per_layer=True).to_json(), "stored": check(model).to_json()}
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main(*sys.argv[1:])
+os._exit(0)  # gloo's threads can abort the interpreter while it shuts down, when all is done
