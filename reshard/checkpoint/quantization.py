@@ -7,9 +7,10 @@ from typing import Any
 
 from ..errors import BadInputError
 
-__all__ = ["QUANTIZATIONS", "quantization_of", "without_quantization"]
+__all__ = ["COMPUTE", "QUANTIZATIONS", "quantization_of", "without_quantization"]
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "fp8")  # the kinds that checkpoints are quantized to here
+COMPUTE = ("auto", "native", "dequantised")  # what may compute with quantized weights on ranks
 _KEY = "quantization_config"
 
 

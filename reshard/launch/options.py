@@ -13,8 +13,9 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from ..checkpoint.quantization import COMPUTE
+
 __all__ = [
-    "COMPUTE",
     "ENGINES",
     "SDPA_BACKENDS",
     "Batches",
@@ -39,7 +40,6 @@ SDPA_BACKENDS = {
     "cudnn": "CUDNN_ATTENTION",
     "math": "MATH",
 }
-COMPUTE = ("auto", "native", "dequantised")  # what may compute with quantized weights
 ENGINES = ("tensor_parallel", "transformers")  # that `bench` can measure beside this runtime
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 _POSITIVE = click.IntRange(min=1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from ..checkpoint.quantization import QUANTIZATIONS
+from ..checkpoint.quantization import COMPUTE, QUANTIZATIONS
 from ..errors import UsageError
 from ..files.dtypes import cache_dtype, floating_dtype
 from ..text import printable
@@ -180,6 +180,11 @@ def _device(value: Any) -> str:
     return str(value)
 
 
+def _compute(value: Any) -> str:
+    _known(isinstance(value, str) and value in COMPUTE, f"one of {', '.join(COMPUTE)}")
+    return str(value)
+
+
 def _mesh(value: Any) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -233,5 +238,6 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "links_into": _folders,
     "ranks": _ranks,
     "device": _device,
+    "compute": _compute,
     "mesh": _mesh,
 }

@@ -177,9 +177,9 @@ def values_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(**inputs_of(model, ids))[0].float()
 
 
-def reference_of(single: Any, ids: torch.Tensor, in_fp32: Callable[[], Any] | None = None) -> Reference:
-    """Run the single-process model. If it is in half precision, it is run once more in fp32: `in_fp32` returns the
-    model for that, if it cannot be cast.
+def reference_of(single: Any, ids: torch.Tensor, again: Callable[[], torch.Tensor] | None = None) -> Reference:
+    """Run the single-process model. `again` returns its values from another run, which differs by rounding: by default,
+    a model in half precision is then cast to fp32.
 
     Raises BadInputError if transformers cannot decode as the model's generation_config.json says.
     """
@@ -190,8 +190,8 @@ def reference_of(single: Any, ids: torch.Tensor, in_fp32: Callable[[], Any] | No
         with torch.inference_mode(), decoding_as_told(single):
             tokens = single.generate(inputs, attention_mask=torch.ones_like(inputs), **options).cpu()
     tolerance = EXACT
-    if single.dtype in HALF:
-        tolerance = rounding(values, values_of(in_fp32() if in_fp32 else single.float(), ids))
+    if again or single.dtype in HALF:
+        tolerance = rounding(values, again() if again else values_of(single.float(), ids))
     return Reference(ids, values.cpu(), tokens, tolerance)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from reshard.operations.reference import (
     quality,
     read_reference,
     reference_of,
-    rounding,
-    single_model,
     unquantized_values,
     values_of,
 )
@@ -43,9 +41,10 @@ from ..distributed.agreement import Deadline, from_first, spoken, words_of
 from ..distributed.mesh import connect
 from ..distributed.ranks import this_rank
 from ..generation.generate import greedy
-from ..model.quantized.single import native_model, quantizes_inputs, shaken
+from ..model.quantized.single import computes_otherwise, quantizes_inputs
 from .differences import Altered, Difference, Layers, altered_in, first_difference
-from .traces import Trace, record
+from .single import Process
+from .traces import record
 
 __all__ = ["Parity", "Quality", "check"]
 
@@ -66,9 +65,9 @@ class Parity:
     """Errors of the sharded model against the single-process model, relative to the latter's largest value.
 
     The values are logits, or the last hidden state of a model without a head. `tolerance` is what rounding explains:
-    in half precision, a few times the reference's own distance from fp32; if a library quantizes activations, a few
-    times what a little noise in them changes. `equal_tokens` is None if the model generates none; `tied_tokens` tells
-    whether rounding explains that they differ. If layers were compared,
+    in half precision, a few times the reference's own distance from fp32, also if a library computes so; if it
+    quantizes activations, a few times what a little noise in them changes. `equal_tokens` is None if the model
+    generates none; `tied_tokens` tells whether rounding explains that they differ. If layers were compared,
     `difference` is the first module that computes something else. If no module does, `unreached` are the parameters
     that differ from the source nevertheless. `quality` says what quantizing changed, if the folder was quantized when
     it was made.
@@ -157,10 +156,11 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
     if place is None:
         check_per_layer(place, per_layer=per_layer)
         folder = Path(model.name_or_path)
-        if quantizes_inputs(model):
+        if computes_otherwise(model):
+            how = "quantizes activations too" if quantizes_inputs(model) else "computes in half precision"
             raise UsageError(
-                f"{printable(folder)}: its stored logits are of dequantised weights, and the library that computes with"
-                " its quantized ones quantizes activations too",
+                f"{printable(folder)}: its stored logits are of dequantised weights, and the library of its quantized"
+                f" ones {how}",
                 hint="give --reference SOURCE, or --compute dequantised",
             )
         reference = read_reference(folder, read_manifest(folder))
@@ -169,37 +169,29 @@ def _single(model: Any, place: str | None, revision: str | None, *, per_layer: b
             reference = replace(reference, tolerance=max(reference.tolerance, ELSEWHERE))
         return _Single(reference, None)
     source = resolve_source(place, revision=revision)
-    origin = _origin(model, source)
-    derived = origin.derived if origin else None
-    by_steps = quantizes_inputs(model)  # any other library computes with what dequantised weights are
-    load = partial(native_model, names=model._reshard_quantized.native) if by_steps else single_model
-    load = partial(load, source.root, device=model.device, derived=derived)
-    ids = fixed_ids(model)
+    derived = _derived(model, source)
     quantized = derived and derived.told["quantized"]
     unquantized = unquantized_values(source.root, model.dtype, model.device) if quantized else None
-    single = load(dtype=model.dtype)
+    process = Process(model, source.root, derived)
+    single = process.model
     _check_same(model, single, place)
-    traced = record(single, inputs_of(single, ids)) if per_layer else {}
-    in_fp32 = cache(lambda: load(dtype=torch.float32) if by_steps else single.float())
-    reference = replace(reference_of(single, ids, in_fp32), unquantized=unquantized)
-    again: Trace | None = None  # the same but for rounding, layer by layer
-    if model.dtype in HALF:
-        again = record(in_fp32(), inputs_of(single, ids)) if per_layer else None
-    elif by_steps:
-        with shaken(single):
-            reference = replace(reference, tolerance=rounding(reference.values, values_of(single, ids).cpu()))
-        with shaken(single):
-            again = record(single, inputs_of(single, ids)) if per_layer else None
+    ids = fixed_ids(model)
+    inputs = inputs_of(single, ids)
+    traced = record(single, inputs) if per_layer else {}
+    again = partial(process.again, partial(values_of, ids=ids)) if process.rounds else None
+    reference = replace(reference_of(single, ids, again), unquantized=unquantized)
     if not per_layer:
         return _Single(reference, None)
-    weights = single_model(source.root, model.dtype, model.device, derived=derived) if by_steps else single
-    return _Single(reference, Layers(single, weights, traced, again))
+    exact = process.again(lambda one: record(one, inputs)) if process.rounds else None
+    return _Single(reference, Layers(single, process.weights, traced, exact))
 
 
-def _origin(model: Any, source: Source) -> Any:
-    """Return what the folder's model was made of, if it was quantized or dequantised then."""
+def _derived(model: Any, source: Source) -> Any:
+    """Return the checkpoint that the folder's model was made of, if it was quantized or dequantised then."""
     manifest = model._reshard_manifest
-    return made_again(manifest, model_config(Path(model.name_or_path)), source) if manifest.derived else None
+    if not manifest.derived:
+        return None
+    return made_again(manifest, model_config(Path(model.name_or_path)), source).derived
 
 
 def _quality(reference: Reference) -> Quality | None:

@@ -72,6 +72,7 @@ WRONG: dict[str, list[Any]] = {
     "include": [3, "*.txt", [3], [""]],
     "ranks": [3, "0-3", [0.5], ["a"], [True]],
     "device": ["", 3, b"cpu"],
+    "compute": [None, "", "gpu", 4, True],
     "mesh": ["tp", 2, (2, 2)],
 }
 

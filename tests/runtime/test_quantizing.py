@@ -85,6 +85,8 @@ def test_check_compares_with_the_quantized_process_and_says_what_quantizing_cost
     found = told[against]
     assert found["ok"], found
     assert found["difference"] is None
+    assert told["native"]["ok"], told["native"]  # in fp16, as the checkpoint says
+    assert 1e-5 < told["native"]["tolerance"] < 0.1
     plain = single_model(checkpoint("llama", **SHAPE), torch.float32)
     single = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint("llama", **SHAPE), quantization_config=quantizing()

@@ -93,6 +93,7 @@ class Library:
     one process does. The mesh is over the ranks that have the other parts.
     `tensors` are those that a module holds in memory for its weight.
     `quantizes_inputs` tells whether a module does: rounding can then change its output by a step.
+    `computes_in` is the dtype that one of its modules computes in, None if it is that of the inputs.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Library:
     begin: Callable[[nn.Module, torch.dtype], None] = _nothing
     reduce: Callable[[nn.Module, DeviceMesh], None] = _nothing
     quantizes_inputs: Callable[[nn.Module], bool] = _never
+    computes_in: Callable[[nn.Module], torch.dtype | None] = _nothing
 
     def missing(self) -> str | None:
         """Say which of its packages cannot be imported; None if all can."""

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from reshard.checkpoint.quantization import COMPUTE
 from reshard.errors import IntegrityError, UsageError, VersionError
-from reshard.launch.options import COMPUTE
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import Bundle, Target
 from reshard.sharding.placement import local_shape

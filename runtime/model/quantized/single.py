@@ -22,7 +22,7 @@ from reshard.sharding.placement import Replicate
 from .libraries import BY_FORMAT, LIBRARIES, replace_modules
 from .library import Held, Place
 
-__all__ = ["native_model", "quantizes_inputs", "shaken"]
+__all__ = ["computes_otherwise", "native_model", "quantizes_inputs", "shaken"]
 
 _SHAKEN = 2**-16  # of a value: several times what another order of sums changes in fp32
 
@@ -58,6 +58,13 @@ def native_model(
         module.eval()
         library.begin(module, dtype)
     return model
+
+
+def computes_otherwise(model: Any) -> bool:
+    """Whether modules of a model compute something else than dequantised weights do, but for rounding in the model's
+    dtype: they quantize what goes into them, or compute in fewer bits."""
+    found = {library.computes_in(module) for module in model.modules() for library in LIBRARIES} - {None}
+    return quantizes_inputs(model) or any(one.itemsize < model.dtype.itemsize for one in found if one)
 
 
 def quantizes_inputs(model: Any) -> bool:

@@ -26,6 +26,7 @@ from runtime.checking.check import check
 from runtime.checking.text import parity_text
 
 CHECK = sys.modules["runtime.checking.check"]
+SINGLE = sys.modules["runtime.checking.single"]
 LIMIT = 4  # seconds that a collective waits
 
 
@@ -35,13 +36,13 @@ def hungry(*_: Any, **_options: Any) -> Any:
 
 @contextmanager
 def slow() -> Iterator[None]:
-    real = CHECK.single_model
+    real = SINGLE.single_model
 
-    def slowly(*arguments: Any) -> Any:
+    def slowly(*arguments: Any, **options: Any) -> Any:
         time.sleep(1.5 * LIMIT)
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    with short_collectives(LIMIT), mock.patch.object(CHECK, "single_model", slowly):
+    with short_collectives(LIMIT), mock.patch.object(SINGLE, "single_model", slowly):
         yield
 
 

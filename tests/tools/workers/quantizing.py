@@ -1,7 +1,7 @@
 """Run under torchrun: quantizing.py FOLDER SOURCE OUT.json
 
-Checks a folder that was quantized when it was made: layer by layer with SOURCE, the checkpoint before that, and with
-the stored logits. Rank 0 writes both results into OUT.
+Checks a folder that was quantized when it was made: layer by layer with SOURCE, the checkpoint before that, natively
+and dequantised, and with the stored logits. Rank 0 writes the results into OUT.
 """
 
 import json
@@ -16,8 +16,9 @@ from runtime.checking.check import check
 
 
 def main(folder: str, source: str, out: str) -> None:
-    model = runtime.load(folder)
-    found = {"source": check(model, source, per_layer=True).to_json(), "stored": check(model).to_json()}
+    found = {"native": check(runtime.load(folder), source, per_layer=True).to_json()}
+    model = runtime.load(folder, compute="dequantised")
+    found |= {"source": check(model, source, per_layer=True).to_json(), "stored": check(model).to_json()}
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
     dist.barrier()

@@ -164,6 +164,7 @@ LIBRARIES = (
         fill=_fill_four_bits,
         tensors=_tensors_of_four_bits,
         begin=_begin_four_bits,
+        computes_in=lambda module: module.compute_dtype if type(module).__name__ == "Linear4bit" else None,
         **_COMMON,
     ),
     Library(
