@@ -3,18 +3,18 @@ result cannot be opened with."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.source import Source
 from ..files.dtypes import torch_name
 from ..resharded.targets import Bundle, Target
-from ..sharding.placement import is_box, pieces
+from ..sharding.placement import is_box
 from ..sharding.regions import Region
 from ..sharding.topology import Topology
 from ..text import listed, printable
-from ..transforms.bundle import block_at
+from ..transforms.bundle import divides_entries
+from ..transforms.libraries import LIBRARY_OF
 
 if TYPE_CHECKING:  # it comes with torch
     from .loads import Load
@@ -60,36 +60,28 @@ def partly_note(names: Sequence[str]) -> list[str]:
 
 
 def quantized_note(bundles: Sequence[Bundle], loads: Sequence[Load]) -> list[str]:
-    """Say that ranks dequantise as they load, and what the fullest then has of weights."""
+    """Say what computes with quantized weights, and what the fullest rank has of weights if they are dequantised."""
     if not bundles:
         return []
     forms = ", ".join(sorted({bundle.quantized.format for bundle in bundles}))
     most = max(load.weights for load in loads)
+    libraries = sorted({LIBRARY_OF.get(bundle.quantized.format, "") for bundle in bundles} - {""})
+    kept = f"{' and '.join(libraries)} computes with them, if it is installed; else " if libraries else ""
     notes = [
-        f"{len(bundles)} parameters are quantized ({forms}) and stay so in the files; a rank dequantises its part as it"
-        f" loads: {most:,} bytes of weights in {bundles[0].target.dtype} on the fullest"
+        f"{len(bundles)} parameters are quantized ({forms}) and stay so in the files; {kept}a rank dequantises its part"
+        f" as it loads: {most:,} bytes of weights in {bundles[0].target.dtype} on the fullest"
     ]
-    divided = [bundle.target.name for bundle in bundles if _divides_units(bundle, len(loads))]
+    divided = [
+        bundle.target.name
+        for bundle in bundles
+        if divides_entries(bundle.quantized, bundle.target.placement, len(loads))
+    ]
     if divided:
         notes.append(
             f"{len(divided)} of them have fewer units than ranks, or share heads: words or scales at the bounds are on"
             f" both ranks: {listed(divided)}"
         )
     return notes
-
-
-def _divides_units(bundle: Bundle, world_size: int) -> bool:
-    """Whether a bound of a rank's part goes through elements that share an entry."""
-    shape = bundle.target.shape
-    for rank in range(world_size):
-        for piece in pieces(bundle.target.placement, shape, rank=rank, world_size=world_size):
-            for dim, (start, extent) in enumerate(zip(piece.start, piece.extent)):
-                blocks, unit = bundle.quantized.blocks[dim], bundle.quantized.unit(dim)
-                ends = set(itertools.accumulate(blocks, initial=0))
-                for bound in {start, start + extent} - ends if unit > 1 else ():
-                    if (bound - block_at(bound, blocks)[1]) % unit:
-                        return True
-    return False
 
 
 def why_whole(style: str | None, topology: Topology) -> str:

@@ -35,7 +35,7 @@ __all__ = [
     "block_at",
     "boxes_of",
     "count",
-    "cut_between_entries",
+    "divides_entries",
     "matrices",
     "matrix_at",
     "member_box",
@@ -168,22 +168,18 @@ def in_blocks(start: int, stop: int, blocks: Sequence[int]) -> Iterator[tuple[in
         first += block
 
 
-def cut_between_entries(q: Quantized, placement: Placement, world_size: int) -> bool:
-    """Whether every rank has a part of a parameter, and each part begins and ends where entries of its tensors do, so
-    that it is a quantized matrix by itself."""
+def divides_entries(q: Quantized, placement: Placement, world_size: int) -> bool:
+    """Whether a bound of a rank's part of a parameter goes through elements that share an entry."""
     shape = tuple(sum(along) for along in q.blocks)
     for rank in range(world_size):
-        held = pieces(placement, shape, rank=rank, world_size=world_size)
-        for piece in held:
+        for piece in pieces(placement, shape, rank=rank, world_size=world_size):
             for dim, (start, extent) in enumerate(zip(piece.start, piece.extent)):
                 unit, along = q.unit(dim), q.blocks[dim]
-                for low, high in in_blocks(start, start + extent, along):
+                for low, high in in_blocks(start, start + extent, along) if unit > 1 else ():
                     number, first = block_at(low, along)
                     if (low - first) % unit or ((high - first) % unit and high != first + along[number]):
-                        return False
-        if not any(math.prod(piece.extent) for piece in held):
-            return False
-    return True
+                        return True
+    return False
 
 
 def member_placement(

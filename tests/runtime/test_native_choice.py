@@ -21,6 +21,8 @@ import reshard
 from reshard.checkpoint.architecture import meta_model
 from reshard.checkpoint.quantization import quantization_of
 from reshard.errors import UsageError
+from reshard.transforms.libraries import LIBRARY_OF
+from runtime.model.quantized.libraries import BY_FORMAT
 from runtime.model.quantized.native import Computation, choose
 
 CPU = torch.device("cpu")
@@ -67,7 +69,7 @@ def gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
 
 NOT_LINEAR = "it is not the weight of a linear layer"
-CUT = "its cut goes through scales or words, or leaves a rank without a part"
+CUT = "its cut goes through scales or words"
 ROWS = "a scale is for 64 values, and some rows are not whole scales"
 DECOMPRESSED = "transformers decompresses it before it computes"
 FETCHED = "its kernels are code that transformers fetches from the Hub"
@@ -97,6 +99,11 @@ def test_the_choice(case: tuple[Any, ...], native: int, reasons: dict[str, int],
             chosen(*case, asked="native")
     assert not chosen(*case, asked="dequantised").native
     assert found.seal() == " ".join(sorted(found.native))
+
+
+def test_formats_say_which_library_it_is() -> None:
+    """`plan` reads that, and must not import the runtime."""
+    assert {name: library.name for name, library in BY_FORMAT.items()} == LIBRARY_OF
 
 
 def test_a_library_that_is_not_there(chosen: Choose, monkeypatch: pytest.MonkeyPatch) -> None:

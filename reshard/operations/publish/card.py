@@ -156,7 +156,8 @@ def _opening(sources: Sequence[str], *, cast: bool, formats: Collection[str]) ->
     if formats:
         listed = ", ".join(map(_plain, sorted(formats)))
         lines.append(
-            f"Weights stay quantized as the source has them ({listed}); a rank dequantises its part as it loads."
+            f"Weights stay quantized as the source has them ({listed}); a rank computes with"
+            " them by their library if it is installed and can, else it dequantises its part as it loads."
         )
     elif sources:
         lines.append("Nothing is quantized: the Hub has no nearer name for how the two models belong together.")

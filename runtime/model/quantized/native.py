@@ -19,7 +19,7 @@ from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import Bundle, Target
 from reshard.sharding.placement import local_shape
 from reshard.text import printable
-from reshard.transforms.bundle import cut_between_entries, matrices
+from reshard.transforms.bundle import divides_entries, matrices
 
 from .libraries import BY_FORMAT, replace_modules
 from .library import Held, Place
@@ -205,6 +205,9 @@ def _unfit(place: Place, module: Any) -> str | None:
         return "it has another shape"  # which is an error, where the model is filled
     if matrices(place.quantized.blocks) != 1:
         return "it is made of several quantized matrices"
-    if not cut_between_entries(place.quantized, place.target.placement, place.world_size):
-        return "its cut goes through scales or words, or leaves a rank without a part"
+    target, ranks = place.target, place.world_size
+    if divides_entries(place.quantized, target.placement, ranks):
+        return "its cut goes through scales or words"
+    if any(0 in local_shape(target.placement, target.shape, rank=rank, world_size=ranks) for rank in range(ranks)):
+        return "a rank has no part of it"
     return None
