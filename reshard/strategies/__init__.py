@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base import LocalLayer, TensorParallelLayer
     from .collectives import group_of
+    from .convolution import ConvolutionParallel
     from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
     from .experts import (
         AllReduceParallel,
@@ -38,6 +39,7 @@ __all__ = [
     "ColwiseParallel",
     "Conv1DColwiseParallel",
     "Conv1DRowwiseParallel",
+    "ConvolutionParallel",
     "EmbeddingColwiseParallel",
     "EmbeddingRowwiseParallel",
     "ExpertShardParallel",
@@ -67,6 +69,7 @@ _HOMES = {
     "LocalLayer": "base",
     "TensorParallelLayer": "base",
     "group_of": "collectives",
+    "ConvolutionParallel": "convolution",
     "EmbeddingColwiseParallel": "embedding",
     "EmbeddingRowwiseParallel": "embedding",
     "AllReduceParallel": "experts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.distributed.tensor import Replicate, Shard
 
 from .base import LocalLayer, TensorParallelLayer
+from .convolution import ConvolutionParallel
 from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
 from .experts import (
     AllReduceParallel,
@@ -53,6 +54,8 @@ BUILT_IN: dict[str, TensorParallelLayer] = {
     "conv1d_colwise_gather_output": Conv1DColwiseParallel(output_layouts=Replicate()),
     "conv1d_rowwise": Conv1DRowwiseParallel(),
     "conv1d_rowwise_split_input": Conv1DRowwiseParallel(input_layouts=Replicate()),
+    "conv_colwise_gather_output": ConvolutionParallel(),
+    "conv_transposed_colwise_gather_output": ConvolutionParallel(transposed=True),
     "embedding_rowwise": EmbeddingRowwiseParallel(),
     "embedding_colwise": EmbeddingColwiseParallel(),
     "embedding_local_colwise": EmbeddingColwiseParallel(output_layouts=Shard(-1), use_dtensor=False),

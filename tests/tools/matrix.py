@@ -78,10 +78,12 @@ def walk(
     ep_size: int = 1,
     model_types: tuple[str, ...] = families.MODEL_TYPES,
     *,
+    planned: bool = True,
     upstream: bool = False,
     alone: dict[str, Row | Alone] | None = None,
 ) -> list[Row]:
-    """Return a row for each family with a plan, or with one for experts if `ep_size` is given. `root` is empty.
+    """Return a row for each family with a plan, or with one for experts if `ep_size` is given; for each without a plan,
+    unless `planned`. `root` is empty.
 
     `alone` keeps what one process did, for walks of the same families on other meshes.
     """
@@ -90,22 +92,22 @@ def walk(
     jobs: dict[str, _Job] = {}
     for family in model_types:
         try:
-            model = families.build(family)
+            model = families.build(family, planned=planned)
         except Exception as error:
             rows[family] = Row(family, "not built", _line(error))
             continue
-        if model is None or not (expert_rules(model) if ep_size > 1 else model.tp_plan):
+        if model is None or not (expert_rules(model) if ep_size > 1 else model.tp_plan or not planned):
             continue
         if family not in alone:
             alone[family] = _run_alone(family, model, root)
-        prepared = _prepare(family, model, alone[family], root, tp_size if model.tp_plan else 1, ep_size)
+        prepared = _prepare(family, model, alone[family], root, tp_size if model.tp_plan or not planned else 1, ep_size)
         if isinstance(prepared, Row):
             rows[family] = prepared
         else:
             jobs[family] = prepared
     ranks = max(tp_size, ep_size)
     for family, result in _run_all("parity.py", root, ranks, jobs).items():
-        rows[family] = _compare(family, root, result, jobs[family])
+        rows[family] = _compare(family, root, result, jobs[family], planned=planned)
     if upstream:
         for family, result in _run_all("upstream.py", root, ranks, jobs).items():
             rows[family] = replace(rows[family], upstream=_upstream(family, root, result, jobs[family]))
@@ -209,20 +211,20 @@ def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple
     return json.loads(out.read_text()) if out.exists() else {}, words
 
 
-def _compare(family: str, root: Path, result: dict[str, Any], job: _Job) -> Row:
+def _compare(family: str, root: Path, result: dict[str, Any], job: _Job, *, planned: bool) -> Row:
     if "error" in result:
         return replace(job.row, detail=result["error"])
     equal = None if job.alone.tokens is None else result["tokens"] == job.alone.tokens
     error = _error(root / f"parity.py.json.{family}.pt", job)
-    rounding = _rounding(family, job.alone) if EXACT < error < 10 * EXACT else None
+    rounding = _rounding(family, job.alone, planned=planned) if EXACT < error < 10 * EXACT else None
     return replace(job.row, step="parity", error=error, equal_tokens=equal, rounding=rounding)
 
 
-def _rounding(family: str, alone: Alone) -> float:
+def _rounding(family: str, alone: Alone, *, planned: bool) -> float:
     """Return the largest error that rounding every weight anew makes in one process."""
     arguments, most = torch.load(alone.inputs), 0.0
     for seed in range(4):
-        model = families.build(family)
+        model = families.build(family, planned=planned)
         generator = torch.Generator().manual_seed(seed)
         with torch.inference_mode():
             for parameter in model.parameters():

@@ -1,0 +1,240 @@
+"""Who reads a module's weight: its own forward alone, or code around it too. Found in the source of the model's classes.
+
+A weight that only its module's own forward reads can be cut there and the output put together again: nothing else
+notices. So each expression `….weight` in the classes of a model counts, but for those that ask about its dtype or device,
+and those in code that does not run in inference: constructors, initialisation, branches for training.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+__all__ = ["leaf_forward", "read_elsewhere"]
+
+_READ = {"weight", "bias", "forward"}  # `forward` called by name passes the functions around a module by
+_HARMLESS = {
+    *("dtype", "device", "_is_hf_initialized", "requires_grad", "is_floating_point"),
+    *("div_", "mul_"),  # by a number (rwkv): each rank scales its own part
+}
+_NOT_IN_INFERENCE = (
+    *("__init__", "post_init", "_init_", "init_", "tie_", "_tie_", "resize_", "_resize_", "set_", "reset_"),
+    *("_reset_", "load_", "_load_", "apply_weight_norm", "remove_weight_norm", "get_input_embeddings"),
+    *("get_output_embeddings", "convert_", "from_pretrained", "save_pretrained", "_get_resized_", "freeze_"),
+    *("prune_", "replace_batch_norm", "_make_linear_from_emb"),
+)
+# A variable whose weight is read → the names of the modules that it may be, where the code around does not say.
+_VARIABLES = {"bias": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")}  # layoutlmv3
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def read_elsewhere(model: nn.Module) -> set[str]:
+    """Return the names of the modules whose parameters are read by other code than their own forward.
+
+    A class whose source cannot be read counts as one that reads the parameters of all modules inside it, and so does
+    any class of torch's that is made of modules, such as `nn.MultiheadAttention`.
+    """
+    found: set[str] = set()
+    by_last: dict[str, list[str]] = {}
+    instances: dict[type, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+        instances.setdefault(type(module), []).append(name)
+    for kind, names in instances.items():
+        reads = _reads_of(kind)
+        if reads is None:
+            found |= {inner for name in names for inner in _inside(model, name)}
+            continue
+        for path in reads:
+            if path[0] == "self":
+                found |= {".".join(filter(None, (name, *path[1:]))) for name in names if len(path) > 1}
+            elif path[-1] != "cls":
+                found |= _called(path[-1], model, by_last)
+    return found
+
+
+def _called(variable: str, model: nn.Module, by_last: dict[str, list[str]]) -> set[str]:
+    """Return the modules that a variable may stand for: those of its name; else all embeddings if it is called one; else
+    all modules."""
+    found = {name for last in (variable, *_VARIABLES.get(variable, ())) for name in by_last.get(last, ())}
+    if found:
+        return found
+    kind = nn.Embedding if "embedding" in variable else nn.Module
+    return {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)}
+
+
+def leaf_forward(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """Say what the forward of a module of the kind `base` does: "plain" if it is that of `base`; "same" if it gives its
+    argument to that as it is and does no more than scale the result; "other" if it makes the argument itself. None if it
+    is anything else, or if the module's weight is not a parameter of its own."""
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if "weight" not in own or own - {"weight", "bias"} or module._forward_pre_hooks or module._forward_hooks:
+        return None
+    found: Any = type(module).forward
+    if found is base.forward:
+        return "plain"
+    return _around(found)
+
+
+@lru_cache(maxsize=4096)
+def _around(forward: Any) -> str | None:
+    """As `leaf_forward`, of a forward that is not torch's: what it returns is `super().forward(…)`, perhaps scaled."""
+    tree = _parsed(forward)
+    if tree is None:
+        return None
+    function = tree.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    if list(_reads(function, {"weight", "bias", "embedding_dim", "out_features"})):
+        return None
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    calls = [_scaled_call(value) for value in returned]
+    if not calls or not all(calls):
+        return None
+    statements = [node for node in function.body if not _is_docstring(node)]
+    first = function.args.args[1].arg if len(function.args.args) > 1 else None
+    given = calls[0].args if calls[0] else []
+    same = len(statements) == 1 and len(given) == 1 and isinstance(given[0], ast.Name) and given[0].id == first
+    return "same" if same else "other"
+
+
+def _scaled_call(value: ast.expr | None) -> ast.Call | None:
+    """Return the call of `super().forward` that is all of an expression, but for a factor that is an attribute."""
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult):
+        sides = (value.left, value.right)
+        factors = [side for side in sides if ast.unparse(side).startswith("self.")]
+        value = next((side for side in sides if side not in factors), None) if len(factors) == 1 else None
+    is_call = isinstance(value, ast.Call) and ast.unparse(value.func) == "super().forward"
+    return value if is_call and isinstance(value, ast.Call) else None
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _inside(model: nn.Module, name: str) -> Iterator[str]:
+    for inner, _ in model.get_submodule(name).named_modules(prefix=name, remove_duplicate=False):
+        if inner != name:
+            yield inner
+
+
+@lru_cache(maxsize=4096)
+def _reads_of(kind: type) -> frozenset[tuple[str, ...]] | None:
+    """Return the paths of modules whose parameters a class reads, such as ("self", "dense"); a path that does not begin
+    with "self" ends with the name of a module anywhere. None if nothing tells."""
+    if kind.__module__.startswith("torch."):
+        return frozenset() if issubclass(kind, _CONTAINERS) or not _has_modules(kind) else None
+    found: set[tuple[str, ...]] = set()
+    for base in kind.__mro__:
+        if base.__module__.startswith(("torch.", "transformers.modeling_utils", "transformers.generation")):
+            continue
+        if base is object or base.__module__ in ("builtins", "typing", "abc"):
+            continue
+        if base.__module__.startswith("transformers.") and not issubclass(base, nn.Module):
+            continue  # mixins of transformers: for saving, adapters and the like
+        tree = _parsed(base)
+        if tree is None:
+            return None
+        found |= set(_reads(tree, _READ))
+    home = sys.modules.get(kind.__module__)
+    found |= _reads_of_functions(home) if home else set()
+    return frozenset(found)
+
+
+@lru_cache(maxsize=1024)
+def _reads_of_functions(module: Any) -> frozenset[tuple[str, ...]]:
+    """Return what the functions of a Python module read, outside its classes."""
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError):
+        return frozenset()
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return frozenset(path for function in functions for path in _reads(function, _READ))
+
+
+def _has_modules(kind: type) -> bool:
+    """Whether a class of torch's is made of modules."""
+    return issubclass(kind, (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)) or (
+        issubclass(kind, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+    )
+
+
+@lru_cache(maxsize=4096)
+def _parsed(of: Any) -> ast.Module | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(of))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _reads(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the path of each module of which a parameter is read, in code that runs in inference."""
+    yield from _walk(tree, names, {})
+
+
+def _walk(node: ast.AST, names: set[str], known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    if isinstance(node, ast.FunctionDef):
+        if node.name.startswith(_NOT_IN_INFERENCE):
+            return
+        known = {**known, **_assigned(node)}
+    if isinstance(node, ast.Attribute) and node.attr in _HARMLESS:
+        inner = node.value
+        if isinstance(inner, ast.Attribute) and inner.attr in names:
+            yield from _walk(inner.value, names, known)
+            return
+    if isinstance(node, ast.If) and _only_in_training(node.test):
+        for child in node.orelse:
+            yield from _walk(child, names, known)
+        return
+    if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+        return
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id in ("isinstance", "hasattr"):
+            return
+        if node.func.id == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            if node.args[1].value in names:
+                yield _path(node.args[0], known)
+    if isinstance(node, ast.Attribute) and node.attr in names and isinstance(node.ctx, ast.Load):
+        path = _path(node.value, known)
+        if path not in (("self",), ("super()",)) and not (node.attr == "forward" and path[-1][:1].isupper()):
+            yield path
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child, names, known)
+
+
+def _assigned(function: ast.FunctionDef) -> dict[str, tuple[str, ...]]:
+    """Return the paths of the local names that a function gives modules, by name."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            if isinstance(node.value, (ast.Attribute, ast.Subscript)):
+                found[node.targets[0].id] = _path(node.value, {})
+    return found
+
+
+def _path(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the names that lead to a module. What is no chain of names from `self` begins with "?"."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, ("self",) if node.id == "self" else ("?", node.id))
+    if isinstance(node, ast.Attribute):
+        base = _path(node.value, known)
+        return (*base, node.attr) if base[0] == "self" else ("?", node.attr)
+    if isinstance(node, ast.Subscript):
+        base = _path(node.value, known)
+        return ("?", "*", base[-1])
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "super":
+        return ("super()",)
+    return ("?", "?")
+
+
+def _only_in_training(test: ast.expr) -> bool:
+    """Whether a condition holds in training alone."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return any(map(_only_in_training, test.values))
+    return ast.unparse(test) == "self.training"
