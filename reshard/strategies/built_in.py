@@ -14,9 +14,11 @@ from .experts import (
     MoeExpertsParallel,
     MoeIdentityParallel,
 )
+from .heads import HeadsParallel
 from .linear import (
     ColwiseParallel,
     Conv1DColwiseParallel,
+    Conv1DPackedColwiseParallel,
     Conv1DRowwiseParallel,
     PackedColwiseParallel,
     PackedRowwiseParallel,
@@ -52,6 +54,7 @@ BUILT_IN: dict[str, TensorParallelLayer] = {
     "local": LocalLayer(use_dtensor=False),
     "conv1d_colwise": Conv1DColwiseParallel(),
     "conv1d_colwise_gather_output": Conv1DColwiseParallel(output_layouts=Replicate()),
+    "conv1d_packed_colwise": Conv1DPackedColwiseParallel(),
     "conv1d_rowwise": Conv1DRowwiseParallel(),
     "conv1d_rowwise_split_input": Conv1DRowwiseParallel(input_layouts=Replicate()),
     "conv_colwise_gather_output": ConvolutionParallel(),
@@ -59,6 +62,7 @@ BUILT_IN: dict[str, TensorParallelLayer] = {
     "embedding_rowwise": EmbeddingRowwiseParallel(),
     "embedding_colwise": EmbeddingColwiseParallel(),
     "embedding_local_colwise": EmbeddingColwiseParallel(output_layouts=Shard(-1), use_dtensor=False),
+    "heads": HeadsParallel(),
     "sequence_parallel": SequenceParallel(),
     "moe_tp_experts": MoeExpertsParallel(),
     "moe_identity_expert": MoeIdentityParallel(),

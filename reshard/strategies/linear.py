@@ -20,6 +20,7 @@ __all__ = [
     "ONLY_ARGMAX",
     "ColwiseParallel",
     "Conv1DColwiseParallel",
+    "Conv1DPackedColwiseParallel",
     "Conv1DRowwiseParallel",
     "PackedColwiseParallel",
     "PackedRowwiseParallel",
@@ -137,6 +138,20 @@ class Conv1DColwiseParallel(ColwiseParallel):
 
     def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
         return plan.Shard(len(shape) - 1) if shape else plan.Replicate()
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        handles = super().prepare_module_tp(module, device_mesh)
+        module.nf = module.weight.shape[-1]  # its forward shapes the output by nf
+        return handles
+
+
+class Conv1DPackedColwiseParallel(PackedColwiseParallel):
+    """Fused projections (q|k|v): each rank takes its slice of every block of the output features, weight dim 1."""
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        if not shape:
+            return plan.Replicate()
+        return PackedShard(len(shape) - 1, block_sizes(shape[-1], self.blocks))
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         handles = super().prepare_module_tp(module, device_mesh)

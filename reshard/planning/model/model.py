@@ -116,7 +116,7 @@ def read_model(
         raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
     styles = noted if noted and travels else expand(model, rules.styles, expert if experts else {})
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    heads = heads_of(model, styles.parameters, shapes)
+    heads = heads_of(model, styles.parameters, shapes, styles.modules)
     heads = heads_in_units(heads, found.bundles, styles.parameters, shapes)
     units = units_of(found.bundles, styles.parameters, shapes, heads)
     counts = {wanted[name].shape[0] for name in expand(model, {}, expert).experts}

@@ -17,9 +17,11 @@ from ...errors import BadInputError
 from ...files.system import by_errno
 from ...files.untrusted import read_json
 from ...resharded.manifest import Manifest
+from ...strategies.registry import heads_in
 from ...text import listed, printable
-from ..unplanned.added import added_styles, by_pattern, wildcard
+from ..unplanned.added import added_styles, by_pattern
 from ..unplanned.general import general_styles
+from ..unplanned.names import wildcard
 from .corrections import corrected, has_expert_plan
 
 if TYPE_CHECKING:
@@ -233,7 +235,7 @@ def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> 
                 continue
             if exact in rules:
                 found.parameters[name] = _for_experts(rules[exact], module, own)
-            elif rule in rules:
+            elif rule in rules and heads_in(rules[rule]) is None:
                 found.parameters[name] = _for_module(rules[rule], module)
     return Styles(found.parameters, found.modules, found.experts, tuple(rule for rule in rules if rule not in used))
 
@@ -248,7 +250,7 @@ def _for_module(style: str, module: torch.nn.Module) -> str:
     if style.startswith("embedding_") and not module._parameters:
         return "replicate"  # something around an embedding (neomme in 5.17)
     if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, which GPT-2 and its kin use
-        return _FOR_CONV1D.get(style, style)
+        return f"conv1d_{style}" if style.startswith("packed_colwise") else _FOR_CONV1D.get(style, style)
     return style
 
 

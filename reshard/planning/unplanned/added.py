@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from .general import can_be_cut, general_styles
+from .names import wildcard
+from .structure import structured_styles
 
-__all__ = ["added_styles", "by_pattern", "wildcard"]
+__all__ = ["added_styles", "by_pattern"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-def wildcard(name: str) -> str:
-    """Replace layer numbers by `*`, as plans are written (transformers' `replace_layer_number_by_wildcard`)."""
-    return re.sub(r"\.\d+(\.|$)", lambda match: ".*" + match.group(1), name)
 
 
 def added_styles(model: Any, patterns: Collection[str]) -> dict[str, str]:
     """Return the styles of modules in the parts of a model that no rule is for. `patterns` are those of its rules."""
     parts = tuple(_left_out(model, patterns))
     inside = tuple(f"{name}." for name in parts if name)
-    candidates = {
-        name
-        for name, module in model.named_modules()
-        if (name in parts or name.startswith(inside) or "" in parts) and can_be_cut(module)
-    }
-    if not candidates:
+    allowed = {name for name, _ in model.named_modules() if name in parts or name.startswith(inside) or "" in parts}
+    if not any(can_be_cut(model.get_submodule(name)) for name in allowed):
         return {}
-    return {name: style for name, style in general_styles(model).items() if name in candidates}
+    general = {name: style for name, style in general_styles(model).items() if name in allowed}
+    return general | structured_styles(model, allowed)
 
 
 def _left_out(model: Any, patterns: Collection[str]) -> Iterator[str]:

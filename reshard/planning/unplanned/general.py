@@ -13,7 +13,7 @@ from torch import nn
 
 from .readers import leaf_forward, read_elsewhere
 
-__all__ = ["can_be_cut", "general_styles"]
+__all__ = ["can_be_cut", "general_styles", "leaves_that_run"]
 
 _LEAST = 16  # output features that are worth a cut
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,6 +43,16 @@ def general_styles(model: nn.Module) -> dict[str, str]:
 def can_be_cut(module: nn.Module) -> bool:
     """Whether a module is of a kind that the general plan cuts."""
     return "weight" in module._parameters and _style(module) is not None
+
+
+def leaves_that_run(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear layers and embeddings, by name, whose forward alone reads their weight."""
+    elsewhere = read_elsewhere(model)
+    for name, module in _leaves(model):
+        linear = isinstance(module, nn.Linear) and leaf_forward(module, nn.Linear) == "plain"
+        table = isinstance(module, nn.Embedding) and leaf_forward(module, nn.Embedding) is not None
+        if name not in elsewhere and (linear or table or type(module).__name__ == "Conv1D"):
+            yield name, module
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
