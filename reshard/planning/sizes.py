@@ -26,8 +26,6 @@ def has_plan(model: Model) -> bool:
 
 def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) -> str | None:
     """Say why the model cannot run on these ranks; None if it can."""
-    if topology.tp > 1 and not has_plan(model):
-        return "it has no tensor-parallel plan, so every rank would hold all of it"
     for parameter in model.parameters:
         heads, experts = parameter.heads, parameter.shape[0] if parameter.expert_style else topology.ep
         if heads and heads.query < topology.tp:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         AllReduceParallel,
         ExpertsDispatchParallel,
         ExpertShardParallel,
+        InterleavedParallel,
         MoeExpertsParallel,
         MoeIdentityParallel,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "ExpertShardParallel",
     "ExpertsDispatchParallel",
     "HeadsParallel",
+    "InterleavedParallel",
     "LocalLayer",
     "MoeExpertsParallel",
     "MoeIdentityParallel",
@@ -79,6 +81,7 @@ _HOMES = {
     "AllReduceParallel": "experts",
     "ExpertsDispatchParallel": "experts",
     "ExpertShardParallel": "experts",
+    "InterleavedParallel": "experts",
     "MoeExpertsParallel": "experts",
     "MoeIdentityParallel": "experts",
     "HeadsParallel": "heads",

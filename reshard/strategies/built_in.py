@@ -11,6 +11,7 @@ from .experts import (
     AllReduceParallel,
     ExpertsDispatchParallel,
     ExpertShardParallel,
+    InterleavedParallel,
     MoeExpertsParallel,
     MoeIdentityParallel,
 )
@@ -64,6 +65,7 @@ BUILT_IN: dict[str, TensorParallelLayer] = {
     "embedding_local_colwise": EmbeddingColwiseParallel(output_layouts=Shard(-1), use_dtensor=False),
     "heads": HeadsParallel(),
     "sequence_parallel": SequenceParallel(),
+    "interleaved_rowwise": InterleavedParallel(),
     "moe_tp_experts": MoeExpertsParallel(),
     "moe_identity_expert": MoeIdentityParallel(),
     "all_reduce": AllReduceParallel(),

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 from ..sharding import placement as plan
 from ..sharding.placement import PackedShard, Placement, block_sizes
-from .base import LocalLayer, bounds_of
+from .base import LocalLayer, bounds_of, noted_bounds
 from .collectives import all_gather, all_reduce, largest_only, split
 from .sequence import split_sequence_of
 
@@ -58,9 +58,18 @@ class ColwiseParallel(LocalLayer):
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         if self.output_layouts[0].is_replicate():
-            size = getattr(module, self.features, None)  # a rule for a list of heads matches the list too
+            size = getattr(module, self.features, None) or self._features(module)
             module.__dict__[FEATURE_BOUNDS] = size and bounds_of(module, size, device_mesh)
         return super().prepare_module_tp(module, device_mesh)
+
+    def _features(self, module: nn.Module) -> int | None:
+        """Return the size of the cut dim of a module that does not tell it. None if it has no weight: a rule for a list of
+        heads matches the list too."""
+        noted, weight = noted_bounds(module), module._parameters.get("weight")
+        if weight is None or noted:
+            return noted[-1][1] if noted else None
+        cut: Any = self.placement("weight", weight.shape)
+        return weight.shape[cut.dim]  # the parameter is a DTensor: its shape is that of the whole
 
 
 class RowwiseParallel(LocalLayer):

@@ -36,7 +36,7 @@ _NAMES = frozenset(
         *("colwise", "colwise_gather_output", "colwise_rep", "rowwise", "rowwise_split_input", "rowwise_rep"),
         *("packed_colwise", "packed_rowwise", "local_colwise", "local_rowwise", "local_packed_rowwise", "local"),
         *("conv1d_colwise", "conv1d_colwise_gather_output", "conv1d_rowwise", "conv1d_rowwise_split_input"),
-        *("conv1d_packed_colwise", "heads"),
+        *("conv1d_packed_colwise", "heads", "interleaved_rowwise"),
         *("conv_colwise_gather_output", "conv_transposed_colwise_gather_output"),
         *("embedding_rowwise", "embedding_colwise", "embedding_local_colwise", "sequence_parallel"),
         *("moe_tp_experts", "moe_identity_expert", "all_reduce", "gather", "grouped_gemm", "ep_dispatch_experts"),

@@ -141,8 +141,7 @@ def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
 
 def _own_rules(model: Any) -> Rules:
     styles, put_right = corrected(model.tp_plan or {}, model.config)
-    experts = expert_rules(model)
-    added = by_pattern(model, added_styles(model, {*styles, *experts}))
+    added = by_pattern(model, added_styles(model, styles.keys()))
     return Rules({**styles, **added}, corrected=put_right, added=frozenset(added))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .experts import expert_styles, is_common
 from .general import can_be_cut, general_styles
 from .names import wildcard
 from .structure import structured_styles
@@ -21,10 +22,10 @@ def added_styles(model: Any, patterns: Collection[str]) -> dict[str, str]:
     parts = tuple(_left_out(model, patterns))
     inside = tuple(f"{name}." for name in parts if name)
     allowed = {name for name, _ in model.named_modules() if name in parts or name.startswith(inside) or "" in parts}
-    if not any(can_be_cut(model.get_submodule(name)) for name in allowed):
+    if not any(can_be_cut(module) or is_common(module) for module in map(model.get_submodule, allowed)):
         return {}
     general = {name: style for name, style in general_styles(model).items() if name in allowed}
-    return general | structured_styles(model, allowed)
+    return general | expert_styles(model, allowed) | structured_styles(model, allowed)
 
 
 def _left_out(model: Any, patterns: Collection[str]) -> Iterator[str]:

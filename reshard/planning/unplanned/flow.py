@@ -184,6 +184,13 @@ def _select(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Any) -> Ma
     return mark.at(mark.dim - (dim < mark.dim))
 
 
+def _index(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Uniform) -> Mark | None:
+    """Entries of one dim, by their numbers."""
+    mark, given = mark_of(args[0]), list(args[1])
+    at = [dim for dim, index in enumerate(given) if index is not None]
+    return mark if mark and len(at) == 1 and at[0] != mark.dim and given[at[0]].ndim == 1 else None
+
+
 def _unbind(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Any) -> Any:
     found = _select((args[0], args[1] if len(args) > 1 else 0), kwargs, out[0], mark_of, uniform)
     return found and [found] * len(out)
@@ -290,6 +297,7 @@ _BY_RULE: tuple[tuple[Callable[..., Any], tuple[str, ...]], ...] = (
     (_slice, ("slice",)),
     (_split, ("split", "split_with_sizes")),
     (_select, ("select",)),
+    (_index, ("index",)),
     (_unbind, ("unbind",)),
     (_cat, ("cat",)),
     (_stack, ("stack",)),

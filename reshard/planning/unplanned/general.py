@@ -17,6 +17,8 @@ __all__ = ["can_be_cut", "general_styles", "leaves_that_run"]
 
 _LEAST = 16  # output features that are worth a cut
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Classes that hold several linear layers in one weight, of which each input takes one: output features at dim 1, or 2.
+_SEVERAL = {"JetMoeParallelExperts": "colwise_gather_output", "CsmCodebooksHead": "conv1d_colwise_gather_output"}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -71,6 +73,8 @@ def _style(module: nn.Module) -> str | None:
         return "embedding_colwise" if fits and weight.shape[1] >= _LEAST else None
     if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, which GPT-2 and its kin use
         return "conv1d_colwise_gather_output" if weight.shape[1] >= _LEAST else None
+    if type(module).__name__ in _SEVERAL:
+        return _SEVERAL[type(module).__name__]
     for kinds, style in ((_CONVOLUTIONS, "conv_colwise"), (_TRANSPOSED, "conv_transposed_colwise")):
         for kind in kinds:
             if isinstance(module, kind):

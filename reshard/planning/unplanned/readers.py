@@ -23,15 +23,23 @@ _READ = {"weight", "bias", "forward"}  # `forward` called by name passes the fun
 _HARMLESS = {
     *("dtype", "device", "_is_hf_initialized", "requires_grad", "is_floating_point"),
     *("div_", "mul_"),  # by a number (rwkv): each rank scales its own part
+    *("SCB", "quant_state"),  # of bitsandbytes' own parameters, which the ranks do not have
 }
 _NOT_IN_INFERENCE = (
     *("__init__", "post_init", "_init_", "init_", "tie_", "_tie_", "resize_", "_resize_", "set_", "reset_"),
     *("_reset_", "load_", "_load_", "apply_weight_norm", "remove_weight_norm", "get_input_embeddings"),
     *("get_output_embeddings", "convert_", "from_pretrained", "save_pretrained", "_get_resized_", "freeze_"),
-    *("prune_", "replace_batch_norm", "_make_linear_from_emb"),
+    *("prune_", "replace_batch_norm", "_make_linear_from_emb", "_bnb_"),
 )
 # A variable whose weight is read → the names of the modules that it may be, where the code around does not say.
-_VARIABLES = {"bias": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")}  # layoutlmv3
+_VARIABLES = {
+    "bias": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),  # layoutlmv3
+    "new_bias": ("relative_attention_bias",),  # udop
+    "query_embedder": ("queries_embedder",),  # oneformer
+}
+_Read = tuple[tuple[str, ...], frozenset[str]]  # the path of a module, and the flags that must be set for it to be read
+# Classes of linear layers that write the product themselves.
+_LINEAR = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -52,12 +60,31 @@ def read_elsewhere(model: nn.Module) -> set[str]:
         if reads is None:
             found |= {inner for name in names for inner in _inside(model, name)}
             continue
-        for path in reads:
-            if path[0] == "self":
-                found |= {".".join(filter(None, (name, *path[1:]))) for name in names if len(path) > 1}
-            elif path[-1] != "cls":
-                found |= _called(path[-1], model, by_last)
+        for path, flags in reads:
+            holders = [name for name in names if _are_set(model.get_submodule(name), flags)]
+            if not holders:
+                continue
+            if path[0] != "self":
+                found |= _called(path[-1], model, by_last) if path[-1] != "cls" else set()
+            elif path[-1] == "*":
+                found |= {inner for name in holders for inner in _children(model, name, path[1:-1])}
+            else:
+                found |= {".".join(filter(None, (name, *path[1:]))) for name in holders}
     return found
+
+
+def _are_set(module: nn.Module, flags: frozenset[str]) -> bool:
+    """Whether flags of a module are set, as far as they are known before it runs. It does not train."""
+    return "training" not in flags and not any(getattr(module, flag, True) is False for flag in flags)
+
+
+def _children(model: nn.Module, name: str, path: tuple[str, ...]) -> Iterator[str]:
+    holder = ".".join(filter(None, (name, *path)))
+    try:
+        found = model.get_submodule(holder)
+    except AttributeError:
+        return
+    yield from (f"{holder}.{own}" for own, _ in found.named_children())
 
 
 def _called(variable: str, model: nn.Module, by_last: dict[str, list[str]]) -> set[str]:
@@ -78,7 +105,7 @@ def leaf_forward(module: nn.Module, base: type[nn.Module]) -> str | None:
     if "weight" not in own or own - {"weight", "bias"} or module._forward_pre_hooks or module._forward_hooks:
         return None
     found: Any = type(module).forward
-    if found is base.forward:
+    if found is base.forward or (type(module).__module__, type(module).__name__) in _LINEAR:
         return "plain"
     return _around(found)
 
@@ -91,7 +118,7 @@ def _around(forward: Any) -> str | None:
         return None
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
-    if list(_reads(function, {"weight", "bias", "embedding_dim", "out_features"})):
+    if any(True for _ in _own_reads(function)):
         return None
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
     calls = [_scaled_call(value) for value in returned]
@@ -102,6 +129,17 @@ def _around(forward: Any) -> str | None:
     given = calls[0].args if calls[0] else []
     same = len(statements) == 1 and len(given) == 1 and isinstance(given[0], ast.Name) and given[0].id == first
     return "same" if same else "other"
+
+
+def _own_reads(function: ast.FunctionDef) -> Iterator[str]:
+    """Yield what a forward reads of its own module's weight and sizes, but for dtypes and devices."""
+    asked = {
+        id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in _HARMLESS
+    }
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and node.attr in {"weight", "bias", "embedding_dim", "out_features"}:
+            if id(node) not in asked:
+                yield node.attr
 
 
 def _scaled_call(value: ast.expr | None) -> ast.Call | None:
@@ -125,12 +163,13 @@ def _inside(model: nn.Module, name: str) -> Iterator[str]:
 
 
 @lru_cache(maxsize=4096)
-def _reads_of(kind: type) -> frozenset[tuple[str, ...]] | None:
-    """Return the paths of modules whose parameters a class reads, such as ("self", "dense"); a path that does not begin
-    with "self" ends with the name of a module anywhere. None if nothing tells."""
+def _reads_of(kind: type) -> frozenset[_Read] | None:
+    """Return the paths of modules whose parameters a class reads, such as ("self", "dense"), or ("self", "layers", "*")
+    for those in a list; a path that does not begin with "self" ends with the name of a module anywhere. None if nothing
+    tells."""
     if kind.__module__.startswith("torch."):
         return frozenset() if issubclass(kind, _CONTAINERS) or not _has_modules(kind) else None
-    found: set[tuple[str, ...]] = set()
+    found: set[_Read] = set()
     for base in kind.__mro__:
         if base.__module__.startswith(("torch.", "transformers.modeling_utils", "transformers.generation")):
             continue
@@ -148,14 +187,14 @@ def _reads_of(kind: type) -> frozenset[tuple[str, ...]] | None:
 
 
 @lru_cache(maxsize=1024)
-def _reads_of_functions(module: Any) -> frozenset[tuple[str, ...]]:
+def _reads_of_functions(module: Any) -> frozenset[_Read]:
     """Return what the functions of a Python module read, outside its classes."""
     try:
         tree = ast.parse(inspect.getsource(module))
     except (OSError, TypeError):
         return frozenset()
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return frozenset(path for function in functions for path in _reads(function, _READ))
+    return frozenset(read for function in functions for read in _reads(function, _READ))
 
 
 def _has_modules(kind: type) -> bool:
@@ -173,48 +212,58 @@ def _parsed(of: Any) -> ast.Module | None:
         return None
 
 
-def _reads(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, ...]]:
+def _reads(tree: ast.AST, names: set[str]) -> Iterator[_Read]:
     """Yield the path of each module of which a parameter is read, in code that runs in inference."""
-    yield from _walk(tree, names, {})
+    yield from _walk(tree, names, {}, frozenset())
 
 
-def _walk(node: ast.AST, names: set[str], known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+def _walk(node: ast.AST, names: set[str], known: dict[str, tuple[str, ...]], flags: frozenset[str]) -> Iterator[_Read]:
     if isinstance(node, ast.FunctionDef):
         if node.name.startswith(_NOT_IN_INFERENCE):
             return
         known = {**known, **_assigned(node)}
-    if isinstance(node, ast.Attribute) and node.attr in _HARMLESS:
-        inner = node.value
-        if isinstance(inner, ast.Attribute) and inner.attr in names:
-            yield from _walk(inner.value, names, known)
-            return
-    if isinstance(node, ast.If) and _only_in_training(node.test):
-        for child in node.orelse:
-            yield from _walk(child, names, known)
+    if isinstance(node, ast.If):
+        for child in node.body:
+            yield from _walk(child, names, known, flags | _needed(node.test))
+        for child in (node.test, *node.orelse):
+            yield from _walk(child, names, known, flags)
         return
+    if isinstance(node, ast.Attribute) and node.attr in _HARMLESS and isinstance(node.value, ast.Attribute):
+        if node.value.attr in names:
+            yield from _walk(node.value.value, names, known, flags)
+            return
     if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
         return
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id in ("isinstance", "hasattr"):
             return
-        if node.func.id == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
-            if node.args[1].value in names:
-                yield _path(node.args[0], known)
+        if node.func.id == "getattr" and isinstance(node.args[1], ast.Constant) and node.args[1].value in names:
+            yield _path(node.args[0], known), flags
     if isinstance(node, ast.Attribute) and node.attr in names and isinstance(node.ctx, ast.Load):
         path = _path(node.value, known)
         if path not in (("self",), ("super()",)) and not (node.attr == "forward" and path[-1][:1].isupper()):
-            yield path
+            yield path, flags
     for child in ast.iter_child_nodes(node):
-        yield from _walk(child, names, known)
+        yield from _walk(child, names, known, flags)
+
+
+def _needed(test: ast.expr) -> frozenset[str]:
+    """Return the attributes of `self` that a condition wants to be true."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return frozenset().union(*map(_needed, test.values))
+    is_own = isinstance(test, ast.Attribute) and isinstance(test.value, ast.Name) and test.value.id == "self"
+    return frozenset({test.attr}) if is_own and isinstance(test, ast.Attribute) else frozenset()
 
 
 def _assigned(function: ast.FunctionDef) -> dict[str, tuple[str, ...]]:
     """Return the paths of the local names that a function gives modules, by name."""
     found: dict[str, tuple[str, ...]] = {}
     for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            if isinstance(node.value, (ast.Attribute, ast.Subscript)):
-                found[node.targets[0].id] = _path(node.value, {})
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = node.value if isinstance(node, ast.Assign) else getattr(node, "iter", None)
+        if isinstance(target, ast.Name) and isinstance(value, (ast.Attribute, ast.Subscript)):
+            path = _path(value, {})
+            found[target.id] = path if isinstance(node, ast.Assign) else (*path, "*")
     return found
 
 
@@ -224,17 +273,10 @@ def _path(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
         return known.get(node.id, ("self",) if node.id == "self" else ("?", node.id))
     if isinstance(node, ast.Attribute):
         base = _path(node.value, known)
-        return (*base, node.attr) if base[0] == "self" else ("?", node.attr)
+        return (*base, node.attr) if base[0] == "self" and "*" not in base else ("?", node.attr)
     if isinstance(node, ast.Subscript):
         base = _path(node.value, known)
-        return ("?", "*", base[-1])
+        return (*base, "*") if base[0] == "self" else ("?", base[-1])
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "super":
         return ("super()",)
     return ("?", "?")
-
-
-def _only_in_training(test: ast.expr) -> bool:
-    """Whether a condition holds in training alone."""
-    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
-        return any(map(_only_in_training, test.values))
-    return ast.unparse(test) == "self.training"

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .experts import is_common
 from .flow import carried
 from .marks import Layout, Mark, Stream, one_block
 
@@ -25,6 +26,8 @@ __all__ = ["Call", "Producer", "Trace", "given", "parameters_replaced", "traced"
 
 _LENGTH, _SIDE = 7, 5  # tokens of the text, and of what a decoder has so far
 _UNIFORM = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+# Operations that move elements, or none: whether there is one depends on how a tensor lies in memory.
+_MOVES = ("clone", "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "alias", "detach", "contiguous")
 
 
 @dataclass(slots=True)
@@ -117,7 +120,7 @@ class _Watch(TorchDispatchMode):
                 self.put(tensor, mark)
             elif id(tensor) in self._held:
                 self._held.pop(id(tensor))  # written over
-        if tensors and isinstance(tensors[0][0], FakeTensor):
+        if tensors and isinstance(tensors[0][0], FakeTensor) and name not in _MOVES:
             numbers = tuple(one for one in args if isinstance(one, (int, float))) if _has_numbers(func) else ()
             self.trace.steps.append((name, numbers, tuple(tuple(tensor.shape) for tensor, _ in tensors)))
             self.trace.marks.append(tuple(mark for _, mark in tensors))
@@ -204,7 +207,7 @@ def without_memory(model: nn.Module) -> Iterator[FakeTensorMode]:
                 if tensor is not None:
                     parameter = held is module._parameters
                     held[own] = nn.Parameter(fake(tensor), requires_grad=False) if parameter else fake(tensor)  # type: ignore[assignment]
-        if hasattr(module, "is_transposed") and hasattr(module, "is_concatenated"):
+        if is_common(module):
             module.__dict__["forward"] = _experts_output
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it tells of each error that it raises
     level = log.level
