@@ -112,8 +112,8 @@ _WHAT_TO_CUT = (
         "--plan",
         "tp_plan",
         type=_Plan(exists=True, dir_okay=False),
-        help='Rules (pattern → style, JSON or TOML) in place of the model\'s, or added to them with extends = "auto"; or'
-        " general: every layer is cut by output features.",
+        help='Rules (pattern → style, JSON or TOML) in place of the model\'s, or added to them with extends = "auto";'
+        " or general: every layer is cut by its output features.",
     ),
     strategies_option,
     revision_option,

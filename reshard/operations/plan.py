@@ -65,11 +65,12 @@ def plan(
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
     "auto" for the model's own rules and ours for what they leave out, "general" for the general plan, else rules
-    (pattern → style), or the file that holds them. Rules with `"extends": "auto"` are added to these. `strategies` says what the styles mean: a Python file of yours
-    that registers them, which is run, or what `load_strategies` returned. `dtype` (`torch.bfloat16`, "bfloat16" or
-    "bf16", and so on for float16 and float32) stores every floating parameter in that dtype, except those the model
-    keeps in fp32. `include` holds shell patterns, such as `assets/*`, of files beside the weights to take along though
-    their kind is unknown. `say` is called with one line when the work begins; the remarks are the plan's `notes`.
+    (pattern → style), or the file that holds them. Rules with `"extends": "auto"` are added to these. `strategies`
+    says what the styles mean: a Python file of yours that registers them, which is run, or what `load_strategies`
+    returned. `dtype` (`torch.bfloat16`, "bfloat16" or "bf16", and so on for float16 and float32) stores every
+    floating parameter in that dtype, except those the model keeps in fp32. `include` holds shell patterns, such as
+    `assets/*`, of files beside the weights to take along though their kind is unknown. `say` is called with one line
+    when the work begins; the remarks are the plan's `notes`.
 
     The weights are found as transformers finds them, unless `weights` names them: a subfolder of the source, a variant
     (`fp16` for `model.fp16.safetensors`), a file of weights, or its index. `links_into` are folders that links among

@@ -16,8 +16,8 @@ __all__ = ["HeadsParallel"]
 
 class HeadsParallel(LocalLayer):
     """The module holds `query` query heads and `key_value` KV heads, dealt out to the ranks by the rules of the modules
-    in it. Its attributes `told` (dotted names) count heads, or features of heads, and get this rank's numbers: those that
-    begin with `kv:` by its KV heads, the others by its query heads.
+    in it. Its attributes `told` (dotted names) count heads, or features of heads, and get this rank's numbers: those
+    that begin with `kv:` by its KV heads, the others by its query heads.
     """
 
     def __init__(self, query: int = 1, key_value: int = 1, told: Sequence[str] = (), **layouts: Any) -> None:

@@ -63,8 +63,8 @@ class ColwiseParallel(LocalLayer):
         return super().prepare_module_tp(module, device_mesh)
 
     def _features(self, module: nn.Module) -> int | None:
-        """Return the size of the cut dim of a module that does not tell it. None if it has no weight: a rule for a list of
-        heads matches the list too."""
+        """Return the size of the cut dim of a module that does not tell it. None if it has no weight: a rule for a
+        list of heads matches the list too."""
         noted, weight = noted_bounds(module), module._parameters.get("weight")
         if weight is None or noted:
             return noted[-1][1] if noted else None

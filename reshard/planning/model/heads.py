@@ -70,9 +70,9 @@ def heads_of(
     """Find the heads of every parameter that an attention shares among its heads, by name. `modules` are the styles of
     modules: `heads[…]` tells the numbers of those in one.
 
-    Any other attention is a module with a query projection whose style leaves each rank its own heads. All parameters in it
-    that are cut so hold its heads: the KV projections the KV heads, any other (the output projection, gates, sinks) the
-    query heads, if their number divides its size.
+    Any other attention is a module with a query projection whose style leaves each rank its own heads. All parameters
+    in it that are cut so hold its heads: the KV projections the KV heads, any other (the output projection, gates,
+    sinks) the query heads, if their number divides its size.
     """
     from ...checkpoint.architecture import KV_GROUPS
 

@@ -94,12 +94,13 @@ def _read_toml(path: Path) -> Any:
 @dataclass(frozen=True, slots=True)
 class Rules:
     """Pattern → style, in full names. `written` are the user's patterns, `corrected` those of the model put right, and
-    `added` those of modules that the model has no rules for."""
+    `added` those of modules that the model has no rules for. `note` is a remark for the user on these."""
 
     styles: dict[str, str]
     written: frozenset[str] = frozenset()
     corrected: tuple[str, ...] = ()
     added: frozenset[str] = frozenset()
+    note: str | None = None
 
 
 def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
@@ -136,13 +137,15 @@ def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
     own = _BASES[base](model)
     theirs = {name: style for name, style in own.styles.items() if not {name, wildcard(name)} & written.keys()}
     kept = tuple(pattern for pattern in own.corrected if pattern in theirs)
-    return Rules({**theirs, **written}, frozenset(written), kept, own.added & theirs.keys())
+    return Rules({**theirs, **written}, frozenset(written), kept, own.added & theirs.keys(), own.note)
 
 
 def _own_rules(model: Any) -> Rules:
     styles, put_right = corrected(model.tp_plan or {}, model.config)
-    added = by_pattern(model, added_styles(model, styles.keys()))
-    return Rules({**styles, **added}, corrected=put_right, added=frozenset(added))
+    found, why = added_styles(model, styles.keys())
+    added = by_pattern(model, found)
+    note = f"every layer is cut by its output features, since its forward cannot be followed: {printable(why)}"
+    return Rules({**styles, **added}, frozenset(), put_right, frozenset(added), note if why and added else None)
 
 
 def _general_rules(model: Any) -> Rules:

@@ -17,15 +17,17 @@ __all__ = ["added_styles", "by_pattern"]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def added_styles(model: Any, patterns: Collection[str]) -> dict[str, str]:
-    """Return the styles of modules in the parts of a model that no rule is for. `patterns` are those of its rules."""
+def added_styles(model: Any, patterns: Collection[str]) -> tuple[dict[str, str], str | None]:
+    """Return the styles of modules in the parts of a model that no rule is for. `patterns` are those of its rules. If
+    all of the model is such a part, and its forward cannot be traced, say why."""
     parts = tuple(_left_out(model, patterns))
     inside = tuple(f"{name}." for name in parts if name)
     allowed = {name for name, _ in model.named_modules() if name in parts or name.startswith(inside) or "" in parts}
     if not any(can_be_cut(module) or is_common(module) for module in map(model.get_submodule, allowed)):
-        return {}
+        return {}, None
     general = {name: style for name, style in general_styles(model).items() if name in allowed}
-    return general | expert_styles(model, allowed) | structured_styles(model, allowed)
+    structured, why = structured_styles(model, allowed)
+    return general | expert_styles(model, allowed) | structured, why if "" in parts else None
 
 
 def _left_out(model: Any, patterns: Collection[str]) -> Iterator[str]:
@@ -60,7 +62,8 @@ def _left_out(model: Any, patterns: Collection[str]) -> Iterator[str]:
 
 
 def by_pattern(model: Any, styles: Mapping[str, str]) -> dict[str, str]:
-    """Write styles by name as rules: pattern → style where all modules of a pattern have one style, else name → style."""
+    """Write styles by name as rules: pattern → style where all modules of a pattern have one style, else name →
+    style."""
     kinds: dict[str, set[str | None]] = {}
     for name, _ in [*model.named_modules(), *model.named_parameters()]:
         kinds.setdefault(wildcard(name), set()).add(styles.get(name))

@@ -1,4 +1,5 @@
-"""Mixtures of experts in transformers' common form, which the model's plan leaves out: a slice of every expert on each rank."""
+"""Mixtures of experts in transformers' common form, which the model's plan leaves out: a slice of every expert on
+each rank."""
 
 from __future__ import annotations
 

@@ -1,20 +1,20 @@
 """How cut features flow through a forward: which dim of each tensor holds them, and where a whole vector is needed.
 
 Every linear layer is taken as if each rank had a part of its output features. Operations carry that mark along a dim:
-elementwise ones, views of features as heads, products of each head's matrices. Anything else needs the whole vector, and
-what flowed there cannot be cut. Sizes are those of one process; nothing is computed.
+elementwise ones, views of features as heads, products of each head's matrices. Anything else needs the whole vector,
+and what flowed there cannot be cut. Sizes are those of one process; nothing is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from .marks import Mark, merged_view, met, part_of
 
-__all__ = ["carried"]
+__all__ = ["carried", "flat"]
 
 aten = torch.ops.aten
 
@@ -25,15 +25,19 @@ Uniform = Callable[[torch.Tensor, int], bool]
 def carried(func: Any, args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Uniform) -> Any:
     """Return the marks of what an operation made: one, or a list for a list of tensors. None if it carries none.
 
-    `mark_of` gives the mark of a tensor, `uniform` says whether a tensor does not vary along a dim. If an operation needs
-    the whole vector, the streams of its arguments end.
+    `mark_of` gives the mark of a tensor, `uniform` says whether a tensor does not vary along a dim. If an operation
+    needs the whole vector, the streams of its arguments end.
     """
-    tensors = [one for one in _flat((args, kwargs)) if isinstance(one, torch.Tensor)]
+    tensors = [one for one in flat((args, kwargs)) if isinstance(one, torch.Tensor)]
     marks = [mark for mark in map(mark_of, tensors) if mark is not None]
     if not marks:
         return None
     packet = func.overloadpacket
     if func.namespace == "prim":  # it asks about a tensor
+        return None
+    if func._schema.is_mutable and mark_of(args[0]) is None:
+        for mark in marks:  # what else sees the tensor that is written to is not known
+            mark.stream.end(f"{packet} writes them into another tensor")
         return None
     rule = _RULES.get(packet)
     if rule is None and torch.Tag.pointwise in func.tags:
@@ -45,12 +49,13 @@ def carried(func: Any, args: Any, kwargs: Any, out: Any, mark_of: Find, uniform:
     return found
 
 
-def _flat(value: Any) -> Any:
+def flat(value: Any) -> Iterator[Any]:
+    """Yield what lists, tuples and dicts hold."""
     if isinstance(value, (list, tuple)):
         for part in value:
-            yield from _flat(part)
+            yield from flat(part)
     elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
+        yield from flat(list(value.values()))
     else:
         yield value
 
@@ -59,7 +64,7 @@ def _pointwise(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Uniform
     """Elementwise, with broadcasting: all that have features have them on one dim of the result."""
     if not isinstance(out, torch.Tensor):
         return None
-    tensors = [one for one in _flat((args, kwargs)) if isinstance(one, torch.Tensor)]
+    tensors = [one for one in flat((args, kwargs)) if isinstance(one, torch.Tensor)]
     marked = [(tensor, mark) for tensor in tensors if (mark := mark_of(tensor))]
     dims = {out.ndim - tensor.ndim + mark.dim for tensor, mark in marked}
     if len(dims) != 1:
@@ -77,7 +82,7 @@ def _pointwise(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Uniform
 
 def _same(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Any) -> Any:
     mark = mark_of(args[0])
-    if mark is None or any(mark_of(one) for one in _flat((args[1:], kwargs)) if isinstance(one, torch.Tensor)):
+    if mark is None or any(mark_of(one) for one in flat((args[1:], kwargs)) if isinstance(one, torch.Tensor)):
         return None
     return [mark] * len(out) if isinstance(out, (list, tuple)) else mark
 
@@ -128,7 +133,8 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        one, other = [], []
+        one: list[int] = []
+        other: list[int] = []
         left = right = 1
         while True:
             if left <= right and i < len(before) and (left < right or not one):
@@ -271,7 +277,7 @@ def _for_all(mark: Mark, out: Any) -> Any:
 def _attention(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Uniform) -> Any:
     """Attention of each head by itself: batch × heads × length × size of a head."""
     marks = [mark_of(tensor) for tensor in args[:3]]
-    mask = next((one for one in _flat((args[3:], kwargs)) if isinstance(one, torch.Tensor)), None)
+    mask = next((one for one in flat((args[3:], kwargs)) if isinstance(one, torch.Tensor)), None)
     if any(mark is None or mark.dim != 1 for mark in marks) or args[0].ndim != 4:
         return None
     if mask is not None:
@@ -287,7 +293,7 @@ def _attention(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Uniform
 
 
 _BY_RULE: tuple[tuple[Callable[..., Any], tuple[str, ...]], ...] = (
-    (_same, ("clone", "_to_copy", "alias", "detach", "native_dropout", "dropout", "lift_fresh", "contiguous", "triu")),
+    (_same, ("clone", "_to_copy", "alias", "detach", "native_dropout", "dropout", "lift_fresh", "contiguous")),
     (_transpose, ("transpose", "t")),
     (_permute, ("permute",)),
     (_unsqueeze, ("unsqueeze",)),

@@ -13,7 +13,7 @@ from torch import nn
 
 from .readers import leaf_forward, read_elsewhere
 
-__all__ = ["can_be_cut", "general_styles", "leaves_that_run"]
+__all__ = ["can_be_cut", "general_styles", "leaves_that_run", "shared_weights"]
 
 _LEAST = 16  # output features that are worth a cut
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,13 +26,13 @@ def general_styles(model: nn.Module) -> dict[str, str]:
     """Return the style of each module that can be cut by output features, by name.
 
     A module is left whole if its weight is read by other code than its own forward, if it has fewer than 16 output
-    features, if a convolution has groups, or if it shares its weight with a module that is left whole. An embedding that
-    shares its weight with a linear layer is cut over the vocabulary, as that is.
+    features, if a convolution has groups, or if it shares its weight with a module that is left whole. An embedding
+    that shares its weight with a linear layer is cut over the vocabulary, as that is.
     """
     elsewhere = read_elsewhere(model)
     found = {name: _style(module) for name, module in _leaves(model) if name not in elsewhere}
     styles = {name: style for name, style in found.items() if style}
-    for names in _shared(model):
+    for names in shared_weights(model):
         kinds = {styles.get(name) for name in names}
         if None in kinds:
             for name in names:
@@ -83,7 +83,7 @@ def _style(module: nn.Module) -> str | None:
     return None
 
 
-def _shared(model: nn.Module) -> Iterator[list[str]]:
+def shared_weights(model: nn.Module) -> Iterator[list[str]]:
     """Yield the names of the modules that share a weight."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     sets: dict[str, set[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ __all__ = ["Layout", "Mark", "Stream", "merged_view", "met", "one_block", "part_
 
 @dataclass(eq=False, slots=True)
 class Stream:
-    """Features that are cut alike, because they meet: `items` are as many as all of them have in common, and no rank may
-    have a part of one. `why` says where a whole vector is needed; None if nowhere so far."""
+    """Features that are cut alike, because they meet: `items` are as many as all of them have in common, and no rank
+    may have a part of one. `why` says where a whole vector is needed; None if nowhere so far."""
 
     items: int = 0
     why: str | None = None
@@ -58,14 +59,14 @@ class Layout:
     def blocks(self) -> tuple[int, ...] | None:
         """Return the sizes of the blocks; None if the code takes ranges that overlap."""
         bounds = sorted({0, self.size, *(bound for pair in self.taken for bound in pair)})
-        found = list(zip(bounds, bounds[1:]))
+        found = list(itertools.pairwise(bounds))
         return tuple(stop - start for start, stop in found) if self.taken <= {*found, (0, self.size)} else None
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The dim of a tensor that holds the features of a stream. `layout` is that of the producer whose features they still
-    are, one by one; None behind a view or a product."""
+    """The dim of a tensor that holds the features of a stream. `layout` is that of the producer whose features they
+    still are, one by one; None behind a view or a product."""
 
     dim: int
     stream: Stream
@@ -95,8 +96,8 @@ def one_block(mark: Mark) -> None:
 
 
 def merged_view(mark: Mark, before: list[tuple[int, int]], after: list[tuple[int, int]]) -> Mark | None:
-    """Return the mark behind a view that makes the dims `after` of the dims `before`, (dim, size), the mark's among them.
-    None if the features would not be side by side."""
+    """Return the mark behind a view that makes the dims `after` of the dims `before`, (dim, size), the mark's among
+    them. None if the features would not be side by side."""
     before = [pair for pair in before if pair[1] != 1 or pair[0] == mark.dim]
     after = [pair for pair in after if pair[1] != 1] or after[:1]
     if len(before) == 1 and len(after) == 1:

@@ -1,8 +1,9 @@
-"""Who reads a module's weight: its own forward alone, or code around it too. Found in the source of the model's classes.
+"""Who reads a module's weight: its own forward alone, or code around it too. Found in the source of the model's
+classes.
 
 A weight that only its module's own forward reads can be cut there and the output put together again: nothing else
-notices. So each expression `….weight` in the classes of a model counts, but for those that ask about its dtype or device,
-and those in code that does not run in inference: constructors, initialisation, branches for training.
+notices. So each expression `….weight` in the classes of a model counts, but for those that ask about its dtype or
+device, and those in code that does not run in inference: constructors, initialisation, branches for training.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def _children(model: nn.Module, name: str, path: tuple[str, ...]) -> Iterator[st
 
 
 def _called(variable: str, model: nn.Module, by_last: dict[str, list[str]]) -> set[str]:
-    """Return the modules that a variable may stand for: those of its name; else all embeddings if it is called one; else
-    all modules."""
+    """Return the modules that a variable may stand for: those of its name; else all embeddings if it is called one;
+    else all modules."""
     found = {name for last in (variable, *_VARIABLES.get(variable, ())) for name in by_last.get(last, ())}
     if found:
         return found
@@ -99,8 +100,8 @@ def _called(variable: str, model: nn.Module, by_last: dict[str, list[str]]) -> s
 
 def leaf_forward(module: nn.Module, base: type[nn.Module]) -> str | None:
     """Say what the forward of a module of the kind `base` does: "plain" if it is that of `base`; "same" if it gives its
-    argument to that as it is and does no more than scale the result; "other" if it makes the argument itself. None if it
-    is anything else, or if the module's weight is not a parameter of its own."""
+    argument to that as it is and does no more than scale the result; "other" if it makes the argument itself. None if
+    it is anything else, or if the module's weight is not a parameter of its own."""
     own = {name for name, parameter in module._parameters.items() if parameter is not None}
     if "weight" not in own or own - {"weight", "bias"} or module._forward_pre_hooks or module._forward_hooks:
         return None
@@ -136,10 +137,10 @@ def _own_reads(function: ast.FunctionDef) -> Iterator[str]:
     asked = {
         id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in _HARMLESS
     }
+    own = {"weight", "bias", "embedding_dim", "out_features"}
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and node.attr in {"weight", "bias", "embedding_dim", "out_features"}:
-            if id(node) not in asked:
-                yield node.attr
+        if isinstance(node, ast.Attribute) and node.attr in own and id(node) not in asked:
+            yield node.attr
 
 
 def _scaled_call(value: ast.expr | None) -> ast.Call | None:
@@ -223,15 +224,15 @@ def _walk(node: ast.AST, names: set[str], known: dict[str, tuple[str, ...]], fla
             return
         known = {**known, **_assigned(node)}
     if isinstance(node, ast.If):
-        for child in node.body:
-            yield from _walk(child, names, known, flags | _needed(node.test))
-        for child in (node.test, *node.orelse):
-            yield from _walk(child, names, known, flags)
+        for step in node.body:
+            yield from _walk(step, names, known, flags | _needed(node.test))
+        for other in (node.test, *node.orelse):
+            yield from _walk(other, names, known, flags)
         return
-    if isinstance(node, ast.Attribute) and node.attr in _HARMLESS and isinstance(node.value, ast.Attribute):
-        if node.value.attr in names:
-            yield from _walk(node.value.value, names, known, flags)
-            return
+    inner = node.value if isinstance(node, ast.Attribute) and node.attr in _HARMLESS else None
+    if isinstance(inner, ast.Attribute) and inner.attr in names:
+        yield from _walk(inner.value, names, known, flags)
+        return
     if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
         return
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

@@ -1,7 +1,7 @@
 """A forward of a model without memory: what flows where, and what the same forward does with one rank's part.
 
-Parameters are tensors without memory, and look like those of a CPU; token ids, positions and masks are real, so code may
-look at them. What reads values of hidden states cannot be traced.
+Parameters are tensors without memory, and look like those of a CPU; token ids, positions and masks are real, so code
+may look at them. What reads values of hidden states cannot be traced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .experts import is_common
-from .flow import carried
+from .flow import carried, flat
 from .marks import Layout, Mark, Stream, one_block
 
 __all__ = ["Call", "Producer", "Trace", "given", "parameters_replaced", "traced", "without_memory"]
@@ -40,8 +40,8 @@ class Producer:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a module: the mark of its input; None if that is whole. `fits` says whether the mark is on the last dim,
-    in one block, so that the module's input features may be cut."""
+    """A call of a module: the mark of its input; None if that is whole. `fits` says whether the mark is on the last
+    dim, in one block, so that the module's input features may be cut."""
 
     module: str
     mark: Mark | None
@@ -103,13 +103,22 @@ class _Watch(TorchDispatchMode):
         if dims:
             self._uniform[id(out)] = (out, dims)
 
+    def _forget_uniform(self, written: torch.Tensor) -> None:
+        """Forget what was known of a tensor that is written to, and of those that share its memory."""
+        memory = written.untyped_storage()._cdata
+        shared = [key for key, (tensor, _) in self._uniform.items() if tensor.untyped_storage()._cdata == memory]
+        for key in shared:
+            del self._uniform[key]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self.inside:
             return out
         name = func.overloadpacket.__name__
-        if isinstance(out, torch.Tensor):
+        if func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
+            self._forget_uniform(args[0])
+        elif isinstance(out, torch.Tensor):
             self._note_uniform(func, name, args, out)
         found = carried(func, args, kwargs, out, self.mark_of, self._is_uniform)
         made = out if isinstance(out, (list, tuple)) else [out]
@@ -121,15 +130,11 @@ class _Watch(TorchDispatchMode):
             elif id(tensor) in self._held:
                 self._held.pop(id(tensor))  # written over
         if tensors and isinstance(tensors[0][0], FakeTensor) and name not in _MOVES:
-            numbers = tuple(one for one in args if isinstance(one, (int, float))) if _has_numbers(func) else ()
+            kinds = (int, float) if torch.Tag.pointwise in func.tags else float  # whole numbers may be sizes elsewhere
+            numbers = tuple(one for one in flat((args, kwargs)) if isinstance(one, kinds))
             self.trace.steps.append((name, numbers, tuple(tuple(tensor.shape) for tensor, _ in tensors)))
             self.trace.marks.append(tuple(mark for _, mark in tensors))
         return out
-
-
-def _has_numbers(func: Any) -> bool:
-    """Whether the numbers that an operation is given change values, and not shapes."""
-    return torch.Tag.pointwise in func.tags
 
 
 def traced(
@@ -154,10 +159,14 @@ def traced(
         handles.append(module.register_forward_hook(_left(name, watch, counts), always_call=True))
     try:
         with torch.no_grad(), watch:  # in inference mode, operations arrive that are made of others
-            model(**arguments)
+            out = model(**arguments)
     finally:
         for handle in handles:
             handle.remove()
+    for tensor in flat(out):
+        mark = watch.mark_of(tensor) if isinstance(tensor, torch.Tensor) else None
+        if mark is not None:
+            mark.stream.end("the model returns it")
     return trace
 
 
@@ -206,7 +215,7 @@ def without_memory(model: nn.Module) -> Iterator[FakeTensorMode]:
             for own, tensor in held.items():
                 if tensor is not None:
                     parameter = held is module._parameters
-                    held[own] = nn.Parameter(fake(tensor), requires_grad=False) if parameter else fake(tensor)  # type: ignore[assignment]
+                    held[own] = nn.Parameter(fake(tensor), requires_grad=False) if parameter else fake(tensor)
         if is_common(module):
             module.__dict__["forward"] = _experts_output
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it tells of each error that it raises
@@ -218,7 +227,7 @@ def without_memory(model: nn.Module) -> Iterator[FakeTensorMode]:
         log.setLevel(level)
         model.train(training)
         for held, before in kept:
-            held.update(before)  # type: ignore[arg-type]
+            held.update(before)
         for module in model.modules():
             if module.__dict__.get("forward") is _experts_output:
                 del module.__dict__["forward"]
