@@ -35,7 +35,7 @@ def _left_out(model: Any, patterns: Collection[str]) -> Iterator[str]:
     hidden states: those between the parts of a model, or of one of its layers, that have rules."""
     ruled = {
         name
-        for name, _ in [*model.named_modules(), *model.named_parameters()]
+        for name, _ in [*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
         if not {name, wildcard(name)}.isdisjoint(patterns)
     }
     above = {name[:end] for name in ruled for end, character in enumerate(name) if character == "."}
@@ -65,6 +65,6 @@ def by_pattern(model: Any, styles: Mapping[str, str]) -> dict[str, str]:
     """Write styles by name as rules: pattern → style where all modules of a pattern have one style, else name →
     style."""
     kinds: dict[str, set[str | None]] = {}
-    for name, _ in [*model.named_modules(), *model.named_parameters()]:
+    for name, _ in [*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]:
         kinds.setdefault(wildcard(name), set()).add(styles.get(name))
     return {wildcard(name) if len(kinds[wildcard(name)]) == 1 else name: style for name, style in styles.items()}
