@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base import LocalLayer, TensorParallelLayer
     from .collectives import group_of
-    from .convolution import ConvolutionParallel
     from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
     from .experts import (
         AllReduceParallel,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         Conv1DColwiseParallel,
         Conv1DPackedColwiseParallel,
         Conv1DRowwiseParallel,
+        ConvolutionParallel,
         PackedColwiseParallel,
         PackedRowwiseParallel,
         RowwiseParallel,
@@ -75,7 +75,7 @@ _HOMES = {
     "LocalLayer": "base",
     "TensorParallelLayer": "base",
     "group_of": "collectives",
-    "ConvolutionParallel": "convolution",
+    "ConvolutionParallel": "linear",
     "EmbeddingColwiseParallel": "embedding",
     "EmbeddingRowwiseParallel": "embedding",
     "AllReduceParallel": "experts",

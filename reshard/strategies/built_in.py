@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch.distributed.tensor import Replicate, Shard
 
 from .base import LocalLayer, TensorParallelLayer
-from .convolution import ConvolutionParallel
 from .embedding import EmbeddingColwiseParallel, EmbeddingRowwiseParallel
 from .experts import (
     AllReduceParallel,
@@ -21,6 +20,7 @@ from .linear import (
     Conv1DColwiseParallel,
     Conv1DPackedColwiseParallel,
     Conv1DRowwiseParallel,
+    ConvolutionParallel,
     PackedColwiseParallel,
     PackedRowwiseParallel,
     RowwiseParallel,

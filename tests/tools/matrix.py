@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter
 
 import reshard
 from reshard.errors import TopologyError
-from reshard.planning.model.rules import expert_rules
+from reshard.planning.model.rules import expert_rules, wildcard
 
 NEW_TOKENS = 4
 TIMEOUT, PER_FAMILY = 90, 10  # seconds after which a job is given up: for its start, and for each family
@@ -42,6 +42,7 @@ class Row:
     step: str
     detail: str
     styles: tuple[str, ...] = ()
+    plan: str = ""  # whose: the model's, corrected, ours (by structure), general; more than one for parts of a model
     conversions: tuple[str, ...] = ()
     error: float | None = None  # largest relative error of the output
     equal_tokens: bool | None = None
@@ -140,6 +141,7 @@ def _prepare(family: str, model: Any, alone: Row | Alone, root: Path, tp_size: i
         return alone
     out = root / family
     try:
+        planned = reshard.plan(alone.source, tp_size=tp_size, ep_size=ep_size)
         manifest = reshard.convert(alone.source, out, tp_size=tp_size, ep_size=ep_size)
         reshard.verify(out, against=alone.source)
     except TopologyError as error:
@@ -147,7 +149,23 @@ def _prepare(family: str, model: Any, alone: Row | Alone, root: Path, tp_size: i
     except Exception as error:
         return Row(family, "convert", _line(error))
     styles = {target.style for target in manifest.parameters if target.style} | set(manifest.hooks.values())
-    return _Job(alone, Row(family, "run", alone.remark, tuple(sorted(styles)), conversions(model)))
+    plan = _whose(planned, has_plan=bool(model.tp_plan))
+    return _Job(alone, Row(family, "run", alone.remark, tuple(sorted(styles)), plan, conversions(model)))
+
+
+def _whose(planned: Any, *, has_plan: bool) -> str:
+    """Say whose rules a plan has."""
+    added = set(planned.model.added_rules)
+    styles = {p.style for p in planned.model.parameters if p.style and {p.name, wildcard(p.name)} & added} | {
+        style for name, style in planned.model.hooks.items() if {name, wildcard(name)} & added
+    }
+    general = {style for style in styles if "gather_output" in style or style.startswith("embedding_")}
+    kinds = [
+        *(["corrected" if planned.model.corrected_rules else "model's"] if has_plan else []),
+        *(["ours"] if styles - general - {"replicate"} else []),
+        *(["general"] if styles and styles == general else []),
+    ]
+    return " + ".join(kinds) or "none"
 
 
 def conversions(model: Any) -> tuple[str, ...]:

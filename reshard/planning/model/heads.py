@@ -65,7 +65,10 @@ class Heads:
 
 
 def heads_of(
-    model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, str]
+    model: Any,
+    styles: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    modules: Mapping[str, str] | None = None,
 ) -> dict[str, Heads]:
     """Find the heads of every parameter that an attention shares among its heads, by name. `modules` are the styles of
     modules: `heads[…]` tells the numbers of those in one.
@@ -90,10 +93,10 @@ def heads_of(
     return found | dict(_told(model, styles, modules))
 
 
-def _told(model: Any, styles: Mapping[str, str], modules: Mapping[str, str]) -> Iterator[tuple[str, Heads]]:
+def _told(model: Any, styles: Mapping[str, str], modules: Mapping[str, str] | None) -> Iterator[tuple[str, Heads]]:
     from ...checkpoint.architecture import KV_GROUPS
 
-    for attention, style in modules.items():
+    for attention, style in (modules or {}).items():
         counted = heads_in(style)
         if counted is None:
             continue

@@ -19,8 +19,6 @@ from ...files.untrusted import read_json
 from ...resharded.manifest import Manifest
 from ...strategies.registry import heads_in
 from ...text import listed, printable
-from ..unplanned.added import added_styles, by_pattern
-from ..unplanned.general import general_styles
 from ..unplanned.names import wildcard
 from .corrections import corrected, has_expert_plan
 
@@ -141,6 +139,8 @@ def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
 
 
 def _own_rules(model: Any) -> Rules:
+    from ..unplanned.added import added_styles, by_pattern
+
     styles, put_right = corrected(model.tp_plan or {}, model.config)
     found, why = added_styles(model, styles.keys())
     added = by_pattern(model, found)
@@ -149,6 +149,9 @@ def _own_rules(model: Any) -> Rules:
 
 
 def _general_rules(model: Any) -> Rules:
+    from ..unplanned.added import by_pattern
+    from ..unplanned.general import general_styles
+
     found = by_pattern(model, general_styles(model))
     return Rules(found, added=frozenset(found))
 
