@@ -14,6 +14,7 @@ from .structure import structured_styles
 
 __all__ = ["added_styles", "by_pattern"]
 
+_LEAST = 0.02  # of a model's elements: what is less is not worth a look
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -23,11 +24,21 @@ def added_styles(model: Any, patterns: Collection[str]) -> tuple[dict[str, str],
     parts = tuple(_left_out(model, patterns))
     inside = tuple(f"{name}." for name in parts if name)
     allowed = {name for name, _ in model.named_modules() if name in parts or name.startswith(inside) or "" in parts}
-    if not any(can_be_cut(module) or is_common(module) for module in map(model.get_submodule, allowed)):
+    sizes = {name: _elements(module) for name, module in model.named_modules()}
+    cut = sum(sizes[name] for name, module in model.named_modules() if name in allowed and _is_cut(module))
+    if cut <= _LEAST * sum(sizes.values()):
         return {}, None
     general = {name: style for name, style in general_styles(model).items() if name in allowed}
     structured, why = structured_styles(model, allowed)
     return general | expert_styles(model, allowed) | structured, why if "" in parts else None
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module._parameters.values() if parameter is not None)
+
+
+def _is_cut(module: nn.Module) -> bool:
+    return can_be_cut(module) or is_common(module)
 
 
 def _left_out(model: Any, patterns: Collection[str]) -> Iterator[str]:

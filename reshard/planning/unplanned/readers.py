@@ -11,9 +11,9 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-import textwrap
 from collections.abc import Iterator
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -114,11 +114,9 @@ def leaf_forward(module: nn.Module, base: type[nn.Module]) -> str | None:
 @lru_cache(maxsize=4096)
 def _around(forward: Any) -> str | None:
     """As `leaf_forward`, of a forward that is not torch's: what it returns is `super().forward(…)`, perhaps scaled."""
-    tree = _parsed(forward)
-    if tree is None:
+    function = _parsed(forward)
+    if not isinstance(function, ast.FunctionDef):
         return None
-    function = tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
     if any(True for _ in _own_reads(function)):
         return None
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
@@ -188,14 +186,10 @@ def _reads_of(kind: type) -> frozenset[_Read] | None:
 
 
 @lru_cache(maxsize=1024)
-def _reads_of_functions(module: Any) -> frozenset[_Read]:
+def _reads_of_functions(home: ModuleType) -> frozenset[_Read]:
     """Return what the functions of a Python module read, outside its classes."""
-    try:
-        tree = ast.parse(inspect.getsource(module))
-    except (OSError, TypeError):
-        return frozenset()
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return frozenset(read for function in functions for read in _reads(function, _READ))
+    functions = [node for name, node in _definitions(home).items() if "." not in name]
+    return frozenset(read for node in functions if isinstance(node, ast.FunctionDef) for read in _reads(node, _READ))
 
 
 def _has_modules(kind: type) -> bool:
@@ -205,12 +199,33 @@ def _has_modules(kind: type) -> bool:
     )
 
 
-@lru_cache(maxsize=4096)
-def _parsed(of: Any) -> ast.Module | None:
+def _parsed(of: Any) -> ast.stmt | None:
+    """Return the definition of a class or of a method; None if there is no source of it."""
+    found = inspect.unwrap(of)
+    home = sys.modules.get(found.__module__)
+    return _definitions(home).get(found.__qualname__) if home else None
+
+
+@lru_cache(maxsize=1024)
+def _definitions(home: ModuleType) -> dict[str, ast.stmt]:
+    """Return the classes, methods and functions of a Python module, by their qualified names."""
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(of))))
+        tree = ast.parse(inspect.getsource(home))
     except (OSError, TypeError, SyntaxError):
-        return None
+        return {}
+    found: dict[str, ast.stmt] = {}
+
+    def add(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found[prefix + node.name] = node
+            if isinstance(node, ast.ClassDef):
+                add(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, (ast.If, ast.Try)):  # defined if a package is there
+                add(node.body, prefix)
+
+    add(tree.body, "")
+    return found
 
 
 def _reads(tree: ast.AST, names: set[str]) -> Iterator[_Read]:

@@ -20,6 +20,7 @@ from .general import leaves_that_run, shared_weights
 from .names import HEADS
 from .pairs import Pair, module_of
 from .proof import proved
+from .shortened import shortened
 from .trace import given, traced, without_memory
 
 __all__ = ["structured_styles"]
@@ -28,23 +29,34 @@ __all__ = ["structured_styles"]
 def structured_styles(model: Any, allowed: Collection[str]) -> tuple[dict[str, str], str | None]:
     """Return styles of modules and bare parameters that give colwise → rowwise pairs, by name; and, if the forward
     cannot be traced, why. `allowed` are the modules that may be cut. Those that share their weight with another are
-    not."""
-    arguments = given(model)
-    shared = {name for names in shared_weights(model) for name in names}
-    watched = {name: module for name, module in leaves_that_run(model) if name in allowed and name not in shared}
-    if arguments is None:
+    not. Two layers of each kind are looked at, and all of them if the forward fails so."""
+    if given(model) is None:
         return {}, "it takes no text"
-    if not watched:
-        return {}, None
-    counts = frozenset(_numbers_of_heads(model.config))
+    shared = {name for names in shared_weights(model) for name in names}
+    usable = {name for name in allowed if name not in shared}
     try:
-        with without_memory(model):
-            bare = dict(_bare(model, allowed))
-            trace = traced(model, arguments, watched, bare, counts)
-            pairs = proved(model, arguments, watched, trace, counts)
-            return _styles(model, pairs), None
-    except Exception as error:  # of any kind, from code of every family: the general plan is right without a trace
+        with shortened(model) as short:
+            found = _traced_styles(model, {name for name, _ in model.named_modules() if short.whole(name) in usable})
+            return short.everywhere(found), None
+    except Exception:  # of any kind, from code of every family: it may count its layers
+        pass
+    try:
+        return _traced_styles(model, usable), None
+    except Exception as error:  # the general plan is right without a trace
         return {}, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _traced_styles(model: Any, allowed: Collection[str]) -> dict[str, str]:
+    """Return the styles that a trace proves. Raises whatever the forward does."""
+    arguments = given(model)
+    watched = {name: module for name, module in leaves_that_run(model) if name in allowed}
+    if arguments is None or not watched:
+        return {}
+    counts = frozenset(_numbers_of_heads(model.config))
+    with without_memory(model):
+        bare = dict(_bare(model, allowed))
+        trace = traced(model, arguments, watched, bare, counts)
+        return _styles(model, proved(model, arguments, watched, trace, counts))
 
 
 def _numbers_of_heads(config: Any) -> Iterator[int]:
