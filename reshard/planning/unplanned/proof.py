@@ -10,22 +10,20 @@ import torch
 from torch import nn
 
 from .pairs import Pair, module_of, pairs_of
-from .trace import Trace, parameters_replaced, traced
+from .trace import Task, Trace, parameters_replaced, traced
 
 __all__ = ["proved"]
 
 _TRIES = 12  # second traces at most
 
 
-def proved(
-    model: Any, arguments: dict[str, Any], watched: dict[str, nn.Module], trace: Trace, counts: frozenset[int]
-) -> list[Pair]:
+def proved(model: Any, task: Task, trace: Trace) -> list[Pair]:
     """Return the pairs with which a rank's forward does what the whole one does. Those that stand in the way go."""
     pairs = pairs_of(trace)
     for _ in range(_TRIES):
         if not pairs:
             return []
-        wrong = _wrong(model, arguments, watched, trace, pairs, counts)
+        wrong = _wrong(model, task, trace, pairs)
         if wrong is None:
             return pairs
         guilty = {pair.signature() for pair in wrong}
@@ -54,22 +52,17 @@ def _told(model: nn.Module, pair: Pair) -> bool:
     return pair.level == 2 or bool(pair.scaled)
 
 
-def _wrong(
-    model: Any,
-    arguments: dict[str, Any],
-    watched: dict[str, nn.Module],
-    trace: Trace,
-    pairs: list[Pair],
-    counts: frozenset[int],
-) -> list[Pair] | None:
+def _wrong(model: Any, task: Task, trace: Trace, pairs: list[Pair]) -> list[Pair] | None:
     """Run the forward as a rank would, and return the pairs at fault if it fails or differs; None if it does not."""
     where: list[str] = []
     handles = [module.register_forward_pre_hook(_entering(name, where)) for name, module in model.named_modules()]
     handles += [module.register_forward_hook(_leaving(where)) for _, module in model.named_modules()]
     try:
         with parameters_replaced(list(_changes(model, pairs))):
-            mine = traced(model, arguments, watched, {}, counts)
+            mine = traced(model, task, {})
     except Exception:
+        if task.left < 0:
+            raise
         return _around(where, pairs)
     finally:
         for handle in handles:

@@ -221,8 +221,8 @@ def _definitions(home: ModuleType) -> dict[str, ast.stmt]:
                 found[prefix + node.name] = node
             if isinstance(node, ast.ClassDef):
                 add(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, (ast.If, ast.Try)):  # defined if a package is there
-                add(node.body, prefix)
+            elif isinstance(node, (ast.If, ast.Try)):  # defined if a package is there, or if it is not
+                add([*node.body, *node.orelse], prefix)
 
     add(tree.body, "")
     return found

@@ -21,7 +21,7 @@ from .names import HEADS
 from .pairs import Pair, module_of
 from .proof import proved
 from .shortened import shortened
-from .trace import given, traced, without_memory
+from .trace import Task, given, traced, without_memory
 
 __all__ = ["structured_styles"]
 
@@ -52,11 +52,10 @@ def _traced_styles(model: Any, allowed: Collection[str]) -> dict[str, str]:
     watched = {name: module for name, module in leaves_that_run(model) if name in allowed}
     if arguments is None or not watched:
         return {}
-    counts = frozenset(_numbers_of_heads(model.config))
+    task = Task(arguments, watched, frozenset(_numbers_of_heads(model.config)))
     with without_memory(model):
-        bare = dict(_bare(model, allowed))
-        trace = traced(model, arguments, watched, bare, counts)
-        return _styles(model, proved(model, arguments, watched, trace, counts))
+        trace = traced(model, task, dict(_bare(model, allowed)))
+        return _styles(model, proved(model, task, trace))
 
 
 def _numbers_of_heads(config: Any) -> Iterator[int]:

@@ -22,12 +22,13 @@ from .experts import is_common
 from .flow import carried, flat
 from .marks import Layout, Mark, Stream, one_block
 
-__all__ = ["Call", "Producer", "Trace", "given", "parameters_replaced", "traced", "without_memory"]
+__all__ = ["Call", "Producer", "Task", "Trace", "given", "parameters_replaced", "traced", "without_memory"]
 
 _LENGTH, _SIDE = 7, 5  # tokens of the text, and of what a decoder has so far
 _UNIFORM = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 # Operations that move elements, or none: whether there is one depends on how a tensor lies in memory.
 _MOVES = ("clone", "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "alias", "detach", "contiguous")
+_MOST = 12_000  # operations; each takes about 0.2 ms. Recurrent layers run one for each token and more
 
 
 @dataclass(slots=True)
@@ -49,8 +50,19 @@ class Call:
 
 
 @dataclass(slots=True)
+class Task:
+    """What is traced: the `arguments` of the forward, the modules `watched` by name, the numbers of heads that the
+    model may have, and how many operations may be followed in all."""
+
+    arguments: Mapping[str, Any]
+    watched: Mapping[str, nn.Module]
+    counts: frozenset[int]
+    left: int = _MOST
+
+
+@dataclass(slots=True)
 class Trace:
-    """What a forward did: its `producers` by name, its `calls` in order, and of each operation the name, the numbers it
+    """What a forward did: its `producers` by name, its `calls` in order, and of each operation its name, the numbers it
     was given, and the shapes and marks of what it made."""
 
     producers: dict[str, Producer] = field(default_factory=dict)
@@ -62,9 +74,9 @@ class Trace:
 class _Watch(TorchDispatchMode):
     """Follow marks through every operation, but for those inside a module that is looked at as a whole."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, task: Task) -> None:
         super().__init__()
-        self.trace = trace
+        self.trace, self.task = trace, task
         self.inside = 0
         self._held: dict[int, tuple[torch.Tensor, Mark]] = {}  # it holds the tensors, so that no id is used again
         self._uniform: dict[
@@ -112,6 +124,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.task.left -= 1
+        if self.task.left < 0:
+            raise RuntimeError(f"more than {_MOST:,} operations")
         out = func(*args, **kwargs)
         if self.inside:
             return out
@@ -137,29 +152,23 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-def traced(
-    model: nn.Module,
-    arguments: Mapping[str, Any],
-    watched: Mapping[str, nn.Module],
-    bare: Mapping[str, torch.Tensor],
-    counts: frozenset[int],
-) -> Trace:
-    """Run a forward and follow the features of the `watched` modules and of the `bare` parameters, by name.
+def traced(model: nn.Module, task: Task, bare: Mapping[str, torch.Tensor]) -> Trace:
+    """Run a forward and follow the features of the watched modules and of the `bare` parameters, by name.
 
-    Raises whatever the forward does.
+    Raises whatever the forward does, and RuntimeError if it takes too many operations.
     """
-    trace = Trace()
-    watch = _Watch(trace)
+    trace, counts = Trace(), task.counts
+    watch = _Watch(trace, task)
     for name, parameter in bare.items():
         made = trace.producers[name] = Producer(Stream(parameter.shape[0]), Layout(parameter.shape[0], counts))
         watch.put(parameter, Mark(0, made.stream, made.layout))
     handles = []
-    for name, module in watched.items():
+    for name, module in task.watched.items():
         handles.append(module.register_forward_pre_hook(_entered(name, watch), with_kwargs=True))
         handles.append(module.register_forward_hook(_left(name, watch, counts), always_call=True))
     try:
         with torch.no_grad(), watch:  # in inference mode, operations arrive that are made of others
-            out = model(**arguments)
+            out = model(**task.arguments)
     finally:
         for handle in handles:
             handle.remove()
