@@ -9,14 +9,17 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from reshard.planning.cuts import does_cut
 from reshard.planning.model.rules import AUTO, GENERAL, expand, model_rules
 from reshard.planning.unplanned.added import added_styles, by_pattern
 from reshard.planning.unplanned.general import general_styles
 from reshard.planning.unplanned.readers import leaf_forward, read_elsewhere
 from reshard.planning.unplanned.structure import structured_styles
+from reshard.strategies.registry import ALL_PARALLEL_STYLES
 
 
 class Scaled(nn.Embedding):
@@ -228,6 +231,21 @@ def test_what_may_stand_between_two_layers(between: Any, is_cut: bool) -> None:
     assert {"block.up", "block.down"} <= found.keys() if is_cut else "block.up" not in found
 
 
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt_oss", "glm_ocr", "mamba"])
+def test_little_is_whole_at_real_widths(family: str) -> None:
+    """The sizes are those of the families' default configurations."""
+    with torch.device("meta"):
+        model = families._model_class(families.small_config(family))._from_config(transformers.CONFIG_MAPPING[family]())
+    styles = expand(model, model_rules(model, AUTO).styles, {}).parameters
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    cut = {
+        name
+        for name, style in styles.items()
+        if style == "interleaved_rowwise" or does_cut(ALL_PARALLEL_STYLES.find(style))
+    }
+    assert sum(size for name, size in sizes.items() if name not in cut) < 0.05 * sum(sizes.values())
+
+
 def test_a_tower_without_rules_gets_some_and_the_plan_stays() -> None:
     model = on_meta("llava")
     added, _ = added_styles(model, model.tp_plan)
@@ -255,6 +273,24 @@ def test_rules_of_ones_own_go_before_ours() -> None:
     rules = model_rules(model, {"extends": AUTO, "layers.*.fc1": "replicate"})
     assert rules.styles["model.decoder.layers.*.fc1"] == "replicate"
     assert rules.styles["model.decoder.layers.*.fc2"] == "rowwise"
+
+
+def test_a_forward_of_very_many_operations_is_not_followed() -> None:
+    with torch.device("meta"):
+        model = Blocks(lambda x: [x := x + 1 for _ in range(13_000)][-1])
+    styles, why = structured_styles(model, {name for name, _ in model.named_modules()})
+    assert styles == {}
+    assert why == "RuntimeError: more than 12,000 operations"
+
+
+def test_layers_alike_get_what_two_of_them_show() -> None:
+    config = families.small_config("opt")
+    config.num_hidden_layers = 6
+    with torch.device("meta"):
+        model = families._model_class(config)._from_config(config)
+    styles = structured(model)
+    assert {f"model.decoder.layers.{number}.fc2" for number in range(6)} <= styles.keys()
+    assert len(model.model.decoder.layers) == 6
 
 
 def test_a_trace_leaves_the_model_as_it_was() -> None:
