@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .pairs import Pair, module_of, pairs_of
+from .pairs import Pair, module_of
 from .trace import Task, Trace, parameters_replaced, traced
 
 __all__ = ["proved"]
@@ -17,9 +17,9 @@ __all__ = ["proved"]
 _TRIES = 12  # second traces at most
 
 
-def proved(model: Any, task: Task, trace: Trace) -> list[Pair]:
-    """Return the pairs with which a rank's forward does what the whole one does. Those that stand in the way go."""
-    pairs = pairs_of(trace)
+def proved(model: Any, task: Task, trace: Trace, pairs: list[Pair]) -> list[Pair]:
+    """Return the pairs with which a rank's forward does what the whole one does. Those that stand in the way go, and
+    the others are looked at without them."""
     for _ in range(_TRIES):
         if not pairs:
             return []

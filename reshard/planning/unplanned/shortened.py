@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -28,13 +28,19 @@ class Shortened:
         """Return the name in the whole model of a module of the short one."""
         return self._moved(name, self._whole.get)
 
-    def everywhere(self, styles: Mapping[str, str]) -> dict[str, str]:
-        """Return styles by name in the short model as styles of the whole model, with those of all layers alike."""
-        found: dict[str, str] = {}
+    def everywhere(self, styles: Mapping[str, str], shared: Collection[str]) -> dict[str, str]:
+        """Return styles by name in the short model as styles of the whole model, with those of all layers alike. A
+        layer gets all of them, or none if one is for a module that is among the `shared`."""
+        by_layer: dict[str, dict[str, str]] = {}
         for name, style in styles.items():
             layer = self._layer(name)
+            by_layer.setdefault(layer, {})[name[len(layer) :]] = style
+        found: dict[str, str] = {}
+        for layer, inside in by_layer.items():
             for other in self._alike[layer] if layer else [""]:
-                found[other + name[len(layer) :]] = style
+                names = {other + inner: style for inner, style in inside.items()}
+                if not any(name in shared for name in names):
+                    found |= names
         return found
 
     def _layer(self, name: str) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from ...strategies.registry import KEY_VALUE
 from .general import leaves_that_run, shared_weights
 from .names import HEADS
-from .pairs import Pair, module_of
+from .pairs import Pair, module_of, pairs_of
 from .proof import proved
 from .shortened import shortened
 from .trace import Task, given, traced, without_memory
@@ -37,7 +37,7 @@ def structured_styles(model: Any, allowed: Collection[str]) -> tuple[dict[str, s
     try:
         with shortened(model) as short:
             found = _traced_styles(model, {name for name, _ in model.named_modules() if short.whole(name) in usable})
-            return short.everywhere(found), None
+            return short.everywhere(found, shared), None
     except Exception:  # of any kind, from code of every family: it may count its layers
         pass
     try:
@@ -55,7 +55,11 @@ def _traced_styles(model: Any, allowed: Collection[str]) -> dict[str, str]:
     task = Task(arguments, watched, frozenset(_numbers_of_heads(model.config)))
     with without_memory(model):
         trace = traced(model, task, dict(_bare(model, allowed)))
-        return _styles(model, proved(model, task, trace))
+        pairs = [pair for pair in pairs_of(trace) if _pair_styles(model, pair)]
+        found: dict[str, str] = {}
+        for pair in proved(model, task, trace, pairs):
+            found |= _pair_styles(model, pair)
+        return found
 
 
 def _numbers_of_heads(config: Any) -> Iterator[int]:
@@ -74,27 +78,20 @@ def _bare(model: nn.Module, allowed: Collection[str]) -> Iterator[tuple[str, tor
                     yield (f"{name}.{own}" if name else own), parameter
 
 
-def _styles(model: nn.Module, pairs: list[Pair]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for pair in pairs:
-        styles: dict[str, str] = {}
-        for name, made in pair.producers.items():
-            blocks = made.layout.blocks() or ()
-            module, own = module_of(model, name)
-            if own and len(blocks) > 1:
-                break
-            styles[name] = _producing(module, blocks)
-        else:
-            styles |= dict.fromkeys(pair.consumers, "rowwise")
-            owners = _owners(pair)
-            if pair.heads:
-                style = None if owners is None else _of_heads(model, pair, owners)
-                if style is None or owners is None:
-                    continue
-                for owner in owners:
-                    styles[owner] = style[owner]
-            found |= styles
-    return found
+def _pair_styles(model: nn.Module, pair: Pair) -> dict[str, str]:
+    """Return the styles of a pair by name; none if there is no style for it."""
+    styles = dict.fromkeys(pair.consumers, "rowwise")
+    for name, made in pair.producers.items():
+        blocks = made.layout.blocks() or ()
+        module, own = module_of(model, name)
+        if own and len(blocks) > 1:
+            return {}
+        styles[name] = _producing(module, blocks)
+    if not pair.heads:
+        return styles
+    owners = _owners(pair)
+    told = owners and _of_heads(model, pair, owners)
+    return styles | told if told else {}
 
 
 def _producing(module: nn.Module, blocks: tuple[int, ...]) -> str:
