@@ -234,7 +234,7 @@ def _compare(family: str, root: Path, result: dict[str, Any], job: _Job, *, plan
         return replace(job.row, detail=result["error"])
     equal = None if job.alone.tokens is None else result["tokens"] == job.alone.tokens
     error = _error(root / f"parity.py.json.{family}.pt", job)
-    rounding = _rounding(family, job.alone, planned=planned) if EXACT < error < 100 * EXACT else None
+    rounding = _rounding(family, job.alone, planned=planned) if EXACT < error < 1000 * EXACT else None
     return replace(job.row, step="parity", error=error, equal_tokens=equal, rounding=rounding)
 
 
