@@ -94,6 +94,14 @@ def include_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--include", multiple=True, metavar="PATTERN", help=help)(command)
 
 
+class _Plan(click.Path):
+    """A file of rules, or the name of a plan that every model has."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return `general`, or the path of a file that is there."""
+        return value if value == "general" else super().convert(value, param, ctx)
+
+
 _WHAT_TO_CUT = (
     click.option(
         "--ep-size",
@@ -104,8 +112,9 @@ _WHAT_TO_CUT = (
     click.option(
         "--plan",
         "tp_plan",
-        type=click.Path(exists=True, dir_okay=False),
-        help='Rules (pattern → style, JSON or TOML) in place of the model\'s, or added to them with extends = "auto".',
+        type=_Plan(exists=True, dir_okay=False),
+        help='Rules (pattern → style, JSON or TOML) in place of the model\'s, or added to them with extends = "auto";'
+        " or general: every layer is cut by its output features.",
     ),
     strategies_option,
     revision_option,

@@ -115,7 +115,7 @@ def _part(value: Any) -> float:
 
 
 def _rules(value: Any) -> Any:
-    words = '"auto", rules (pattern → style), or the file that holds them'
+    words = '"auto", "general", rules (pattern → style), or the file that holds them'
     if isinstance(value, Mapping):
         _known(all(isinstance(text, str) for rule in value.items() for text in rule), words)
         return value

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..execution.origin import Origin, open_origin
 from ..planning.loads import WEIGHTS_AND_CACHE, Serving
 from ..planning.model.model import Model, read_model
-from ..planning.model.rules import AUTO, noted_styles, read_rules
+from ..planning.model.rules import AUTO, GENERAL, noted_styles, read_rules
 from ..planning.plan import ReshardPlan, build_plan, plan_layouts
 from ..planning.remarks import announced
 from ..planning.sizes import Size, size_table, smallest_fit
@@ -70,12 +70,13 @@ def plan(
     `dtype`, or "fp8".
 
     `ep_size` spreads whole experts over that many ranks; it divides `tp_size`, or `tp_size` divides it. `tp_plan` is
-    "auto" for the model's own rules, else rules (pattern → style), or the file that holds them. Rules with
-    `"extends": "auto"` are added to the model's own. `strategies` says what the styles mean: a Python file of yours
-    that registers them, which is run, or what `load_strategies` returned. `dtype` (`torch.bfloat16`, "bfloat16" or
-    "bf16", and so on for float16 and float32) stores every floating parameter in that dtype, except those the model
-    keeps in fp32. `include` holds shell patterns, such as `assets/*`, of files beside the weights to take along though
-    their kind is unknown. `say` is called with one line when the work begins; the remarks are the plan's `notes`.
+    "auto" for the model's own rules and ours for what they leave out, "general" for the general plan, else rules
+    (pattern → style), or the file that holds them. Rules with `"extends": "auto"` are added to these. `strategies`
+    says what the styles mean: a Python file of yours that registers them, which is run, or what `load_strategies`
+    returned. `dtype` (`torch.bfloat16`, "bfloat16" or "bf16", and so on for float16 and float32) stores every
+    floating parameter in that dtype, except those the model keeps in fp32. `include` holds shell patterns, such as
+    `assets/*`, of files beside the weights to take along though their kind is unknown. `say` is called with one line
+    when the work begins; the remarks are the plan's `notes`.
 
     `quantize` ("nf4", "fp4", "int8" or "fp8") plans the checkpoint that transformers would make by loading it quantized
     and saving it. `quantize_config` has the options of its configuration, or is a JSON file of them; `quantize_experts`
@@ -196,7 +197,7 @@ def _model(
 ) -> tuple[ParallelInterface, Model]:
     refuse_keys(origin.source.root)
     found = as_strategies(strategies)
-    rules = tp_plan if tp_plan == AUTO or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
+    rules = tp_plan if tp_plan in (AUTO, GENERAL) or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
     made = origin.made
     travels = made is not None and rules == AUTO and not experts and made.manifest.topology.ep == 1
     noted = noted_styles(made.manifest) if made and travels else None

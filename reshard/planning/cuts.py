@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from ..errors import BadInputError, TopologyError
 from ..sharding.dealing import deal, in_units, placement_of_heads, placement_of_ranges
-from ..sharding.placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard, local_shape, shared
+from ..sharding.placement import (
+    Nested,
+    PackedShard,
+    Placement,
+    Ranges,
+    Replicate,
+    Shard,
+    local_shape,
+    ranges_of,
+    shared,
+)
 from ..sharding.topology import Topology
 from ..strategies import TensorParallelLayer
 from ..strategies.registry import ParallelInterface
@@ -35,22 +46,36 @@ def placement_of(parameter: Parameter, strategies: ParallelInterface, topology: 
         if parameter.style is None or topology.tp == 1 < topology.world_size:
             return Replicate()
         placement = _cut(parameter, parameter.style, strategies, parameter.shape, topology.tp)
-        if parameter.heads and isinstance(placement, Shard):
-            placement = _by_heads(parameter, placement.dim, topology.tp)
+        if parameter.heads and isinstance(placement, (Shard, PackedShard)):
+            placement = _by_heads(parameter, placement, topology.tp)
         return shared(placement, topology.tp_row)
     except ValueError as error:
         raise BadInputError(f"{printable(parameter.name)}: {parameter.style}: {error}") from None
 
 
-def _by_heads(parameter: Parameter, dim: int, ranks: int) -> Placement:
-    heads, size = parameter.heads, parameter.shape[dim]
+def _by_heads(parameter: Parameter, placement: Shard | PackedShard, ranks: int) -> Placement:
+    heads, dim = parameter.heads, placement.dim
     assert heads is not None
+    if isinstance(placement, PackedShard):  # blocks that hold all heads each
+        dealt = heads.dealt(ranks).held(is_query=heads.is_query)
+        starts = [0, *itertools.accumulate(placement.blocks)]
+        held = tuple(
+            tuple(
+                (first + low * size // heads.count, first + high * size // heads.count)
+                for first, size in zip(starts, placement.blocks)
+                for low, high in dealt[rank]
+            )
+            for rank in range(ranks)
+        )
+        size = parameter.shape[dim]
+        even = all(held[r] == tuple(ranges_of(placement, size, rank=r, world_size=ranks)) for r in range(ranks))
+        return placement if even else placement_of_ranges(dim, size, held)
     return placement_of_heads(
         heads.query,
         heads.key_value,
         is_query=heads.is_query,
         dim=dim,
-        unit=size // heads.count,
+        unit=parameter.shape[dim] // heads.count,
         ranks=ranks,
         together=heads.together,
     )

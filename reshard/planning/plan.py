@@ -23,8 +23,8 @@ from ..transforms.bundle import member_placement
 from .cuts import does_cut, groups_on, placement_of
 from .loads import WEIGHTS_AND_CACHE, Serving, even_share, loads_of, repeated
 from .model.model import Model, Parameter
-from .remarks import dtypes_of, mixed_note, partly_note, quantized_note, runtime_only, why_whole
-from .sizes import has_plan, legal_sizes, refusal_of
+from .remarks import dtypes_of, mixed_note, partly_note, quantized_note, replicated_note, runtime_only, why_whole
+from .sizes import legal_sizes, refusal_of
 
 __all__ = ["ReshardPlan", "build_plan", "plan_layouts"]
 
@@ -112,7 +112,7 @@ def build_plan(
     that the model ties, if the checkpoint holds both; without it they are taken to be equal.
 
     Raises:
-        TopologyError: the model does not allow this many ranks, or has no plan for more than one.
+        TopologyError: the model does not allow this many ranks.
         BadInputError: an unknown style, a rule that cuts nothing, or parameters that the checkpoint lacks.
     """
     if model.missing:
@@ -126,7 +126,7 @@ def build_plan(
         sizes = [size for size, why in legal_sizes(model, strategies=strategies).items() if why is None]
         raise TopologyError(
             f"{topology} do not fit {model.architecture}: {reason}",
-            hint=f"legal sizes: {numbers_in_runs(sizes)}" if has_plan(model) else "give it a plan with --plan FILE",
+            hint=f"legal sizes: {numbers_in_runs(sizes)}; with --plan general, any",
         )
     placements = {parameter.name: placement_of(parameter, strategies, topology) for parameter in model.parameters}
     regions, tied, duplicates, apart = _tie(model, placements, equal)
@@ -160,7 +160,13 @@ def build_plan(
         strategies=strategies,
         bundles=tuple(bundles),
         serving=serving,
-        notes=(*model.notes, *mixed_note(targets, source), *partly_note(partly), *source.notes),
+        notes=(
+            *model.notes,
+            *mixed_note(targets, source),
+            *partly_note(partly),
+            *replicated_note(targets, model, topology),
+            *source.notes,
+        ),
     )
 
 

@@ -23,7 +23,7 @@ from ..resharded.versions import version_members
 from ..sharding.dealing import placement_of_heads
 from ..sharding.placement import Nested, PackedShard, Placement, Ranges, Replicate, Shard
 from ..sharding.topology import Topology
-from ..strategies.registry import is_built_in
+from ..strategies.registry import heads_in, is_built_in
 from .model.heads import FUSED, KEYS, VALUES, attentions, is_query, query_of
 from .remarks import dtypes_of, mixed_note, partly_note, runtime_only, why_whole
 
@@ -91,6 +91,7 @@ def _is_plain(manifest: Manifest, topology: Topology) -> bool:
     return (
         topology.ep == manifest.topology.ep == 1
         and not manifest.custom
+        and not any(map(heads_in, manifest.hooks.values()))
         and all(map(is_built_in, {*manifest.hooks.values(), *(t.style for t in manifest.parameters if t.style)}))
         and not manifest.dropped
         and set(version_members(manifest).get("requires", ())) <= _KNOWN

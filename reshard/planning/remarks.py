@@ -3,13 +3,15 @@ result cannot be opened with."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.source import Source
 from ..files.dtypes import torch_name
 from ..resharded.targets import Bundle, Target
-from ..sharding.placement import is_box
+from ..sharding.placement import Replicate, is_box
 from ..sharding.regions import Region
 from ..sharding.topology import Topology
 from ..text import listed, printable
@@ -18,16 +20,21 @@ from ..transforms.libraries import LIBRARY_OF
 
 if TYPE_CHECKING:  # it comes with torch
     from .loads import Load
+    from .model.model import Model
 
 __all__ = [
+    "LARGE_SHARE",
     "announced",
     "dtypes_of",
     "mixed_note",
     "partly_note",
     "quantized_note",
+    "replicated_note",
     "runtime_only",
     "why_whole",
 ]
+
+LARGE_SHARE = 0.2  # of a model's bytes on every rank, from which on a plan says what would help
 
 
 def announced(source: object, ranks: object) -> str:
@@ -57,6 +64,27 @@ def partly_note(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [f"{len(names)} tensors are used in part, and kept whole too, to be given back: {listed(names)}"]
+
+
+def replicated_note(targets: Sequence[Target], model: Model, topology: Topology) -> list[str]:
+    """Say what is whole on every rank, and what would help, if that is more than a fifth of the bytes."""
+    sizes: Counter[str] = Counter()
+    for target in targets:
+        if isinstance(target.placement, Replicate):
+            sizes[re.sub(r"\.\d+(?=\.|$)", ".*", target.name)] += target.nbytes
+    whole, everything = sum(sizes.values()), sum(target.nbytes for target in targets)
+    if topology.world_size == 1 or whole <= everything * LARGE_SHARE:
+        return []
+    names = ", ".join(f"{printable(name)} {size / everything:.0%}" for name, size in sizes.most_common(3))
+    helps = []
+    if model.experts > 1 and topology.ep == 1:
+        helps.append(f"--ep-size {min(model.experts, topology.world_size)} spreads whole experts")
+    if topology.tp == 1 < topology.world_size:
+        helps.append(f"--tp-size {topology.world_size} cuts what is no expert")
+    elif model.general_cuts:
+        helps.append("--plan general cuts every layer by its output features")
+    helps = helps or ["rules of yours may cut it, with --plan FILE"]
+    return [f"{whole / everything:.0%} of the bytes are on every rank ({names}): {'; '.join(helps)}"]
 
 
 def quantized_note(bundles: Sequence[Bundle], loads: Sequence[Load]) -> list[str]:

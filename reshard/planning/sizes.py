@@ -13,21 +13,14 @@ from ..text import printable
 from .loads import Load, Serving, even_share, loads_of, replicated_share
 from .model.model import Model
 
-__all__ = ["Size", "has_plan", "legal_sizes", "refusal_of", "size_table", "smallest_fit"]
+__all__ = ["Size", "legal_sizes", "refusal_of", "size_table", "smallest_fit"]
 
 _LEAST_MEANT = 1 << 20  # bytes of a GPU; a smaller number lacks its unit
 _LARGEST = 64  # ranks looked at when listing the legal sizes
 
 
-def has_plan(model: Model) -> bool:
-    """Whether any parameter has a style."""
-    return any(parameter.style for parameter in model.parameters)
-
-
 def refusal_of(model: Model, strategies: ParallelInterface, topology: Topology) -> str | None:
     """Say why the model cannot run on these ranks; None if it can."""
-    if topology.tp > 1 and not has_plan(model):
-        return "it has no tensor-parallel plan, so every rank would hold all of it"
     for parameter in model.parameters:
         heads, experts = parameter.heads, parameter.shape[0] if parameter.expert_style else topology.ep
         if heads and heads.query < topology.tp:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..sharding import placement as plan
-from ..sharding.placement import Placement
+from ..sharding.placement import Placement, shard_bounds
 from .base import LocalLayer, noted_bounds
 from .collectives import all_reduce
 
@@ -19,6 +19,7 @@ __all__ = [
     "AllReduceParallel",
     "ExpertShardParallel",
     "ExpertsDispatchParallel",
+    "InterleavedParallel",
     "MoeExpertsParallel",
     "MoeIdentityParallel",
 ]
@@ -41,7 +42,34 @@ class AllReduceParallel(LocalLayer):
 
 
 class MoeExpertsParallel(AllReduceParallel):
-    """Every rank runs a slice of every expert (`packed_colwise` gate|up, `rowwise` down): reduce the output."""
+    """Every rank runs a slice of every expert (`packed_colwise` gate|up, `rowwise` down): reduce the output.
+
+    A bias behind the second product is added once: the first rank has it, the others have zeros.
+    """
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        bias: Any = module.__dict__.get("down_proj_bias")
+        if bias is not None and device_mesh.get_local_rank() > 0:
+            module.__dict__["down_proj_bias"] = bias.new_zeros(()).expand(bias.shape)  # torch refuses to write to it
+        return super().prepare_module_tp(module, device_mesh)
+
+
+class InterleavedParallel(LocalLayer):
+    """Gate and up alternate along the last dim: each rank takes its slice of the pairs, which torch.chunk cuts."""
+
+    def partition_tensor(
+        self,
+        param: Any,
+        empty_param: torch.Tensor,
+        param_type: str,
+        param_casting_dtype: torch.dtype | None,
+        to_contiguous: bool,
+        rank: int,
+        device_mesh: Any,
+    ) -> nn.Parameter:
+        start, stop = shard_bounds(empty_param.shape[-1] // 2, rank=rank, world_size=device_mesh.size())
+        local = param[..., 2 * start : 2 * stop]
+        return nn.Parameter(local, requires_grad=False)
 
 
 class MoeIdentityParallel(LocalLayer):

@@ -1,4 +1,5 @@
-"""Linear layers: cut by output features (colwise) or by input features (rowwise), plain or packed."""
+"""Linear layers: cut by output features (colwise) or by input features (rowwise), plain or packed. Convolutions: cut by
+output channels."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch.distributed.tensor import Shard
 
 from ..sharding import placement as plan
 from ..sharding.placement import PackedShard, Placement, block_sizes
-from .base import LocalLayer, bounds_of
+from .base import LocalLayer, bounds_of, noted_bounds
 from .collectives import all_gather, all_reduce, largest_only, split
 from .sequence import split_sequence_of
 
@@ -20,7 +21,9 @@ __all__ = [
     "ONLY_ARGMAX",
     "ColwiseParallel",
     "Conv1DColwiseParallel",
+    "Conv1DPackedColwiseParallel",
     "Conv1DRowwiseParallel",
+    "ConvolutionParallel",
     "PackedColwiseParallel",
     "PackedRowwiseParallel",
     "RowwiseParallel",
@@ -57,9 +60,18 @@ class ColwiseParallel(LocalLayer):
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         if self.output_layouts[0].is_replicate():
-            size = getattr(module, self.features, None)  # a rule for a list of heads matches the list too
+            size = getattr(module, self.features, None) or self._features(module)
             module.__dict__[FEATURE_BOUNDS] = size and bounds_of(module, size, device_mesh)
         return super().prepare_module_tp(module, device_mesh)
+
+    def _features(self, module: nn.Module) -> int | None:
+        """Return the size of the cut dim of a module that does not tell it. None if it has no weight: a rule for a
+        list of heads matches the list too."""
+        noted, weight = noted_bounds(module), module._parameters.get("weight")
+        if weight is None or noted:
+            return noted[-1][1] if noted else None
+        cut: Any = self.placement("weight", weight.shape)
+        return weight.shape[cut.dim]  # the parameter is a DTensor: its shape is that of the whole
 
 
 class RowwiseParallel(LocalLayer):
@@ -144,6 +156,20 @@ class Conv1DColwiseParallel(ColwiseParallel):
         return handles
 
 
+class Conv1DPackedColwiseParallel(PackedColwiseParallel):
+    """Fused projections (q|k|v): each rank takes its slice of every block of the output features, weight dim 1."""
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        if not shape:
+            return plan.Replicate()
+        return PackedShard(len(shape) - 1, block_sizes(shape[-1], self.blocks))
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        handles = super().prepare_module_tp(module, device_mesh)
+        module.nf = module.weight.shape[-1]  # its forward shapes the output by nf
+        return handles
+
+
 class Conv1DRowwiseParallel(RowwiseParallel):
     """Input features are split: weight `Shard(0)`. `addmm` adds zeros; the bias is added once, after the reduction."""
 
@@ -156,3 +182,33 @@ class Conv1DRowwiseParallel(RowwiseParallel):
         # One element, repeated: torch refuses to write to it, and a write would otherwise go unnoticed.
         module.__dict__["bias"] = bias.new_zeros(()).expand(bias.shape)
         return handles
+
+
+_CHANNELS = "_channel_bounds"  # attribute of a module: each rank's bounds of the output channels
+
+
+class ConvolutionParallel(LocalLayer):
+    """Output channels are split: weight `Shard(0)` (`Shard(1)` if `transposed`), bias `Shard(0)`; they are gathered.
+
+    The convolution must have one group: each output channel then comes from all input channels. Its output has the
+    channels before its spatial dims, with or without a batch.
+    """
+
+    def __init__(self, *, transposed: bool = False, **layouts: Any) -> None:
+        super().__init__(**layouts)
+        self.transposed = transposed
+
+    def placement(self, param_type: str, shape: Sequence[int]) -> Placement:
+        return plan.Shard(1 if self.transposed and len(shape) > 1 else 0) if shape else plan.Replicate()
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        spatial = mod.weight.ndim - 2
+        return all_gather(outputs, outputs.ndim - 1 - spatial, mod.__dict__[_CHANNELS], device_mesh)
+
+    def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
+        size: Any = module.out_channels
+        module.__dict__[_CHANNELS] = bounds_of(module, size, device_mesh)
+        return super().prepare_module_tp(module, device_mesh)

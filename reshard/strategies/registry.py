@@ -20,7 +20,15 @@ from ..text import printable
 if TYPE_CHECKING:
     from .base import TensorParallelLayer
 
-__all__ = ["ALL_PARALLEL_STYLES", "ParallelInterface", "as_strategies", "is_built_in", "load_strategies"]
+__all__ = [
+    "ALL_PARALLEL_STYLES",
+    "KEY_VALUE",
+    "ParallelInterface",
+    "as_strategies",
+    "heads_in",
+    "is_built_in",
+    "load_strategies",
+]
 
 # The names of `BUILT_IN`, which are known before torch is imported.
 _NAMES = frozenset(
@@ -28,13 +36,17 @@ _NAMES = frozenset(
         *("colwise", "colwise_gather_output", "colwise_rep", "rowwise", "rowwise_split_input", "rowwise_rep"),
         *("packed_colwise", "packed_rowwise", "local_colwise", "local_rowwise", "local_packed_rowwise", "local"),
         *("conv1d_colwise", "conv1d_colwise_gather_output", "conv1d_rowwise", "conv1d_rowwise_split_input"),
+        *("conv1d_packed_colwise", "heads", "interleaved_rowwise"),
+        *("conv_colwise_gather_output", "conv_transposed_colwise_gather_output"),
         *("embedding_rowwise", "embedding_colwise", "embedding_local_colwise", "sequence_parallel"),
         *("moe_tp_experts", "moe_identity_expert", "all_reduce", "gather", "grouped_gemm", "ep_dispatch_experts"),
         *("ep_router", "replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"),
     )
 )
-_PACKED = ("packed_colwise", "packed_rowwise", "local_packed_rowwise")
+_PACKED = ("packed_colwise", "packed_rowwise", "local_packed_rowwise", "conv1d_packed_colwise")
+KEY_VALUE = ("k", "v", "key", "value", "k_proj", "v_proj")  # projections of KV heads, by name
 _WITH_BLOCKS = re.compile(r"(\w+)\[(\d+(?:,\d+)*)\]")
+_HEADS = re.compile(r"heads\[(\d+),(\d+)((?:,(?:kv:)?[A-Za-z_][\w.]*)*)\]")
 
 
 @cache
@@ -65,10 +77,16 @@ class ParallelInterface(Mapping[str, "TensorParallelLayer"]):
 
     def find(self, name: str) -> TensorParallelLayer:
         """Return the strategy of a style. `packed_colwise[4,1,1]` is `packed_colwise` with blocks of these relative
-        sizes. Raises BadInputError, with the known styles, if there is none.
+        sizes; `heads[32,8,num_heads]` says that a module has 32 query heads and 8 KV heads, and counts them in
+        `num_heads`. Raises BadInputError, with the known styles, if there is none.
         """
         from .linear import PackedColwiseParallel, PackedRowwiseParallel
 
+        counted = heads_in(name)
+        if counted:
+            from .heads import HeadsParallel
+
+            return HeadsParallel(*counted)
         packed = _WITH_BLOCKS.fullmatch(name)
         if packed and isinstance(self.get(packed[1]), (PackedColwiseParallel, PackedRowwiseParallel)):
             strategy = copy(self[packed[1]])
@@ -100,10 +118,16 @@ class ParallelInterface(Mapping[str, "TensorParallelLayer"]):
 ALL_PARALLEL_STYLES = ParallelInterface()
 
 
+def heads_in(style: str) -> tuple[int, int, tuple[str, ...]] | None:
+    """Return the query heads, the KV heads and the attributes that a style `heads[…]` names; None if it is another."""
+    found = _HEADS.fullmatch(style)
+    return found and (int(found[1]), int(found[2]), tuple(filter(None, found[3].split(","))))
+
+
 def is_built_in(style: str) -> bool:
     """Whether a style is a built-in one, perhaps with its blocks. It does not import torch."""
     packed = _WITH_BLOCKS.fullmatch(style)
-    return style in _NAMES or (packed is not None and packed[1] in _PACKED)
+    return style in _NAMES or heads_in(style) is not None or (packed is not None and packed[1] in _PACKED)
 
 
 def as_strategies(given: ParallelInterface | str | Path) -> ParallelInterface:

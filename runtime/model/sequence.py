@@ -36,6 +36,7 @@ _BEFORE_LAYERS = {
 # Decoders, by model type, whose layers handle more than the hidden states between their blocks.
 _MORE_BETWEEN = {
     "neomme": "mix what the first layer was given into what they are given",
+    **dict.fromkeys(("bloom", "mpt"), "add the hidden states in front of a block inside it"),
     "qwen4_exp_text": "keep several streams side by side, which blocks split and join",
 }
 

@@ -151,12 +151,34 @@ def test_a_rule_that_cuts_nothing_is_refused(singles: Results) -> None:
     assert caught.value.hint == "name the modules inside it"
 
 
-def test_without_a_plan_nothing_would_be_cut(singles: Results) -> None:
-    alone = reshard.plan(singles["bert"]["source"], tp_size=1)
-    assert [size for size, why in legal_sizes(alone.model).items() if why is None] == [1]
-    with pytest.raises(
-        reshard.ReshardError, match="do not fit BertForMaskedLM: it has no tensor-parallel plan"
-    ) as caught:
-        reshard.plan(singles["bert"]["source"], tp_size=2)
+def test_a_model_without_a_plan_gets_ours(singles: Results) -> None:
+    planned = reshard.plan(singles["bert"]["source"], tp_size=2)
+    styles = {target.name: target.style for target in planned.targets}
+    assert styles["bert.encoder.layer.0.attention.self.query.weight"] == "colwise"
+    assert styles["bert.encoder.layer.0.attention.output.dense.weight"] == "rowwise"
+    assert "bert.encoder.layer.*.attention.self.query" in planned.model.added_rules
+    assert not any("of the bytes are on every rank" in note for note in planned.notes)
+    assert [size for size, why in legal_sizes(planned.model).items() if why is None] == list(range(1, 9))
+
+
+def test_more_ranks_than_heads_are_refused_and_the_general_plan_is_named(singles: Results) -> None:
+    with pytest.raises(reshard.ReshardError, match="has only 8 query heads") as caught:
+        reshard.plan(singles["bert"]["source"], tp_size=9)
     assert caught.value.exit_code == 9
-    assert "--plan" in (caught.value.hint or "")
+    assert "--plan general" in (caught.value.hint or "")
+    general = reshard.plan(singles["bert"]["source"], tp_size=9, tp_plan="general")
+    assert {target.style for target in general.targets} >= {"colwise_gather_output", "embedding_rowwise"}
+
+
+def test_a_plan_that_cuts_little_says_what_would_help(singles: Results, checkpoint: Any) -> None:
+    little = reshard.plan(
+        singles["bert"]["source"], tp_size=2, tp_plan={"encoder.layer.*.intermediate.dense": "colwise_gather_output"}
+    )
+    (note,) = [note for note in little.notes if "of the bytes are on every rank" in note]
+    assert "--plan general" in note
+    assert "bert.embeddings.word_embeddings.weight" in note
+    experts = checkpoint("qwen3_moe")
+    dense = reshard.plan(experts, tp_size=2, tp_plan={"layers.*.self_attn.o_proj": "rowwise_split_input"})
+    assert any("--ep-size 2 spreads whole experts" in note for note in dense.notes)
+    whole = reshard.plan(experts, tp_size=1, ep_size=2)
+    assert any("--tp-size 2 cuts what is no expert" in note for note in whole.notes)

@@ -33,6 +33,16 @@ SAMPLE = (
     *("doge", "esmc", "gemma3n_text", "neomme", "glm5_next_text", "diffusion_gemma"),
     *("dory", "inkling2_loop_text", "sarvam_moe"),  # conversions new in 5.24
 )
+# Of families without a plan: heads told in each way, fused projections of each layout, Conv1D, experts, recurrent
+# layers, convolutions, biases of heads, encoders, and an encoder with a decoder.
+UNPLANNED = (
+    *("opt", "gpt2", "bloom", "falcon", "stablelm", "persimmon", "gpt_bigcode", "mpt", "t5", "bart", "bert", "jetmoe"),
+    *("mamba", "rwkv", "zaya", "openai_privacy_filter", "clip_vision_model", "squeezebert", "whisper"),
+)
+# Families without a plan that cannot be run on ranks, and why.
+UNRUN = {"big_bird": "it replaces its attention while it runs, and a loaded model keeps its modules"}
+# Nothing of these can be cut.
+UNCUT: set[str] = set()
 # Reasons why a family is not in the walk, other than a missing package.
 UNBUILT = {
     "diffusion_gemma": "its configuration has no vision part by default (5.17)",
@@ -70,6 +80,21 @@ def test_sample(tp: int, ep: int, alone: dict[str, Any], tmp_path_factory: pytes
     assert sum(row.ok for row in rows) >= (10 if ep > 1 else 30)
 
 
+@pytest.mark.parametrize("tp", [2, 3])
+def test_sample_without_a_plan(tp: int, alone: dict[str, Any], tmp_path: Path) -> None:
+    rows = matrix.walk(tmp_path, tp, 1, UNPLANNED, planned=False, alone=alone)
+    assert broken(rows) == []
+    assert {row.family for row in rows if row.ok} == set(UNPLANNED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [tp for tp, _ in family_report.UNPLANNED_MESHES])
+def test_every_family_without_a_plan(tp: int, tmp_path: Path) -> None:
+    rows = matrix.walk(tmp_path, tp, 1, planned=False)
+    assert {row.family for row in broken(rows)} <= UNRUN.keys()
+    assert sum(row.ok for row in rows) >= 200
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "ep"), family_report.MESHES)
 def test_every_family(tp: int, ep: int, tmp_path: Path) -> None:
@@ -95,6 +120,17 @@ def test_every_family_of_the_table_is_exact_or_explained(table: list[dict[str, A
         if not family_report.is_exact(record) and not lacks and record["family"] not in UNBUILT:
             unexplained.append(record)
     assert unexplained == []
+
+
+def test_every_family_without_a_plan_is_exact_or_explained() -> None:
+    """None is refused: a plan of ours fits all numbers of ranks of the walk."""
+    records = family_report.read(NEWEST, "unplanned")
+    wrong = {record["family"] for record in records if record["meshes"] and not family_report.is_exact(record)}
+    assert wrong == UNRUN.keys()
+    assert not [record for record in records if any("refused" in result for result in record["meshes"].values())]
+    assert all(record["reason"] for record in records if not record["meshes"])
+    assert {record["plan"] for record in records if record["meshes"]} <= {"ours", "general", "none"}
+    assert {record["family"] for record in records if record["plan"] == "none"} == UNCUT
 
 
 def test_every_number_of_ranks_but_for_known_reasons() -> None:
@@ -148,6 +184,12 @@ def test_plans_put_right_are_wrong_upstream() -> None:
 
 def test_the_pages_say_what_the_tables_say() -> None:
     page = " ".join((ROOT / "scripts" / "README.md").read_text().split())
+    unplanned = family_report.read(NEWEST, "unplanned")
+    exact, built = sum(map(family_report.is_exact, unplanned)), sum(bool(r["meshes"]) for r in unplanned)
+    ours = sum(record["plan"] == "ours" for record in unplanned)
+    assert f"{exact} of the {built} families without a plan" in page
+    assert f"{ours} by structure" in page
+    assert f"{exact} families more" in (ROOT / "README.md").read_text()
     for version in TABLES:
         records = family_report.read(version)
         exact, built = sum(map(family_report.is_exact, records)), sum(bool(r["meshes"]) for r in records)

@@ -29,7 +29,7 @@ from reshard.strategies import (
     take,
 )
 from reshard.strategies.built_in import BUILT_IN
-from reshard.strategies.registry import _NAMES, _PACKED, is_built_in
+from reshard.strategies.registry import _NAMES, _PACKED, heads_in, is_built_in
 
 # The dim that each style cuts of a 1-d, a 2-d and a 3-d parameter; None: replicated.
 DIMS: dict[str, tuple[int | None, int | None, int | None]] = {
@@ -49,6 +49,10 @@ DIMS: dict[str, tuple[int | None, int | None, int | None]] = {
     "conv1d_colwise_gather_output": (0, 1, 2),
     "conv1d_rowwise": (None, 0, 0),
     "conv1d_rowwise_split_input": (None, 0, 0),
+    "conv1d_packed_colwise": (0, 1, 2),
+    "conv_colwise_gather_output": (0, 0, 0),
+    "conv_transposed_colwise_gather_output": (0, 1, 1),
+    "heads": (None, None, None),
     "embedding_rowwise": (0, 0, 0),
     "embedding_local_colwise": (None, 1, 1),
     "embedding_colwise": (None, 1, 1),
@@ -80,7 +84,36 @@ def joined(parts: list[torch.Tensor], placement: Placement, shape: tuple[int, ..
 
 
 def test_every_built_in_style_is_tested() -> None:
-    assert set(ALL_PARALLEL_STYLES) == set(DIMS)
+    assert set(ALL_PARALLEL_STYLES) == set(DIMS) | {"interleaved_rowwise"}
+
+
+@pytest.mark.parametrize(("pairs", "ranks"), [(6, 2), (5, 2), (7, 3), (2, 3)])
+def test_gate_and_up_that_alternate_stay_together(pairs: int, ranks: int) -> None:
+    """The bounds are twice those of what the pairs become, which torch.chunk cuts."""
+    tensor = torch.arange(3 * 2 * pairs).view(3, 2 * pairs)
+    halves = [chunk(torch.arange(pairs), 0, rank, ranks).tolist() for rank in range(ranks)]
+    for rank, held in enumerate(halves):
+        expected = tensor.view(3, pairs, 2)[:, held].reshape(3, -1)
+        found = ALL_PARALLEL_STYLES["interleaved_rowwise"].partition_tensor(
+            tensor, tensor.to("meta"), "gate_up_proj", None, True, rank, mesh_of(ranks)
+        )
+        assert torch.equal(found.data, expected)
+
+
+def test_a_module_is_told_how_many_heads_it_has() -> None:
+    """Of 8 query heads and 2 KV heads in features of 4 elements, the rank has 3 and 1."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = torch.nn.Linear(32, 32), torch.nn.Linear(32, 8)
+            self.num_heads, self.embed_dim, self.num_key_value_heads, self.head_dim = 8, 32, 2, 4
+
+    module = Attention()
+    module.q_proj.__dict__["weight"], module.k_proj.__dict__["weight"] = torch.zeros(12, 32), torch.zeros(4, 32)
+    style = ALL_PARALLEL_STYLES.find("heads[8,2,embed_dim,kv:num_key_value_heads,num_heads]")
+    style.prepare_module_tp(module, mesh_of(2))
+    assert (module.num_heads, module.embed_dim, module.num_key_value_heads, module.head_dim) == (3, 12, 1, 4)
 
 
 @pytest.mark.parametrize("style", DIMS)
@@ -237,7 +270,9 @@ def test_a_registered_style_is_usable_where_it_was_registered() -> None:
 def test_the_names_of_the_built_in_styles_are_known_without_torch() -> None:
     assert {name for name in BUILT_IN if is_built_in(name)} == BUILT_IN.keys() == _NAMES
     packed = {name for name, strategy in BUILT_IN.items() if hasattr(strategy, "blocks")}
-    assert packed == {name for name in BUILT_IN if is_built_in(f"{name}[4,1]")} == set(_PACKED)
+    assert packed == {name for name in BUILT_IN if is_built_in(f"{name}[4,1]")} - {"heads"} == set(_PACKED)
+    assert heads_in("heads[8,2,self.num_heads,kv:groups]") == (8, 2, ("self.num_heads", "kv:groups"))
+    assert not any(map(heads_in, ("heads", "heads[8]", "heads[8,2,__import__('os')]", "colwise")))
     assert not any(map(is_built_in, ("mine", "mine[1,1]", "colwise[", "")))
 
 

@@ -25,12 +25,13 @@ _TASKS = (
 )
 
 
-def build(model_type: str) -> Any:
-    """Build a random model of the family in fp32, or return None if the family has no plan.
+def build(model_type: str, *, planned: bool = True) -> Any:
+    """Build a random model of the family in fp32, or return None if the family has no plan (if it has one, unless
+    `planned`).
 
     Raises whatever its configuration or class raises: not every family can be shrunk this way.
     """
-    if not _may_have_plan(model_type):
+    if planned and not _may_have_plan(model_type):
         return None
     config = small_config(model_type)
     model_class = _model_class(config)
@@ -38,7 +39,9 @@ def build(model_type: str) -> Any:
         return None
     with torch.device("meta"):
         model = model_class._from_config(config)
-    if not model.tp_plan and not getattr(model, "ep_plan", None):
+    if planned and not model.tp_plan and not getattr(model, "ep_plan", None):
+        return None
+    if not planned and model.tp_plan:
         return None
     if getattr(transformers, model_class.__name__, None) is not model_class:
         raise LookupError(f"transformers does not export {model_class.__name__}")

@@ -20,7 +20,11 @@ def inputs(model: Any) -> dict[str, Any]:
         return _LAYOUTS[VISION_MODELS[config.model_type]](config)
     if config.model_type in _OWN:
         return _OWN[config.model_type](config)
-    found: dict[str, Any] = {"input_ids": IDS.clone()} if "input_ids" in names else {}
+    if "input_ids" not in names:
+        return _guessed(model, names)
+    found: dict[str, Any] = {"input_ids": IDS.clone()}
+    if not model.tp_plan and config.model_type not in IMAGE_TOKENS:
+        return _guessed(model, names)
     if config.is_encoder_decoder and "decoder_input_ids" in names:
         found["decoder_input_ids"] = IDS[:, :5].clone()
     if config.model_type in IMAGE_TOKENS:
@@ -32,6 +36,44 @@ def inputs(model: Any) -> dict[str, Any]:
             name = "mm_token_type_ids" if "mm_token_type_ids" in names else "token_type_ids"
             found[name] = (found["input_ids"] == config.image_token_id).long()
     return found
+
+
+def _guessed(model: Any, names: Any) -> dict[str, Any]:
+    """Return what a model takes that does not run on text alone: an image, boxes, a waveform or features of sounds, of
+    a size that it runs on.
+
+    Raises LookupError if it runs on none.
+    """
+    config = model.config
+    side = getattr(config, "image_size", None) or 16
+    side = side if isinstance(side, int) else side[-1]
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
+    channels = getattr(config, "num_channels", None) or 3
+    extra: dict[str, Any] = {"decoder_input_ids": IDS[:, :5].clone()} if "decoder_input_ids" in names else {}
+    extra |= {"input_ids": IDS.clone()} if "input_ids" in names else {}
+    extra |= {"bbox": torch.zeros(ROWS, LENGTH, 4, dtype=torch.long)} if "bbox" in names else {}
+    tensors: dict[str, list[torch.Tensor]] = {
+        "pixel_values": [_noise(ROWS, channels, size, size) for size in (side, 16, 32, 64, 224)],
+        "input_values": [_noise(ROWS, 4000), _noise(ROWS, 1, 4000), _noise(ROWS, 64, bins)],
+        "input_features": [
+            *(_noise(ROWS, bins, length) for length in (32, 200)),
+            *(_noise(ROWS, length, bins) for length in (32, 200)),
+            _noise(ROWS, 64, getattr(config, "hidden_size", 64)),
+        ],
+        "past_values": [_noise(ROWS, length, channels) for length in (32, 512)],
+    }
+    candidates: list[Callable[[], dict[str, Any]]] = [lambda: {}]
+    candidates += [lambda n=name, t=one: {n: t} for name, some in tensors.items() if name in names for one in some]
+    candidates += [lambda make=make: make(config) for make in _LAYOUTS.values()]
+    for make in candidates:
+        try:
+            given = {**extra, **make()}
+            with torch.inference_mode():
+                main_output(model(**given))
+        except Exception:
+            continue
+        return given
+    raise LookupError("no input is known that it runs on")
 
 
 def main_output(outputs: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ from places import DATA, ROOT
 
 # The (tp, ep) of the written table. transformers' own tensor parallelism runs on the first.
 MESHES = ((2, 1), (3, 1), (4, 1), (5, 1), (2, 2))
+UNPLANNED_MESHES = ((2, 1), (3, 1), (4, 1))  # of families that transformers has no plan for
 _BATCH = 16  # families that are walked together: what is known after each is kept, and a stopped walk goes on there
 
 
@@ -26,9 +27,9 @@ def release() -> str:
     return ".".join(transformers.__version__.split(".")[:2])
 
 
-def read(version: str) -> list[dict[str, Any]]:
-    """Read the written table: one record for each family."""
-    return [json.loads(line) for line in (DATA / f"families-{version}.jsonl").read_text().splitlines()]
+def read(version: str, table: str = "families") -> list[dict[str, Any]]:
+    """Read a written table, `families` or `unplanned`: one record for each family."""
+    return [json.loads(line) for line in (DATA / f"{table}-{version}.jsonl").read_text().splitlines()]
 
 
 def is_exact(record: dict[str, Any]) -> bool:
@@ -45,31 +46,39 @@ def is_exact(record: dict[str, Any]) -> bool:
 @click.option("--ep", type=int, default=1)
 @click.option("--upstream", is_flag=True, help="Also run transformers' own tensor parallelism.")
 @click.option("--write", is_flag=True, help="Walk all meshes and write the table into tests/data.")
+@click.option("--unplanned", is_flag=True, help="The families that transformers has no plan for.")
 @click.argument("model_types", nargs=-1)
-def main(tp: int, ep: int, upstream: bool, write: bool, model_types: tuple[str, ...]) -> None:
+def main(tp: int, ep: int, upstream: bool, write: bool, unplanned: bool, model_types: tuple[str, ...]) -> None:
     """Walk the families and report how far each came."""
     chosen = model_types or families.MODEL_TYPES
     if write:
-        kept = ROOT / f".families-{release()}"
-        records = _records({mesh: _walk_on(kept, *mesh, chosen, upstream=mesh == MESHES[0]) for mesh in MESHES})
+        table, meshes = ("unplanned", UNPLANNED_MESHES) if unplanned else ("families", MESHES)
+        kept, planned = ROOT / f".{table}-{release()}", not unplanned
+        rows = {
+            mesh: _walk_on(kept, *mesh, chosen, planned=planned, upstream=planned and mesh == MESHES[0])
+            for mesh in meshes
+        }
+        records = _records(rows)
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        (DATA / f"families-{release()}.jsonl").write_text(lines)
+        (DATA / f"{table}-{release()}.jsonl").write_text(lines)
         shutil.rmtree(kept)
         click.echo(f"{sum(map(is_exact, records))} of {len(records)} families are exact on every mesh")
         return
-    rows = _walk(tp, ep, chosen, upstream=upstream)
+    rows = _walk(tp, ep, chosen, planned=not unplanned, upstream=upstream)
     for row in rows:
         click.echo(f"{row.family:36} {'ok' if row.ok else row.step:10} {_said(row)}")
     steps = Counter("compute what one process does" if row.ok else f"end at: {row.step}" for row in rows)
     click.echo(f"tp {tp}, ep {ep}: " + ", ".join(f"{count} {words}" for words, count in steps.most_common()))
 
 
-def _walk(tp: int, ep: int, model_types: tuple[str, ...], *, upstream: bool) -> list[matrix.Row]:
+def _walk(tp: int, ep: int, model_types: tuple[str, ...], *, planned: bool, upstream: bool) -> list[matrix.Row]:
     with tempfile.TemporaryDirectory() as folder:
-        return matrix.walk(Path(folder), tp, ep, model_types, upstream=upstream)
+        return matrix.walk(Path(folder), tp, ep, model_types, planned=planned, upstream=upstream)
 
 
-def _walk_on(kept: Path, tp: int, ep: int, model_types: tuple[str, ...], *, upstream: bool) -> list[matrix.Row]:
+def _walk_on(
+    kept: Path, tp: int, ep: int, model_types: tuple[str, ...], *, planned: bool, upstream: bool
+) -> list[matrix.Row]:
     """Walk batch by batch. Batches that an earlier, stopped walk has finished are read from the folder `kept`."""
     rows = []
     for first in range(0, len(model_types), _BATCH):
@@ -77,7 +86,7 @@ def _walk_on(kept: Path, tp: int, ep: int, model_types: tuple[str, ...], *, upst
         path = kept / f"tp{tp}-ep{ep}-{batch[0]}-{len(batch)}.json"
         if not path.exists():
             kept.mkdir(exist_ok=True)
-            found = [asdict(row) for row in _walk(tp, ep, batch, upstream=upstream)]
+            found = [asdict(row) for row in _walk(tp, ep, batch, planned=planned, upstream=upstream)]
             path.with_suffix(".part").write_text(json.dumps(found))
             path.with_suffix(".part").rename(path)
             click.echo(f"{path.stem}: {len(found)} families", err=True)
@@ -90,7 +99,9 @@ def _said(row: matrix.Row) -> str:
         return row.detail
     tokens = {True: "tokens equal", False: "tokens differ", None: row.detail}[row.equal_tokens]
     theirs = f"{row.upstream:.1e}" if isinstance(row.upstream, float) else row.upstream
-    return f"max rel {row.error:.1e}, {tokens}; {' '.join(row.styles)}" + (f"; upstream {theirs}" if theirs else "")
+    return f"max rel {row.error:.1e}, {tokens}; {row.plan}: {' '.join(row.styles)}" + (
+        f"; upstream {theirs}" if theirs else ""
+    )
 
 
 def _records(walks: dict[tuple[int, int], list[matrix.Row]]) -> list[dict[str, Any]]:
@@ -99,8 +110,10 @@ def _records(walks: dict[tuple[int, int], list[matrix.Row]]) -> list[dict[str, A
     for (tp, ep), rows in walks.items():
         for row in rows:
             record = found.setdefault(
-                row.family, {"family": row.family, "styles": [], "conversions": [], "meshes": {}, "reason": ""}
+                row.family,
+                {"family": row.family, "plan": "", "styles": [], "conversions": [], "meshes": {}, "reason": ""},
             )
+            record["plan"] = record["plan"] or row.plan
             record["styles"] = sorted({*record["styles"], *row.styles})
             record["conversions"] = list(row.conversions) or record["conversions"]
             if row.step in ("not built", "single"):

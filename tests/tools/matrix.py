@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter
 
 import reshard
 from reshard.errors import TopologyError
-from reshard.planning.model.rules import expert_rules
+from reshard.planning.model.rules import expert_rules, wildcard
 
 NEW_TOKENS = 4
 TIMEOUT, PER_FAMILY = 90, 10  # seconds after which a job is given up: for its start, and for each family
@@ -42,6 +42,7 @@ class Row:
     step: str
     detail: str
     styles: tuple[str, ...] = ()
+    plan: str = ""  # whose: the model's, corrected, ours (by structure), general; more than one for parts of a model
     conversions: tuple[str, ...] = ()
     error: float | None = None  # largest relative error of the output
     equal_tokens: bool | None = None
@@ -78,10 +79,12 @@ def walk(
     ep_size: int = 1,
     model_types: tuple[str, ...] = families.MODEL_TYPES,
     *,
+    planned: bool = True,
     upstream: bool = False,
     alone: dict[str, Row | Alone] | None = None,
 ) -> list[Row]:
-    """Return a row for each family with a plan, or with one for experts if `ep_size` is given. `root` is empty.
+    """Return a row for each family with a plan, or with one for experts if `ep_size` is given; for each without a plan,
+    unless `planned`. `root` is empty.
 
     `alone` keeps what one process did, for walks of the same families on other meshes.
     """
@@ -90,22 +93,22 @@ def walk(
     jobs: dict[str, _Job] = {}
     for family in model_types:
         try:
-            model = families.build(family)
+            model = families.build(family, planned=planned)
         except Exception as error:
             rows[family] = Row(family, "not built", _line(error))
             continue
-        if model is None or not (expert_rules(model) if ep_size > 1 else model.tp_plan):
+        if model is None or not (expert_rules(model) if ep_size > 1 else model.tp_plan or not planned):
             continue
         if family not in alone:
             alone[family] = _run_alone(family, model, root)
-        prepared = _prepare(family, model, alone[family], root, tp_size if model.tp_plan else 1, ep_size)
+        prepared = _prepare(family, model, alone[family], root, tp_size if model.tp_plan or not planned else 1, ep_size)
         if isinstance(prepared, Row):
             rows[family] = prepared
         else:
             jobs[family] = prepared
     ranks = max(tp_size, ep_size)
     for family, result in _run_all("parity.py", root, ranks, jobs).items():
-        rows[family] = _compare(family, root, result, jobs[family])
+        rows[family] = _compare(family, root, result, jobs[family], planned=planned)
     if upstream:
         for family, result in _run_all("upstream.py", root, ranks, jobs).items():
             rows[family] = replace(rows[family], upstream=_upstream(family, root, result, jobs[family]))
@@ -138,6 +141,7 @@ def _prepare(family: str, model: Any, alone: Row | Alone, root: Path, tp_size: i
         return alone
     out = root / family
     try:
+        planned = reshard.plan(alone.source, tp_size=tp_size, ep_size=ep_size)
         manifest = reshard.convert(alone.source, out, tp_size=tp_size, ep_size=ep_size)
         reshard.verify(out, against=alone.source)
     except TopologyError as error:
@@ -145,7 +149,23 @@ def _prepare(family: str, model: Any, alone: Row | Alone, root: Path, tp_size: i
     except Exception as error:
         return Row(family, "convert", _line(error))
     styles = {target.style for target in manifest.parameters if target.style} | set(manifest.hooks.values())
-    return _Job(alone, Row(family, "run", alone.remark, tuple(sorted(styles)), conversions(model)))
+    plan = _whose(planned, has_plan=bool(model.tp_plan))
+    return _Job(alone, Row(family, "run", alone.remark, tuple(sorted(styles)), plan, conversions(model)))
+
+
+def _whose(planned: Any, *, has_plan: bool) -> str:
+    """Say whose rules a plan has."""
+    added = set(planned.model.added_rules)
+    styles = {p.style for p in planned.model.parameters if p.style and {p.name, wildcard(p.name)} & added} | {
+        style for name, style in planned.model.hooks.items() if {name, wildcard(name)} & added
+    }
+    general = {style for style in styles if "gather_output" in style or style.startswith("embedding_")}
+    kinds = [
+        *(["corrected" if planned.model.corrected_rules else "model's"] if has_plan else []),
+        *(["ours"] if styles - general - {"replicate"} else []),
+        *(["general"] if styles and styles == general else []),
+    ]
+    return " + ".join(kinds) or "none"
 
 
 def conversions(model: Any) -> tuple[str, ...]:
@@ -209,20 +229,20 @@ def _run(worker: str, root: Path, ranks: int, waiting: dict[str, _Job]) -> tuple
     return json.loads(out.read_text()) if out.exists() else {}, words
 
 
-def _compare(family: str, root: Path, result: dict[str, Any], job: _Job) -> Row:
+def _compare(family: str, root: Path, result: dict[str, Any], job: _Job, *, planned: bool) -> Row:
     if "error" in result:
         return replace(job.row, detail=result["error"])
     equal = None if job.alone.tokens is None else result["tokens"] == job.alone.tokens
     error = _error(root / f"parity.py.json.{family}.pt", job)
-    rounding = _rounding(family, job.alone) if EXACT < error < 10 * EXACT else None
+    rounding = _rounding(family, job.alone, planned=planned) if EXACT < error < 1000 * EXACT else None
     return replace(job.row, step="parity", error=error, equal_tokens=equal, rounding=rounding)
 
 
-def _rounding(family: str, alone: Alone) -> float:
+def _rounding(family: str, alone: Alone, *, planned: bool) -> float:
     """Return the largest error that rounding every weight anew makes in one process."""
     arguments, most = torch.load(alone.inputs), 0.0
     for seed in range(4):
-        model = families.build(family)
+        model = families.build(family, planned=planned)
         generator = torch.Generator().manual_seed(seed)
         with torch.inference_mode():
             for parameter in model.parameters():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...sharding.dealing import HeadDeal, deal_heads
+from ...strategies.registry import heads_in
 
 __all__ = [
     "BIAS_TOO",
@@ -63,12 +64,18 @@ class Heads:
         return self.query if self.is_query else self.key_value
 
 
-def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Heads]:
-    """Find the heads of every parameter that an attention shares among its heads, by name.
+def heads_of(
+    model: Any,
+    styles: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    modules: Mapping[str, str] | None = None,
+) -> dict[str, Heads]:
+    """Find the heads of every parameter that an attention shares among its heads, by name. `modules` are the styles of
+    modules: `heads[…]` tells the numbers of those in one.
 
-    An attention is a module with a query projection whose style leaves each rank its own heads. All parameters in it
-    that are cut so hold its heads: the KV projections the KV heads, any other (the output projection, gates, sinks) the
-    query heads, if their number divides its size.
+    Any other attention is a module with a query projection whose style leaves each rank its own heads. All parameters
+    in it that are cut so hold its heads: the KV projections the KV heads, any other (the output projection, gates,
+    sinks) the query heads, if their number divides its size.
     """
     from ...checkpoint.architecture import KV_GROUPS
 
@@ -83,7 +90,21 @@ def heads_of(model: Any, styles: Mapping[str, str], shapes: Mapping[str, tuple[i
             heads = Heads(attention, *counts, is_query(projection), shareable)
             if sizes[name] % heads.count == 0:
                 found[name] = heads
-    return found
+    return found | dict(_told(model, styles, modules))
+
+
+def _told(model: Any, styles: Mapping[str, str], modules: Mapping[str, str] | None) -> Iterator[tuple[str, Heads]]:
+    from ...checkpoint.architecture import KV_GROUPS
+
+    for attention, style in (modules or {}).items():
+        counted = heads_in(style)
+        if counted is None:
+            continue
+        query, key_value, _ = counted
+        shareable = hasattr(model.get_submodule(attention), KV_GROUPS)
+        for name, own in styles.items():
+            if name.startswith(f"{attention}.") and (own in CUT_DIM or "packed" in own):
+                yield name, Heads(attention, query, key_value, is_query(_place(name)[1]), shareable)
 
 
 def attentions(styles: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:

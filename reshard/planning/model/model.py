@@ -4,6 +4,7 @@ tensors they are made of."""
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from ...errors import BadInputError, TopologyError
 from ...sharding.regions import Region
 from ...text import printable
 from ...transforms.bundle import Quantized
+from ..remarks import LARGE_SHARE
+from ..unplanned.general import general_styles
 from .cache import CacheLayer, cache_layers
 from .heads import Heads, heads_of, number_of
 from .quantized import Matrices
@@ -60,7 +63,9 @@ class Model:
     `unused_rules` of the plan match nothing; `corrected_rules` are wrong rules of the model's own, put right.
     `bundles` are the quantized parameters: their regions are those of matrices. `held` are the tensors of bundles.
     `cache` are the layers that keep keys and values, if known, `max_length` the longest sequence by the configuration.
-    `notes` are remarks for the user, one line each: which class was taken and why, and the like.
+    `notes` are remarks for the user, one line each: which class was taken and why, and the like. `added_rules` are
+    those that the model's own plan lacks; `general_cuts` says whether the general plan would cut more of what these
+    leave whole.
     """
 
     architecture: str
@@ -81,6 +86,8 @@ class Model:
     cache: tuple[CacheLayer, ...] | None = None
     max_length: int | None = None
     notes: tuple[str, ...] = ()
+    added_rules: tuple[str, ...] = ()
+    general_cuts: bool = False
 
 
 def read_model(
@@ -116,7 +123,7 @@ def read_model(
         raise TopologyError(f"{type(model).__name__} has no expert-parallel plan", hint="leave out --ep-size")
     styles = noted if noted and travels else expand(model, rules.styles, expert if experts else {})
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    heads = heads_of(model, styles.parameters, shapes)
+    heads = heads_of(model, styles.parameters, shapes, styles.modules)
     heads = heads_in_units(heads, found.bundles, styles.parameters, shapes)
     units = units_of(found.bundles, styles.parameters, shapes, heads)
     counts = {wanted[name].shape[0] for name in expand(model, {}, expert).experts}
@@ -167,10 +174,24 @@ def read_model(
                     class_note(type(model), source.config),
                     *(naming.notes(unused) if naming.prefix or missing else ()),
                     OTHER_NAMES if noted and not travels else None,
+                    rules.note,
                 ),
             )
         ),
+        tuple(sorted(rules.added)),
+        _general_cuts(model, styles, shapes),
     )
+
+
+def _general_cuts(model: Any, styles: Styles, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the general plan would cut a fifth of a model's elements that no style cuts."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    whole = {name: size for name, size in sizes.items() if name not in styles.parameters}
+    least = LARGE_SHARE * sum(sizes.values())
+    if sum(whole.values()) <= least:
+        return False
+    cut = general_styles(model)
+    return sum(size for name, size in whole.items() if name.rpartition(".")[0] in cut) > least
 
 
 def _tied(model: Any, wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -7,9 +7,8 @@ rule for a module is also the rule of its own parameters, unless they have one.
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,9 @@ from ...errors import BadInputError
 from ...files.system import by_errno
 from ...files.untrusted import read_json
 from ...resharded.manifest import Manifest
+from ...strategies.registry import heads_in
 from ...text import listed, printable
+from ..unplanned.names import wildcard
 from .corrections import corrected, has_expert_plan
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "GENERAL",
     "OTHER_NAMES",
     "Rules",
     "Styles",
@@ -38,7 +40,7 @@ __all__ = [
     "wildcard",
 ]
 
-AUTO = "auto"
+AUTO, GENERAL = "auto", "general"
 OTHER_NAMES = "the folder's plan has other names than the installed transformers: the model's own plan is taken"
 _BASE = "extends"  # the key of a plan file that names the rules it adds to
 
@@ -87,39 +89,39 @@ def _read_toml(path: Path) -> Any:
         raise BadInputError(f"{printable(path)}: not valid TOML: {printable(error)}") from None
 
 
-def wildcard(name: str) -> str:
-    """Replace layer numbers by `*`, as plans are written (transformers' `replace_layer_number_by_wildcard`)."""
-    return re.sub(r"\.\d+(\.|$)", lambda match: ".*" + match.group(1), name)
-
-
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Pattern → style, in full names. `written` are the user's patterns, `corrected` those of the model put right."""
+    """Pattern → style, in full names. `written` are the user's patterns, `corrected` those of the model put right, and
+    `added` those of modules that the model has no rules for. `note` is a remark for the user on these."""
 
     styles: dict[str, str]
     written: frozenset[str] = frozenset()
     corrected: tuple[str, ...] = ()
+    added: frozenset[str] = frozenset()
+    note: str | None = None
 
 
 def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
     """Return the rules to use for a model.
 
-    `tp_plan` is "auto", for the model's own rules, or the user's rules, which replace the model's unless they extend
-    "auto". A pattern may leave out the beginning of a name, such as `model.`, if only one name ends with it.
+    `tp_plan` is "auto", for the model's own rules and ours for what they leave out; "general", for the general plan; or
+    the user's rules, which replace these unless they extend one of them. A pattern may leave out the beginning of a
+    name, such as `model.`, if only one name ends with it.
 
     Raises:
         BadInputError: a rule matches nothing, or several kinds of modules, or two match the same.
     """
-    own = _own_rules(model)
     if isinstance(tp_plan, str):
-        if tp_plan != AUTO:
-            raise BadInputError(f"tp_plan is {printable(tp_plan)!r}", hint='give "auto", a plan file, or rules')
-        return own
+        if tp_plan not in _BASES:
+            raise BadInputError(
+                f"tp_plan is {printable(tp_plan)!r}", hint='give "auto", "general", a plan file, or rules'
+            )
+        return _BASES[tp_plan](model)
     rules = dict(tp_plan)
     base = rules.pop(_BASE, None)
-    if base not in (None, AUTO):
+    if base is not None and base not in _BASES:
         raise BadInputError(
-            f"the plan extends {printable(base)!r}", hint=f'{_BASE} = "{AUTO}" is the only base there is'
+            f"the plan extends {printable(base)!r}", hint=" or ".join(f'{_BASE} = "{name}"' for name in _BASES)
         )
     names = list(dict.fromkeys(wildcard(name) for name, _ in _named(model)))
     written: dict[str, str] = {}
@@ -130,13 +132,31 @@ def model_rules(model: Any, tp_plan: Mapping[str, str] | str) -> Rules:
         written[name] = style
     if base is None:
         return Rules(written, frozenset(written))
-    kept = tuple(pattern for pattern in own.corrected if pattern not in written)
-    return Rules({**own.styles, **written}, frozenset(written), kept)
+    own = _BASES[base](model)
+    theirs = {name: style for name, style in own.styles.items() if not {name, wildcard(name)} & written.keys()}
+    kept = tuple(pattern for pattern in own.corrected if pattern in theirs)
+    return Rules({**theirs, **written}, frozenset(written), kept, own.added & theirs.keys(), own.note)
 
 
 def _own_rules(model: Any) -> Rules:
+    from ..unplanned.added import added_styles, by_pattern
+
     styles, put_right = corrected(model.tp_plan or {}, model.config)
-    return Rules(styles, corrected=put_right)
+    found, why = added_styles(model, styles.keys())
+    added = by_pattern(model, found)
+    note = f"every layer is cut by its output features, since its forward cannot be followed: {printable(why)}"
+    return Rules({**styles, **added}, frozenset(), put_right, frozenset(added), note if why and added else None)
+
+
+def _general_rules(model: Any) -> Rules:
+    from ..unplanned.added import by_pattern
+    from ..unplanned.general import general_styles
+
+    found = by_pattern(model, general_styles(model))
+    return Rules(found, added=frozenset(found))
+
+
+_BASES: dict[str, Callable[[Any], Rules]] = {AUTO: _own_rules, GENERAL: _general_rules}
 
 
 def _named(model: Any) -> list[tuple[str, Any]]:
@@ -203,7 +223,7 @@ def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> 
     found, used = Styles(), set()
     inside: list[str] = []  # modules with an expert rule
     for module_name, module in model.named_modules():
-        rule = wildcard(module_name)
+        rule = module_name if module_name in rules else wildcard(module_name)
         if rule in experts:
             found.modules[module_name] = experts[rule]
             inside.append(f"{module_name}.")
@@ -212,7 +232,7 @@ def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> 
         used |= {rule} & rules.keys()
         for own, _ in module.named_parameters(recurse=False):
             name = f"{module_name}.{own}" if module_name else own
-            exact = wildcard(name)
+            exact = name if name in rules else wildcard(name)
             used |= {exact} & rules.keys()
             if exact in experts:
                 found.experts[name] = experts[exact]
@@ -220,7 +240,7 @@ def expand(model: Any, rules: Mapping[str, str], experts: Mapping[str, str]) -> 
                 continue
             if exact in rules:
                 found.parameters[name] = _for_experts(rules[exact], module, own)
-            elif rule in rules:
+            elif rule in rules and heads_in(rules[rule]) is None:
                 found.parameters[name] = _for_module(rules[rule], module)
     return Styles(found.parameters, found.modules, found.experts, tuple(rule for rule in rules if rule not in used))
 
@@ -235,7 +255,7 @@ def _for_module(style: str, module: torch.nn.Module) -> str:
     if style.startswith("embedding_") and not module._parameters:
         return "replicate"  # something around an embedding (neomme in 5.17)
     if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils.Conv1D, which GPT-2 and its kin use
-        return _FOR_CONV1D.get(style, style)
+        return f"conv1d_{style}" if style.startswith("packed_colwise") else _FOR_CONV1D.get(style, style)
     return style
 
 

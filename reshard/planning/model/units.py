@@ -59,9 +59,10 @@ def heads_in_units(
     key_value: dict[str, int] = defaultdict(lambda: 1)
     for name, of in heads.items():
         if name in bundles:
-            each = shapes[name][CUT_DIM[styles[name]]] // of.count
+            style, _, blocks = styles[name].partition("[")
+            each = shapes[name][_LOCAL[style]] // of.count // (blocks.count(",") + 1)
             units = query if of.is_query else key_value
-            units[of.attention] = math.lcm(units[of.attention], _items(bundles[name], styles[name], each))
+            units[of.attention] = math.lcm(units[of.attention], _items(bundles[name], style, each))
     found = {}
     for name, of in heads.items():
         wanted, group = query[of.attention], of.query // of.key_value

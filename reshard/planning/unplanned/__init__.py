@@ -1,0 +1,1 @@
+"""Plans for models, or parts of models, that transformers has no plan for."""
