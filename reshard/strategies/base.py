@@ -17,9 +17,17 @@ from ..sharding.placement import Placement
 from .collectives import Bounds, chunk_bounds
 from .shards import as_dtensor, take
 
-__all__ = ["LocalLayer", "TensorParallelLayer", "bounds_of", "note_bounds", "noted_bounds"]
+__all__ = [
+    "LocalLayer",
+    "TensorParallelLayer",
+    "bounds_of",
+    "note_bounds",
+    "note_outputs",
+    "noted_bounds",
+    "noted_outputs",
+]
 
-_BOUNDS = "_cut_bounds"  # attribute of a module
+_BOUNDS, _OUTPUTS = "_cut_bounds", "_local_outputs"  # attributes of a module
 
 
 def note_bounds(module: nn.Module, bounds: Bounds) -> None:
@@ -30,6 +38,17 @@ def note_bounds(module: nn.Module, bounds: Bounds) -> None:
 def noted_bounds(module: nn.Module) -> Bounds | None:
     """Return what `note_bounds` told the module."""
     return module.__dict__.get(_BOUNDS)
+
+
+def note_outputs(module: nn.Module, count: int) -> None:
+    """Tell a module's style how many output features this rank has of it, if its weight does not show that: a library
+    computes with it."""
+    module.__dict__[_OUTPUTS] = count
+
+
+def noted_outputs(module: nn.Module) -> int | None:
+    """Return what `note_outputs` told the module."""
+    return module.__dict__.get(_OUTPUTS)
 
 
 def bounds_of(module: nn.Module, size: int, mesh: DeviceMesh) -> Bounds:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .base import LocalLayer
+from .base import LocalLayer, noted_outputs
 from .registry import KEY_VALUE
 
 __all__ = ["HeadsParallel"]
@@ -41,9 +41,11 @@ def _share(module: nn.Module, of_keys: bool) -> tuple[int, int]:
     for name, projection in module.named_modules():
         everyone = getattr(projection, "out_features", None) or getattr(projection, "nf", None)
         weight: Any = projection.__dict__.get("weight")
-        if everyone is None or weight is None or (name.rpartition(".")[2] in KEY_VALUE) != of_keys:
+        mine = noted_outputs(projection)
+        if mine is None and weight is not None:
+            mine = weight.shape[1 if hasattr(projection, "nf") else 0]
+        if everyone is None or mine is None or (name.rpartition(".")[2] in KEY_VALUE) != of_keys:
             continue
-        mine = weight.shape[1 if hasattr(projection, "nf") else 0]
         if mine != everyone:
             return mine, everyone
     return 1, 1

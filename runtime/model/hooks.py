@@ -13,7 +13,7 @@ from reshard.resharded.targets import Target
 from reshard.sharding.placement import Nested, Ranges, Shard, local_shape, offset
 from reshard.sharding.topology import Topology
 from reshard.strategies import rows_of
-from reshard.strategies.base import note_bounds
+from reshard.strategies.base import note_bounds, noted_outputs
 from reshard.strategies.registry import ParallelInterface
 
 __all__ = ["install_hooks", "take_last_tokens", "tp_axis"]
@@ -58,7 +58,7 @@ def install_hooks(
 
 def _note_bounds(name: str, module: nn.Module, targets: Mapping[str, Target], spanned: int, world_size: int) -> None:
     """Tell a module's style the bounds of its weight's cut, unless they are those that it would take itself: of parts
-    of one size."""
+    of one size, and of all features that the module says it has."""
     for own in ("weight", *sorted(module._parameters.keys() - {"weight"})):  # a library may have no such parameter
         target = targets.get(f"{name}.{own}" if name else own)
         cut = target and (target.placement.outer if isinstance(target.placement, Nested) else target.placement)
@@ -67,7 +67,7 @@ def _note_bounds(name: str, module: nn.Module, targets: Mapping[str, Target], sp
         where = [{"rank": rank, "world_size": world_size} for rank in range(0, world_size, world_size // spanned)]
         starts = [offset(target.placement, target.shape, **at)[cut.dim] for at in where]
         sizes = [local_shape(target.placement, target.shape, **at)[cut.dim] for at in where]
-        if len(set(sizes)) > 1:
+        if len(set(sizes)) > 1 or noted_outputs(module) is not None:
             note_bounds(module, [(start, start + size) for start, size in zip(starts, sizes)])
         return
 

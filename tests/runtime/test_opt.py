@@ -53,3 +53,39 @@ def test_opt_computes_what_one_process_does(layers: int, tmp_path: Path) -> None
         found = torch.load(f"{result}.opt.pt")["logits"]
         assert (found - logits).abs().max() <= 1e-5 * logits.abs().max()
         assert json.loads(result.read_text())["opt"]["tokens"] == tokens.tolist()
+
+
+def test_opt_quantized_while_cutting_computes_what_a_process_that_quantizes_at_its_start_does(tmp_path: Path) -> None:
+    """In nf4, by bitsandbytes itself on the ranks too, which have 6, 5 and 5 of the 16 heads at tp 3."""
+    opt_350m(1).save_pretrained(tmp_path / "source")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
+    for module in model.modules():  # some CPUs have a kernel that computes in bf16
+        module.__dict__["support_avx512bf16_for_cpu"] = False
+    with torch.inference_mode():
+        logits = model(IDS).logits
+    tokens = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=NEW_TOKENS, do_sample=False)
+    for ranks in (2, 3):
+        out, result = tmp_path / f"tp{ranks}", tmp_path / f"tp{ranks}.json"
+        reshard.convert(tmp_path / "source", out, tp_size=ranks, quantize="nf4", sync=False)
+        job = {"name": "opt", "folder": str(out), "ids": IDS.tolist(), "new_tokens": NEW_TOKENS, "sdpa": "math"}
+        (tmp_path / "jobs.json").write_text(json.dumps([{**job, "compute": "native"}]))
+        done = on_ranks(ranks, str(WORKERS / "parity.py"), str(tmp_path / "jobs.json"), str(result), timeout=300)
+        assert done.returncode == 0, done.stderr
+        found = torch.load(f"{result}.opt.pt")["logits"]
+        assert (found - logits).abs().max() <= 1e-5 * logits.abs().max()
+        assert json.loads(result.read_text())["opt"]["tokens"] == tokens.tolist()
+
+
+def test_the_general_plan_gathers_what_a_library_computes(tmp_path: Path) -> None:
+    opt_350m(1).save_pretrained(tmp_path / "source")
+    ids, result = {"ids": IDS.tolist(), "new_tokens": NEW_TOKENS, "sdpa": "math"}, tmp_path / "out.json"
+    reshard.convert(tmp_path / "source", tmp_path / "out", tp_size=3, quantize="nf4", tp_plan="general", sync=False)
+    jobs = [{"name": one, "folder": str(tmp_path / "out"), "compute": one, **ids} for one in ("native", "dequantised")]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = on_ranks(3, str(WORKERS / "parity.py"), str(tmp_path / "jobs.json"), str(result), timeout=300)
+    assert done.returncode == 0, done.stderr
+    native, plain = (torch.load(f"{result}.{job['name']}.pt")["logits"] for job in jobs)
+    assert (native - plain).abs().max() <= 1e-5 * plain.abs().max()

@@ -18,6 +18,7 @@ from reshard.errors import IntegrityError, UsageError, VersionError
 from reshard.resharded.manifest import Manifest
 from reshard.resharded.targets import Bundle, Target
 from reshard.sharding.placement import local_shape
+from reshard.strategies.base import note_outputs
 from reshard.text import printable
 from reshard.transforms.bundle import divides_entries, matrices
 
@@ -96,6 +97,7 @@ class Computation:
         roles = {member.role: self.tensors[one] for one, member in bundle.quantized.members.items()}
         try:
             BY_FORMAT[bundle.quantized.format].fill(module, Held(self.native[name], roles))
+            note_outputs(module, self.native[name].local[0])
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
             raise IntegrityError(f"{printable(name)}: cannot be computed with: {printable(error)}") from None
 
