@@ -22,7 +22,7 @@ from reshard.errors import UsageError
 from reshard.launch.benchmark import runs as bench_runs
 from reshard.launch.benchmark.chart import check_chart, draw
 from reshard.launch.benchmark.measured import Measured, Point
-from reshard.launch.benchmark.runs import Failed, Job, in_turn, report_of, run_jobs, summary
+from reshard.launch.benchmark.runs import Failed, Job, in_turn, label, report_of, run_jobs, summary
 from reshard.launch.benchmark.start import draw_report
 
 needs_matplotlib = pytest.mark.skipif(
@@ -194,7 +194,7 @@ def test_folders_of_one_degree_are_told_apart(monkeypatch: pytest.MonkeyPatch) -
     sizes = {"a/tp2": 2, "b/tp2": 2, "c/other": 2, "c/tp4": 4}
 
     def found(out: str, _: object) -> Any:
-        return SimpleNamespace(world_size=sizes[out])
+        return SimpleNamespace(world_size=sizes[out], bundles=())
 
     def run(job: Job, *_: object) -> Measured | str:
         return measured(sizes[job.out], 1.0) if job.engine == "reshard" else "no"
@@ -232,3 +232,29 @@ def test_the_lines_of_the_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert drawn["ticks"] == [1, 4]
     draw(str(tmp_path / "chart.png"), *drawn["words"], ticks=drawn["ticks"])
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_computes_with_quantized_weights_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that has none is measured once."""
+
+    def found(out: str, _: object) -> Any:
+        return SimpleNamespace(world_size=2, bundles=(1,) if out == "nf4" else ())
+
+    ran: list[Job] = []
+
+    def run(job: Job, *_: object) -> Measured:
+        ran.append(job)
+        return measured(2, 1.0)
+
+    monkeypatch.setattr(bench_runs, "look_at_folder", found)
+    monkeypatch.setattr(bench_runs, "_run", run)
+    jobs = [Job("reshard", out, compute) for compute in ("native", "dequantised") for out in ("nf4", "plain")]
+    report = run_jobs(jobs, [], 1)
+    assert [label(one) for one in report.measured] == [
+        "reshard tp 2 (nf4), native",
+        "reshard tp 2 (plain)",
+        "reshard tp 2 (nf4), dequantised",
+    ]
+    assert len(ran) == 3
+    [only] = run_jobs(jobs[:1], [], 1).measured
+    assert label(only) == "reshard tp 2"

@@ -360,11 +360,12 @@ def test_the_report_names_rank_0_and_the_slowest(monkeypatch: pytest.MonkeyPatch
 
     class Model:
         reshard_seconds, reshard_bytes = ranks[0]
-        _reshard_manifest = SimpleNamespace(bundles=())
+        _reshard_quantized = SimpleNamespace(report=lambda _: ["compute: native"])
         _device_mesh = Mesh
 
     monkeypatch.setattr(dist, "all_gather_object", lambda found, mine, group: found.__setitem__(slice(None), ranks))
-    first, slowest = load_report(Model).splitlines()
+    first, slowest, computed = load_report(Model).splitlines()
+    assert computed == "compute: native"
     assert first.startswith("rank 0: loaded 2.000 GB at 1.33 GB/s in 3.000 s: handshake 0.500, ")
     assert slowest.startswith("rank 2: loaded 2.000 GB at 0.67 GB/s in 6.000 s: ")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import families
+import family_shares
 import matrix
 import transformers
 from places import DATA, ROOT
@@ -47,9 +48,15 @@ def is_exact(record: dict[str, Any]) -> bool:
 @click.option("--upstream", is_flag=True, help="Also run transformers' own tensor parallelism.")
 @click.option("--write", is_flag=True, help="Walk all meshes and write the table into tests/data.")
 @click.option("--unplanned", is_flag=True, help="The families that transformers has no plan for.")
+@click.option("--shares", is_flag=True, help="Instead: what every rank holds of causal models without a plan.")
 @click.argument("model_types", nargs=-1)
-def main(tp: int, ep: int, upstream: bool, write: bool, unplanned: bool, model_types: tuple[str, ...]) -> None:
+def main(
+    tp: int, ep: int, upstream: bool, write: bool, unplanned: bool, shares: bool, model_types: tuple[str, ...]
+) -> None:
     """Walk the families and report how far each came."""
+    if shares:
+        _print_shares()
+        return
     chosen = model_types or families.MODEL_TYPES
     if write:
         table, meshes = ("unplanned", UNPLANNED_MESHES) if unplanned else ("families", MESHES)
@@ -69,6 +76,14 @@ def main(tp: int, ep: int, upstream: bool, write: bool, unplanned: bool, model_t
         click.echo(f"{row.family:36} {'ok' if row.ok else row.step:10} {_said(row)}")
     steps = Counter("compute what one process does" if row.ok else f"end at: {row.step}" for row in rows)
     click.echo(f"tp {tp}, ep {ep}: " + ", ".join(f"{count} {words}" for words, count in steps.most_common()))
+
+
+def _print_shares() -> None:
+    found = dict(family_shares.shares(record["family"] for record in read(release(), "unplanned") if record["plan"]))
+    for family, share in sorted(found.items(), key=lambda item: -item[1]):
+        click.echo(f"{family:36} {share:6.1%}")
+    small = sum(share <= family_shares.MOST for share in found.values())
+    click.echo(f"{small} of {len(found)} have at most {family_shares.MOST:.0%} of their elements on every rank")
 
 
 def _walk(tp: int, ep: int, model_types: tuple[str, ...], *, planned: bool, upstream: bool) -> list[matrix.Row]:
