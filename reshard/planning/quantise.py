@@ -60,9 +60,9 @@ def quantised(
 
     `options` are those of `BitsAndBytesConfig` or `FineGrainedFP8Config`. `dtype` (a torch name) is the model's, in
     which matrices are quantized and all else is stored; without it, matrices are cast to the model's own, and all else
-    stays as it is. With `experts`, the experts of a mixture are quantized by bitsandbytes too, which is ours:
-    transformers leaves them. If a number depends on a whole matrix, `measure` finds it; without, sizes may be a few
-    bytes off.
+    stays as it is, but for what transformers keeps in fp32. With `experts`, the experts of a mixture are quantized by
+    bitsandbytes too, which is ours: transformers leaves them. If a number depends on a whole matrix, `measure` finds
+    it; without, sizes may be a few bytes off.
 
     Raises:
         UsageError: an option is unknown or makes no sense.
@@ -104,7 +104,8 @@ def quantised(
         for info in file.header.tensors:
             name = info.name
             if name not in matrices:
-                cast = dtype is not None and stored[name] in FLOATING
+                # Without a dtype too, transformers saves in fp32 what it keeps in fp32.
+                cast = stored[name] in FLOATING and (dtype is not None or wants(name) != model_dtype)
                 entries.append(_plain(name, info.shape, wants(name) if cast else stored[name]))
                 continue
             matrix = matrices[name]
@@ -115,7 +116,7 @@ def quantised(
                 computed[called] = Computed(made.dtype, made.grid, (matrix,), partial(_make, made, _size(matrix)), text)
     written = _written(source.config, config, method, chosen, model, dtype)
     says = {"quantized": kind, "dequantized": None, "experts": experts, "dtype": dtype}
-    notes = _notes(kind, chosen, experts=experts)
+    notes = (*_notes(kind, chosen, experts=experts), *_unmatched(model, getattr(config, _SKIPPED[method])))
     return Derived(source, derived_files(source, files, written), computed, config_text(written), says, notes)
 
 
@@ -207,6 +208,10 @@ def _configuration(kind: str, options: Mapping[str, Any]) -> Any:
             )
         elif name in names:
             given[name] = value
+    for name, value in given.items():
+        is_dtype = name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage") and isinstance(value, str)
+        if is_dtype and not hasattr(torch, value):
+            raise UsageError(f"--quantize {kind}: {name} is {printable(value)}, which is no dtype of torch")
     try:
         return family(**fixed, **given)
     except (TypeError, ValueError, AttributeError) as error:
@@ -231,11 +236,16 @@ def _chosen(
     skip = getattr(config, _SKIPPED[method])
     skipped = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
     modules = {}
+    if experts and not any(name.endswith(".experts") for name, _ in model.named_modules()):
+        raise UsageError("--experts is for mixtures of experts, and this model has none", hint="leave it out")
     for name, module in model.named_modules():
         if not should_convert_module(name, skipped):
             continue
         if isinstance(module, Conv1D):
-            raise BadInputError(f"{printable(name)}: has its matrix transposed (Conv1D), which cannot be followed here")
+            raise BadInputError(
+                f"{printable(name)}: keeps its matrix transposed (Conv1D), and cannot be quantized while it is cut",
+                hint="load it with the quantization in transformers, save that, and convert what was saved",
+            )
         if type(module) is nn.Linear or ("GroupedLinear" in type(module).__name__ and method == "fp8"):
             modules[f"{name}.weight"] = name
         elif name.endswith(".experts") and (experts or method == "fp8"):
@@ -297,6 +307,15 @@ def _written(
         found.pop("torch_dtype", None)
         found["dtype"] = dtype
     return found
+
+
+def _unmatched(model: Any, skipped: Sequence[str] | None) -> list[str]:
+    """Say which names of modules to leave out are those of none."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    names = [name for name, _ in model.named_modules()]
+    wrong = [one for one in skipped or () if all(should_convert_module(name, [one]) for name in names)]
+    return [f"modules to leave out that the model has not: {listed(wrong)}"] if wrong else []
 
 
 def _notes(kind: str, chosen: _Chosen, *, experts: bool) -> tuple[str, ...]:

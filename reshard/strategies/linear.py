@@ -205,10 +205,14 @@ class ConvolutionParallel(LocalLayer):
     def _prepare_output_fn(
         output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
     ) -> Any:
-        spatial = mod.weight.ndim - 2
-        return all_gather(outputs, outputs.ndim - 1 - spatial, mod.__dict__[_CHANNELS], device_mesh)
+        bounds, dim = mod.__dict__[_CHANNELS], outputs.ndim - 1 - (mod.weight.ndim - 2)
+        start, stop = bounds[device_mesh.get_local_rank()]
+        return all_gather(outputs.narrow(dim, 0, stop - start), dim, bounds, device_mesh)
 
     def prepare_module_tp(self, module: nn.Module, device_mesh: DeviceMesh) -> Any:
         size: Any = module.out_channels
         module.__dict__[_CHANNELS] = bounds_of(module, size, device_mesh)
+        for own, local in [(own, module.__dict__.get(own)) for own in module._parameters]:
+            if local is not None and 0 in local.shape:  # torch computes no convolution without channels: one of zeros
+                module.__dict__[own] = local.new_zeros(()).expand([max(1, extent) for extent in local.shape])
         return super().prepare_module_tp(module, device_mesh)

@@ -43,11 +43,13 @@ def load_tokenizer(folder: str | Path, *, chat: bool = False) -> Any:
     """Load the tokenizer in a resharded folder. Raises BadInputError if there is none, or none for a chat."""
     from transformers import AutoTokenizer
 
+    there = sorted({path.name for pattern in _TOKENIZER_FILES for path in Path(folder).glob(pattern)})
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not there and not len(tokenizer):
+            raise ValueError("of no files, transformers makes one without tokens for some model types")
     except Exception as error:  # of any class: the files choose the code that runs
-        there = sorted({path.name for pattern in _TOKENIZER_FILES for path in Path(folder).glob(pattern)})
         reason = printable(" ".join(str(error).split()))
         words = f"transformers makes no tokenizer of {listed(there)}: {reason}" if there else "holds no tokenizer"
         hint = None if isinstance(error, ImportError) else _HOW_TO_HAVE_ONE

@@ -355,6 +355,7 @@ def test_matrices_of_no_whole_blocks_are_left_and_listed(origin: Any, tmp_path: 
         ({"quantize": "nf4", "quantize_config": {"bnb_4bit_compute_dtype": "fp7"}}, "fp7"),
         ({"quantize": "fp8", "quantize_config": {"activation_scheme": "static"}}, "activation_scheme static"),
         ({"quantize": "fp8", "quantize_experts": True}, "quantizes experts anyway"),
+        ({"quantize": "nf4", "quantize_experts": True}, "this model has none"),
         ({"quantize": "q4_k_m"}, "quantize is 'q4_k_m'"),
         ({"quantize_experts": True}, "how to quantize"),
         ({"quantize": "nf4", "dequantize": True}, "contradict"),
@@ -368,8 +369,38 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: 
     assert not out.exists()
 
 
+def test_a_name_of_no_module_is_said(source: Path) -> None:
+    options = {"llm_int8_skip_modules": ["lm_head", "nosuch"]}
+    plan = reshard.plan(source, tp_size=2, quantize="int8", quantize_config=options)
+    assert "modules to leave out that the model has not: nosuch" in plan.notes
+
+
 def test_what_is_quantized_is_not_quantized_again(checkpoint: Checkpoint, tmp_path: Path, refused: Refused) -> None:
     quantize_folder(checkpoint("llama"), tmp_path / "quantized", "ct_w8")
     where = [tmp_path / "quantized", tmp_path / "out", "-tp", 2]
     refused(3, ["convert", *where, "--quantize", "nf4"], "is quantized already", hint="--dequantize")
     refused(3, ["convert", checkpoint("llama"), *where[1:], "--dequantize"], "is not quantized", hint="leave out")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_what_transformers_keeps_in_fp32_is_stored_so(kind: str, tmp_path: Path) -> None:
+    """The second linear layer of T5's MLP, of a checkpoint in fp16."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=1)
+    folder = tmp_path / "source"
+    transformers.T5ForConditionalGeneration(config).half().save_pretrained(folder)
+    how = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    model = transformers.T5ForConditionalGeneration.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**how)
+    )
+    model.save_pretrained(tmp_path / "saved")
+    reshard.convert(folder, tmp_path / "out", tp_size=2, quantize=kind, sync=False)
+    reshard.merge(tmp_path / "out", tmp_path / "merged", layout="hf", sync=False)
+    found, expected = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "saved")
+    wo = [name for name in found if name.endswith("DenseReluDense.wo.weight")]
+    assert wo
+    assert {found[name].dtype for name in wo} == {torch.float32}
+    assert found.keys() >= expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert same(tensor, found[name]), name

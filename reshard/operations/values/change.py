@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.quantization import quantization_of
 from ...checkpoint.source import Source
-from ...errors import UsageError
+from ...errors import BadInputError, UsageError
 from ...execution.executor import Inputs
 from ...execution.jobs import Job, run_jobs
 from ...execution.measure import measure
@@ -66,7 +66,7 @@ def change_of(
     found = read_json(Path(config))
     options = found.get("quantization_config", found) if isinstance(found, dict) else None
     if not isinstance(options, dict):
-        raise UsageError(f"{printable(config)}: is no JSON object")
+        raise BadInputError(f"{printable(config)}: is no JSON object")
     return Change(quantize, options, experts, dequantize)
 
 
