@@ -37,7 +37,7 @@ if kind == "ranks":
 else:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 load = time.perf_counter() - start
-ids = torch.randint(0, 1000, (1, length), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 with torch.inference_mode():
     model(ids[:, :1])
     times = []

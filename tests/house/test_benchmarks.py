@@ -12,6 +12,7 @@ import bench_device
 import bench_forward
 import bench_hub
 import bench_load
+import bench_native
 import bench_overhead
 import bench_plan
 import bench_quantize
@@ -55,6 +56,14 @@ def run(command: Command, *arguments: str) -> str:
             bench_forward,
             ["--repeat", "1", "--layers", "2", "--length", "4", "--steps", "2"],
             ["reshard tp 1", "reshard tp 2", "transformers tp 2"],
+        ),
+        slow(
+            bench_native,
+            ["--repeat", "1", "--layers", "1", "--length", "8", "--steps", "2", "--ranks", "1"],
+            [
+                *("bf16, 1 ranks", "bf16, transformers, one process", "nf4, native, 1 ranks"),
+                *("nf4, dequantised, 1 ranks", "int8, native, 1 ranks", "int8, transformers, one process"),
+            ],
         ),
         slow(bench_overhead, ["--repeat", "1"], ["unsharded", "reshard", "transformers"]),
         slow(bench_sequence, ["--repeat", "1", "--length", "32"], ["whole", "split"]),

@@ -26,6 +26,7 @@ from reshard.strategies import (
     TensorParallelLayer,
     get_packed_weights,
     get_tensor_shard,
+    linear,
     take,
 )
 from reshard.strategies.built_in import BUILT_IN
@@ -297,3 +298,20 @@ def test_a_token_that_no_rank_has_is_refused_as_in_one_process(rank: int) -> Non
     for wrong in (5, 999, -1):
         with pytest.raises(IndexError):
             look_up(0, wrong)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_rank_without_output_channels(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 channels, the last of 5 ranks has none, and torch computes no such convolution."""
+    style = ALL_PARALLEL_STYLES.find(f"conv_{'transposed_' if transposed else ''}colwise_gather_output")
+    module = (torch.nn.ConvTranspose1d if transposed else torch.nn.Conv1d)(3, 16, 2)
+    mesh = SimpleNamespace(size=lambda: 5, get_local_rank=lambda: 4)
+    dim = 1 if transposed else 0
+    for own, parameter in module._parameters.items():
+        along = dim if own == "weight" else 0
+        module.__dict__[own] = parameter.detach().narrow(along, 16, 0)
+    gathered: list[torch.Tensor] = []
+    monkeypatch.setattr(linear, "all_gather", lambda x, at, *_: gathered.append(x) or x)
+    style.prepare_module_tp(module, mesh)
+    module(torch.randn(2, 3, 8))
+    assert gathered[0].shape == (2, 0, 9 if transposed else 7)
