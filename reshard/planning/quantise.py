@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from ..resharded.targets import LocalTensor
 from ..sharding.regions import whole
 from ..text import listed, printable
 from ..transforms.quantise import RECIPES, Made, Read, Recipe
+from .quantization_options import configuration_of
 
 __all__ = ["Measure", "needs_whole", "quantised"]
 
@@ -74,7 +74,7 @@ def quantised(
             f"{printable(source.root)}: is quantized already",
             hint="start from the unquantized checkpoint, or give --dequantize and quantize the result",
         )
-    config = _configuration(kind, options)
+    config = configuration_of(kind, options)
     recipe = _recipe(kind, config)
     if experts and kind == "fp8":
         raise UsageError("--quantize fp8 quantizes experts anyway", hint="leave out --experts")
@@ -167,7 +167,7 @@ def _number(name: str, find: Callable[[Read, int], float], size: tuple[int, int]
 
 def needs_whole(kind: str, options: Mapping[str, Any]) -> bool:
     """Whether a number of each matrix must be found before anything is written. Raises UsageError as `quantised`."""
-    return _recipe(kind, _configuration(kind, options)).measure is not None
+    return _recipe(kind, configuration_of(kind, options)).measure is not None
 
 
 def _recipe(kind: str, config: Any) -> Recipe:
@@ -175,47 +175,6 @@ def _recipe(kind: str, config: Any) -> Recipe:
         return RECIPES[kind](config)
     except ValueError as error:
         raise UsageError(f"--quantize {kind}: {error}") from None
-
-
-def _configuration(kind: str, options: Mapping[str, Any]) -> Any:
-    """Return transformers' own configuration of a kind. Raises UsageError, which names what is wrong."""
-    from transformers import BitsAndBytesConfig, FineGrainedFP8Config
-
-    family: Any = FineGrainedFP8Config if kind == "fp8" else BitsAndBytesConfig
-    every: dict[str, dict[str, Any]] = {
-        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-        "int8": {"load_in_8bit": True},
-        "fp8": {},
-    }
-    fixed = every[kind]
-    own = {
-        "quant_method": "fp8" if kind == "fp8" else "bitsandbytes",
-        "load_in_4bit": False,
-        "load_in_8bit": False,
-        **fixed,
-    }
-    names = inspect.signature(family).parameters.keys() - {"kwargs"}
-    given = {}
-    for name, value in options.items():
-        if name in own:
-            if value != own[name]:
-                raise UsageError(f"--quantize {kind}: {name} is {printable(value)} in the configuration")
-        elif name not in names and not name.startswith("_load_in"):
-            raise UsageError(
-                f"--quantize {kind}: {printable(name)} is no option of {family.__name__}",
-                hint=f"it has {', '.join(sorted(names))}",
-            )
-        elif name in names:
-            given[name] = value
-    for name, value in given.items():
-        is_dtype = name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage") and isinstance(value, str)
-        if is_dtype and not hasattr(torch, value):
-            raise UsageError(f"--quantize {kind}: {name} is {printable(value)}, which is no dtype of torch")
-    try:
-        return family(**fixed, **given)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"--quantize {kind}: {printable(error)}") from None
 
 
 def _chosen(

@@ -32,6 +32,7 @@ SAMPLE = (
     *("hrm_text", "step3p7", "qwen3_vl_moe", "inkling2", "inkling_text", "ernie4_5_vl_moe", "minimax_m3_vl"),
     *("doge", "esmc", "gemma3n_text", "neomme", "glm5_next_text", "diffusion_gemma"),
     *("dory", "inkling2_loop_text", "sarvam_moe"),  # conversions new in 5.24
+    *("granitemoeshared", "nemo_speechlm"),  # parts that the model's plan leaves out
 )
 # Of families without a plan: heads told in each way, fused projections of each layout, Conv1D, experts, recurrent
 # layers, convolutions, biases of heads, encoders, and an encoder with a decoder.
