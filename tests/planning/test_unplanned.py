@@ -21,6 +21,9 @@ from reshard.planning.unplanned.readers import leaf_forward, read_elsewhere
 from reshard.planning.unplanned.structure import structured_styles
 from reshard.strategies.registry import ALL_PARALLEL_STYLES
 
+# There plans leave out embeddings, and experts are not traced: torch's kernel for them takes bf16 only.
+OTHERWISE = pytest.mark.skipif(transformers.__version__.startswith("5.17"), reason="otherwise in transformers 5.17")
+
 
 class Scaled(nn.Embedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -171,6 +174,7 @@ def test_structure(family: str, expected: dict[str, str]) -> None:
     assert by_pattern(model, structured(model)) == expected
 
 
+@OTHERWISE
 def test_structure_with_shared_position_biases_and_sinks() -> None:
     for family, pattern, style in (
         ("t5", "encoder.block.*.layer.*.SelfAttention.relative_attention_bias", "local_colwise"),
@@ -231,7 +235,7 @@ def test_what_may_stand_between_two_layers(between: Any, is_cut: bool) -> None:
     assert {"block.up", "block.down"} <= found.keys() if is_cut else "block.up" not in found
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt_oss", "glm_ocr", "mamba"])
+@pytest.mark.parametrize("family", ["bloom", "falcon", pytest.param("gpt_oss", marks=OTHERWISE), "glm_ocr", "mamba"])
 def test_little_is_whole_at_real_widths(family: str) -> None:
     """The sizes are those of the families' default configurations."""
     with torch.device("meta"):
@@ -246,6 +250,7 @@ def test_little_is_whole_at_real_widths(family: str) -> None:
     assert sum(size for name, size in sizes.items() if name not in cut) < 0.05 * sum(sizes.values())
 
 
+@OTHERWISE
 def test_a_tower_without_rules_gets_some_and_the_plan_stays() -> None:
     model = on_meta("llava")
     added, _ = added_styles(model, model.tp_plan)
@@ -256,6 +261,7 @@ def test_a_tower_without_rules_gets_some_and_the_plan_stays() -> None:
     assert {pattern: rules.styles[pattern] for pattern in model.tp_plan} == dict(model.tp_plan)
 
 
+@OTHERWISE
 def test_a_model_with_a_full_plan_gets_nothing() -> None:
     rules = model_rules(on_meta("llama"), AUTO)
     assert rules.added == frozenset()
