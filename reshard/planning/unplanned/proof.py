@@ -60,7 +60,7 @@ def _wrong(model: Any, task: Task, trace: Trace, pairs: list[Pair]) -> list[Pair
     try:
         with parameters_replaced(list(_changes(model, pairs))):
             mine = traced(model, task, {})
-    except Exception:
+    except Exception:  # of any kind, from code of every family: on a part of the weights it may fail anywhere
         if task.left < 0:
             raise
         return _around(where, pairs)

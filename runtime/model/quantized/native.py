@@ -22,8 +22,8 @@ from reshard.strategies.base import note_outputs
 from reshard.text import printable
 from reshard.transforms.bundle import divides_entries, matrices
 
+from .interface import Held, Place
 from .libraries import BY_FORMAT, replace_modules
-from .library import Held, Place
 from .plain import plain_part
 
 __all__ = ["AUTO", "DEQUANTISED", "OTHER_LIBRARIES", "Computation", "choose"]

@@ -19,8 +19,8 @@ from reshard.resharded.derived import Derived
 from reshard.resharded.targets import Target
 from reshard.sharding.placement import Replicate
 
+from .interface import Held, Place
 from .libraries import BY_FORMAT, LIBRARIES, replace_modules
-from .library import Held, Place
 
 __all__ = ["computes_otherwise", "native_model", "quantizes_inputs", "shaken"]
 

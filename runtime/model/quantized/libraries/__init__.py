@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..library import Library, Place
+from ..interface import Library, Place
 from . import bitsandbytes, gptqmodel, torchao
 
 __all__ = ["BY_FORMAT", "LIBRARIES", "replace_modules"]
 
-LIBRARIES: tuple[Library, ...] = (*bitsandbytes.LIBRARIES, *gptqmodel.LIBRARIES, torchao.LIBRARY)
+LIBRARIES: tuple[Library, ...] = (*bitsandbytes.LIBRARIES, *gptqmodel.LIBRARIES, *torchao.LIBRARIES)
 
 BY_FORMAT = {form: library for library in LIBRARIES for form in library.formats}
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from reshard.transforms.formats.bitsandbytes import BLOCK, quant_state, unnested
 
 from ...methods import give_method
-from ..library import Held, Library, Place
+from ..interface import Held, Library, Place
 
 __all__ = ["LIBRARIES"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..library import Held, Library, Place, mark_quantized
+from ..interface import Held, Library, Place, mark_quantized
 
 __all__ = ["LIBRARIES"]
 

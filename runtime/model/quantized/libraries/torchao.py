@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..library import Held, Library, Place, mark_quantized
+from ..interface import Held, Library, Place, mark_quantized
 
-__all__ = ["LIBRARY"]
+__all__ = ["LIBRARIES"]
 
 _OF_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 
@@ -63,13 +63,15 @@ def _tensors(module: Any) -> Iterator[torch.Tensor]:
     yield from (tensor for tensor in (getattr(weight, name) for name in names) if tensor is not None)
 
 
-LIBRARY = Library(
-    name="torchao",
-    extra="torchao",
-    packages=("torchao",),
-    formats=frozenset({"torchao"}),
-    refusal=_refusal,
-    replace=_replace,
-    fill=_fill,
-    tensors=_tensors,
+LIBRARIES = (
+    Library(
+        name="torchao",
+        extra="torchao",
+        packages=("torchao",),
+        formats=frozenset({"torchao"}),
+        refusal=_refusal,
+        replace=_replace,
+        fill=_fill,
+        tensors=_tensors,
+    ),
 )
