@@ -14,7 +14,7 @@ from ..checkpoint.quantization import quantization_of
 from ..checkpoint.source import Source, dtype_of
 from ..errors import BadInputError
 from ..files.dtypes import FLOATING, torch_name
-from ..resharded.derived import Computed, Derived, ReadInput, config_text, derived_files
+from ..resharded.derived import Computed, Derived, ReadInput, config_text, derived_files, header_entry
 from ..resharded.targets import LocalTensor
 from ..sharding.regions import Region, contiguous_strides
 from ..text import printable
@@ -63,12 +63,11 @@ def dequantised(source: Source, *, dtype: str | None = None) -> Derived:
             stored = torch_name(info.dtype, tensor=info.name)
             if info.name in found:
                 name, shape, matrix = names[info.name], sizes[info.name], found[info.name]
-                entries.append(LocalTensor(name, shape, wants(name), (0,) * len(shape), ()))
+                entries.append(header_entry(name, shape, wants(name)))
                 computed[name] = _computed(name, matrix, shape, wants(name), source)
             elif info.name not in matrices.taken:
                 cast = dtype is not None and stored in FLOATING
-                kept = wants(info.name) if cast else stored
-                entries.append(LocalTensor(info.name, info.shape, kept, (0,) * len(info.shape), ()))
+                entries.append(header_entry(info.name, info.shape, wants(info.name) if cast else stored))
     written = {key: value for key, value in source.config.items() if key != "quantization_config"}
     text = written.get("text_config")
     if isinstance(text, dict):

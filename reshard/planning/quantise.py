@@ -19,7 +19,7 @@ from ..checkpoint.source import Source, dtype_of
 from ..errors import BadInputError, UsageError
 from ..files.dtypes import FLOATING, torch_name
 from ..files.header import TensorInfo
-from ..resharded.derived import Computed, Derived, ReadInput, config_text, derived_files
+from ..resharded.derived import Computed, Derived, ReadInput, config_text, derived_files, header_entry
 from ..resharded.targets import LocalTensor
 from ..sharding.regions import whole
 from ..text import listed, printable
@@ -106,22 +106,18 @@ def quantised(
             if name not in matrices:
                 # Without a dtype too, transformers saves in fp32 what it keeps in fp32.
                 cast = stored[name] in FLOATING and (dtype is not None or wants(name) != model_dtype)
-                entries.append(_plain(name, info.shape, wants(name) if cast else stored[name]))
+                entries.append(header_entry(name, info.shape, wants(name) if cast else stored[name]))
                 continue
             matrix = matrices[name]
             for made in recipe.made(_size(matrix), matrix.dtype, numbers.get(name)):
                 called = name.removesuffix(".weight") + made.suffix
-                entries.append(_plain(called, made.shape, made.dtype))
+                entries.append(header_entry(called, made.shape, made.dtype))
                 text = f"{told} {numbers.get(name)} {made.suffix}"
                 computed[called] = Computed(made.dtype, made.grid, (matrix,), partial(_make, made, _size(matrix)), text)
     written = _written(source.config, config, method, chosen, model, dtype)
     says = {"quantized": kind, "dequantized": None, "experts": experts, "dtype": dtype}
     notes = (*_notes(kind, chosen, experts=experts), *_unmatched(model, getattr(config, _SKIPPED[method])))
     return Derived(source, derived_files(source, files, written), computed, config_text(written), says, notes)
-
-
-def _plain(name: str, shape: tuple[int, ...], dtype: str) -> LocalTensor:
-    return LocalTensor(name, shape, dtype, (0,) * len(shape), ())
 
 
 def _size(matrix: LocalTensor) -> tuple[int, int]:

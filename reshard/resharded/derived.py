@@ -17,7 +17,16 @@ from ..sharding.regions import Region
 from .layout import file_layout
 from .targets import LocalTensor
 
-__all__ = ["CONFIG_NAME", "Computed", "Derived", "ReadInput", "config_text", "derived_files", "read_regions"]
+__all__ = [
+    "CONFIG_NAME",
+    "Computed",
+    "Derived",
+    "ReadInput",
+    "config_text",
+    "derived_files",
+    "header_entry",
+    "read_regions",
+]
 
 CONFIG_NAME = "config.json"
 
@@ -76,6 +85,11 @@ def read_regions(regions: Iterable[Region], computed: Mapping[str, Computed]) ->
         else:
             for one in made.inputs:
                 yield from one.regions
+
+
+def header_entry(name: str, shape: tuple[int, ...], dtype: str) -> LocalTensor:
+    """Return a whole tensor of `derived_files`, which are headers: it says of no bytes where they come from."""
+    return LocalTensor(name, shape, dtype, (0,) * len(shape), ())
 
 
 def derived_files(original: Source, tensors: Mapping[str, Sequence[LocalTensor]], config: Mapping[str, Any]) -> Source:

@@ -161,14 +161,13 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
 def _slice(args: Any, kwargs: Any, out: Any, mark_of: Find, uniform: Any) -> Mark | None:
     tensor = args[0]
     dim = (args[1] if len(args) > 1 else 0) % tensor.ndim
-    start, stop = (args[2] if len(args) > 2 else 0) or 0, args[3] if len(args) > 3 else None
+    start = (args[2] if len(args) > 2 else 0) or 0
     step = args[4] if len(args) > 4 else 1
     size = tensor.shape[dim]
     start = max(start + size, 0) if start < 0 else min(start, size)
     mark = mark_of(tensor)
     if mark is None or mark.dim != dim or (step == 1 and out.shape[dim] == size):
         return mark
-    del stop
     return part_of(mark, start, start + out.shape[dim]) if step == 1 else None
 
 
