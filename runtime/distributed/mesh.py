@@ -26,6 +26,9 @@ __all__ = ["backend_of", "connect", "make_mesh", "pick_device", "shut_down"]
 _GLOO_LETS_GO = 0.2  # seconds
 _TORCH_SAYS_WHY = 1.0  # seconds after the deadline: torch often keeps the deadline itself, and knows the reason
 _COLLECTIVES = timedelta(minutes=10)  # a collective's limit once the model is loaded
+_NO_STORE = (
+    "torchrun has ended, or something else uses the port: give another as MASTER_PORT, or to torchrun as --master-port"
+)
 _store: dist.Store | None = None
 
 
@@ -76,7 +79,10 @@ def connect(info: RankInfo, deadline: Deadline) -> dist.Store:
         try:
             store = _meet(info, deadline)
         except (ValueError, RuntimeError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
-            raise TopologyError(f"rank {info.rank} cannot reach the others: {first_line(error)}") from None
+            raise TopologyError(
+                f"rank {info.rank} cannot reach the others: {first_line(error)}",
+                hint=_NO_STORE if isinstance(error, dist.DistError) else None,
+            ) from None
         _store = dist.PrefixStore(f"attempt {info.attempt}", store)  # an earlier attempt has left its failure there
     return _store
 
@@ -102,7 +108,7 @@ def _meet(info: RankInfo, deadline: Deadline) -> dist.Store:
     at = printable(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     raise TopologyError(
         f"rank {info.rank} cannot reach the others: none of them answers at {at}",
-        hint="if something else uses the port, give another as MASTER_PORT, or to torchrun as --master-port",
+        hint=_NO_STORE,
     )
 
 

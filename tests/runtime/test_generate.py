@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import select
-import socket
 import subprocess
 import sys
 import time
@@ -32,10 +31,9 @@ from places import WORKERS
 from torchrun_tools import on_ranks
 
 import reshard
-from reshard.errors import BadInputError, ReshardError, TopologyError, UsageError
+from reshard.errors import BadInputError, ReshardError, UsageError
 from runtime.commands.generate import generate
-from runtime.distributed.agreement import Deadline, from_first
-from runtime.distributed.mesh import connect
+from runtime.distributed.agreement import from_first
 from runtime.distributed.ranks import RankInfo
 from runtime.generation.in_step import by_name
 from runtime.generation.prompts import in_chat, load_tokenizer, read_prompts
@@ -313,16 +311,6 @@ def test_what_rank_0_finds_or_cannot_find_all_hear() -> None:
 
 def failing() -> Any:
     raise BadInputError("broken")
-
-
-def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.distributed.mesh._store", None)
-    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # other tests of this process make a group
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        with pytest.raises(TopologyError, match=r"rank 0 cannot reach the others: .*port"):
-            connect(RankInfo(0, 2, 0), Deadline.after(5))
 
 
 def test_flash_attention_is_refused_for_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
