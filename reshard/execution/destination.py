@@ -108,17 +108,28 @@ class _OnDisk:
 
     def _check_inside(self) -> None:
         """Refuse to replace weights and folders that are somebody else's: a source could be in there."""
-        try:
-            manifest = read_manifest(self.local)
-        except ReshardError:  # without a manifest nothing says what is ours
-            return
-        _, found = missing_and_strange(self.local, manifest)
+        while True:
+            before = self._identity()
+            try:
+                manifest = read_manifest(self.local)
+            except ReshardError:  # without a manifest nothing says what is ours
+                return
+            _, found = missing_and_strange(self.local, manifest)
+            if self._identity() == before:
+                break  # else another run has replaced the folder between the two
         strange = [name for name in found if is_weights(name) or (self.local / name).is_dir()]
         if strange:
             raise DestinationExistsError(
                 f"{printable(self.local)}: holds what is not part of it; --overwrite would remove: {listed(strange)}",
                 hint="move that elsewhere, or choose another name",
             )
+
+    def _identity(self) -> tuple[int, int]:
+        try:
+            there = os.lstat(self.local)
+        except OSError as error:
+            raise StorageError(f"{printable(self.local)}: {error.strerror}") from None
+        return there.st_dev, there.st_ino
 
     def try_out(self) -> None:
         pass  # the folder is filled in the same parent folder

@@ -18,7 +18,10 @@ from power_loss import Tree, put, taken
 from race_tools import LOCKS, Work, racers
 
 import reshard
+import reshard.execution.destination
 from reshard.errors import BusyError, DestinationExistsError
+from reshard.execution.destination import destination
+from reshard.resharded.manifest import Manifest, read_manifest
 
 RACES = 10  # races of each kind in CI; the slow test runs 50
 PAIRS = ["same work", "other work", "merge and convert"]
@@ -81,6 +84,28 @@ def test_what_is_replaced_is_one_or_the_other(locks: str, track: Track) -> None:
         assert sorted(codes) in ([0, 0], [0, BusyError.exit_code]), (seed, ends)
         assert taken(root) in [{"out": result} for code, result in zip(codes, results) if code == 0], (seed, ends)
         shutil.rmtree(root)
+
+
+@pytest.mark.fault(22)
+def test_a_folder_that_another_run_replaces_while_it_is_looked_at(
+    track: Track, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest of the one folder is not held against the files of the other."""
+    two, four = (track.results[work] for work in track.works["other work"])
+    room = tmp_path / "room"
+    put({"out": two, "other": four}, room)
+    seen = []
+
+    def read_and_replaced(folder: Path) -> Manifest:
+        seen.append(manifest := read_manifest(folder))
+        if len(seen) == 1:
+            (room / "out").rename(room / "old")
+            (room / "other").rename(room / "out")
+        return manifest
+
+    monkeypatch.setattr(reshard.execution.destination, "read_manifest", read_and_replaced)
+    destination(room / "out", overwrite=True).check()
+    assert [len(manifest.rank_files) for manifest in seen] == [2, 4]
 
 
 @pytest.mark.fault(22)

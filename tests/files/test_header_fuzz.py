@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -252,24 +253,35 @@ def large_header() -> tuple[bytes, int]:
     return raw, 8 + len(raw) + count * size
 
 
+def cpu_seconds(*calls: Callable[[], object]) -> list[float]:
+    """Return the CPU time of each call: the least of five in turns, since other work slows a machine by phases."""
+    took: list[list[float]] = [[] for _ in calls]
+    gc.collect()
+    gc.disable()  # else it goes through all that other tests have left
+    try:
+        for _ in range(5):
+            for call, times in zip(calls, took):
+                start = time.process_time()
+                call()
+                times.append(time.process_time() - start)
+    finally:
+        gc.enable()
+    return [min(times) for times in took]
+
+
 @pytest.fixture(scope="module")
-def json_seconds() -> float:
-    """What Python's own parser of JSON takes for the largest legal header, on this machine as it is now."""
-    raw, _ = large_header()
-    return min(cpu_seconds(lambda: json.loads(raw)) for _ in range(3))
-
-
-def cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+def header_seconds() -> float:
+    """What the largest legal header takes on this machine."""
+    raw, size = large_header()
+    [seconds] = cpu_seconds(lambda: parse_header(raw, file=FILE, file_size=size))
+    return seconds
 
 
 @pytest.mark.fault(10)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("name", BOMBS)
-def test_bomb(name: str, tmp_path: Path, json_seconds: float) -> None:
-    """A bomb is refused in no more time than the largest legal header takes, with 64 MB of memory beside its pages."""
+def test_bomb(name: str, tmp_path: Path, header_seconds: float) -> None:
+    """A bomb takes about the time of the largest legal header at most, and 64 MB of memory beside its pages."""
     raw = BOMBS[name]()
     assert len(raw) <= HEADER_LIMIT
     (tmp_path / "bomb").write_bytes(struct.pack("<Q", len(raw)) + raw)
@@ -280,10 +292,11 @@ def test_bomb(name: str, tmp_path: Path, json_seconds: float) -> None:
     seconds, _, message = done.stdout.partition(" ")
     assert message.startswith("bomb: "), done
     assert len(message) < 1000
-    assert float(seconds) < 8 * json_seconds, seconds
+    assert float(seconds) < 4 * header_seconds, seconds
 
 
-def test_the_largest_header_takes_a_few_times_what_its_json_does(json_seconds: float) -> None:
+def test_the_largest_header_takes_a_few_times_what_its_json_does() -> None:
     raw, size = large_header()
-    assert cpu_seconds(lambda: parse_header(raw, file=FILE, file_size=size)) < 8 * json_seconds
+    ours, json_alone = cpu_seconds(lambda: parse_header(raw, file=FILE, file_size=size), lambda: json.loads(raw))
+    assert ours < 12 * json_alone
     assert len(parse_header(raw, file=FILE, file_size=size).tensors) == ENTRY_LIMIT - 1
