@@ -28,7 +28,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .operations.convert import convert
+    from .operations.convert.convert import convert
     from .operations.export import export
     from .operations.inspect import inspect
     from .operations.merge import merge
@@ -69,7 +69,7 @@ __all__ = [
 _HOMES = {
     "Manifest": "resharded.manifest",
     "ReshardPlan": "planning.plan",
-    "convert": "operations.convert",
+    "convert": "operations.convert.convert",
     "export": "operations.export",
     "plan": "operations.plan",
     "sizes": "operations.plan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ class Inputs:
     Files that `ahead` has begun are not digested again. Files still to come are taken from `arrivals`, each for as long
     as it is needed; a file of which nothing is missing is not asked for. If there are `records`, the source files are
     rank files themselves: every tensor is checked against its record, and no digest of a file is made. Tensors that are
-    `computed` are in none of the files: they are computed from those that are, a block at a time.
+    `computed` are in none of the files: they are computed from those that are, a block at a time. Only the `digested`
+    files are digested, or checked, whole: all of them if that is None.
     """
 
     source: Source
@@ -44,6 +45,7 @@ class Inputs:
     arrivals: Arrivals | None = None
     records: Mapping[str, FileRecord] | None = None
     computed: Mapping[str, Computed] = field(default_factory=dict)
+    digested: Collection[str] | None = None
 
 
 def write_files(
@@ -56,7 +58,7 @@ def write_files(
     sync: bool = True,
     progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[list[FileRecord], dict[str, str]]:
-    """Write every file of a plan into `folder`; also digest the source files. `progress` is told of bytes written.
+    """Write files of a plan into `folder`; also digest the source files. `progress` is told of bytes written.
 
     Each worker thread takes whole tensors, in the order of the source files, then the digest of the file just read.
     Anonymous memory is at most `workers × BLOCK_BYTES`, whatever the size of the model or of a tensor; a computed block
@@ -128,6 +130,7 @@ def write_files(
     jobs += [
         Job((file.name,), math.inf, partial(digest_source, file), (_SOURCE, file.name) in claimed)
         for file in source.files
+        if inputs.digested is None or file.name in inputs.digested
     ]
     # Each file that is here is read once, from its beginning. Files to come are waited for no longer than must be.
     jobs.sort(key=lambda job: (job.files[-1 if arrivals else 0] if job.files else "", job.at))

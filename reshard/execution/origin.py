@@ -18,12 +18,12 @@ from ..resharded.derived import Derived
 from ..resharded.manifest import read_manifest
 from ..storage.locate import away, look_at, of_hub
 from ..storage.prefetch import AHEAD, Arrivals
-from ..storage.remote import Remote, headers_of_absent, open_remote, remote_files
+from ..storage.remote import GivenUp, Remote, Spans, headers_of_absent, open_remote, remote_files
 from ..text import printable
 from .reader import equal_tensors
 from .staging import Stage
 
-__all__ = ["Origin", "open_origin"]
+__all__ = ["Origin", "Spans", "open_origin"]
 
 _FETCHED = "fetched-"  # followed by the version: files of another version are not used
 
@@ -90,11 +90,14 @@ class Origin:
         return stage.beside(_FETCHED + self.version)
 
     @contextlib.contextmanager
-    def arrivals(self, stage: Stage, *, keep_cache: bool) -> Iterator[Arrivals | None]:
+    def arrivals(
+        self, stage: Stage, *, keep_cache: bool, at_once: bool = True, spans: Spans | None = None
+    ) -> Iterator[Arrivals | None]:
         """Give the files that are still to come, if any.
 
         Each is beside the output for as long as it is needed, or else in the cache. If no earlier run left anything,
-        the first files are under way at once. What has come stays for the next run if the work has begun.
+        the first files are under way `at_once`. What has come stays for the next run if the work has begun. Of a file
+        that is among the `spans` when it is fetched, only those bytes come.
         """
         if self.remote is None:
             yield None
@@ -102,13 +105,19 @@ class Origin:
         folder = None if keep_cache else self.staged(stage)
 
         def discard(path: Path) -> None:
-            if folder is not None and path.is_relative_to(folder):
+            if path.is_relative_to(self.staged(stage)):
                 path.unlink(missing_ok=True)
 
-        done = False
+        remote, done = self.remote, False
+
+        def fetch(name: str, given_up: GivenUp) -> Path:
+            if spans and name in spans:
+                return remote.fetch_spans(name, spans[name], given_up, folder=self.staged(stage))
+            return remote.fetch(name, given_up, folder=folder)
+
         try:
-            with Arrivals(partial(self.remote.fetch, folder=folder), discard=discard) as arrivals:
-                if stage.fresh:
+            with Arrivals(fetch, discard=discard) as arrivals:
+                if stage.fresh and at_once:
                     arrivals.expect({file.name: 1 for file in self.coming()[:AHEAD]})
                 yield arrivals
             done = True

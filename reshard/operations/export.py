@@ -22,7 +22,7 @@ from ..execution.executor import Inputs, write_files
 from ..execution.journal import Journal
 from ..execution.origin import Origin, open_origin
 from ..execution.staging import staged_folder
-from ..files.digest import digest_of
+from ..files.digest import ALGORITHM, digest_of
 from ..files.dtypes import CODES
 from ..files.header import TensorInfo
 from ..files.untrusted import vetted_path
@@ -164,7 +164,9 @@ def export(
             extras.append(FileRecord(name, len(data), digest_of(data), {}))
         manifest = replace(
             draft,
-            source_files=made.manifest.source_files if made else recorded(checkpoint.files, digests),
+            source_files=made.manifest.source_files
+            if made
+            else tuple(recorded(file, f"{ALGORITHM}:{digests[file.name]}") for file in checkpoint.files),
             rank_files=tuple(written),
             extras=tuple(extras),
         )

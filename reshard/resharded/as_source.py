@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.source import MANIFEST_NAME, Source, SourceFile, model_config
 from ..checkpoint.weights import INDEX_NAME
 from ..errors import BadInputError, IntegrityError
-from ..files.digest import ALGORITHM, digest_file
+from ..files.digest import digest_file
 from ..files.dtypes import holds, torch_name
 from ..files.header import Header, TensorInfo, parse_header
 from ..files.untrusted import check_plain_name, check_plain_path
@@ -24,7 +24,17 @@ from .manifest import Manifest, read_manifest, refuse_engine
 from .rank_file import FileRecord, read_rank_header, written_file
 from .targets import LocalTensor
 
-__all__ = ["Resharded", "open_resharded", "recorded", "source_headers", "source_tensors", "written_back"]
+__all__ = [
+    "UNKNOWN",
+    "Resharded",
+    "open_resharded",
+    "recorded",
+    "source_headers",
+    "source_tensors",
+    "written_back",
+]
+
+UNKNOWN = ""  # stands for a digest in a manifest that is not complete
 
 Held = dict[str, tuple[str, tuple[int, ...]]]  # tensor → dtype and shape
 
@@ -140,17 +150,9 @@ def _resharded(
     return Resharded(manifest, source, held, source_tensors(manifest, headers))
 
 
-def recorded(files: Iterable[SourceFile], digests: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
-    """Return source files as a manifest has them, with their `digests` by name."""
-    return tuple(
-        {
-            "file": file.name,
-            "size": file.size,
-            "digest": f"{ALGORITHM}:{digests[file.name]}",
-            "header": file.header.raw.decode(),
-        }
-        for file in files
-    )
+def recorded(file: SourceFile, digest: str) -> dict[str, Any]:
+    """Return a source file as a manifest has it. Its digest is `UNKNOWN` until it is read."""
+    return {"file": file.name, "size": file.size, "digest": digest, "header": file.header.raw.decode()}
 
 
 def source_headers(manifest: Manifest) -> dict[str, Header]:

@@ -14,18 +14,20 @@ from typing import Protocol
 from ..checkpoint.companions import Item
 from ..checkpoint.source import MANIFEST_NAME, Elsewhere, Source, SourceFile, open_source, weights_of
 from ..checkpoint.weights import AS_FOUND, Choice, Weights
-from ..errors import BadInputError, IntegrityError
+from ..errors import BadInputError, IntegrityError, StorageError
 from ..files.header import Header, header_length, parse_header
 from ..files.untrusted import check_plain_name
 from ..resharded.rank_file import FileRecord, check_rank_header
 from ..text import printable
-from .disk import discard
+from .disk import discard, pwrite
 
 __all__ = [
     "Away",
     "Entry",
     "GivenUp",
     "Remote",
+    "Span",
+    "Spans",
     "headers_of_absent",
     "lacking",
     "never",
@@ -37,11 +39,15 @@ __all__ = [
 ]
 
 _AT_ONCE = 8  # requests
+_PIECE = 8 << 20  # bytes of one request
+_SOME = ".some"  # ends the name of a file that is here with holes
 _FIRST_BYTES = 16 << 10  # most headers are shorter
 _HASHED_AT_ONCE = 4 << 20
 
 
 GivenUp = Callable[[], bool]
+Span = tuple[int, int]  # the bytes of a file from the first number to the second
+Spans = dict[str, tuple[Span, ...]]  # by file
 
 
 def never() -> bool:
@@ -115,6 +121,46 @@ class Remote:
             )
             damaged.lost = False  # nothing was made from it
             raise damaged
+        return path
+
+    def fetch_spans(self, name: str, spans: Sequence[Span], given_up: GivenUp = never, *, folder: Path) -> Path:
+        """Fetch some bytes of a file into `folder`: a file of its full size, with holes. A cached one is used as it is.
+
+        What comes cannot be checked by itself: the digest of a file is that of all its bytes.
+
+        Raises:
+            InterruptedError: the work was given up meanwhile.
+            NetworkError: the bytes do not come.
+            StorageError: the disk refuses.
+        """
+        file = self.source.file(name)
+        if name in self.cached:
+            return file.path
+        path = folder / f"{name}{_SOME}"
+
+        def piece(fd: int, start: int, end: int) -> None:
+            if given_up():
+                raise InterruptedError
+            pwrite(fd, memoryview(self.away.read(name, start, end)), start)
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                os.ftruncate(fd, file.size)
+                pieces = [(at, min(at + _PIECE, end)) for start, end in spans for at in range(start, end, _PIECE)]
+                pool = ThreadPoolExecutor(_AT_ONCE)
+                try:
+                    for done in [pool.submit(piece, fd, *bounds) for bounds in pieces]:
+                        done.result()
+                finally:
+                    pool.shutdown(cancel_futures=True)
+            finally:
+                os.close(fd)
+        except InterruptedError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{printable(path)}: {error.strerror}") from None
         return path
 
 

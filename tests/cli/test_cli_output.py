@@ -25,7 +25,7 @@ from cli_tools import (
 
 import reshard.cli.main
 import reshard.execution.executor
-import reshard.operations.convert
+import reshard.operations.convert.work
 
 
 @pytest.mark.parametrize("kind", ["resharded", "folder", "file", "dangling link"])
@@ -135,7 +135,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_too_small_is_said_before_writing(
     source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reshard.operations.convert, "write_files", None)  # any write would fail
+    monkeypatch.setattr(reshard.operations.convert.work, "write_files", None)  # any write would fail
     result = refused(5, convert(source, small_disk / "out"), "needs 1,1", "only 65,536 are free")
     assert "out" in result.error
 
@@ -144,7 +144,7 @@ def test_disk_too_small_is_said_before_writing(
 def test_disk_full_while_writing(
     source: Path, small_disk: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reshard.operations.convert, "check_free_space", lambda *_: None)
+    monkeypatch.setattr(reshard.operations.convert.work, "check_free_space", lambda *_: None)
     refused(5, convert(source, small_disk / "out"), RANK_FILES[1], "No space left")
 
 

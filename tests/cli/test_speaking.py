@@ -25,7 +25,7 @@ import warm_ranks
 from cli_tools import ESCAPED, EVIL, FIRST, Checkpoint, Cli, assert_one_error, convert
 
 import reshard
-import reshard.operations.convert
+import reshard.operations.convert.work
 import reshard.operations.plan
 from reshard.cli import speaking
 from reshard.cli.convert import next_command
@@ -169,13 +169,13 @@ def test_lines_of_a_command(source: Path, out: Path, cli: Cli, monkeypatch: pyte
 
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Delay every write of files."""
-    write = reshard.operations.convert.write_files
+    write = reshard.operations.convert.work.write_files
 
     def waiting(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.2)
         return write(*arguments, **options)
 
-    monkeypatch.setattr(reshard.operations.convert, "write_files", waiting)
+    monkeypatch.setattr(reshard.operations.convert.work, "write_files", waiting)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it was looked at")
 
     for name in (
-        "reshard.operations.convert.open_origin",
+        "reshard.operations.convert.work.open_origin",
         "reshard.operations.reference.fetch_whole",
         "reshard.operations.merge.fetch",
     ):

@@ -16,7 +16,7 @@ import pytest
 from cli_tools import Cli, Result, assert_one_error, convert, tree
 
 from reshard.errors import BadInputError
-from reshard.operations import convert as conversion
+from reshard.operations.convert import work as conversion
 from reshard.storage.disk import check_free_space
 
 ROOM = 4 << 20  # bytes of the small file system

@@ -204,7 +204,7 @@ def test_a_store_that_takes_nothing(
 ) -> None:
     """The error comes before any work, and nothing of it stays."""
     store.fault = lambda call: denied(call) if call.method == "PUT" else None
-    monkeypatch.setattr(reshard.operations.convert, "open_origin", None)
+    monkeypatch.setattr(reshard.operations.convert.work, "open_origin", None)
     assert_one_error(cli("convert", source, "s3://bucket/out", "-tp", 2), 10, "may not write", hint="credentials")
     assert store.objects("out") == {}
     assert not kept(tmp_path)

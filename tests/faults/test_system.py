@@ -140,7 +140,8 @@ def test_really_too_many_open_files(resharded: Path) -> None:
 import os, resource, sys
 from pathlib import Path
 import reshard
-from reshard.operations import convert, merge
+from reshard.operations import merge
+from reshard.operations.convert import work
 from reshard.operations.verify import compare, verify
 from reshard.errors import ReshardError
 from reshard.resharded.manifest import read_manifest

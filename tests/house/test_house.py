@@ -72,7 +72,7 @@ TORCH_FREE = [
     *("reshard", "reshard.strategies.registry", "reshard.planning.recut"),
     *(
         f"reshard.operations.{name}"
-        for name in ("publish.publish", "pull", "verify.verify", "inspect", "convert", "merge")
+        for name in ("publish.publish", "pull", "verify.verify", "inspect", "convert.convert", "merge")
     ),
 ]
 

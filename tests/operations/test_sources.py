@@ -15,7 +15,7 @@ import reshard
 import runtime
 
 
-def assert_same_model(source: Path, out: Path) -> reshard.operations.convert.Manifest:
+def assert_same_model(source: Path, out: Path) -> reshard.Manifest:
     manifest = reshard.convert(source, out, tp_size=1)
     reshard.verify(out, against=source)
     expected = transformers.AutoModelForCausalLM.from_pretrained(source)

@@ -32,7 +32,7 @@ def t5(folder: Path, values: dict[str, int], *, tied: bool = True) -> Path:
     return folder
 
 
-def assert_as_transformers(source: Path, out: Path) -> reshard.operations.convert.Manifest:
+def assert_as_transformers(source: Path, out: Path) -> reshard.Manifest:
     """Check that every parameter is the one of `from_pretrained`."""
     manifest = reshard.convert(source, out, tp_size=1, tp_plan=RULES)
     reshard.verify(out, against=source)

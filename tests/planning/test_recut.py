@@ -20,7 +20,7 @@ from merge_tools import add
 from places import ROOT
 
 import reshard
-import reshard.operations.convert
+import reshard.operations.convert.work
 from reshard.execution.origin import open_origin
 from reshard.planning.recut import recut
 from reshard.sharding.topology import Topology
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Pat
 def with_the_model(source: Path, out: Path, **options: Any) -> None:
     """Convert by a plan that is made with the model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reshard.operations.convert, "recut", lambda *_: None)
+        patch.setattr(reshard.operations.convert.work, "recut", lambda *_: None)
         reshard.convert(source, out, sync=False, **options)
 
 

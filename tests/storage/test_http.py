@@ -78,7 +78,7 @@ def test_large_files_need_ranges(site: str, out: Path, cli: Cli, monkeypatch: py
 
 def test_nothing_is_written_there(site: str, source: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error comes before any work."""
-    monkeypatch.setattr(reshard.operations.convert, "open_origin", None)
+    monkeypatch.setattr(reshard.operations.convert.work, "open_origin", None)
     assert_one_error(cli(*convert(source, f"{site}/new")), 2, f"{site}/new: a store of this kind cannot be written to")
 
 

@@ -22,7 +22,7 @@ from kill_tools import interrupted_after
 from safetensors.torch import load_file, save_file
 
 import reshard
-import reshard.operations.convert
+import reshard.operations.convert.work
 import reshard.operations.plan
 from reshard.errors import BadInputError, IntegrityError, NetworkError, PolicyError, StorageError, TopologyError
 from reshard.storage.prefetch import AHEAD
@@ -359,7 +359,9 @@ def test_room_for_two_source_files_is_asked_for(
     published: FakeHub, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(reshard.operations.convert, "check_free_space", lambda _, needed, *others: asked.append(needed))
+    monkeypatch.setattr(
+        reshard.operations.convert.work, "check_free_space", lambda _, needed, *others: asked.append(needed)
+    )
     reshard.convert("org/model", tmp_path / "out", tp_size=2)
     reshard.convert(checkpoint("llama"), tmp_path / "local", tp_size=2)
     assert asked[0] - asked[1] == sum(sorted(sizes_of(checkpoint("llama")).values())[-2:])

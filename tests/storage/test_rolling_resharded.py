@@ -113,7 +113,7 @@ def test_a_disk_that_is_too_small_keeps_nothing_of_what_came(
         raise StorageError("needs 9 bytes, but only 8 are free")
 
     repo.create("org/llama", contents(checkpoint("llama")))
-    monkeypatch.setattr("reshard.operations.convert.check_free_space", too_small)
+    monkeypatch.setattr("reshard.operations.convert.work.check_free_space", too_small)
     for place in ("org/model/tp2", "org/llama"):
         assert_one_error(cli("convert", place, out, "--tp-size", 4), 5, "only 8 are free")
         assert not list(out.parent.glob("out*"))

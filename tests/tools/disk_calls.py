@@ -17,10 +17,10 @@ import pico
 import pytest
 
 import reshard
-import reshard.operations.convert
 import reshard.operations.plan
 import reshard.storage.disk
 from reshard.execution.origin import Origin
+from reshard.operations.convert import work
 from reshard.planning.plan import ReshardPlan, plan_layouts
 
 CALLS = (
@@ -111,8 +111,8 @@ def already_planned(planned: ReshardPlan) -> Iterator[None]:
     """Inside the context, `reshard.convert` skips the planning, to take milliseconds; call it for this plan only."""
     with pytest.MonkeyPatch.context() as patch:
         layouts = plan_layouts(planned)
-        patch.setattr(reshard.operations.convert, "open_origin", lambda *_, **__: Origin(planned.source))
+        patch.setattr(work, "open_origin", lambda *_, **__: Origin(planned.source))
         patch.setattr(reshard.operations.plan, "plan_of", lambda *_, **__: planned)
         patch.setattr(reshard.operations.plan, "filled", lambda *_: layouts)
-        patch.setattr(reshard.operations.convert, "version", functools.cache(reshard.operations.convert.version))
+        patch.setattr(work, "version", functools.cache(work.version))
         yield

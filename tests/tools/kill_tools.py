@@ -49,7 +49,7 @@ def interrupted_after(claims: int) -> Iterator[None]:
 def server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kill_tools", "reshard.operations.convert", "transformers.models.llama.modeling_llama"]
+        ["kill_tools", "reshard.operations.convert.convert", "transformers.models.llama.modeling_llama"]
     )
     return context
 
@@ -78,7 +78,7 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool, opti
 
     import reshard.execution.destination
     import reshard.execution.executor
-    from reshard.operations.convert import convert
+    from reshard.operations.convert.convert import convert
 
     torch.set_num_threads(1)
     lock = threading.Lock()

@@ -41,7 +41,7 @@ _NEEDED = (
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
     *("transformers.models.llama.modeling_llama", "torch.distributed.launcher.api", "reshard.cli.main"),
     *(
-        "reshard.operations.convert",
+        "reshard.operations.convert.convert",
         "s3fs",
         "runtime.commands.bench",
         "runtime.commands.check",

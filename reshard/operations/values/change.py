@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,14 @@ from ...execution.reader import SourceReader, tensor_blocks
 from ...files.digest import new_digest
 from ...files.untrusted import read_json
 from ...process import BLOCK_BYTES, Advance, Progress, silent, worker_count
-from ...resharded.as_source import recorded, written_back
+from ...resharded.as_source import written_back
 from ...resharded.manifest import Manifest
 from ...text import printable
 
 if TYPE_CHECKING:
     from ...checkpoint.source import SourceFile
 
-__all__ = ["AS_IT_IS", "Change", "change_of", "derived_origin", "made_again", "with_recorded_files"]
+__all__ = ["AS_IT_IS", "Change", "change_of", "derived_origin", "given_back", "made_again"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +133,18 @@ def made_again(manifest: Manifest, config: Mapping[str, Any], source: Source, *,
     return derived_origin(origin, change, dtype=told["dtype"], progress=progress)
 
 
-def with_recorded_files(
-    folder: Path, manifest: Manifest, origin: Origin, *, workers: int | None = None, progress: Progress = silent
-) -> Manifest:
-    """Return the manifest with the files that its source would have, those that `merge --layout hf` writes. For their
-    digests, the rank files in `folder` are read once more."""
-    files = origin.source.files
-    manifest = replace(manifest, source_files=recorded(files, dict.fromkeys((file.name for file in files), "0" * 32)))
+def given_back(
+    folder: Path,
+    manifest: Manifest,
+    names: Container[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, str]:
+    """Return the digests of the source files, all or those of these `names`, as the rank files in `folder` give them
+    back: what `merge --layout hf` writes. The rank files are read for it."""
     made = written_back(folder, manifest)
+    files = [file for file in made.source.files if names is None or file.name in names]
     stop, found = threading.Event(), dict[str, str]()
 
     def work(file: SourceFile, reader: SourceReader, report: Advance) -> None:
@@ -157,4 +161,4 @@ def with_recorded_files(
     with SourceReader(made.held) as reader, progress(sum(file.size for file in files), "digesting") as report:
         jobs = [Job((), 0.0, partial(work, file, reader, report), False) for file in files]
         run_jobs(jobs, workers or worker_count(), stop)
-    return replace(manifest, source_files=recorded(files, found))
+    return found
