@@ -3,7 +3,8 @@
 The commands call the functions of the same names: `convert`, `plan`, `export`, `inspect`, `verify`, `merge`, `publish`,
 `pull`. They are imported when first used, so that importing this package, and asking for help, costs nothing. Each
 raises a `ReshardError`; `reshard.errors` lists them all. `plan` returns a `ReshardPlan`; `convert`, `export` and
-`inspect` return a `Manifest`. `sizes` is `reshard plan` without a number of ranks.
+`inspect` return a `Manifest`. `convert_part` and `finish` make a folder in parts, on several machines. `sizes` is
+`reshard plan` without a number of ranks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .operations.convert.convert import convert
+    from .operations.convert.finish import finish
+    from .operations.convert.part import PartReport, convert_part
     from .operations.export import export
     from .operations.inspect import inspect
     from .operations.merge import merge
@@ -46,6 +49,7 @@ __all__ = [
     "IntegrityError",
     "Manifest",
     "NetworkError",
+    "PartReport",
     "PolicyError",
     "RemoteMovedError",
     "ReshardError",
@@ -56,7 +60,9 @@ __all__ = [
     "VersionError",
     "__version__",
     "convert",
+    "convert_part",
     "export",
+    "finish",
     "inspect",
     "merge",
     "plan",
@@ -69,7 +75,10 @@ __all__ = [
 _HOMES = {
     "Manifest": "resharded.manifest",
     "ReshardPlan": "planning.plan",
+    "PartReport": "operations.convert.part",
     "convert": "operations.convert.convert",
+    "convert_part": "operations.convert.part",
+    "finish": "operations.convert.finish",
     "export": "operations.export",
     "plan": "operations.plan",
     "sizes": "operations.plan",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError
 from ..text import printable, without_secrets
 from .common import format_option, no_sync_option, print_report, what_to_cut, workers_option
 from .plan import print_plan
@@ -33,6 +34,11 @@ __all__ = ["convert"]
     is_flag=True,
     help="Store what one process computes on fixed tokens, for `reshard check`. It loads the whole model into memory.",
 )
+@click.option(
+    "--part",
+    metavar="I/K",
+    help="Make one of K parts, for `reshard finish`; auto: as torchrun, Slurm, MPI or Kubernetes (auto/K) says.",
+)
 @workers_option
 @no_sync_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -43,6 +49,7 @@ def convert(
     overwrite: bool,
     keep_cache: bool,
     reference_logits: bool,
+    part: str | None,
     workers: int | None,
     no_sync: bool,
     dry_run: bool,
@@ -62,9 +69,21 @@ def convert(
       reshard convert meta-llama/Llama-3.1-8B llama-nf4 --tp-size 2 --quantize nf4
       reshard convert Qwen/Qwen3-30B-A3B qwen-ep4 --tp-size 4 --ep-size 4
       reshard convert s3://bucket/llama s3://bucket/llama-tp4 --tp-size 4
+      reshard convert meta-llama/Llama-3.1-405B llama-tp8 --tp-size 8 --part 1/4
     """
+    if part is not None and (overwrite or reference_logits):
+        raise UsageError(
+            f"{'--overwrite' if overwrite else '--reference-logits'} does not go with --part",
+            hint="remove what is at OUT yourself"
+            if overwrite
+            else "compare with the source: reshard check OUT --reference SOURCE",
+        )
     if dry_run:
-        print_plan(source, style, **cut)
+        print_plan(source, style, part=part, **cut)
+        return
+    if part is not None:
+        made = {"keep_cache": keep_cache, "workers": workers, "sync": not no_sync}
+        _convert_part(source, out, style, part=part, **made, **cut)
         return
     began = time.monotonic()
     from .. import convert as run
@@ -94,6 +113,22 @@ def convert(
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes, in {duration(seconds)}",
     )
     say(f"next: {next_command(manifest, source=source, out=out, **cut)}")
+
+
+def _convert_part(source: str, out: str, style: str, **how: Any) -> None:
+    from .. import convert_part as run
+    from ..showing.texts import part_text
+
+    began = time.monotonic()
+    done = run(source, out, progress=progress_bar, say=say, **how)
+    seconds = time.monotonic() - began
+    print_report(
+        {"out": without_secrets(out), "seconds": round(seconds, 3), **done.to_dict()},
+        style,
+        lambda report: f"{printable(out)}: {part_text(report)}, in {duration(seconds)}",
+    )
+    finish = shlex.join(("reshard", "finish", without_secrets(out)))
+    say("finished: all parts are done" if done.manifest else f"next, when all {done.part.of} parts are done: {finish}")
 
 
 def next_command(

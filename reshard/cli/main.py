@@ -21,6 +21,7 @@ from .check import check
 from .convert import convert
 from .env import env
 from .export import export
+from .finish import finish
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
@@ -43,7 +44,7 @@ def cli() -> None:
     """
 
 
-for _command in (convert, plan, inspect, verify, merge, export, run, check, bench, publish, pull, env):
+for _command in (convert, finish, plan, inspect, verify, merge, export, run, check, bench, publish, pull, env):
     cli.add_command(_command)
 
 

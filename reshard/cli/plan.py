@@ -48,12 +48,23 @@ def plan(source: str, style: str, tp_size: int | None, gpu_memory: int | None, *
         print_plan(source, style, tp_size=tp_size, gpu_memory=gpu_memory, **cut)
 
 
-def print_plan(source: str, style: str, **cut: Any) -> None:
-    """Print the plan of SOURCE on stdout."""
+def print_plan(source: str, style: str, *, part: str | None = None, **cut: Any) -> None:
+    """Print the plan of SOURCE on stdout, and what a `part` of it is to do."""
     from .. import plan as run
-    from ..showing.texts import plan_text
+    from ..showing.texts import part_text, plan_text
 
-    print_report(run(source, say=say, **cut).to_dict(), style, lambda r: plan_text(r, terminal_width()))
+    planned = run(source, say=say, **cut)
+    report = planned.to_dict()
+    if part is not None:
+        from ..operations.convert.part import planned_part
+
+        changed = cut["quantize"] is not None or cut["dequantize"]
+        report["part"] = planned_part(planned, part, changed=changed).to_dict()
+    print_report(
+        report,
+        style,
+        lambda r: "\n".join([plan_text(r, terminal_width()), *([part_text(r["part"])] if part else [])]),
+    )
 
 
 def _print_sizes(

@@ -25,7 +25,7 @@ from ..storage.stores import PROBE_NAME, as_text, cache_folder, is_url, open_sto
 from ..text import listed, printable
 from .journal import JOURNAL_NAME
 
-__all__ = ["Destination", "destination"]
+__all__ = ["Destination", "destination", "send", "send_one"]
 
 _SMALL = 8 << 20  # bytes: files up to this size are sent several at a time, larger ones in several parts
 _AT_ONCE = 8
@@ -193,41 +193,55 @@ class _InStore:
 
     def commit(self, folder: Path) -> None:
         found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        # Weights first: a checkpoint in a folder above would take a folder of small files for its own.
-        names = sorted({*found} - {JOURNAL_NAME}, key=lambda name: (not is_weights(name), name))
-        last = next((name for name in _LAST if name in names), names[-1])  # if config.json names the weights
-        names.remove(last)
-        sizes = {name: (folder / name).stat().st_size for name in names}
-        strange = sorted(open_store(self.url).files.keys() - {*names, last, PROBE_NAME})
+        names = {*found} - {JOURNAL_NAME}
+        # config.json is the last if it names the weights.
+        last = next((name for name in _LAST if name in names), max(names, key=_weights_first))
+        strange = sorted(open_store(self.url).files.keys() - {*names, PROBE_NAME})
         if strange:
             raise DestinationExistsError(f"{printable(self.url)}: holds files of something else: {listed(strange)}")
-        with self.progress(sum(sizes.values()), "sending") as report, ThreadPoolExecutor(_AT_ONCE) as pool:
-            for name in names:
-                if sizes[name] > _SMALL:
-                    self._send(folder, name, report)
-            small = [name for name in names if sizes[name] <= _SMALL]
-            list(pool.map(lambda name: self._send(folder, name, report), small))
-        self._check_sent(sizes.items())
-        self._send(folder, last)
+        send(self.url, folder, names - {last}, self.progress)
+        send_one(self.url, folder, last)
 
-    def _send(self, folder: Path, name: str, report: Callable[[int], object] = lambda _: None) -> None:
-        store, path = open_store(self.url), folder / name
-        if store.find(name) is None:
-            try:
-                store.put(path, name, report)
-                return
-            except FileExistsError:  # we sent it before and lost the answer, or it is another's
-                store = open_store(self.url)
-        if not store.holds(path, name):
-            raise DestinationExistsError(
-                f"{store}: holds another {printable(name)}", hint="remove it, or choose another name"
-            )
-        report(path.stat().st_size)
 
-    def _check_sent(self, sizes: Iterable[tuple[str, int]]) -> None:
-        store = open_store(self.url)
-        wrong = [name for name, size in sizes if (store.find(name) or (None,))[0] != size]
-        if wrong:
-            raise IntegrityError(
-                f"{store}: not as it was sent: {listed(wrong)}", hint="remove these files there, and run it again"
-            )
+def _weights_first(name: str) -> tuple[bool, str]:
+    return not is_weights(name), name
+
+
+def send(url: str, folder: Path, names: Iterable[str], progress: Progress = silent) -> None:
+    """Send files of a folder to a store, and see that they are there. Nothing that is there is replaced.
+
+    Raises:
+        DestinationExistsError: another file of that name is there.
+        IntegrityError: a file is not there as it was sent.
+        NetworkError: the store refuses.
+    """
+    # Weights first: a checkpoint in a folder above would take a folder of small files for its own.
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names, key=_weights_first)}
+    with progress(sum(sizes.values()), "sending") as report, ThreadPoolExecutor(_AT_ONCE) as pool:
+        for name, size in sizes.items():
+            if size > _SMALL:
+                send_one(url, folder, name, report)
+        small = [name for name, size in sizes.items() if size <= _SMALL]
+        list(pool.map(lambda name: send_one(url, folder, name, report), small))
+    store = open_store(url)
+    wrong = [name for name, size in sizes.items() if (store.find(name) or (None,))[0] != size]
+    if wrong:
+        raise IntegrityError(
+            f"{store}: not as it was sent: {listed(wrong)}", hint="remove these files there, and run it again"
+        )
+
+
+def send_one(url: str, folder: Path, name: str, report: Callable[[int], object] = lambda _: None) -> None:
+    """Send one file, or see that the same bytes are there already. Raises what `send` does."""
+    store, path = open_store(url), folder / name
+    if store.find(name) is None:
+        try:
+            store.put(path, name, report)
+            return
+        except FileExistsError:  # we sent it before and lost the answer, or it is another's
+            store = open_store(url)
+    if not store.holds(path, name):
+        raise DestinationExistsError(
+            f"{store}: holds another {printable(name)}", hint="remove it, or choose another name"
+        )
+    report(path.stat().st_size)

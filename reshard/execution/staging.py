@@ -21,6 +21,7 @@ from .journal import JOURNAL_NAME
 
 __all__ = [
     "Stage",
+    "discard_folder",
     "staged_folder",
 ]
 
@@ -154,6 +155,17 @@ def _clear_away(folder: Path, out: Path) -> None:
         raise StorageError(
             f"{printable(out)}: is in place, but what it replaced could not be removed: {error.strerror}"
         ) from None
+
+
+def discard_folder(folder: Path, out: Path) -> None:
+    """Remove a folder that was to become `out`, or a part of it. If that is interrupted, the next run goes on with it.
+
+    Raises StorageError.
+    """
+    try:
+        _discard(folder, out)
+    except OSError as error:
+        raise StorageError(f"{printable(folder)}: cannot be removed: {error.strerror}") from None
 
 
 def _discard(folder: Path, out: Path) -> None:

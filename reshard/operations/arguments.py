@@ -211,7 +211,7 @@ _RANKS = _count("a number of ranks")
 CHECKS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("source", "place", "against"), _path),
     **dict.fromkeys(("out", "dest", "to"), _folder),
-    **dict.fromkeys(("revision", "layout", "licence", "attn_implementation", "weights"), _text),
+    **dict.fromkeys(("revision", "layout", "licence", "attn_implementation", "weights", "part"), _text),
     **dict.fromkeys(("engine", "platform", "moe_backend"), _text),
     **dict.fromkeys(("engine_python", "plan"), _file),
     "capability": _capability,

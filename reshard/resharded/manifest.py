@@ -35,7 +35,16 @@ from .report import replicated_bytes, rows
 from .targets import Bundle, LocalTensor, Target, rank_tensors
 from .versions import check_known, check_version, version_members
 
-__all__ = ["REFERENCE_NAME", "Manifest", "read_manifest", "reference_record", "refuse_engine", "sealed_text"]
+__all__ = [
+    "REFERENCE_NAME",
+    "Manifest",
+    "is_sealed",
+    "manifest_at",
+    "read_manifest",
+    "reference_record",
+    "refuse_engine",
+    "sealed_text",
+]
 
 REFERENCE_NAME = "reference.logits"  # one of the extras: a safetensors file that no reader may take for weights
 
@@ -163,6 +172,11 @@ def sealed_text(content: Mapping[str, Any]) -> bytes:
     return _close(("{\n" + ",\n".join(lines) + ",\n").encode())
 
 
+def is_sealed(raw: bytes) -> bool:
+    """Whether a text of `sealed_text` is as it was written."""
+    return raw == _close(raw[: max(0, raw.rfind(b'"seal": '))])
+
+
 def _close(body: bytes) -> bytes:
     """Append the seal to `body`, which is everything before it, so that no byte can change unnoticed."""
     return body + f'"seal": "{digest_of(body)}"\n}}\n'.encode()
@@ -191,7 +205,11 @@ def read_manifest(folder: Path) -> Manifest:
             hint="make one with: reshard convert SOURCE OUT --tp-size N",
         )
     vetted_path(folder, MANIFEST_NAME, what="manifest")
-    path = folder / MANIFEST_NAME
+    return manifest_at(folder / MANIFEST_NAME)
+
+
+def manifest_at(path: Path) -> Manifest:
+    """Read the manifest in a file, whatever its name. Raises what `read_manifest` does."""
     try:
         content = read_json(path)
     except BadInputError as error:
@@ -202,8 +220,7 @@ def read_manifest(folder: Path) -> Manifest:
     check_version(version, where=printable(path))
     if content.get("digest") != ALGORITHM:
         raise VersionError(f"{printable(path)}: digests are {printable(content.get('digest'))}, not {ALGORITHM}")
-    raw = path.read_bytes()
-    if raw != _close(raw[: max(0, raw.rfind(b'"seal": '))]):
+    if not is_sealed(path.read_bytes()):
         raise IntegrityError(f"{printable(path)}: does not match its seal, so it was altered")
     try:
         check_known(content)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.source import MANIFEST_NAME
 from ..errors import BadInputError, IntegrityError
-from ..files.digest import digest_file, digest_of, tree_digest
-from ..files.header import Header, TensorInfo, read_header
+from ..files.digest import digest_file, digest_of, new_digest, tree_digest
+from ..files.header import Header, TensorInfo, header_length, parse_header, read_header
 from ..files.mapped import MappedFile
 from ..files.untrusted import vetted_path
 from ..process import Advance
@@ -21,10 +21,13 @@ __all__ = [
     "check_digests",
     "check_file",
     "check_rank_header",
+    "check_streamed",
     "largest_first",
     "read_rank_header",
     "written_file",
 ]
+
+_PIECE = 8 << 20  # bytes read at a time from elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +106,35 @@ def check_file(folder: Path, record: FileRecord, report: Advance = lambda _: Non
             report(info.nbytes)
         check_digests(path, record, header, found)
         report(record.size - sum(info.nbytes for info in header.tensors))
+
+
+def check_streamed(
+    record: FileRecord, read: Callable[[int, int], bytes], report: Advance = lambda _: None, *, where: str
+) -> None:
+    """Check every byte of a file that is elsewhere, as `check_file` does; `read` gives its bytes, from and to.
+
+    Raises IntegrityError, which names the tensor if one was altered.
+    """
+    path = Path(where) / record.name
+    if not record.name.endswith(".safetensors"):
+        if _streamed_digest(read, 0, record.size, report) != record.digest:
+            raise IntegrityError(f"{printable(path)}: its content was altered")
+        return
+    try:
+        end = 8 + header_length(read(0, min(8, record.size)), file=record.name, file_size=record.size)
+        header = parse_header(read(8, end), file=record.name, file_size=record.size)
+    except BadInputError as error:
+        raise IntegrityError(error.message) from None
+    check_rank_header(path, record, header)
+    found = {info.name: _streamed_digest(read, info.start, info.end, report) for info in header.tensors}
+    check_digests(path, record, header, found)
+    report(record.size - sum(info.nbytes for info in header.tensors))
+
+
+def _streamed_digest(read: Callable[[int, int], bytes], start: int, end: int, report: Advance) -> str:
+    digest = new_digest()
+    for at in range(start, end, _PIECE):
+        piece = read(at, min(at + _PIECE, end))
+        digest.update(piece)
+        report(len(piece))
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from ..text import numbers_in_runs, printable
 from .engines import options_of
 from .tables import gigabytes, table
 
-__all__ = ["manifest_text", "plan_text", "size_table_text", "sizes_text"]
+__all__ = ["manifest_text", "part_text", "plan_text", "size_table_text", "sizes_text"]
 
 
 _NOTE = 1000  # the most characters shown of a remark
@@ -157,6 +157,16 @@ def _derived_line(derived: Mapping[str, Any] | None) -> list[str]:
     if derived["quantized"]:
         what = f"quantized to {derived['quantized']}{', with experts' if derived['experts'] else ''}"
     return [printable(f"its weights were {what} when it was made")]
+
+
+def part_text(report: Mapping[str, Any]) -> str:
+    """Write what a part of a conversion did, or is to do, in one line."""
+    files = f"{len(report['files'])} file{'s' if len(report['files']) > 1 else ''}"
+    which = f"part {report['part']} of {report['of']}: {files}"
+    if report["done_before"]:
+        return f"{which}, done before"
+    counts = (("written", "bytes_written"), ("read", "bytes_read"), ("fetched", "bytes_fetched"))
+    return ", ".join([which, *(f"{report[key]:,} bytes {what}" for what, key in counts if report[key] is not None)])
 
 
 def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:

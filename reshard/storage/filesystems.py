@@ -21,7 +21,7 @@ _TELLING = re.compile(
     r"etag|md5|sha\d*$|crc|digest|checksum|hash|^hex$|generation|version|modif|mtime|updated|created|date.?time|write.?time"
 )
 _NO_ANSWER = re.compile("Connect|Timeout|HTTPClient|Disconnect|Payload")  # in the error names of the kinds of store
-_DONE = {"list": "listed", "read": "read", "write": "written to"}
+_DONE = {"list": "listed", "read": "read", "write": "written to", "remove from": "removed from"}
 
 
 @contextlib.contextmanager

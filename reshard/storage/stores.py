@@ -222,6 +222,11 @@ class Store:
         with doing("write", self.url):
             self.system.put_file(str(path), self.path(name), callback=Told(), mode="create", **options)
 
+    def remove(self, name: str) -> None:
+        """Remove a file; it may be gone already. Raises NetworkError."""
+        with doing("remove from", self.url), contextlib.suppress(FileNotFoundError):
+            self.system.rm_file(self.path(name))
+
     def try_out(self) -> None:
         """Put a small file there like any other, and remove it. If removing fails, or in a crash, it stays.
 

@@ -184,6 +184,7 @@ def _with_files(planned: Recut, origin: Origin) -> Manifest:
         derived=told,
         rank_files=tuple(records[:ranks]),
         unused_file=next(iter(records[ranks:]), None),
+        extras=(),
     )
 
 

@@ -1,0 +1,441 @@
+"""A conversion in parts: the bytes of one run, whatever the source and the order; parts that do not go together."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from cli_tools import Checkpoint, Cli, Refused, assert_one_error, tree
+from kill_tools import interrupted_after
+from merge_tools import add
+from quantizing import quantize_folder
+
+import reshard
+from reshard.errors import (
+    BadInputError,
+    DestinationExistsError,
+    IntegrityError,
+    StorageError,
+    UsageError,
+    VersionError,
+)
+from reshard.execution.part_record import DRAFT_NAME, RECORD_NAME
+from reshard.operations.convert import work
+from reshard.operations.convert.which import which_part
+from reshard.resharded.manifest import sealed_text
+
+PART_2 = "part-00002-of-00003"
+
+
+def made(source: Path | str, out: Path, parts: int, *, seed: int = 0, **options: Any) -> None:
+    """Make all parts, in any order, and finish."""
+    numbers = list(range(1, parts + 1))
+    random.Random(seed).shuffle(numbers)
+    for number in numbers:
+        reshard.convert_part(source, out, part=f"{number}/{parts}", **options)
+    reshard.finish(out)
+
+
+def assert_as_one(source: Path | str, room: Path, parts: int, **options: Any) -> None:
+    reshard.convert(source, room / "one", **options)
+    made(source, room / "out", parts, seed=parts, **options)
+    assert tree(room / "out") == tree(room / "one")
+    assert not list(room.glob("out.*"))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gpt_oss"])
+def test_the_bytes_are_those_of_one_run(family: str, parts: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    assert_as_one(checkpoint(family), tmp_path, parts, tp_size=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"tp_plan": "general"},
+        {"ep_size": 3},
+        {"quantize": "int8"},
+        {"quantize": "nf4", "quantize_config": {"bnb_4bit_use_double_quant": True}},
+    ],
+    ids=str,
+)
+def test_so_are_they_with_options(options: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    family = "mixtral" if "ep_size" in options else "llama"
+    assert_as_one(checkpoint(family), tmp_path, 2, tp_size=3, **options)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_quantized_checkpoint(dequantize: bool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = quantize_folder(checkpoint("llama"), tmp_path / "source", "fp8")
+    assert_as_one(source, tmp_path, 2, tp_size=2, dequantize=dequantize)
+
+
+def test_unused_tensors_small_files_and_folders(source: Path, tmp_path: Path) -> None:
+    add(source, {"unknown.weight": torch.randn(3, 5), "unknown.scale": torch.tensor(2.0)})
+    (source / "assets").mkdir()
+    (source / "assets" / "note.txt").write_text("mine")
+    assert_as_one(source, tmp_path, 3, tp_size=3, include=["assets/*"])
+    (tmp_path / "dropped").mkdir()
+    assert_as_one(source, tmp_path / "dropped", 3, tp_size=3, drop_unused=True)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_from_a_resharded_folder(quantized: bool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """N→M of what was made in parts, in parts."""
+    options = {"quantize": "nf4"} if quantized else {}
+    made(checkpoint("llama"), tmp_path / "two", 2, tp_size=2, **options)
+    assert_as_one(tmp_path / "two", tmp_path, 4, tp_size=4)
+    reshard.verify(tmp_path / "out", against=checkpoint("llama"))
+
+
+def test_the_report(checkpoint: Checkpoint, tmp_path: Path, cli: Cli) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    command = ["convert", source, out, "-tp", 4, "--format", "json", "--part"]
+    planned = json.loads(cli(*command, "2/3", "--dry-run").out)["part"]
+    assert not list(tmp_path.iterdir())
+    done = json.loads(cli(*command, "2/3").out)
+    assert {key: done[key] for key in planned} == planned
+    assert planned["bytes_written"] == sum(path.stat().st_size for path in out.parent.rglob("shard-*"))
+    assert 0 < planned["bytes_read"] <= sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    again = json.loads(cli(*command, "2/3").out)
+    assert (again["done_before"], again["bytes_written"], again["bytes_read"]) == (True, 0, 0)
+    assert cli(*command[:5], "--part", "1/3").out.startswith(f"{out}: part 1 of 3: 1 file, ")
+    finish = cli(*command[:5], "--part", "3/3", aloud=True).err
+    assert f"next, when all 3 parts are done: reshard finish {out}" in finish
+    result = cli("finish", out, aloud=True)
+    assert result.code == 0
+    assert "finishing" in result.err
+    assert result.out.startswith(f"{out}: 4 rank files, ")
+
+
+def test_finishing_twice(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    made(source, out, 2, tp_size=2)
+    before = tree(out)
+    assert reshard.finish(out) == reshard.inspect(out)
+    report = reshard.convert_part(source, out, part="1/2", tp_size=2)
+    assert report.done
+    assert tree(tmp_path) == {"out": tree(tmp_path)["out"], **{f"out/{name}": data for name, data in before.items()}}
+
+
+def test_a_part_that_was_interrupted_goes_on(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    reshard.convert(source, tmp_path / "one", tp_size=2)
+    with interrupted_after(5):
+        reshard.convert_part(source, out, part="2/2", tp_size=2, workers=1)
+    with pytest.raises(BadInputError, match="no part of it is done"):
+        reshard.finish(out)
+    sizes: list[int] = []
+    real = work.write_files
+    monkeypatch.setattr(
+        work, "write_files", lambda *a, **k: (sizes.append(len(k["journal"].claimed)), real(*a, **k))[1]
+    )
+    made(source, out, 2, tp_size=2)
+    assert sorted(sizes) == [0, 5]
+    assert tree(out) == tree(tmp_path / "one")
+
+
+@pytest.fixture
+def parts(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A destination of three parts of which the second is not done."""
+    for part in ("1/3", "3/3"):
+        reshard.convert_part(checkpoint("llama"), tmp_path / "out", part=part, tp_size=4)
+    return tmp_path / "out"
+
+
+def test_what_is_not_done_is_named(parts: Path, checkpoint: Checkpoint, refused: Refused, cli: Cli) -> None:
+    refused(4, ["finish", parts], "out.parts: part 2 of 3 is not done", hint="--part 2/3")
+    shutil.rmtree(parts.with_name("out.parts") / "part-00003-of-00003")
+    refused(4, ["finish", parts], "out.parts: parts 2, 3 of 3 are not done")
+    refused(3, ["finish", parts.with_name("none")], "no part of it is done", hint="--part 1/8")
+    command = ["convert", checkpoint("llama"), parts, "--part"]
+    refused(2, [*command, "2/9", "-tp", 8], "9 parts of 8 rank files", hint="8 parts or fewer")
+    refused(2, [*command, "5/4", "-tp", 8], "'5/4' is no part", hint="3/8")
+    refused(2, [*command, "2/3", "-tp", 4, "--overwrite"], "--overwrite does not go with --part")
+    refused(2, [*command, "2/3", "-tp", 4, "--reference-logits"], "--reference-logits does not", hint="reshard check")
+    refused(4, [*command, "2/4", "-tp", 4], "different numbers of parts: part 2 of 4, part 1 of 3")
+
+
+def other_plan(patch: pytest.MonkeyPatch, source: Path) -> dict[str, Any]:
+    return {"tp_size": 3}
+
+
+def other_version(patch: pytest.MonkeyPatch, source: Path) -> dict[str, Any]:
+    patch.setattr(work, "__version__", "9.9")
+    return {"tp_size": 4}
+
+
+def other_time(patch: pytest.MonkeyPatch, source: Path) -> dict[str, Any]:
+    os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
+    return {"tp_size": 4}
+
+
+def other_files(patch: pytest.MonkeyPatch, source: Path) -> dict[str, Any]:
+    pico.save("llama", source, vocab_size=128)
+    return {"tp_size": 4}
+
+
+OTHERS = {
+    "another plan": (IntegrityError, other_plan),
+    "source files of another time": (IntegrityError, other_time),
+    "other source files": (IntegrityError, other_files),
+    "was made by reshard 9.9": (VersionError, other_version),
+}
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("words", OTHERS)
+def test_parts_of_another_source_plan_or_version(
+    words: str, parts: Path, source: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part is refused before it writes; if it could not see the others, the folder is not finished."""
+    shutil.copystat(checkpoint("llama"), source)
+    for path in checkpoint("llama").iterdir():
+        shutil.copystat(path, source / path.name)
+    error, change = OTHERS[words]
+    with monkeypatch.context() as patch:
+        options = change(patch, source)
+        with pytest.raises(error, match=f"part 2 of 3 .*{words}"):
+            reshard.convert_part(source, parts, part="2/3", **options)
+        reshard.convert_part(source, parts.with_name("alone"), part="2/3", **options)
+    shutil.move(parts.with_name("alone.parts") / PART_2, parts.with_name("out.parts"))
+    before = tree(parts.parent)
+    with pytest.raises(error, match=f"part 2 of 3 .*{words}"):
+        reshard.finish(parts)
+    assert tree(parts.parent) == before
+    shutil.rmtree(parts.with_name("out.parts") / PART_2)
+    reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
+    reshard.finish(parts)
+    assert reshard.verify(parts, against=checkpoint("llama")).elements
+
+
+@pytest.mark.fault(33, 19)
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "small file"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_file_that_was_damaged(
+    damage: str, moved: bool, parts: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named with its part, which is made again once the file is removed. So too after a finish that was killed
+    when the files were together already."""
+    source = checkpoint("llama")
+    reshard.convert_part(source, parts, part="2/3", tp_size=4)
+    if moved:
+        with monkeypatch.context() as patch:
+            patch.setattr("reshard.operations.convert.finish._read_again", _interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                reshard.finish(parts)
+    name = "config.json" if damage == "small file" else "shard-00002-model-00001-of-00001.safetensors"
+    number = 1 if damage == "small file" else 2
+    [path] = parts.with_name("out.parts").rglob(name)
+    assert (path.parent.name == "files") == moved
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(IntegrityError, match=name) as refused:
+        reshard.finish(parts)
+    assert f"part {number} again" in str(refused.value.hint)
+    assert not parts.exists()
+    if damage in ("flipped", "small file"):
+        assert "remove that file" in str(refused.value.hint)
+        next(parts.with_name("out.parts").rglob(name)).unlink()
+    reshard.convert_part(source, parts, part=f"{number}/3", tp_size=4)
+    reshard.finish(parts)
+    reshard.convert(source, parts.with_name("one"), tp_size=4)
+    assert tree(parts) == tree(parts.with_name("one"))
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.fault(33, 12)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("part", [1, 3]),
+        ("part", [9, 3]),
+        ("format", "other"),
+        ("files", [{"file": "../../evil", "size": 1, "digest": ""}]),
+        ("extras", [{"file": "/etc/passwd", "size": 1, "digest": ""}]),
+        ("files", []),
+        ("files", 7),
+        ("source", {}),
+        ("work", None),
+    ],
+)
+def test_a_record_that_is_not_ours(key: str, value: Any, parts: Path, checkpoint: Checkpoint) -> None:
+    reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
+    path = parts.with_name("out.parts") / PART_2 / RECORD_NAME
+    content = json.loads(path.read_text())
+    content.pop("seal")
+    path.write_bytes(sealed_text({**content, key: value}))
+    before = tree(parts.parent)
+    with pytest.raises(reshard.ReshardError) as refused:
+        reshard.finish(parts)
+    assert refused.value.exit_code in (4, 11)
+    assert tree(parts.parent) == before
+
+
+@pytest.mark.parametrize("name", [RECORD_NAME, DRAFT_NAME])
+def test_a_record_or_draft_that_was_altered(name: str, parts: Path, checkpoint: Checkpoint) -> None:
+    path = parts.with_name("out.parts") / "part-00001-of-00003" / name
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"model-", b"nodel-"))
+    with pytest.raises(IntegrityError):
+        reshard.finish(parts)
+
+
+def test_a_record_of_a_newer_release(parts: Path) -> None:
+    path = parts.with_name("out.parts") / "part-00001-of-00003" / RECORD_NAME
+    path.write_bytes(sealed_text({**json.loads(path.read_text()), "format_version": 2}))
+    with pytest.raises(VersionError, match="record of version 2"):
+        reshard.finish(parts)
+
+
+def test_what_is_in_the_way(parts: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("llama")
+    reshard.convert_part(source, parts, part="2/3", tp_size=4)
+    parts.mkdir()
+    with pytest.raises(DestinationExistsError, match="is no resharded folder"):
+        reshard.finish(parts)
+    with pytest.raises(DestinationExistsError, match="is no resharded folder"):
+        reshard.convert_part(source, parts, part="2/3", tp_size=4)
+    parts.rmdir()
+    reshard.convert(source, parts, tp_size=2)
+    before = tree(tmp_path)
+    with pytest.raises(DestinationExistsError, match="is not what the parts make"):
+        reshard.finish(parts)
+    with pytest.raises(DestinationExistsError, match="already exists"):
+        reshard.convert_part(source, parts, part="2/3", tp_size=4)
+    with pytest.raises(UsageError, match="inside a resharded folder"):
+        reshard.convert_part(source, parts / "in", part="1/2", tp_size=4)
+    assert tree(tmp_path) == before
+
+
+def test_what_is_of_no_part_is_not_taken_along(parts: Path, checkpoint: Checkpoint) -> None:
+    reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
+    mine = parts.with_name("out.parts") / "files"
+    mine.mkdir()
+    (mine / "mine").write_text("mine")
+    with pytest.raises(IntegrityError, match="holds what is of no part: mine"):
+        reshard.finish(parts)
+    (mine / "mine").unlink()
+    reshard.finish(parts)
+
+
+def test_a_disk_that_is_too_small(parts: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part asks for its own bytes only."""
+    asked: list[int] = []
+    monkeypatch.setattr(work, "check_free_space", lambda _, needed, *others: asked.append(needed))
+    reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
+    reshard.convert(checkpoint("llama"), parts.with_name("one"), tp_size=4)
+    assert asked[0] < asked[1]
+    monkeypatch.setattr(work, "check_free_space", _full)
+    with pytest.raises(StorageError, match="No space"):
+        reshard.convert_part(checkpoint("llama"), parts.with_name("other"), part="2/3", tp_size=4)
+    assert not parts.with_name("other.parts").exists()
+
+
+def _full(*_: object) -> None:
+    raise StorageError("No space")
+
+
+# --- which part ---
+
+
+ENGINES = {
+    "torchrun": ({"RANK": "2", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "3/4"),
+    "Open MPI": ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "1/2"),
+    "MPICH": ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "2/2"),
+    "srun": ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, "4/4"),
+    "sbatch": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "1/1"),
+    "an array": (
+        {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_PROCID": "0"},
+        "5/8",
+    ),
+    "an array with steps, from 0": (
+        {
+            **{"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"},
+            "SLURM_ARRAY_TASK_STEP": "2",
+        },
+        "4/4",
+    ),
+    "an array of srun": (
+        {
+            **{"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"},
+            **{"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+        },
+        "4/4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_engine_says_which_part(name: str) -> None:
+    environment, expected = ENGINES[name]
+    found = which_part("auto", environment)
+    assert f"{found.number}/{found.of}" == expected
+    assert which_part(f"auto/{found.of}", environment) == found
+
+
+def test_kubernetes_says_the_number_only() -> None:
+    assert str(which_part("auto/8", {"JOB_COMPLETION_INDEX": "7"})) == "part 8 of 8"
+    with pytest.raises(UsageError, match="does not say how many") as refused:
+        which_part("auto", {"JOB_COMPLETION_INDEX": "7"})
+    assert refused.value.hint == "give the number: --part auto/8"
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "words"),
+    [
+        ("auto", {}, "none of torchrun, Open MPI, MPI, Slurm, Kubernetes has started this process"),
+        ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "the variables of torchrun make no sense"),
+        ("auto", {"RANK": "0"}, "the variables of torchrun make no sense"),
+        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "torchrun says process 3 of 2"),
+        ("auto/4", {"RANK": "1", "WORLD_SIZE": "2"}, "torchrun has started 2 processes"),
+        ("auto/8", {"JOB_COMPLETION_INDEX": "8"}, "Kubernetes says process 9 of 8"),
+        ("auto/x", {}, "'auto/x' is no number of parts"),
+        ("auto/0", {}, "is no number of parts"),
+        (
+            "auto",
+            {
+                **{"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"},
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
+            "the variables of Slurm make no sense",
+        ),
+    ],
+)
+def test_an_engine_that_makes_no_sense(text: str, environment: dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        which_part(text, environment)
+
+
+def test_the_last_part_finishes(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 0, 1):
+        assert not out.exists()
+        monkeypatch.setenv("RANK", str(rank))
+        result = cli("convert", source, out, "-tp", 4, "--part", "auto", aloud=True)
+        assert result.code == 0
+    assert "finished: all parts are done" in result.err
+    reshard.convert(source, tmp_path / "one", tp_size=4)
+    assert tree(out) == tree(tmp_path / "one")
+    assert not list(tmp_path.glob("out.*"))
+    monkeypatch.delenv("RANK")
+    assert_one_error(cli("convert", source, out, "-tp", 4, "--part", "auto"), 2, "has started this process", hint="3/8")
