@@ -49,6 +49,10 @@ FAULTS = {
     28: ("control characters in names", "escaped wherever they are shown"),
     29: ("other threads, another machine, a resume", "the same bytes"),
     30: ("more files than descriptors; another refusal of the system", "works; else 5, and never integrity"),
+    33: (
+        "a part of a conversion dies, runs twice or at once, or is of another source, plan or version",
+        "finish completes, with the bytes of one run, or refuses (4, 8) and names the part",
+    ),
     34: (
         "a quantized weight with a tensor missing, of another shape or dtype, or that lies",
         "3 before any output, or 4 at the load; the tensor is named, nothing large is made",

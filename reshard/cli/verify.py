@@ -18,18 +18,20 @@ __all__ = ["verify"]
 @click.option("--against", metavar="SOURCE", help="Also compare every element with the checkpoint it was made from.")
 @click.option("--revision", help="Branch, tag or commit of SOURCE if that is a Hub id.")
 @where_the_weights_are
+@click.option("--part", metavar="I/K", help="Check the rank files of one of K parts alone, as in `reshard convert`.")
 @format_option
-def verify(out: str, against: str | None, style: str, **source: Any) -> None:
+def verify(out: str, against: str | None, part: str | None, style: str, **source: Any) -> None:
     """Check every byte of the resharded folder OUT by digest.
 
     \b
     Examples:
       reshard verify llama-tp4
       reshard verify llama-tp4 --against meta-llama/Llama-3.1-8B
+      reshard verify llama-tp8 --part 1/4
     """
     from .. import verify as run
 
-    found = run(out, against=against, progress=progress_bar, **source)
+    found = run(out, against=against, part=part, progress=progress_bar, **source)
     compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
     print_report(
         {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},

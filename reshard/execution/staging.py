@@ -22,6 +22,7 @@ from .journal import JOURNAL_NAME
 __all__ = [
     "Stage",
     "discard_folder",
+    "discard_refused",
     "staged_folder",
 ]
 
@@ -76,7 +77,8 @@ class Stage:
                 if not kept or left != folder:
                     _discard(left, self._out)
             if not kept:
-                folder.mkdir(mode=0o755)
+                # Another run that failed may have removed the folder above, which it had made.
+                folder.mkdir(mode=0o755, parents=True)
         except OSError as error:
             raise by_errno(error, f"{printable(folder)}: {error.strerror}", StorageError) from None
         self.folder = folder
@@ -157,22 +159,32 @@ def _clear_away(folder: Path, out: Path) -> None:
         ) from None
 
 
-def discard_folder(folder: Path, out: Path) -> None:
+def discard_folder(folder: Path, out: Path, *, sync: bool = False) -> None:
     """Remove a folder that was to become `out`, or a part of it. If that is interrupted, the next run goes on with it.
+    With `sync`, no power loss brings back a half of it under its own name.
 
     Raises StorageError.
     """
     try:
-        _discard(folder, out)
+        _discard(folder, out, sync=sync)
     except OSError as error:
         raise StorageError(f"{printable(folder)}: cannot be removed: {error.strerror}") from None
 
 
-def _discard(folder: Path, out: Path) -> None:
+def discard_refused(out: Path) -> None:
+    """Remove the folders beside `out` that an earlier run was interrupted in removing. Raises StorageError."""
+    for left in _unfinished(out):
+        if left.name.startswith(f"{out.name}.part-{_REFUSE}"):
+            discard_folder(left, out)
+
+
+def _discard(folder: Path, out: Path, *, sync: bool = False) -> None:
     """Remove a folder, first renamed so that no other process can put it in place meanwhile. Raises OSError."""
     refuse = _part(out, _REFUSE)
     if not renamed(folder, refuse):
         return
+    if sync:
+        sync_folder(folder.parent)
     for _ in range(_ATTEMPTS):
         try:
             refuse.unlink() if refuse.is_symlink() else shutil.rmtree(refuse)

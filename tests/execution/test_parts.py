@@ -15,7 +15,7 @@ import reshard
 from reshard.checkpoint.source import Source, open_source
 from reshard.errors import UsageError
 from reshard.execution.executor import Inputs, write_files
-from reshard.execution.parts import Part, ranks_of, share_of
+from reshard.execution.parts.share import Part, ranks_of, share_of
 from reshard.planning.plan import plan_layouts
 from reshard.resharded.layout import FileLayout, file_layout
 from reshard.resharded.targets import LocalTensor

@@ -26,7 +26,7 @@ from reshard.errors import (
     UsageError,
     VersionError,
 )
-from reshard.execution.part_record import DRAFT_NAME, RECORD_NAME
+from reshard.execution.parts.record import DRAFT_NAME, RECORD_NAME
 from reshard.operations.convert import work
 from reshard.operations.convert.which import which_part
 from reshard.resharded.manifest import sealed_text
@@ -94,6 +94,29 @@ def test_from_a_resharded_folder(quantized: bool, checkpoint: Checkpoint, tmp_pa
     made(checkpoint("llama"), tmp_path / "two", 2, tp_size=2, **options)
     assert_as_one(tmp_path / "two", tmp_path, 4, tp_size=4)
     reshard.verify(tmp_path / "out", against=checkpoint("llama"))
+
+
+@pytest.mark.fault(19)
+def test_verifying_in_parts(source: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts check all that one run does, and no rank file twice."""
+    add(source, {"unknown.weight": torch.randn(3, 5)})
+    out = tmp_path / "out"
+    reshard.convert(source, out, tp_size=4)
+    whole = reshard.verify(out, against=source)
+    parts = [reshard.verify(out, against=source, part=f"{number}/3") for number in (1, 2, 3)]
+    for name in ("files", "tensors", "size", "elements"):
+        assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
+    for rank, expected in enumerate([1, 2, 3, 3]):
+        path = out / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        codes = [cli("verify", out, "--part", f"{number}/3").code for number in (1, 2, 3)]
+        assert codes == [4 if number == expected else 0 for number in (1, 2, 3)]
+        path.write_bytes(data)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert json.loads(cli("verify", out, "--part", "auto", "--format", "json").out)["files"] == 2
+    assert_one_error(cli("verify", out, "--part", "1/5"), 2, "5 parts of 4 rank files", hint="4 parts or fewer")
 
 
 def test_the_report(checkpoint: Checkpoint, tmp_path: Path, cli: Cli) -> None:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from reshard.execution.journal import Journal
 
-__all__ = ["KILLED", "convert_until", "interrupt_after", "interrupted_after", "server"]
+__all__ = ["KILLED", "Job", "convert_until", "interrupt_after", "interrupted_after", "server", "until"]
 
 KILLED = 77
 _CALLS = ("pwrite", "write", "open", "fsync", "ftruncate", "posix_fallocate", "mkdir", "unlink", "replace", "rename")
@@ -49,20 +50,50 @@ def interrupted_after(claims: int) -> Iterator[None]:
 def server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kill_tools", "reshard.operations.convert.convert", "transformers.models.llama.modeling_llama"]
+        ["kill_tools", "reshard.operations.convert.part", "transformers.models.llama.modeling_llama"]
     )
     return context
+
+
+@dataclass(frozen=True)
+class Job:
+    """Convert `source` into `out`, or make a part of that; finish `out` if there is no source.
+
+    `environment` are variables of the process that does it.
+    """
+
+    source: str | None
+    out: str
+    options: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        from reshard.operations.convert.convert import convert
+        from reshard.operations.convert.finish import finish
+        from reshard.operations.convert.part import convert_part
+
+        os.environ.update(self.environment)
+        if self.source is None:
+            finish(self.out, workers=1)
+        else:
+            (convert_part if "part" in self.options else convert)(self.source, self.out, workers=1, **self.options)
 
 
 def convert_until(
     context: Any, source: Path, out: Path, *, call: int | None = None, after: bool = False, **options: Any
 ) -> Any:
-    """Convert for 2 ranks in another process, which ends at the `call`-th call, before it is made or `after`.
+    """Convert for 2 ranks, as `until` does."""
+    return until(context, Job(str(source), str(out), {"tp_size": 2, **options}), call=call, after=after)
 
-    Returns (exit code, calls made, bytes of tensor data written); the last two are None if the process was killed.
+
+def until(context: Any, job: Job, *, call: int | None = None, after: bool = False, seconds: float | None = None) -> Any:
+    """Do a job in another process, which ends at the `call`-th call, before it is made or `after`; or after `seconds`.
+
+    Returns (exit code, calls made, bytes of tensor data written); the last two are None if the process was killed. The
+    exit code of an error is its own.
     """
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_job, args=(sender, str(source), str(out), call, after, options))
+    process = context.Process(target=_run, args=(sender, job, call, after, seconds))
     process.start()
     sender.close()
     try:
@@ -73,12 +104,11 @@ def convert_until(
     return process.exitcode, calls, written
 
 
-def _job(sender: Any, source: str, out: str, call: int | None, after: bool, options: dict[str, Any]) -> None:
+def _run(sender: Any, job: Job, call: int | None, after: bool, seconds: float | None) -> None:
     import torch
 
     import reshard.execution.destination
     import reshard.execution.executor
-    from reshard.operations.convert.convert import convert
 
     torch.set_num_threads(1)
     lock = threading.Lock()
@@ -116,7 +146,12 @@ def _job(sender: Any, source: str, out: str, call: int | None, after: bool, opti
         setattr(os, name, counted(getattr(os, name)))
     builtins.open = counted(builtins.open)
     reshard.execution.destination.move = counted(reshard.execution.destination.move)
-    convert(source, out, tp_size=2, workers=1, **options)
+    if seconds is not None:
+        threading.Timer(seconds, os._exit, [KILLED]).start()
+    try:
+        job()
+    except reshard.errors.ReshardError as error:
+        os._exit(error.exit_code)
     sender.send((made, written))
     sender.close()
     os._exit(0)

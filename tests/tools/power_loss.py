@@ -151,9 +151,13 @@ class _Recorder:
         elif call.name in ("rename", "replace", "renameat2"):
             assert call.name != "renameat2" or result == 0
             target = str(call.arguments[1])
-            assert os.path.dirname(path) == os.path.dirname(target)
-            other = self.number(target) if call.arguments[-1] == EXCHANGE else None
-            self.entries(path, {name: other, os.path.basename(target): self.number(path)})
+            if os.path.dirname(path) == os.path.dirname(target):
+                other = self.number(target) if call.arguments[-1] == EXCHANGE else None
+                self.entries(path, {name: other, os.path.basename(target): self.number(path)})
+            else:  # no disk need keep both changes together
+                moved = self.number(path)
+                self.entries(target, {os.path.basename(target): moved})
+                self.entries(path, {name: None})
         elif call.name == "ftruncate":
             self.step(Size(self.open[call.arguments[0]], call.arguments[1]))
         elif call.name == "posix_fallocate":

@@ -34,20 +34,26 @@ LOCKS = ("held", "ignored", "ENOLCK", "EOPNOTSUPP", "no renameat2")
 
 @dataclass(frozen=True)
 class Work:
-    """Convert `source` for that many ranks, or merge it (None)."""
+    """Convert `source` for that many ranks, or make a `part` of that; or merge it (None), or finish what is made of it
+    (0)."""
 
     source: Path
     ranks: int | None
     overwrite: bool = False
+    part: str | None = None
 
     def __call__(self, out: Path) -> None:
         if self.ranks is None:
             reshard.merge(self.source, out, workers=2)
+        elif self.ranks == 0:
+            reshard.finish(out, workers=2)
+        elif self.part is not None:
+            reshard.convert_part(self.source, out, part=self.part, tp_size=self.ranks, workers=2)
         else:
             reshard.convert(self.source, out, tp_size=self.ranks, workers=2, overwrite=self.overwrite)
 
     def planned(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.ranks is None else already_planned(_plan(self))
+        return already_planned(_plan(self)) if self.ranks else nullcontext()
 
 
 @functools.cache

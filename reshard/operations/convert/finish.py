@@ -8,10 +8,10 @@ from pathlib import Path
 from threading import Event
 
 from ...errors import BadInputError, DestinationExistsError, IntegrityError, ReshardError
-from ...execution.gathering import Gathering, gathering
 from ...execution.jobs import Job, run_jobs
-from ...execution.part_record import PartRecord, agreed, is_of
-from ...execution.parts import Part
+from ...execution.parts.gathering import Gathering, gathering
+from ...execution.parts.record import PartRecord, agreed, is_of
+from ...execution.parts.share import Part
 from ...process import Advance, Progress, patient_collector, silent, worker_count
 from ...resharded.manifest import Manifest
 from ...resharded.rank_file import FileRecord

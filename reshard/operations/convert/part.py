@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.source import is_resharded
 from ...checkpoint.weights import chosen
 from ...errors import DestinationExistsError, UsageError
-from ...execution.gathering import Gathering, gathering
-from ...execution.part_record import DRAFT_NAME, RECORD_NAME, PartRecord, check_beside, is_of
-from ...execution.parts import Part, Share, share_of, size_of
+from ...execution.parts.gathering import Gathering, gathering
+from ...execution.parts.record import DRAFT_NAME, RECORD_NAME, PartRecord, check_beside, is_of
+from ...execution.parts.share import Part, Share, share_of, size_of
 from ...execution.staging import Stage, staged_folder
 from ...files.digest import digest_of
 from ...planning.model.rules import AUTO
@@ -194,7 +194,7 @@ def _is_done(parts: Gathering, part: Part, work: Work) -> bool:
         if not is_of(whole, work.draft):
             raise DestinationExistsError(f"{parts.place}: already exists", hint="choose another name")
         return True
-    if found is not None and not complete:
+    if not complete:
         parts.forget(part)
     return complete
 

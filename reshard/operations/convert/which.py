@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ...errors import UsageError
-from ...execution.parts import Part
+from ...execution.parts.share import Part
 from ...text import printable
 
 __all__ = ["AUTO_PART", "which_part"]

@@ -30,13 +30,14 @@ def compare_with_source(
     folder: Path,
     manifest: Manifest,
     place: str,
+    ranks: range,
     *,
     revision: str | None = None,
     choice: Choice = AS_FOUND,
     progress: Progress = silent,
 ) -> int:
-    """Gather each tensor of each file from the source again and compare the bytes. Returns how many elements agree.
-    What was quantized or dequantised is computed again.
+    """Gather each tensor of the files of these `ranks` from the source again and compare the bytes; with rank 0, also
+    those of the other files. Returns how many elements agree. What was quantized or dequantised is computed again.
 
     Every element of every source tensor must be in some parameter, in the unused file, or dropped on purpose. (For
     another engine's rank files, the export made sure of that.)
@@ -57,11 +58,12 @@ def compare_with_source(
     else:
         source_tensors(manifest, headers)  # raises if an element is nowhere
     there = source if manifest.engine else origin.original
-    _check_duplicates(manifest, there)
     held: list[tuple[FileRecord, Iterable[LocalTensor]]] = [
-        (record, manifest.tensors_of(rank)) for rank, record in enumerate(manifest.rank_files)
+        (manifest.rank_files[rank], manifest.tensors_of(rank)) for rank in ranks
     ]
-    if manifest.unused_file:
+    if 0 in ranks:
+        _check_duplicates(manifest, there)
+    if 0 in ranks and manifest.unused_file:
         held.append((manifest.unused_file, unused_tensors(source, manifest.unused_file.tensors)))
     total = sum(record.size for record, _ in held)
     computed = origin.derived.computed if origin.derived else {}

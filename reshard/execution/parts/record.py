@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import IntegrityError, ReshardError, VersionError
-from ..files.untrusted import check_plain_path, count, text, texts
-from ..resharded.as_source import UNKNOWN
-from ..resharded.manifest import Manifest, is_sealed, sealed_text
-from ..resharded.manifest_json import file_from_json, file_to_json
-from ..resharded.rank_file import FileRecord
-from ..text import listed, printable
-from .parts import Part
+from ...errors import IntegrityError, ReshardError, VersionError
+from ...files.untrusted import check_plain_path, count, text, texts
+from ...resharded.as_source import UNKNOWN
+from ...resharded.manifest import Manifest, is_sealed, sealed_text
+from ...resharded.manifest_json import file_from_json, file_to_json
+from ...resharded.rank_file import FileRecord
+from ...text import listed, printable
+from .share import Part
 
 __all__ = ["DRAFT_NAME", "RECORD_NAME", "PartRecord", "agreed", "check_beside", "is_of", "read_record"]
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..checkpoint.source import Source, SourceFile
-from ..errors import UsageError
-from ..files.dtypes import itemsize, torch_name
-from ..resharded.derived import Computed, read_regions
-from ..resharded.layout import FileLayout
-from ..storage.remote import Span
+from ...checkpoint.source import Source, SourceFile
+from ...errors import UsageError
+from ...files.dtypes import itemsize, torch_name
+from ...resharded.derived import Computed, read_regions
+from ...resharded.layout import FileLayout
+from ...storage.remote import Span
 
 __all__ = ["Part", "Share", "ranks_of", "share_of"]
 

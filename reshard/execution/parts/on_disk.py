@@ -1,0 +1,192 @@
+"""Parts on a disk. `OUT.parts` has a folder for each part that is done, until they are finished.
+
+Finishing moves their files into one folder there, and then that to OUT. All that two machines can do there at once is a
+rename of the same file to the same path, so nothing depends on locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...checkpoint.source import MANIFEST_NAME
+from ...errors import DestinationExistsError, IntegrityError, StorageError
+from ...files.system import by_errno
+from ...process import Advance
+from ...resharded.manifest import Manifest, manifest_at, read_manifest
+from ...resharded.rank_file import FileRecord, check_file
+from ...storage.disk import make_folders, renamed, sync_folder, write_file
+from ...text import listed, printable
+from ..destination import Destination, destination
+from ..staging import discard_folder, discard_refused
+from .record import DRAFT_NAME, RECORD_NAME, PartRecord, read_record
+from .share import Part
+
+__all__ = ["OnDisk"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Once:
+    """The destination of a part's folder, unless the same part is there by then: one of two runs is enough."""
+
+    inner: Destination
+    there: Callable[[], bool]
+    sync: bool
+
+    @property
+    def local(self) -> Path:
+        return self.inner.local
+
+    def check(self) -> None:
+        if not self.there():
+            self.inner.check()
+
+    def try_out(self) -> None:
+        self.inner.try_out()
+
+    def commit(self, folder: Path) -> None:
+        try:
+            self.inner.commit(folder)
+        except DestinationExistsError:
+            if not self.there():
+                raise
+        if self.sync:
+            sync_folder(self.local.parent.parent)  # a run that failed may have removed OUT.parts, and ours made it anew
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    out: Path
+    sync: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(self.out.name + ".parts")
+
+    @property
+    def place(self) -> str:
+        return printable(self.out)
+
+    @property
+    def name(self) -> str:
+        return printable(self.folder)
+
+    @property
+    def _files(self) -> Path:
+        """The folder that becomes the destination."""
+        return self.folder / "files"
+
+    def stage(self, part: Part) -> Destination:
+        path = self.folder / part.name
+        return _Once(destination(path, sync=self.sync), lambda: os.path.lexists(path), self.sync)
+
+    def records(self) -> dict[Part, PartRecord]:
+        found = {}
+        for name in sorted(self._listed()):
+            if match := re.fullmatch(r"part-(\d{5})-of-(\d{5})", name):
+                path = self.folder / name / RECORD_NAME
+                raw = _read(path)
+                if raw is None or not path.with_name(DRAFT_NAME).exists():
+                    continue  # it is removed meanwhile, or was by half
+                record = read_record(raw, where=printable(path))
+                if record.part != Part(int(match[1]), int(match[2])):
+                    raise IntegrityError(f"{printable(path)}: is the record of {record.part}")
+                found[record.part] = record
+        return found
+
+    def _listed(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StorageError(f"{self.name}: {error.strerror}") from None
+
+    def draft(self, part: Part) -> Manifest:
+        with _gone(self.folder / part.name):
+            return manifest_at(self.folder / part.name / DRAFT_NAME)
+
+    def _path(self, part: Part, name: str) -> Path:
+        """Return where a file of a part is: in its folder, or with the others already."""
+        path = self.folder / part.name / name
+        return path if os.path.lexists(path) else self._files / name
+
+    def lacks(self, record: PartRecord) -> list[str]:
+        return [file.name for file in record.records if _size(self._path(record.part, file.name)) != file.size]
+
+    def forget(self, part: Part) -> None:
+        if os.path.lexists(self.folder / part.name):
+            discard_folder(self.folder / part.name, self.folder / part.name, sync=self.sync)
+
+    def whole(self) -> Manifest | None:
+        if os.path.lexists(self.out / MANIFEST_NAME):
+            return read_manifest(self.out)
+        if os.path.lexists(self.out):
+            raise DestinationExistsError(
+                f"{self.place}: already exists, and is no resharded folder", hint="choose another name"
+            )
+        return None
+
+    def together(self, records: Sequence[PartRecord]) -> Path:
+        with _gone(self._files):
+            self._files.mkdir(exist_ok=True)
+            for record in records:
+                names = [file.name for file in record.records]
+                make_folders(self._files, names)
+                for name in names:
+                    renamed(self.folder / record.part.name / name, self._files / name)  # unless another run has
+        return self._files
+
+    def check(self, record: FileRecord, report: Advance) -> None:
+        with _gone(self._files):
+            check_file(self._files, record, report)
+
+    def complete(self, manifest: Manifest) -> None:
+        known = {record.name for record in manifest.files()} | {MANIFEST_NAME}
+        with _gone(self._files):
+            strange = sorted({path.relative_to(self._files).as_posix() for path in _files_in(self._files)} - known)
+            if strange:
+                raise IntegrityError(f"{printable(self._files)}: holds what is of no part: {listed(strange)}")
+            name = f"manifest-{secrets.token_hex(4)}"  # beside the files: nothing else is ever among them
+            write_file(self.folder / name, manifest.to_bytes(), sync=self.sync)
+            os.rename(self.folder / name, self._files / MANIFEST_NAME)
+        destination(self.out, sync=self.sync).commit(self._files)
+
+    def clear(self) -> None:
+        if os.path.lexists(self.folder):
+            discard_folder(self.folder, self.out, sync=self.sync)
+        discard_refused(self.out)
+
+
+@contextlib.contextmanager
+def _gone(folder: Path) -> Iterator[None]:
+    """Raise what the system raises inside as an error of ours: another run may have put the folder in its place."""
+    try:
+        yield
+    except OSError as error:
+        raise by_errno(error, f"{printable(folder)}: {error.strerror}", IntegrityError) from None
+
+
+def _files_in(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return os.lstat(path).st_size
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise by_errno(error, f"{printable(path)}: cannot be read: {error.strerror}", IntegrityError) from None
