@@ -112,7 +112,9 @@ def _runs(numbers: Iterable[int]) -> list[list[int]]:
 
 
 def _local_bytes(parameter: Target, world_size: int) -> list[int]:
-    shapes = (local_shape(parameter.placement, parameter.shape, rank=r, world_size=world_size) for r in range(world_size))
+    shapes = (
+        local_shape(parameter.placement, parameter.shape, rank=r, world_size=world_size) for r in range(world_size)
+    )
     return [prod(shape) * itemsize(parameter.dtype) for shape in shapes]
 
 
