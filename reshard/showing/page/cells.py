@@ -78,7 +78,7 @@ def picture_of(row: Mapping[str, Any]) -> Picture:
         return Picture(_LONGEST, _LONGEST, (), (), (), dims, whole=False, drawn=False)
     cells = []
     for at_row, top, bottom in down.steps():
-        across = [(rank, [box for box in held if _holds(box, at_row)]) for rank, held in enumerate(parts)]
+        across = [(rank, held) for rank, of in enumerate(parts) if (held := [box for box in of if _holds(box, at_row)])]
         for at_column, left, end in right.steps():
             ranks = tuple(rank for rank, held in across if any(_holds(box, at_column) for box in held))
             cells.append(Cell(_round(left), _round(top), _round(end - left), _round(bottom - top), ranks))

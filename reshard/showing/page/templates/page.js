@@ -39,12 +39,12 @@ function show(row, ranks) {
   const form = [row.shape.join(" × ") || "scalar", row.dtype];
   if (row.quantized) form.push(`${row.quantized.format}, in units of ${row.quantized.unit.join(" × ")}`);
   if (row.count > 1) form.push(`${row.count} of them`);
-  form.push(`${size(row.bytes)} each`, row.placement, plain(row.reason || row.style || "no style"));
+  form.push(`${size(row.bytes)} each`, row.placement, row.reason || row.style || "no style");
   const lines = [form.join(" · ")];
   if (ranks.length === rows[0].rank_bytes.length && ranks.length > 1) lines.push(`every rank holds all of it: ${size(row.rank_bytes[0])} in each file`);
   else for (const rank of ranks.slice(0, 4)) lines.push(`rank ${rank} holds ${part(row, rank)}: ${size(row.rank_bytes[rank])} in all`);
   if (ranks.length > 4 && ranks.length < rows[0].rank_bytes.length) lines.push(`and ${ranks.length - 4} more ranks`);
-  info.replaceChildren(title, ...lines.flatMap((line, at) => (at ? [document.createElement("br"), line] : [line])));
+  info.replaceChildren(title, ...lines.flatMap((line, at) => (at ? [document.createElement("br"), plain(line)] : [plain(line)])));
   info.hidden = false;
 }
 
