@@ -309,7 +309,7 @@ def test_what_is_no_page_of_ours_stays(source: Path, resharded: Path, tmp_path: 
 @IN_BROWSER
 @pytest.mark.parametrize("name", ["llama-tp2", "qwen3_moe-ep2"])
 def test_rank_files_of_an_engine(name: str, tmp_path: Path, shown: Callable[[str], Page]) -> None:
-    """Its tensors are each on one rank; some have more boxes than can be seen."""
+    """Its rows have boxes, not cuts, and its folder no plan."""
     source = engine_tools.checkpoint(name, tmp_path / "source")
     report = reshard.export(source, tmp_path / "out", plan=engine_tools.plan_of(name), sync=False).to_dict()
     page = shown(plan_page(report))
