@@ -47,8 +47,9 @@ def rows(
 
     Of a row, `layers` are the runs (first, last) of the first number in the names, `bytes` are those of one parameter
     as the files store it, `rank_bytes` those of all of them on each rank. `cuts` have the ranges (start, stop) that
-    each rank holds, for every dim that is cut; a parameter whose ranks hold no such product has `boxes` instead, one
-    range for each dim. `heads` are the attention heads along the cut dim, by the name of the parameter.
+    each rank holds, for every dim that is cut: one twice, if a rank holds it twice. A parameter whose ranks hold no
+    such product has `boxes` instead, one range for each dim. `heads` are the attention heads along the cut dim, of the
+    parameters that are given with them.
     """
     of = {name: bundle for bundle in bundles for name in bundle.quantized.members}
     nbytes: Counter[str] = Counter()
@@ -127,16 +128,16 @@ def _parts(parameter: Target, world_size: int) -> dict[str, Any]:
     boxes = [[[[at, at + e] for at, e in zip(piece.start, piece.extent)] for piece in of] for of in held]
     if isinstance(placement, Explicit):
         return {"boxes": boxes}
-    cuts = []
-    for dim, size in enumerate(shape):
-        ranges = [[list(one) for one in dict.fromkeys((*box[dim],) for box in of)] for of in boxes]
-        if any(along not in ([], [[0, size]]) for along in ranges) or _cut_dims(placement) == {dim}:
-            cuts.append({"dim": dim, "ranges": ranges})
-    return {"cuts": cuts}
+    dims = _cut_dims(placement)
+    if len(dims) == 1:
+        return {"cuts": [{"dim": dim, "ranges": [[box[dim] for box in of] for of in boxes]} for dim in dims]}
+    # Along each of several dims, a range stands once, though boxes share it.
+    apart = {dim: [[list(one) for one in dict.fromkeys((*box[dim],) for box in of)] for of in boxes] for dim in dims}
+    return {"cuts": [{"dim": dim, "ranges": apart[dim]} for dim in sorted(dims)]}
 
 
 def _cut_dims(placement: Placement) -> set[int]:
-    """Return the dims that a placement cuts, though a rank may hold all of one, and others nothing."""
+    """Return the dims that a placement cuts. A rank may hold all of one, if others hold nothing."""
     if isinstance(placement, Nested):
         return _cut_dims(placement.outer) | _cut_dims(placement.inner)
     return set() if isinstance(placement, (Replicate, Explicit)) else {placement.dim}

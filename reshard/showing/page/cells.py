@@ -28,7 +28,7 @@ class Cell:
     def label(self) -> str:
         """The ranks, if the cell has room to write them."""
         text = ", ".join(map(str, self.ranks))
-        return text if self.width >= 5.2 * len(text) + 1 and self.height >= 10 else ""
+        return text if self.width >= 5 * len(text) + 1 and self.height >= 10 else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,13 +84,13 @@ def _replicated(report: Mapping[str, Any], loads: Sequence[RankLoad]) -> list[tu
 
 
 def _repeated(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Say what several ranks hold, but not all of them."""
+    """Say what is held more than once, but not whole on every rank."""
     rows = [row for row in report["parameters"] if not is_replicated(row) and held(row) > 1.001]
     if not rows:
         return []
     rows.sort(key=lambda row: row["count"] * row["bytes"] - sum(row["rank_bytes"]))
     names = ", ".join(f"{_name(row)} {ratio(held(row))}" for row in rows[:3])
-    return [("look", f"Held by some ranks together: {names}.")]
+    return [("look", f"Held more than once in all: {names}.")]
 
 
 def held(row: Mapping[str, Any]) -> float:

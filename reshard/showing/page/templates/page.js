@@ -2,7 +2,6 @@
 const report = JSON.parse(document.getElementById("report").textContent);
 const rows = report.parameters;
 const info = document.getElementById("info");
-const many = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
 // Names come from files: what would not be seen, or would turn the text around, is shown by its number.
 const plain = (text) => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (found) => `\\u{${found.codePointAt(0).toString(16)}}`);
@@ -18,17 +17,22 @@ function size(bytes) {
 
 const range = ([start, stop]) => `${start}–${stop - 1}`;
 
+const span = (word, start, stop) => (stop - start === 1 ? `${word} ${start}` : `${word}s ${start}–${stop - 1}`);
+
 // What a rank holds of a row, in words.
 function part(row, rank) {
   if (row.boxes) return row.boxes[rank].map((box) => box.map(range).join(" × ")).slice(0, 4).join("; ") || "nothing";
   if (!row.cuts.length) return "all of it";
   return row.cuts.map((cut) => {
-    const held = cut.ranges[rank];
+    const times = new Map();
+    for (const one of cut.ranges[rank]) times.set(range(one), (times.get(range(one)) || 0) + 1);
+    const held = [...times].map(([words, count]) => (count > 1 ? `${words} (${count} times)` : words));
     if (!held.length) return "nothing";
-    let words = `${range(held[0])}${held.length > 1 ? ` and ${held.slice(1, 4).map(range).join(", ")}${held.length > 4 ? " …" : ""}` : ""} of dim ${cut.dim}`;
+    let words = `${held.slice(0, 4).join(", ")}${held.length > 4 ? " …" : ""} of dim ${cut.dim}`;
     const unit = row.heads && row.cuts.length === 1 ? row.shape[cut.dim] / row.heads : 0;
-    if (unit >= 1 && held.length === 1 && held[0][0] % unit === 0 && held[0][1] % unit === 0)
-      words += ` (heads ${range([held[0][0] / unit, held[0][1] / unit])} of ${row.heads})`;
+    const [start, stop] = cut.ranges[rank][0].map((at) => at / unit);
+    if (held.length === 1 && Number.isInteger(start) && Number.isInteger(stop))
+      words += ` (${span("head", start, stop)} of ${row.heads})`;
     return words;
   }).join(", ");
 }
