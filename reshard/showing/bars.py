@@ -8,7 +8,7 @@ from typing import Any
 
 from ..text import numbers_in_runs
 from .loads import KINDS, RankLoad, rank_loads
-from .tables import gigabytes
+from .tables import gigabytes, middle_out
 
 __all__ = ["bars_text"]
 
@@ -31,27 +31,25 @@ def bars_text(report: Mapping[str, Any], width: int | None = None, *, blocks: bo
     alike: dict[tuple, list[RankLoad]] = {}
     for load in loads:
         alike.setdefault((tuple(load.kinds.values()), load.cache), []).append(load)
-    lines = []
-    for several in alike.values():
-        of = numbers_in_runs(load.rank for load in several)
-        cache = several[0].cache
-        beside = f" + {gigabytes(cache)} of KV cache" if cache else ""
-        lines.append(
-            (f"rank{'s' if len(several) > 1 else ''} {of}", several[0], gigabytes(several[0].weights) + beside)
-        )
-    left, right = max(len(line[0]) for line in lines), max(len(line[2]) for line in lines)
+    shown = list(alike.values())[:_MOST]
+    names = [f"rank{'s' if len(of) > 1 else ''} {numbers_in_runs(load.rank for load in of)}" for of in shown]
+    sizes = [gigabytes(of[0].weights) + _beside(of[0]) for of in shown]
+    left, right = max(map(len, names)), max(map(len, sizes))
     room = _LONGEST if width is None else max(_SHORTEST, min(_LONGEST, width - left - right - 4))
-    drawn = [f"{ranks:{left}}  {_bar(load, most, room, signs):{room}}  {size}" for ranks, load, size in lines[:_MOST]]
-    if len(lines) > _MOST:
-        drawn.append(
-            f"… and {sum(map(len, alike.values())) - sum(len(one) for one in list(alike.values())[:_MOST])} more ranks"
-        )
+    lines = [
+        f"{name:{left}}  {_bar(of[0], most, room, signs):{room}}  {size}" for name, of, size in zip(names, shown, sizes)
+    ]
+    if len(alike) > _MOST:
+        lines.append(f"… and {len(loads) - sum(map(len, shown))} more ranks")
     fullest = max(loads, key=lambda load: load.weights)
     legend = [f"{signs[kind]} {KINDS[kind]} {gigabytes(size)}" for kind, size in fullest.kinds.items() if size]
-    return [
-        *(drawn if blocks else [line.replace("–", "-").replace("…", "...") for line in drawn]),
-        *_wrapped(legend, width),
-    ]
+    lines += _wrapped(legend, width)
+    lines = lines if width is None else [middle_out(line, width) for line in lines]
+    return lines if blocks else [line.replace("–", "-").replace("…", ".") for line in lines]
+
+
+def _beside(load: RankLoad) -> str:
+    return f" + {gigabytes(load.cache)} of KV cache" if load.cache else ""
 
 
 def _bar(load: RankLoad, most: int, room: int, signs: Mapping[str, str]) -> str:

@@ -214,7 +214,7 @@ def test_bars(checkpoint: Checkpoint) -> None:
     assert bars_text(reshard.plan(checkpoint("llama"), tp_size=1).to_dict()) == []
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [20, 60, 80, 200])
 def test_bars_fit_the_terminal(width: int, checkpoint: Checkpoint) -> None:
     report = reshard.plan(checkpoint("llama"), tp_size=3).to_dict()
     plain = bars_text(report, width, blocks=False)
