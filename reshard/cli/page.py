@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from .speaking import say
 __all__ = ["check_page", "html_option", "inspect_commands", "plan_commands", "write_page"]
 
 _OF_PLAN_ONLY = {"tp_size", "gpu_memory", "max_model_len", "batch_size", "kv_dtype", "utilization", "style", "html"}
+_OF_SOURCE = ("revision", "weights", "links_into")
+_SPEAK = ("--prompt", "Once upon a time")
 Commands = Sequence[tuple[str, str]]  # what a command does, and the command
 
 
@@ -66,12 +68,12 @@ def write_page(path: str, report: Mapping[str, Any], commands: Commands) -> None
 def plan_commands(source: str, report: Mapping[str, Any]) -> Commands:
     """Return the commands to go on with from a plan: those of its own options."""
     at = without_secrets(source)
-    cut = ["--tp-size", str(report["mesh"]["tp"]), *_options_given()]
+    cut = ["--tp-size", str(report["mesh"]["tp"]), *_given(besides=_OF_PLAN_ONLY)]
     return (
         ("Cut the checkpoint, on any CPU machine:", _line("convert", at, "OUT", *cut)),
-        ("Start the ranks on this machine and speak:", _line("run", "OUT", "--prompt", "Once upon a time")),
-        ("Compare every element with the source:", _line("verify", "OUT", "--against", at)),
-        ("See what other numbers of ranks would hold:", _line("plan", at)),
+        ("Start the ranks on this machine and speak:", _line("run", "OUT", *_SPEAK, *_given("strategies"))),
+        ("Compare every element with the source:", _line("verify", "OUT", "--against", at, *_given(*_OF_SOURCE))),
+        ("See what other numbers of ranks would hold:", _line("plan", at, *_given(besides=_OF_PLAN_ONLY))),
     )
 
 
@@ -79,17 +81,18 @@ def inspect_commands(out: str, report: Mapping[str, Any]) -> Commands:
     """Return the commands to go on with from a resharded folder."""
     from ..showing.engines import serve_command
 
-    at = without_secrets(out)
+    at, revision = without_secrets(out), _given("revision")
     if "engine" in report:
         return (("Serve it:", shlex.join(serve_command(at, report["engine"]))),)
+    check = ("Check every byte:", _line("verify", at))
+    if not Path(out).is_dir():
+        check = ("Fetch it, every byte checked:", _line("pull", at, *revision))
+    more = str(2 * report["world_size"])
     return (
-        ("Start the ranks on this machine and speak:", _line("run", at, "--prompt", "Once upon a time")),
-        ("Check every byte:", _line("verify", at)),
-        (
-            "Cut it for another number of ranks:",
-            _line("convert", at, "OUT", "--tp-size", str(2 * report["world_size"])),
-        ),
-        ("Get the checkpoint back:", _line("merge", at, "DEST")),
+        ("Start the ranks on this machine and speak:", _line("run", at, *_SPEAK, *revision)),
+        check,
+        ("Cut it for another number of ranks:", _line("convert", at, "OUT", "--tp-size", more, *revision)),
+        ("Get the checkpoint back:", _line("merge", at, "DEST", *revision)),
     )
 
 
@@ -97,21 +100,22 @@ def _line(*words: str) -> str:
     return shlex.join(("reshard", *words))
 
 
-def _options_given() -> list[str]:
-    """Return the options of the command that runs, as they were given, but those that only a plan has."""
+def _given(*only: str, besides: Collection[str] = ()) -> list[str]:
+    """Return the options of the command that runs as they were given: `only` those of these names, or all `besides`."""
     context, words = click.get_current_context(), []
     for option in context.command.params:
+        name = option.name or ""
         if (
-            option.name is None
-            or not isinstance(option, click.Option)
+            not isinstance(option, click.Option)
             or not option.expose_value
-            or option.name in _OF_PLAN_ONLY
-            or context.get_parameter_source(option.name) != ParameterSource.COMMANDLINE
+            or name in besides
+            or (only and name not in only)
+            or context.get_parameter_source(name) != ParameterSource.COMMANDLINE
         ):
             continue
-        value, name = context.params[option.name], max(option.opts, key=len)
+        value, switch = context.params[name], max(option.opts, key=len)
         if option.is_flag:
-            words += [name] if value else []
+            words += [switch] if value else []
         else:
-            words += [word for one in (value if option.multiple else [value]) for word in (name, str(one))]
+            words += [word for one in (value if option.multiple else [value]) for word in (switch, str(one))]
     return words

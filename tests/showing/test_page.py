@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +17,11 @@ import pytest
 from big_checkpoints import DEEPSEEK_V3_FP8, LLAMA_70B, write
 from browser import CHROMIUM, Browser, Page, browser
 from cli_tools import Checkpoint, Cli, Refused, single_file
+from fake_hub import FakeHub
 
 import reshard
 from reshard.showing.page.drawing import card_drawing
+from reshard.showing.page.facts import advice
 from reshard.showing.page.page import plan_page
 
 IN_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -284,14 +288,72 @@ def test_the_command_writes_it(source: Path, tmp_path: Path, cli: Cli) -> None:
     assert page.read_bytes() != first
 
 
-def test_the_command_of_a_folder(resharded: Path, tmp_path: Path, cli: Cli) -> None:
+def commands_of(page: Path) -> list[list[str]]:
+    return [
+        shlex.split(html.unescape(line)) for line in re.findall(r"<code>(reshard .*)</code></pre>", page.read_text())
+    ]
+
+
+def test_commands_of_a_plan(source: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the plan's own options, and work."""
+    (source / "it's.yaml").write_text("steps: 1")
+    page = tmp_path / "plan.html"
+    given = ["--dtype", "bf16", "--drop-unused", "--include", "it's.*", "--include", "it*"]
+    cut = ["--dtype", "bfloat16", "--drop-unused", "--include", "it's.*", "--include", "it*"]
+    assert cli("plan", source, "--gpu-memory", "1MB", "--batch-size", 2, "--html", page, *given).code == 0
+    convert, run, verify, plan = commands_of(page)
+    assert convert == ["reshard", "convert", str(source), "OUT", "--tp-size", "1", *cut]
+    assert run == ["reshard", "run", "OUT", "--prompt", "Once upon a time"]
+    assert verify == ["reshard", "verify", "OUT", "--against", str(source)]
+    assert plan == ["reshard", "plan", str(source), *cut]
+    monkeypatch.chdir(tmp_path)
+    for command in (convert, verify, plan):
+        result = cli(*command[1:])
+        assert result.code == 0, result
+    assert (tmp_path / "OUT" / "it's.yaml").exists()
+
+
+def test_commands_of_a_folder(
+    resharded: Path, checkpoint: Checkpoint, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "out.html"
     result = cli("inspect", resharded, "--html", page, "--format", "json")
     assert result.code == 0, result
     text = page.read_text()
-    assert json.loads(result.out)["ranks"][1]["file"] in text
-    assert f"reshard merge {resharded} DEST" in text
+    assert all(record["file"] in text for record in json.loads(result.out)["ranks"])
     assert "KV cache" not in text.split("<main>")[1].split("<script")[0]
+    monkeypatch.chdir(tmp_path)
+    run, *others = commands_of(page)
+    assert run[1:3] == ["run", str(resharded)]
+    for command in others:
+        result = cli(*command[1:])
+        assert result.code == 0, result
+    for path in checkpoint("llama").glob("*.safetensors"):
+        assert (tmp_path / "DEST" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_commands_of_a_repo(here: FakeHub, resharded: Path, tmp_path: Path, cli: Cli) -> None:
+    reshard.publish(resharded, "me/two", private=True, revision="next")
+    assert cli("inspect", "me/two", "--revision", "next", "--html", tmp_path / "page.html").code == 0
+    run, pull, *_ = commands_of(tmp_path / "page.html")
+    assert run[1:3] == ["run", "me/two"]
+    assert run[-2:] == ["--revision", "next"]
+    assert Path(cli(*pull[1:]).out.strip()).is_dir()
+
+
+def test_advice_on_numbers_of_ranks(checkpoint: Checkpoint) -> None:
+    """A number that the page calls even gives all ranks as many heads; no other number does."""
+    even = set()
+    for size in range(1, 9):
+        report = reshard.plan(checkpoint("llama"), tp_size=size).to_dict()
+        if len({json.dumps(rank["heads"]) for rank in report["ranks"]}) == 1:
+            even.add(size)
+    assert even == {1, 2, 4, 8}
+    assert advice(report) == [
+        "heads divide evenly over 1, 2, 4 ranks",
+        "query heads divide evenly over 8 ranks, with each KV head on several",
+    ]
+    assert advice(reshard.plan(checkpoint("phi3"), tp_size=2).to_dict()) == []
 
 
 def test_what_is_no_page_of_ours_stays(source: Path, resharded: Path, tmp_path: Path, refused: Refused) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...text import numbers_in_runs
 from ..loads import RankLoad, is_replicated
 from ..tables import gigabytes
 from .groups import short_name
 
-__all__ = ["even_share", "findings", "glance", "held", "legal_sizes", "ratio", "share"]
+__all__ = ["advice", "even_share", "findings", "glance", "held", "legal_sizes", "ratio", "share"]
 
 _EVEN = 1.02  # a rank with no more than this many even shares is as full as the others, for a reader
 
@@ -110,6 +111,23 @@ def percent(part: float) -> str:
 
 def _name(row: Mapping[str, Any]) -> str:
     return short_name(row["parameter"]).removesuffix(".weight")
+
+
+def advice(report: Mapping[str, Any]) -> list[str]:
+    """Say which legal numbers of ranks give every rank as many heads: those that divide every number of heads, or that
+    a number of KV heads divides, which are then repeated."""
+    counts = {row["heads"] for row in report["parameters"] if "heads" in row}
+    even = [
+        size
+        for size, why in legal_sizes(report)
+        if why is None and counts and all(count % size == 0 or size % count == 0 for count in counts)
+    ]
+    cut = numbers_in_runs(size for size in even if size <= min(counts))
+    repeated = numbers_in_runs(size for size in even if size > min(counts))
+    lines = [f"heads divide evenly over {cut} ranks"] if cut else []
+    return lines + (
+        [f"query heads divide evenly over {repeated} ranks, with each KV head on several"] if repeated else []
+    )
 
 
 def legal_sizes(report: Mapping[str, Any]) -> list[tuple[int, str | None]]:

@@ -20,7 +20,7 @@ from ...text import printable
 from ..loads import KINDS, RankLoad, is_replicated, rank_loads
 from ..tables import gigabytes
 from ..texts import remarks, sizes_text
-from .facts import even_share, findings, glance, held, legal_sizes, ratio, share
+from .facts import advice, even_share, findings, glance, held, legal_sizes, ratio, share
 from .groups import groups_of
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def plan_page(report: Mapping[str, Any], *, commands: Sequence[tuple[str, str]] 
         replicated=[is_replicated(row) for row in report["parameters"]],
         sizes=legal_sizes(report),
         reasons=sizes_text(dict(legal_sizes(report)))[1:],
+        advice=advice(report),
         remarks=remarks(report),
         commands=commands,
     )
