@@ -62,7 +62,7 @@ def _uneven(report: Mapping[str, Any], loads: Sequence[RankLoad]) -> list[tuple[
             ("good", f"Even: every rank holds {most}." if least == most else f"Even: a rank holds {least} to {most}.")
         ]
     full, slack = weights.index(max(weights)), weights.index(min(weights))
-    words = f"Uneven: rank {full} holds {gigabytes(weights[full])}, rank {slack} {gigabytes(weights[slack])}"
+    words = f"Uneven: rank {full} holds {gigabytes(weights[full])} and rank {slack} holds {gigabytes(weights[slack])}"
     names = [_name(row) for row in _by_difference(report)[:3]]
     return [("look", f"{words}, because of {', '.join(names)}." if names else f"{words}.")]
 
@@ -90,8 +90,8 @@ def _repeated(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not rows:
         return []
     rows.sort(key=lambda row: row["count"] * row["bytes"] - sum(row["rank_bytes"]))
-    names = ", ".join(f"{_name(row)} {ratio(held(row))}" for row in rows[:3])
-    return [("look", f"Held more than once in all: {names}.")]
+    names = ", ".join(f"{_name(row)} ({ratio(held(row))})" for row in rows[:3])
+    return [("look", f"Held more than once: {names}.")]
 
 
 def held(row: Mapping[str, Any]) -> float:
