@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -88,12 +89,10 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
+        read, ours_out = os.pipe()
+        ours_in, written = os.pipe()
         # High numbers, so that neither is 3 or 4 before the child has its own.
-        import fcntl
-
-        there, ours_out = os.pipe()
-        ours_in, answers = os.pipe()
-        there, answers = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in (there, answers))
+        there, answers = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in (read, written))
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
         # The shell gives the two their numbers.
         self.process = subprocess.Popen(
@@ -104,8 +103,8 @@ class Browser:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        os.close(there)
-        os.close(answers)
+        for fd in (read, written, there, answers):  # so that its end is seen
+            os.close(fd)
         self._out, self._in, self._rest, self._number = ours_out, ours_in, b"", 0
         self._pages: dict[str, Page] = {}
 
