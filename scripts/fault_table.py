@@ -63,6 +63,7 @@ FAULTS = {
         "files that belong to a checkpoint are not copied",
         "said in one line, each with its reason; what is copied has a digest",
     ),
+    38: ("names that would be markup, in a page", "nothing runs and nothing is fetched; they are shown as text"),
 }
 
 

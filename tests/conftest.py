@@ -35,11 +35,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # What `scripts/test --quick` runs: rooms whose tests stay in this process, less files that start others all the same.
-_QUICK = ("files", "sharding", "strategies", "checkpoint", "resharded", "planning", "execution", "operations", "cli")
+_QUICK = (
+    *("files", "sharding", "strategies", "showing", "checkpoint", "resharded", "planning", "execution", "operations"),
+    "cli",
+)
 _NOT_QUICK = {
     *("test_plans", "test_golden", "test_untrusted_sources", "test_hostile_config", "test_memory", "test_descriptors"),
     *("test_publish", "test_published_together", "test_pull", "test_env", "test_card", "test_resharded"),
-    *("test_speaking", "test_cli_output", "test_hints", "test_switches", "test_strategies"),
+    *("test_speaking", "test_cli_output", "test_hints", "test_switches", "test_strategies", "test_page"),
 }
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "on_ranks",
     "print_report",
     "revision_option",
+    "terminal_blocks",
     "terminal_width",
     "what_to_cut",
     "where_the_weights_are",
@@ -175,6 +176,15 @@ def terminal_width() -> int | None:
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
         return None
     return shutil.get_terminal_size().columns
+
+
+def terminal_blocks() -> bool:
+    """Whether stdout can write block characters: its encoding has them."""
+    try:
+        "█░╱–".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def on_ranks(command: str, processes: int) -> NoReturn:

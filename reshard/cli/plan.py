@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from ..errors import UsageError
 from ..files.dtypes import STORABLE, cache_dtype
-from .common import Bytes, Dtype, format_option, print_report, terminal_width, what_to_cut
+from .common import Bytes, Dtype, format_option, print_report, terminal_blocks, terminal_width, what_to_cut
+from .page import check_page, html_option, plan_commands, write_page
 from .speaking import say
 
 __all__ = ["plan", "print_plan"]
@@ -27,44 +29,53 @@ __all__ = ["plan", "print_plan"]
     help="Part of a GPU's memory that weights and KV cache may take.",
 )
 @what_to_cut
+@html_option
 @format_option
-def plan(source: str, style: str, tp_size: int | None, gpu_memory: int | None, **cut: Any) -> None:
+def plan(source: str, style: str, tp_size: int | None, gpu_memory: int | None, html: str | None, **cut: Any) -> None:
     """Print how SOURCE would be cut for a number of ranks.
 
-    The plan shows styles, placements, sizes, and which numbers of ranks are legal. Without a number, it shows
-    weights and KV cache for every legal number. Only headers are read. If SOURCE is a Hub id or a URL, they are
-    fetched by ranges, so that nothing large is fetched.
+    The plan shows styles, placements, sizes, a bar for each rank, and which numbers of ranks are legal. Without a
+    number, it shows weights and KV cache for every legal number. Only headers are read. If SOURCE is a Hub id or a
+    URL, they are fetched by ranges, so that nothing large is fetched.
 
     \b
     Examples:
       reshard plan ./llama --tp-size 4
+      reshard plan ./llama --tp-size 4 --html plan.html
       reshard plan ./llama
       reshard plan meta-llama/Llama-3.1-70B --gpu-memory 80GB --max-model-len 32768
       reshard plan ./bert --tp-size 2 --plan bert.toml
     """
-    if tp_size is None and gpu_memory is None:
+    if tp_size is not None or gpu_memory is not None:
+        print_plan(source, style, html=html, tp_size=tp_size, gpu_memory=gpu_memory, **cut)
+    elif html is None:
         _print_sizes(source, style, **cut)
     else:
-        print_plan(source, style, tp_size=tp_size, gpu_memory=gpu_memory, **cut)
+        raise UsageError("--html shows a plan for one number of ranks", hint="add --tp-size 2, or --gpu-memory 24GB")
 
 
-def print_plan(source: str, style: str, *, part: str | None = None, **cut: Any) -> None:
-    """Print the plan of SOURCE on stdout, and what a `part` of it is to do."""
+def print_plan(source: str, style: str, *, html: str | None = None, part: str | None = None, **cut: Any) -> None:
+    """Print the plan of SOURCE on stdout, with what a `part` of it is to do; write its page if `html` names one."""
+    if html is not None:
+        check_page(html)
     from .. import plan as run
     from ..showing.texts import part_text, plan_text
 
     planned = run(source, say=say, **cut)
     report = planned.to_dict()
+    if html is not None:
+        write_page(html, report, plan_commands(source, report))
     if part is not None:
         from ..operations.convert.part import planned_part
 
         changed = cut["quantize"] is not None or cut["dequantize"]
         report["part"] = planned_part(planned, part, changed=changed).to_dict()
-    print_report(
-        report,
-        style,
-        lambda r: "\n".join([plan_text(r, terminal_width()), *([part_text(r["part"])] if part else [])]),
-    )
+
+    def text(report: dict[str, Any]) -> str:
+        lines = [plan_text(report, terminal_width(), blocks=terminal_blocks())]
+        return "\n".join([*lines, part_text(report["part"])] if part else lines)
+
+    print_report(report, style, text)
 
 
 def _print_sizes(

@@ -64,12 +64,13 @@ class ReshardPlan:
         """Return what `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
         layouts, sizes = plan_layouts(self, sizes_only=True), legal_sizes(self.model, strategies=self.strategies)
         loads = loads_of(self.model, self.strategies, self.topology, self.serving)
+        heads = {parameter.name: parameter.heads.count for parameter in self.model.parameters if parameter.heads}
         return {
             "architecture": self.model.architecture,
             "dtype": self.model.dtype,
             "world_size": self.world_size,
             "mesh": self.topology.to_json(),
-            "parameters": rows(self.targets, self.bundles, self.world_size),
+            "parameters": rows(self.targets, self.bundles, self.world_size, heads),
             "rank_bytes": [layout.size for layout in layouts[: self.world_size]],
             "ranks": [load.to_dict() for load in loads],
             "even_shares": round(max(load.weights for load in loads) / (even_share(self.model, len(loads)) or 1), 4),

@@ -1,1 +1,1 @@
-"""Results as people read them: tables and texts, made of names, numbers, lists and dicts."""
+"""Results as people read them: tables, texts, pages and pictures, made of names, numbers, lists and dicts."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..text import printable
 
-__all__ = ["gigabytes", "table"]
+__all__ = ["gigabytes", "middle_out", "table"]
 
 
 def gigabytes(size: int) -> str:
@@ -41,11 +41,11 @@ def table(lines: Sequence[Sequence[Any]], *, width: int | None = None, shorten: 
             widths[max(widths, key=widths.__getitem__)] -= 1
             over -= 1
     return "\n".join(
-        (gap + gap.join(_middle_out(line[i], widths[i]).ljust(widths[i]) for i in kept)).rstrip() for line in cells
+        (gap + gap.join(middle_out(line[i], widths[i]).ljust(widths[i]) for i in kept)).rstrip() for line in cells
     )
 
 
-def _middle_out(text: str, width: int) -> str:
+def middle_out(text: str, width: int) -> str:
     """Shorten `text` to `width` characters. Its end says more than its beginning: q_proj.weight."""
     if len(text) <= width:
         return text

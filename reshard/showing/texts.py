@@ -9,10 +9,11 @@ from typing import Any
 
 from ..sharding.topology import Topology
 from ..text import numbers_in_runs, printable
+from .bars import bars_text
 from .engines import options_of
 from .tables import gigabytes, table
 
-__all__ = ["manifest_text", "part_text", "plan_text", "size_table_text", "sizes_text"]
+__all__ = ["manifest_text", "part_text", "plan_text", "remarks", "size_table_text", "sizes_text"]
 
 
 _NOTE = 1000  # the most characters shown of a remark
@@ -53,13 +54,15 @@ def sizes_text(sizes: Mapping[int, str | None]) -> list[str]:
     return lines + [f"  not {size}: {why}" for why, size in sorted(firsts.items(), key=lambda one: one[1])[:3]]
 
 
-def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:
-    """Write the plan's report in words; its table in at most `width` characters."""
+def plan_text(report: Mapping[str, Any], width: int | None = None, *, blocks: bool = True) -> str:
+    """Write the plan's report in words; its table and its bars in at most `width` characters. Bars have block
+    characters, or signs of ASCII if not `blocks`."""
     lines = [
         f"{report['architecture']} ({report['dtype']}) for {Topology(**report['mesh'])}",
         "",
         _parameter_table(report["parameters"], report["dtype"], width),
         "",
+        *_bars(report, width, blocks),
     ]
     ranks = report["rank_bytes"]
     lines.append(f"rank files: {gigabytes(max(ranks))} each at most, {gigabytes(sum(ranks))} in all")
@@ -68,11 +71,16 @@ def plan_text(report: Mapping[str, Any], width: int | None = None) -> str:
     lines.append(
         f"disk needed: {gigabytes(report['disk_bytes'])}, memory: {gigabytes(report['memory_bytes'])} of blocks"
     )
-    lines += _notes(report)
+    lines += remarks(report)
     if report["ep_sizes"]:
         lines.append(f"legal ep sizes: {numbers_in_runs(report['ep_sizes'])}")
     lines += sizes_text({int(size): why for size, why in report["tp_sizes"].items()})
     return "\n".join(lines)
+
+
+def _bars(report: Mapping[str, Any], width: int | None, blocks: bool) -> list[str]:
+    lines = bars_text(report, width, blocks=blocks)
+    return [*lines, ""] if lines else []
 
 
 def _loads(report: Mapping[str, Any]) -> list[str]:
@@ -123,7 +131,8 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(printable, names))
 
 
-def _notes(report: Mapping[str, Any]) -> list[str]:
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """List what else a report says, one line each: ties, what is not used, rules, and remarks of the plan."""
     lines = [f"tied: {printable(name)} → {printable(owner)}" for name, owner in report["tied"].items()]
     for key, words in (("unused", "not used by the model, kept apart"), ("dropped", "not used by the model, dropped")):
         if report[key]:
@@ -169,8 +178,9 @@ def part_text(report: Mapping[str, Any]) -> str:
     return ", ".join([which, *(f"{report[key]:,} bytes {what}" for what, key in counts if report[key] is not None)])
 
 
-def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
-    """Write the manifest's report in words; its tables in at most `width` characters."""
+def manifest_text(report: Mapping[str, Any], width: int | None = None, *, blocks: bool = True) -> str:
+    """Write the manifest's report in words; its tables and its bars in at most `width` characters. Bars are as in
+    `plan_text`."""
     origin = report["source"]["repo_id"]
     source = f" from {origin}@{report['source']['commit']}" if origin else ""
     tool = ", ".join(f"{name} {version}" for name, version in report["tool"].items())
@@ -182,6 +192,7 @@ def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
         "",
         _parameter_table(report["parameters"], report["dtype"], width),
         "",
+        *_bars(report, width, blocks),
         table(
             [("rank file", "size", "digest")]
             + [(r["file"], gigabytes(r["size"]), r["digest"]) for r in report["ranks"]],
@@ -191,6 +202,6 @@ def manifest_text(report: Mapping[str, Any], width: int | None = None) -> str:
         "",
         f"replicated in every file: {gigabytes(report['replicated_bytes'])}",
         f"copied along: {', '.join(printable(name) for name in report['extras']) or 'nothing'}",
-        *_notes(report),
+        *remarks(report),
     ]
     return "\n".join(lines)

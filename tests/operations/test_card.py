@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cli_tools import Result
 from fake_hub import FakeHub, status
 from quantizing import quantize_folder
+from safetensors.torch import load_file
 
 import reshard
-from reshard.errors import BadInputError, NetworkError
+from reshard.errors import BadInputError, DestinationExistsError, NetworkError
 from reshard.operations.publish.card import is_ours, render
 from reshard.operations.publish.licence import Terms
 from reshard.resharded.manifest import Manifest
+from reshard.showing.page.drawing import SVG_MARK, card_drawing
 
 OPEN = Terms("apache-2.0", None, False, {"license": "apache-2.0"})
 UNKNOWN = Terms(None, "it is not known", False, {})
@@ -73,9 +77,71 @@ def test_every_file_with_its_digest(manifests: dict[str, Manifest]) -> None:
     for path, manifest in manifests.items():
         section = card.split(f"### {path}/")[1].split("###")[0]
         for rank, record in enumerate(manifest.rank_files):
-            assert f"| {rank} | `{record.name}` | {record.size:,} | `{record.digest}` |" in section
+            [line] = [line for line in section.splitlines() if line.startswith(f"| {rank} | ")]
+            assert line.startswith(f"| {rank} | `{record.name}` | {record.size:,} | attention ")
+            assert line.endswith(f" | `{record.digest}` |")
     assert "`org/model` | `" + "3f" * 20 in card
     assert "reshard 0." in card
+
+
+def test_a_picture_of_each_folder(
+    here: FakeHub, resharded: Path, manifests: dict[str, Manifest], tmp_path: Path
+) -> None:
+    """It stands beside the card, which shows it; a later publication draws it anew."""
+    assert ".svg" not in render("me/two", manifests, OPEN)
+    reshard.publish(resharded, "me/two/for/2", private=True)
+    repo = here.repos["me/two"]
+    assert repo.files["reshard-for--2.svg"].decode() == card_drawing(reshard.inspect(resharded).to_dict())
+    assert "\n![What each of the 2 ranks of for/2/ holds](reshard-for--2.svg)\n" in repo.files["README.md"].decode()
+    repo.commit({"reshard-for--2.svg": f"<svg>{SVG_MARK}</svg>".encode()})
+    reshard.publish(resharded, "me/two/for/2", private=True)
+    assert b"<rect" in repo.files["reshard-for--2.svg"]
+    folder = reshard.pull("me/two/for/2", to=tmp_path / "here")
+    assert not list((tmp_path / "here").rglob("*.svg"))
+    reshard.verify(folder)
+
+
+def test_a_picture_by_hand_stays(here: FakeHub, resharded: Path) -> None:
+    repo = here.create("me/two", {"reshard-tp2.svg": b"<svg>mine</svg>"})
+    with pytest.raises(DestinationExistsError, match="other files of these names: reshard-tp2"):
+        reshard.publish(resharded, "me/two/tp2", licence="mit")
+    assert len(repo.commits) == 1
+    repo.commit({"README.md": b"---\nlicense: mit\n---\n# By hand\n"})  # then there is no card of ours to draw for
+    reshard.publish(resharded, "me/two/tp2", licence="mit")
+    assert repo.files["reshard-tp2.svg"] == b"<svg>mine</svg>"
+
+
+def test_a_picture_of_the_folder_itself_stays(here: FakeHub, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """A file that came along with `--include` may have the picture's name."""
+    source = Path(shutil.copytree(checkpoint("llama"), tmp_path / "source"))
+    (source / "reshard.svg").write_text("<svg>its own</svg>")
+    reshard.convert(source, tmp_path / "out", tp_size=2, include=["*.svg"])
+    reshard.publish(tmp_path / "out", "me/two", private=True)
+    assert here.repos["me/two"].files["reshard.svg"] == b"<svg>its own</svg>"
+    assert "reshard.svg" not in here.repos["me/two"].files["README.md"].decode()
+
+
+def test_formats(manifests: dict[str, Manifest], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """What the weights are stored as, with the elements and bytes of the source."""
+    source = quantize_folder(checkpoint("llama"), tmp_path / "source", "fp8")
+    made = reshard.convert(source, tmp_path / "out", tp_size=2)
+    card = render("me/two", {"tp2": manifests["tp2"], "fp8": made}, OPEN)
+    lines = card.split("## Formats")[1].split("## Files")[0].strip().splitlines()[2:]
+    plain, quantized = (load_all(folder) for folder in (checkpoint("llama"), source))
+    elements = sum(tensor.numel() for tensor in plain.values())
+    scaled = {name.removesuffix("_scale_inv") for name in quantized if name.endswith("_scale_inv")}
+    stored = [tensor for name, tensor in quantized.items() if name.removesuffix("_scale_inv") in scaled]
+    of_fp8 = sum(plain[name].numel() for name in scaled)
+    left = sum(tensor.nbytes for tensor in quantized.values()) - sum(tensor.nbytes for tensor in stored)
+    assert lines == [
+        f"| `tp2/` | float32 | 21 | {elements:,} | {4 * elements:,} |",
+        f"| `fp8/` | float32 | {21 - len(scaled)} | {elements - of_fp8:,} | {left:,} |",
+        f"| `fp8/` | fp8 | {len(scaled)} | {of_fp8:,} | {sum(tensor.nbytes for tensor in stored):,} |",
+    ]
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def test_the_same_folders_give_the_same_card(manifests: dict[str, Manifest]) -> None:

@@ -29,10 +29,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def published(hub: FakeHub, name: str = NAME, branch: str = "main") -> dict[str, bytes]:
-    """Return the files of a branch, without the card and the Hub's own file."""
+    """Return the files of a branch, without the card, its pictures and the Hub's own file."""
     repo = hub.repos[name]
     tree = repo.commits[repo.revisions[branch]]
-    return {path: data for path, data in tree.items() if path not in (".gitattributes", "README.md")}
+    beside = (".gitattributes", "README.md")
+    return {path: data for path, data in tree.items() if path not in beside and not path.endswith(".svg")}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,9 @@ def test_one_commit_that_holds_everything(here: FakeHub, of_hub: Path) -> None:
     assert len(repo.commits) == 2  # the Hub's first commit, and ours
     assert done.commit == repo.revisions["main"]
     assert (done.private, done.licence, done.card) == (False, "apache-2.0", True)
-    assert done.size == sum(map(len, published(here).values())) + len(repo.files["README.md"])
-    assert done.files == len(published(here)) + 1
+    beside = [repo.files["README.md"], repo.files["reshard.svg"]]
+    assert done.size == sum(map(len, [*published(here).values(), *beside]))
+    assert done.files == len(published(here)) + 2
     assert here.count(PUT) == 2  # the rank files
     assert b"license: apache-2.0\n" in repo.files["README.md"]
     assert b"Secret upstream words" not in repo.files["README.md"]
@@ -183,7 +185,7 @@ def test_dry_run(here: FakeHub, resharded: Path, cli: Cli) -> None:
     result = cli("publish", resharded, NAME, "--private", "--dry-run")
     size = sum(map(len, contents(resharded).values()))
     assert result.code == 0, result
-    assert result.out.startswith(f"{NAME}@main: would be {len(contents(resharded)) + 1} files, ")
+    assert result.out.startswith(f"{NAME}@main: would be {len(contents(resharded)) + 2} files, ")
     assert "private, licence not known" in result.out
     report = json.loads(cli("publish", resharded, NAME, "--private", "--dry-run", "--format", "json").out)
     assert report["size"] > size

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
+from urllib.parse import quote
 
 from ...checkpoint.kinds import is_licence
 from ...files.dtypes import torch_name
 from ...resharded.as_source import source_headers
 from ...resharded.manifest import Manifest
 from ...showing.engines import serve_command
+from ...showing.loads import KINDS, RankLoad, rank_loads
 from ...showing.tables import gigabytes
 from ...text import printable
 from .licence import Terms
 
-__all__ = ["is_ours", "render"]
+__all__ = ["is_ours", "picture_name", "render"]
 
 _MARK = "<!-- Written by reshard publish, anew each time. Take this line away to keep what you change. -->"
 _TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
@@ -30,7 +33,7 @@ _TEXT = """\
 {opening}
 
 {summary}
-
+{pictures}
 If the last column says yes, `from_pretrained` of a transformers that reads rank files (5.23 does) opens the folder too.
 
 ## Use it
@@ -58,6 +61,10 @@ To fetch files ahead of time, or only those of some ranks:
 
 {licence}
 
+## Formats
+
+{formats}
+
 ## Files
 {files}
 `reshard.json` of each folder holds the digest of every tensor; `reshard verify` checks them all.
@@ -73,8 +80,21 @@ def is_ours(text: str) -> bool:
     return _MARK in text
 
 
-def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, revision: str | None = None) -> str:
+def picture_name(path: str) -> str:
+    """Return the file beside the card that has the picture of a folder of the repo ("" for its root)."""
+    return f"reshard-{path.replace('/', '--')}.svg" if path else "reshard.svg"
+
+
+def render(
+    repo_id: str,
+    manifests: Mapping[str, Manifest],
+    terms: Terms,
+    *,
+    revision: str | None = None,
+    pictures: Collection[str] = (),
+) -> str:
     """Return the card's text. `manifests` are the manifests by folder of the repo ("" for its root), on `revision`.
+    `pictures` are the folders that have a picture beside the card, of the name `picture_name`.
 
     The same folders give the same card: it holds no date.
     """
@@ -98,6 +118,7 @@ def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, rev
             ("folder", "ranks", "largest file", "all files", "dtype", "opens in plain transformers"),
             [_summary(path, manifest) for path, manifest in manifests.items()],
         ),
+        pictures="".join(_picture(path, manifest) for path, manifest in manifests.items() if path in pictures),
         generate=_shell(_start(places[path], branch, manifest) for path, manifest in manifests.items()),
         python=_python(places[first], revision) if manifests[first].engine is None else _ENGINE_READS,
         pull=_shell(
@@ -110,6 +131,10 @@ def render(repo_id: str, manifests: Mapping[str, Manifest], terms: Terms, *, rev
             [_origin(path, manifest) for path, manifest in manifests.items()],
         ),
         licence=_licence(terms, manifests),
+        formats=_table(
+            ("folder", "stored as", "parameters", "elements", "bytes"),
+            [line for path, manifest in manifests.items() for line in _formats(path, manifest)],
+        ),
         files="".join(_files(path, manifest) for path, manifest in manifests.items()),
     )
     return str(ModelCard(text))
@@ -188,6 +213,27 @@ def _summary(path: str, manifest: Manifest) -> tuple[str, ...]:
     return _tick(_folder(path)), ranks, gigabytes(max(sizes)), gigabytes(sum(sizes)), manifest.dtype, plain
 
 
+def _picture(path: str, manifest: Manifest) -> str:
+    """Return the link to a folder's picture, with a line before and after."""
+    words = f"What each of the {manifest.world_size} ranks of {_plain(_folder(path))} holds"
+    return f"\n![{words}]({quote(picture_name(path))})\n"
+
+
+def _formats(path: str, manifest: Manifest) -> Iterator[tuple[str, ...]]:
+    """Yield what the weights are stored as: dtypes, or formats of quantized parameters, the largest first.
+
+    Bytes are those of one copy, with what a format stores beside its values.
+    """
+    found: dict[str, tuple[int, int, int]] = {}
+    for row in manifest.to_dict()["parameters"]:
+        stored = row["quantized"]["format"] if "quantized" in row else row["dtype"]
+        count, elements, size = found.get(stored, (0, 0, 0))
+        added = row["count"] * prod(row["shape"]), row["count"] * row["bytes"]
+        found[stored] = (count + row["count"], elements + added[0], size + added[1])
+    for stored, (count, elements, size) in sorted(found.items(), key=lambda item: (-item[1][2], item[0])):
+        yield _tick(_folder(path)), _plain(stored), f"{count:,}", f"{elements:,}", f"{size:,}"
+
+
 def _origin(path: str, manifest: Manifest) -> tuple[str, ...]:
     tools = ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in manifest.tool.items())
     source = _tick(manifest.repo_id) if manifest.repo_id else "a local folder"
@@ -204,11 +250,17 @@ def _custom(manifests: Mapping[str, Manifest]) -> str:
 
 
 def _files(path: str, manifest: Manifest) -> str:
+    loads = rank_loads(manifest.to_dict())
     lines = [
-        (str(rank), _tick(record.name), f"{record.size:,}", _tick(record.digest))
-        for rank, record in enumerate(manifest.rank_files)
+        (str(rank), _tick(record.name), f"{record.size:,}", _holds(load), _tick(record.digest))
+        for rank, (record, load) in enumerate(zip(manifest.rank_files, loads))
     ]
-    return f"\n### {_folder(path)}\n\n{_table(('rank', 'file', 'bytes', 'digest (xxh3-128)'), lines)}\n"
+    head = ("rank", "file", "bytes", "of which", "digest (xxh3-128)")
+    return f"\n### {_folder(path)}\n\n{_table(head, lines)}\n"
+
+
+def _holds(load: RankLoad) -> str:
+    return ", ".join(f"{KINDS[kind]} {gigabytes(size)}" for kind, size in load.kinds.items() if size) or "nothing"
 
 
 def _licence(terms: Terms, manifests: Mapping[str, Manifest]) -> str:

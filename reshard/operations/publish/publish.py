@@ -23,6 +23,7 @@ from ..arguments import checked
 from ..verify.verify import verify
 from .card import is_ours, render
 from .licence import Terms, agreed, agreed_by_hand, check_public, source_terms
+from .pictures import drawn, is_drawn
 from .upload import Change, LocalFile, holds, upload
 
 __all__ = ["Published", "publish"]
@@ -118,8 +119,7 @@ def publish(
     if not remote.private:
         check_public(str(where), terms)
     deleted = _obsolete(where, remote, manifest, there.get(where.path), files)
-    card = _card(where, {**there, where.path: manifest}, terms, revision) if ours else None
-    texts = {} if card is None else {_CARD: card}
+    texts = _card(where, remote, {**there, where.path: manifest}, terms, revision, files) if ours else {}
     plan = Published(
         repo_id=where.repo_id,
         path=where.path,
@@ -129,7 +129,7 @@ def publish(
         files=len(files) + len(texts),
         size=sum(file.size for file in files.values()) + sum(len(text.encode()) for text in texts.values()),
         deleted=deleted,
-        card=card is not None,
+        card=bool(texts),
     )
     if dry_run:
         return plan
@@ -224,21 +224,44 @@ def _obsolete(
 
 def _page(where: Place, remote: _Remote) -> str | None:
     """Return the text of the repo's page, ours or written by hand; None if it has none."""
+    return _text(where, remote, _CARD) if _CARD in remote.files else None
+
+
+def _text(where: Place, remote: _Remote, name: str) -> str:
     from huggingface_hub import hf_hub_download
 
-    if _CARD not in remote.files:
-        return None
     with doing("read its card", where.repo_id):
-        path = again(lambda: hf_hub_download(where.repo_id, _CARD, revision=remote.head))
+        path = again(lambda: hf_hub_download(where.repo_id, name, revision=remote.head))
         return Path(path).read_text(errors="replace")
 
 
-def _card(where: Place, manifests: Mapping[str, Manifest], terms: Terms, revision: str | None) -> str:
-    """Return the page for all resharded folders in the repo, checked by the Hub."""
+def _card(
+    where: Place,
+    remote: _Remote,
+    manifests: Mapping[str, Manifest],
+    terms: Terms,
+    revision: str | None,
+    files: Mapping[str, LocalFile],
+) -> dict[str, str]:
+    """Return the page for all resharded folders in the repo, checked by the Hub, and its pictures, each by its path.
+
+    A file of `files` that has a picture's name is the folder's own, and stays.
+    Raises DestinationExistsError if another file in the repo has a picture's name.
+    """
     ordered = dict(sorted(manifests.items(), key=lambda item: (item[1].world_size, item[0])))
-    card = render(where.repo_id, ordered, terms, revision=revision)
+    pictures = {path: picture for path, picture in drawn(ordered).items() if picture.name not in files}
+    foreign = [
+        picture.name
+        for picture in pictures.values()
+        if picture.name in remote.files and not is_drawn(_text(where, remote, picture.name))
+    ]
+    if foreign:
+        raise DestinationExistsError(
+            f"{where}: holds other files of these names: {listed(foreign)}", hint="rename them there first"
+        )
+    card = render(where.repo_id, ordered, terms, revision=revision, pictures=pictures)
     _check_card(where, card)
-    return card
+    return {_CARD: card, **{picture.name: picture.text for picture in pictures.values()}}
 
 
 def _check_card(where: Place, card: str) -> None:
