@@ -34,6 +34,10 @@ class Gathering(Protocol):
     def name(self) -> str:
         """Where the parts are, as it is printed."""
 
+    @property
+    def is_read_again(self) -> bool:
+        """Whether the files are on this machine when they are together, so that source files are given back."""
+
     def stage(self, part: Part) -> Destination:
         """Return the destination of a part's folder, which must hold its record and draft."""
 

@@ -84,6 +84,10 @@ class InStore:
     def name(self) -> str:
         return printable(self.url)
 
+    @property
+    def is_read_again(self) -> bool:
+        return False
+
     def stage(self, part: Part) -> Destination:
         return _PartInStore(self.url, part, self.progress)
 

@@ -81,6 +81,10 @@ class OnDisk:
         """The folder that becomes the destination."""
         return self.folder / "files"
 
+    @property
+    def is_read_again(self) -> bool:
+        return True
+
     def stage(self, part: Part) -> Destination:
         path = self.folder / part.name
         return _Once(destination(path, sync=self.sync), lambda: os.path.lexists(path), self.sync)
@@ -111,13 +115,10 @@ class OnDisk:
         with _gone(self.folder / part.name):
             return manifest_at(self.folder / part.name / DRAFT_NAME)
 
-    def _path(self, part: Part, name: str) -> Path:
-        """Return where a file of a part is: in its folder, or with the others already."""
-        path = self.folder / part.name / name
-        return path if os.path.lexists(path) else self._files / name
-
     def lacks(self, record: PartRecord) -> list[str]:
-        return [file.name for file in record.records if _size(self._path(record.part, file.name)) != file.size]
+        # In this order: another run may move a file from the one place to the other meanwhile.
+        folders = (self.folder / record.part.name, self._files)
+        return [file.name for file in record.records if not any(_size(at / file.name) == file.size for at in folders)]
 
     def forget(self, part: Part) -> None:
         if os.path.lexists(self.folder / part.name):

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ...checkpoint.source import is_resharded
 from ...checkpoint.weights import chosen
-from ...errors import DestinationExistsError, UsageError
+from ...errors import BusyError, DestinationExistsError, IntegrityError, StorageError, UsageError
 from ...execution.parts.gathering import Gathering, gathering
 from ...execution.parts.record import DRAFT_NAME, RECORD_NAME, PartRecord, check_beside, is_of
-from ...execution.parts.share import Part, Share, share_of, size_of
+from ...execution.parts.share import Part, Share, ranks_of, share_of, size_of
 from ...execution.staging import Stage, staged_folder
 from ...files.digest import digest_of
 from ...planning.model.rules import AUTO
@@ -121,6 +121,7 @@ def convert_part(
             hint="make the parts in a folder, then send that",
         )
     topology = Topology(tp_size, ep_size)
+    ranks_of(which, topology.world_size)  # before any work
     asked = Asked(
         as_text(source),
         topology,
@@ -134,25 +135,54 @@ def convert_part(
         drop_unused=drop_unused,
     )
     parts = gathering(out, sync=sync, progress=progress)
-    with staged_folder(parts.stage(which)) as stage:
-        say(f"{which}: {announced(asked.source, topology)}")
-        with prepared(
-            asked, stage, keep_cache=keep_cache, whole=False, workers=workers, progress=progress, say=say
-        ) as work:
-            share = share_of(which, work.layouts, topology.world_size, work.inputs.source, work.inputs.computed)
-            report = _report(share, {file.name for file in work.origin.coming()})
-            if _is_done(parts, which, work):
-                report = replace(report, written=0, read=0, fetched=0, done=True)
-            else:
-                by_spans = _by_spans(share, work) if dtype is None and not is_url(as_text(out)) else {}
-                work.spans.update(by_spans)
-                _write(stage, share, work, tuple(sorted(by_spans)), workers=workers, sync=sync, progress=progress)
+    how: _How = {"keep_cache": keep_cache, "workers": workers, "sync": sync, "progress": progress, "say": say}
+    try:
+        report = _made(which, asked, parts, **how)
+    except (BusyError, IntegrityError, StorageError):
+        if parts.whole() is None:
+            raise
+        report = _made(which, asked, parts, **how)  # the folder was finished meanwhile, and the parts removed
     if report.done and parts.whole() is not None:
         parts.clear()
     if part.partition("/")[0] == AUTO_PART:
-        manifest = finished(parts, if_all=True, workers=workers, progress=progress)
-        return replace(report, manifest=manifest)
+        return replace(report, manifest=finished(parts, if_all=True, workers=workers, progress=progress))
     return report
+
+
+class _How(TypedDict):
+    keep_cache: bool
+    workers: int | None
+    sync: bool
+    progress: Progress
+    say: Callable[[str], object]
+
+
+def _made(
+    which: Part,
+    asked: Asked,
+    parts: Gathering,
+    *,
+    keep_cache: bool,
+    workers: int | None,
+    sync: bool,
+    progress: Progress,
+    say: Callable[[str], object],
+) -> PartReport:
+    """Make a part, unless it is done."""
+    with staged_folder(parts.stage(which)) as stage:
+        say(f"{which}: {announced(asked.source, asked.topology)}")
+        with prepared(
+            asked, stage, keep_cache=keep_cache, whole=False, workers=workers, progress=progress, say=say
+        ) as work:
+            inputs = work.inputs
+            share = share_of(which, work.layouts, asked.topology.world_size, inputs.source, inputs.computed)
+            report = _report(share, {file.name for file in work.origin.coming()})
+            if _is_done(parts, which, work):
+                return replace(report, written=0, read=0, fetched=0, done=True)
+            by_spans = _by_spans(share, work) if asked.dtype is None and parts.is_read_again else {}
+            work.spans.update(by_spans)
+            _write(stage, share, work, tuple(sorted(by_spans)), workers=workers, sync=sync, progress=progress)
+            return report
 
 
 def planned_part(plan: ReshardPlan, part: str, *, changed: bool = False) -> PartReport:
