@@ -26,7 +26,7 @@ from reshard.operations.arguments import CHECKS, checked
 from reshard.strategies import ALL_PARALLEL_STYLES
 from reshard.text import printable
 
-PUBLISHED = ("plan", "convert", "export", "inspect", "verify", "merge", "publish", "pull")
+PUBLISHED = ("plan", "convert", "convert_part", "finish", "export", "inspect", "verify", "merge", "publish", "pull")
 PUBLIC: dict[str, Callable[..., Any]] = {
     **{name: getattr(reshard, name) for name in PUBLISHED},
     "load": runtime.load,
@@ -35,6 +35,8 @@ PUBLIC: dict[str, Callable[..., Any]] = {
 GIVEN: dict[str, dict[str, Any]] = {
     "plan": {"source": "/nowhere/at/all", "tp_size": 2},
     "convert": {"source": "/nowhere/at/all", "out": "/nowhere/out", "tp_size": 2},
+    "convert_part": {"source": "/nowhere/at/all", "out": "/nowhere/out", "tp_size": 2, "part": "1/2"},
+    "finish": {"out": "/nowhere/out"},
     "export": {"source": "/nowhere/at/all", "out": "/nowhere/out", "tp_size": 2, "engine_python": sys.executable},
     "inspect": {"place": "/nowhere/at/all"},
     "verify": {"out": "/nowhere/at/all"},
@@ -48,7 +50,7 @@ WRONG: dict[str, list[Any]] = {
     **{name: [None, "", 3, b"folder", ["a"], "a\0b"] for name in ("out", "dest")},
     "to": ["", 3, b"folder", "a\0b"],
     "against": ["", 3, b"folder"],
-    **{name: ["", 3, True, ["main"]] for name in ("revision", "layout", "licence", "weights")},
+    **{name: ["", 3, True, ["main"]] for name in ("revision", "layout", "licence", "weights", "part")},
     **{name: ["", 3, True, ["vllm"]] for name in ("engine", "platform", "moe_backend")},
     **{name: ["", 3, b"file", ["a"], "a\0b"] for name in ("engine_python", "plan")},
     "capability": ["9.0", 9.0, (9,), (9, 0, 0), (9, -1), (9.0, 0), (True, 0)],
