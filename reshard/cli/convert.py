@@ -25,7 +25,13 @@ __all__ = ["convert"]
 @click.command()
 @click.argument("source")
 @click.argument("out", type=click.Path())
-@click.option("--tp-size", "-tp", type=click.IntRange(min=1), required=True, help="Number of ranks.")
+@click.option("--tp-size", "-tp", type=click.IntRange(min=1), help="Number of ranks.")
+@click.option(
+    "--like",
+    type=click.Path(),
+    metavar="DIR",
+    help="New weights of the model in the resharded folder DIR: cut in the same way; what is the same is copied.",
+)
 @what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
 @click.option("--keep-cache", is_flag=True, help="Keep fetched files in the cache after they are cut.")
@@ -46,6 +52,8 @@ __all__ = ["convert"]
 def convert(
     source: str,
     out: str,
+    tp_size: int | None,
+    like: str | None,
     overwrite: bool,
     keep_cache: bool,
     reference_logits: bool,
@@ -69,21 +77,22 @@ def convert(
       reshard convert meta-llama/Llama-3.1-8B llama-nf4 --tp-size 2 --quantize nf4
       reshard convert Qwen/Qwen3-30B-A3B qwen-ep4 --tp-size 4 --ep-size 4
       reshard convert s3://bucket/llama s3://bucket/llama-tp4 --tp-size 4
+      reshard convert ./llama-week-2 llama-week-2-tp4 --like llama-week-1-tp4
       reshard convert meta-llama/Llama-3.1-405B llama-tp8 --tp-size 8 --part 1/4
     """
-    if part is not None and (overwrite or reference_logits):
-        raise UsageError(
-            f"{'--overwrite' if overwrite else '--reference-logits'} does not go with --part",
-            hint="remove what is at OUT yourself"
-            if overwrite
-            else "compare with the source: reshard check OUT --reference SOURCE",
-        )
+    if part is not None:
+        _refuse(overwrite, "--overwrite", "--part", "remove what is at OUT yourself")
+        _refuse(reference_logits, "--reference-logits", "--part", "reshard check OUT --reference SOURCE compares too")
+        _refuse(like is not None, "--like", "--part", "make the parts with --tp-size")
+    _refuse(dry_run and like is not None, "--like", "--dry-run", "the plan is that of: reshard inspect DIR")
+    if like is None and tp_size is None:
+        raise UsageError("the number of ranks is missing", hint="give --tp-size 2, or --like OUT")
     if dry_run:
-        print_plan(source, style, part=part, **cut)
+        print_plan(source, style, part=part, tp_size=tp_size, **cut)
         return
     if part is not None:
         made = {"keep_cache": keep_cache, "workers": workers, "sync": not no_sync}
-        _convert_part(source, out, style, part=part, **made, **cut)
+        _convert_part(source, out, style, part=part, tp_size=tp_size, **made, **cut)
         return
     began = time.monotonic()
     from .. import convert as run
@@ -92,6 +101,8 @@ def convert(
     manifest = run(
         source,
         out,
+        tp_size=tp_size,
+        like=like,
         overwrite=overwrite,
         keep_cache=keep_cache,
         reference_logits=reference_logits,
@@ -113,6 +124,11 @@ def convert(
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes, in {duration(seconds)}",
     )
     say(f"next: {next_command(manifest, source=source, out=out, **cut)}")
+
+
+def _refuse(given: bool, option: str, other: str, hint: str) -> None:
+    if given:
+        raise UsageError(f"{option} does not go with {other}", hint=hint)
 
 
 def _convert_part(source: str, out: str, style: str, **how: Any) -> None:

@@ -20,6 +20,7 @@ from ..resharded.targets import LocalTensor
 from ..storage.disk import pwrite, write_error
 from ..storage.outputs import OutputFiles, begin_writeback, digest_in
 from ..storage.prefetch import Arrivals, in_order
+from .earlier import Earlier
 from .jobs import Job, run_jobs
 from .journal import Journal
 from .reader import SourceReader, tensor_blocks
@@ -37,7 +38,8 @@ class Inputs:
     as it is needed; a file of which nothing is missing is not asked for. If there are `records`, the source files are
     rank files themselves: every tensor is checked against its record, and no digest of a file is made. Tensors that are
     `computed` are in none of the files: they are computed from those that are, a block at a time. Only the `digested`
-    files are digested, or checked, whole: all of them if that is None.
+    files are digested, or checked, whole: all of them if that is None. Tensors that are the same in an `earlier` folder
+    are copied from there.
     """
 
     source: Source
@@ -46,6 +48,7 @@ class Inputs:
     records: Mapping[str, FileRecord] | None = None
     computed: Mapping[str, Computed] = field(default_factory=dict)
     digested: Collection[str] | None = None
+    earlier: Earlier | None = None
 
 
 def write_files(
@@ -71,6 +74,7 @@ def write_files(
         IntegrityError: a source file changed meanwhile, or is not as it was recorded.
     """
     source, ahead, arrivals, records = inputs.source, inputs.ahead, inputs.arrivals, inputs.records
+    earlier = inputs.earlier
     digests: list[dict[str, str]] = [{} for _ in layouts]
     source_digests: dict[str, str] = {}
     if ahead:
@@ -88,19 +92,40 @@ def write_files(
                 digests[index][tensor] = claim
                 progress(slot.tensor.nbytes)
                 return
-            digest = new_digest()
-            for offset, block in tensor_blocks(slot.tensor, reader, scratch()):
-                if stop.is_set():
-                    return
-                digest.update(block)
-                pwrite(fd, block, slot.offset + offset)
-                if sync:
-                    begin_writeback(fd, slot.offset + offset, len(block))
-                progress(len(block))
+            found = taken_over(fd, name, slot)
+            if found is None:
+                digest = new_digest()
+                for offset, block in tensor_blocks(slot.tensor, reader, scratch()):
+                    if stop.is_set():
+                        return
+                    digest.update(block)
+                    pwrite(fd, block, slot.offset + offset)
+                    if sync:
+                        begin_writeback(fd, slot.offset + offset, len(block))
+                    progress(len(block))
+                found = digest.hexdigest()
         reader.check(slot.tensor)  # before the journal claims it
-        digests[index][tensor] = digest.hexdigest()
+        digests[index][tensor] = found
         if journal:
-            journal.add(name, tensor, digest.hexdigest())
+            journal.add(name, tensor, found)
+
+    def taken_over(fd: int, name: str, slot: Slot) -> str | None:
+        """Copy a tensor that is the same in the earlier folder, and return its digest. None if it is not there."""
+        if earlier is None or (there := earlier.find(name, slot.tensor.name, slot.tensor.nbytes)) is None:
+            return None
+        digest = new_digest()
+        for offset, block in tensor_blocks(slot.tensor, reader, scratch()):
+            if stop.is_set() or (not offset and not there.begins_as(block)):
+                return None  # most tensors that differ do from the beginning: these are read once
+            digest.update(block)
+        if digest.hexdigest() != there.digest:
+            return None
+        there.copy(fd, slot.offset)
+        if digest_in(fd, slot, scratch()) != there.digest:
+            return None
+        earlier.count(slot.tensor.nbytes)
+        progress(slot.tensor.nbytes)
+        return there.digest
 
     def digest_range(name: str, start: int, end: int) -> str:
         digest = new_digest()

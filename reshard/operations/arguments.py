@@ -209,7 +209,7 @@ def _options(value: Any) -> Any:
 _RANKS = _count("a number of ranks")
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("source", "place", "against"), _path),
+    **dict.fromkeys(("source", "place", "against", "like"), _path),
     **dict.fromkeys(("out", "dest", "to"), _folder),
     **dict.fromkeys(("revision", "layout", "licence", "attn_implementation", "weights", "part"), _text),
     **dict.fromkeys(("engine", "platform", "moe_backend"), _text),

@@ -19,6 +19,7 @@ from ..planning.remarks import announced
 from ..planning.sizes import Size, size_table, smallest_fit
 from ..process import patient_collector
 from ..resharded.layout import FileLayout
+from ..resharded.manifest import Manifest
 from ..sharding.topology import Topology
 from ..storage.prefetch import Arrivals
 from ..storage.stores import as_text
@@ -168,10 +169,12 @@ def plan_of(
     drop_unused: bool,
     gpu_memory: int | None = None,
     serving: Serving = WEIGHTS_AND_CACHE,
+    like: Manifest | None = None,
     arrivals: Arrivals | None = None,
 ) -> ReshardPlan:
-    """Return the plan of an origin for the ranks of `topology`, or for the fewest that fit `gpu_memory`."""
-    strategies, model = _model(origin, tp_plan, strategies, dtype, experts=topology.ep > 1)
+    """Return the plan of an origin for the ranks of `topology`, or for the fewest that fit `gpu_memory`. It has the
+    styles of a manifest that it is to be `like`."""
+    strategies, model = _model(origin, tp_plan, strategies, dtype, experts=topology.ep > 1, like=like)
     if gpu_memory is not None:
         topology = smallest_fit(model, strategies, ep=topology.ep, memory=gpu_memory, serving=serving)
     planned = build_plan(
@@ -194,11 +197,12 @@ def _model(
     dtype: str | None,
     *,
     experts: bool,
+    like: Manifest | None = None,
 ) -> tuple[ParallelInterface, Model]:
     refuse_keys(origin.source.root)
     found = as_strategies(strategies)
     rules = tp_plan if tp_plan in (AUTO, GENERAL) or isinstance(tp_plan, Mapping) else read_rules(tp_plan)
-    made = origin.made
-    travels = made is not None and rules == AUTO and not experts and made.manifest.topology.ep == 1
-    noted = noted_styles(made.manifest) if made and travels else None
+    before = like or (origin.made.manifest if origin.made else None)
+    travels = before is not None and rules == AUTO and not experts and before.topology.ep == 1
+    noted = noted_styles(before) if before and travels else None
     return found, read_model(origin.source, dtype=dtype, tp_plan=rules, experts=experts, noted=noted)

@@ -11,7 +11,7 @@ from ..files.dtypes import CODES, itemsize
 from ..sharding.placement import is_box
 from .targets import LocalTensor, Target, rank_tensors, unused_tensors
 
-__all__ = ["UNUSED_NAME", "FileLayout", "Slot", "file_layout", "file_layouts", "rank_file_name"]
+__all__ = ["ALIGNMENT", "UNUSED_NAME", "FileLayout", "Slot", "file_layout", "file_layouts", "rank_file_name"]
 
 ALIGNMENT = 4096  # bytes: tensor data starts on a page, so a file can be mapped or read directly
 UNUSED_NAME = "unused.safetensors"

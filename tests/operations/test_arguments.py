@@ -49,7 +49,7 @@ WRONG: dict[str, list[Any]] = {
     **{name: [None, "", 3, b"folder", ["a"], math] for name in ("source", "place")},
     **{name: [None, "", 3, b"folder", ["a"], "a\0b"] for name in ("out", "dest")},
     "to": ["", 3, b"folder", "a\0b"],
-    "against": ["", 3, b"folder"],
+    **{name: ["", 3, b"folder"] for name in ("against", "like")},
     **{name: ["", 3, True, ["main"]] for name in ("revision", "layout", "licence", "weights", "part")},
     **{name: ["", 3, True, ["vllm"]] for name in ("engine", "platform", "moe_backend")},
     **{name: ["", 3, b"file", ["a"], "a\0b"] for name in ("engine_python", "plan")},

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.source import MANIFEST_NAME
 from ...checkpoint.weights import chosen
+from ...errors import UsageError
 from ...execution.destination import destination
+from ...execution.earlier import open_earlier
 from ...execution.staging import staged_folder
 from ...planning.model.rules import AUTO
 from ...planning.remarks import announced
@@ -18,8 +20,10 @@ from ...sharding.topology import Topology
 from ...storage.disk import write_file
 from ...storage.stores import as_text
 from ...strategies.registry import ALL_PARALLEL_STYLES, ParallelInterface
+from ...text import printable
 from ..arguments import checked
-from ..values.change import change_of
+from ..values.change import AS_IT_IS, change_of
+from .like import pattern_of
 from .work import Asked, completed, prepared
 
 if TYPE_CHECKING:
@@ -34,7 +38,8 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    tp_size: int,
+    tp_size: int | None = None,
+    like: str | Path | None = None,
     ep_size: int = 1,
     tp_plan: Mapping[str, str] | str | Path = AUTO,
     strategies: ParallelInterface | str | Path = ALL_PARALLEL_STYLES,
@@ -64,6 +69,9 @@ def convert(
     `write_files`). The arguments that say what to cut, and how, are those of `plan`.
     Remote files that are not in the cache are fetched two ahead of the cutting, and removed once they are cut; with
     `keep_cache` they stay in the cache.
+    `like` is a resharded folder of the same model, here: with new weights, everything that `tp_size` and the options
+    of the plan would say is taken from it (but `strategies`, since code is not). Tensors whose bytes are the same are
+    copied from it, in the kernel: where the file system can share blocks, they take no room. The result is the same.
     `reference_logits` stores what the single-process model computes on a few fixed tokens, for `reshard check`. Only
     this loads the model: it needs memory for it (see `store_reference`), and all files of a remote one in the cache.
     `sync` waits until everything is on disk; without it a power loss can undo a finished conversion.
@@ -73,8 +81,19 @@ def convert(
     Raises:
         ReshardError: the subclass and its exit code say which kind of failure.
     """
-    topology, choice = Topology(tp_size, ep_size), chosen(weights, links_into)
+    choice, pattern = chosen(weights, links_into), None
     change = change_of(quantize, quantize_config, experts=quantize_experts, dequantize=dequantize)
+    if like is not None:
+        if tp_size is not None or ep_size > 1 or tp_plan != AUTO or dtype or change != AS_IT_IS or drop_unused:
+            raise UsageError(
+                "--like takes the number of ranks, the plan, dtypes and quantization from that folder",
+                hint="leave out the options that say them",
+            )
+        pattern = pattern_of(like)
+        change, dtype, drop_unused = pattern.change, pattern.dtype, pattern.drop_unused
+    if tp_size is None and pattern is None:
+        raise UsageError("the number of ranks is missing", hint="give --tp-size 2, or --like OUT")
+    topology = pattern.topology if pattern else Topology(tp_size or 1, ep_size)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         say(announced(as_text(source), topology))
         if reference_logits:
@@ -92,10 +111,18 @@ def convert(
             strategies=strategies,
             dtype=dtype,
             drop_unused=drop_unused,
+            like=pattern.manifest if pattern else None,
         )
         with prepared(asked, stage, keep_cache=keep_cache, workers=workers, progress=progress, say=say) as work:
+            if pattern:
+                pattern.check(work.draft)
             folder = stage.begin(work.digest())
-            written, digests = work.write(stage, folder, work.layouts, workers=workers, sync=sync, progress=progress)
+            earlier = open_earlier(pattern.folder, pattern.manifest) if pattern else None
+            written, digests = work.write(
+                stage, folder, work.layouts, earlier=earlier, workers=workers, sync=sync, progress=progress
+            )
+        if pattern and earlier:
+            say(f"{earlier.copied:,} bytes are the same as in {printable(pattern.folder)}, and were copied")
         extras = work.copy_extras(folder, sync=sync)
         if reference_logits:
             derived = work.origin.derived

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..._version import __version__
 from ...checkpoint.left_behind import refuse_keys
 from ...checkpoint.weights import Choice
+from ...execution.earlier import Earlier
 from ...execution.executor import Inputs, write_files
 from ...execution.journal import Journal
 from ...execution.origin import Origin, Spans, open_origin
@@ -44,7 +45,7 @@ _MANIFEST_SHARE = 1 << 20  # bytes kept free for the manifest and the folder its
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What to cut, and how: arguments of `plan`, checked."""
+    """What to cut, and how: arguments of `plan`, checked. With a manifest that it is to be `like`, its styles."""
 
     source: str
     topology: Topology
@@ -56,6 +57,7 @@ class Asked:
     strategies: ParallelInterface | str | Path
     dtype: str | None
     drop_unused: bool
+    like: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class Work:
         *,
         digested: Collection[str] | None = None,
         extras: bool = True,
+        earlier: Earlier | None = None,
         workers: int | None,
         sync: bool,
         progress: Progress,
@@ -114,7 +117,7 @@ class Work:
         beside = sum((origin.source.root / name).stat().st_size for name in origin.source.extras) if extras else 0
         staged = 0 if self.keep_cache else origin.staged_bytes()
         check_free_space(folder, total + staged + beside + _MANIFEST_SHARE, origin.staged(stage))
-        inputs = replace(self.inputs, digested=digested)
+        inputs = replace(self.inputs, digested=digested, earlier=earlier)
         with progress(total, "writing") as report, contextlib.closing(Journal(folder)) as journal:
             return write_files(folder, layouts, inputs, journal=journal, workers=workers, sync=sync, progress=report)
 
@@ -239,6 +242,7 @@ def _planned(origin: Origin, asked: Asked, arrivals: Arrivals | None) -> Recut:
     The manifest is the same either way."""
     strategies = asked.strategies
     changed = asked.tp_plan != AUTO or asked.dtype is not None or asked.drop_unused or origin.derived is not None
+    changed = changed or asked.like is not None
     if origin.made and not changed and isinstance(strategies, ParallelInterface) and strategies.is_plain:
         refuse_keys(origin.source.root)
         if found := recut(origin.made, asked.topology):
@@ -252,6 +256,7 @@ def _planned(origin: Origin, asked: Asked, arrivals: Arrivals | None) -> Recut:
         strategies=strategies,
         dtype=asked.dtype,
         drop_unused=asked.drop_unused,
+        like=asked.like,
         arrivals=arrivals,
     )
     before = origin.made.manifest if origin.made else None
