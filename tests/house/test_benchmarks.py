@@ -11,6 +11,7 @@ import bench_convert
 import bench_device
 import bench_forward
 import bench_hub
+import bench_like
 import bench_load
 import bench_native
 import bench_overhead
@@ -38,8 +39,8 @@ SMALL = {
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the benchmarks start is forked: only how long it takes is another."""
     monkeypatch.setattr(sys, "executable", warm_commands.python())
-    for module, name in ((bench_convert, "RESHARD"), (bench_hub, "RESHARD"), (bench_quantize, "RESHARD")):
-        monkeypatch.setattr(module, name, [sys.executable, *getattr(module, name)[1:]])
+    for module in (bench_convert, bench_hub, bench_like, bench_quantize):
+        monkeypatch.setattr(module, "RESHARD", [sys.executable, *module.RESHARD[1:]])
 
 
 def run(command: Command, *arguments: str) -> str:
@@ -83,6 +84,13 @@ def test_a_benchmark_of_the_runtime(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers  # torchrun sets its own
     for row in rows:
         assert re.search(rf"^  {row}  .*\d", output, re.MULTILINE), output
+
+
+def test_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_like, "LLAMA_1B", SMALL)
+    said = run(bench_like.main, "--repeat", "1", "--rest", "0", "--layers", "2")
+    for what in bench_like.CHANGED:
+        assert re.search(rf"^{what} changed, .* GB: fresh [\d.]+ s, like [\d.]+ s \(× [\d.]+\)", said, re.M), said
 
 
 def test_the_benchmark_of_convert(monkeypatch: pytest.MonkeyPatch) -> None:
