@@ -30,6 +30,7 @@ __all__ = [
     "move",
     "pwrite",
     "renamed",
+    "sync_file",
     "sync_folder",
     "write_error",
     "write_file",
@@ -150,15 +151,24 @@ def write_error(path: Path, error: OSError, *, synced: bool = False) -> ReshardE
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable."""
+    """Make the folder's entries durable. Raises StorageError."""
+    _sync(folder, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable, whoever wrote it. Raises StorageError."""
+    _sync(path, os.O_NOFOLLOW)
+
+
+def _sync(path: Path, flag: int) -> None:
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
     except OSError as error:
-        raise StorageError(f"{printable(folder)}: {error.strerror}") from None
+        raise StorageError(f"{printable(path)}: {error.strerror}") from None
 
 
 _BLOCK = 4 << 20  # bytes

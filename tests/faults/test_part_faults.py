@@ -279,6 +279,26 @@ def test_power_loss_in_every_state(origin: Path, all_parts: Path, room: Path, wh
 
 
 @pytest.mark.fault(2, 33)
+def test_parts_that_did_not_wait_for_the_disk(origin: Path, room: Path) -> None:
+    """`finish` waits for all: when it is done, so is the folder."""
+    root = room / "hurried"
+    root.mkdir()
+
+    def hurry() -> None:
+        for part in ("1/2", "2/2"):
+            reshard.convert_part(origin, root / "out", part=part, tp_size=4, workers=1, sync=False)
+        reshard.finish(root / "out", workers=1)
+
+    with already_planned(reshard.plan(origin, tp_size=4)):
+        start, steps = record(root, hurry)
+    expected = taken(root / "out")
+    after = list(states(start, steps, first=len(steps)))
+    assert after
+    assert all(state["out"] == expected for state in after)
+    shutil.rmtree(root)
+
+
+@pytest.mark.fault(2, 33)
 def test_a_part_that_is_done_is_on_disk(origin: Path, room: Path) -> None:
     root = room / "part"
     root.mkdir()

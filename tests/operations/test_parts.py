@@ -358,6 +358,23 @@ def test_what_is_of_no_part_is_not_taken_along(parts: Path, checkpoint: Checkpoi
     reshard.finish(parts)
 
 
+def test_a_folder_of_somebody_s_stays(parts: Path, checkpoint: Checkpoint) -> None:
+    """`OUT.parts` may be a name that somebody has given to something else."""
+    mine = parts.with_name("out.parts") / "mine.txt"
+    mine.write_text("mine")
+    reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
+    reshard.finish(parts)
+    reshard.finish(parts)
+    reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
+    assert mine.read_text() == "mine"
+    other = parts.with_name("other")
+    reshard.convert(checkpoint("llama"), other, tp_size=2)
+    other.with_name("other.parts").mkdir()
+    (other.with_name("other.parts") / "mine.txt").write_text("mine")
+    reshard.finish(other)
+    assert (other.with_name("other.parts") / "mine.txt").read_text() == "mine"
+
+
 def test_a_disk_that_is_too_small(parts: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part asks for its own bytes only."""
     asked: list[int] = []

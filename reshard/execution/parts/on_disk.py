@@ -20,7 +20,7 @@ from ...files.system import by_errno
 from ...process import Advance
 from ...resharded.manifest import Manifest, manifest_at, read_manifest
 from ...resharded.rank_file import FileRecord, check_file
-from ...storage.disk import make_folders, renamed, sync_folder, write_file
+from ...storage.disk import make_folders, renamed, sync_file, sync_folder, write_file
 from ...text import listed, printable
 from ..destination import Destination, destination
 from ..staging import discard_folder, discard_refused
@@ -28,6 +28,9 @@ from .record import DRAFT_NAME, RECORD_NAME, PartRecord, read_record
 from .share import Part
 
 __all__ = ["OnDisk"]
+
+_PART = re.compile(r"part-(\d{5})-of-(\d{5})")
+_OURS = re.compile(rf"{_PART.pattern}(\..*)?|files|\.?manifest-[0-9a-f]{{8}}(\.part)?")  # in `OUT.parts`
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class OnDisk:
     def records(self) -> dict[Part, PartRecord]:
         found = {}
         for name in sorted(self._listed()):
-            if match := re.fullmatch(r"part-(\d{5})-of-(\d{5})", name):
+            if match := _PART.fullmatch(name):
                 path = self.folder / name / RECORD_NAME
                 raw = _read(path)
                 if raw is None or not path.with_name(DRAFT_NAME).exists():
@@ -155,12 +158,17 @@ class OnDisk:
                 raise IntegrityError(f"{printable(self._files)}: holds what is of no part: {listed(strange)}")
             name = f"manifest-{secrets.token_hex(4)}"  # beside the files: nothing else is ever among them
             write_file(self.folder / name, manifest.to_bytes(), sync=self.sync)
+            for record in manifest.files() if self.sync else ():  # a part may have been made with --no-sync
+                sync_file(self._files / record.name)
             os.rename(self.folder / name, self._files / MANIFEST_NAME)
         destination(self.out, sync=self.sync).commit(self._files)
 
     def clear(self) -> None:
-        if os.path.lexists(self.folder):
+        names = self._listed()
+        if names and all(map(_OURS.fullmatch, names)):  # else there is something of somebody's
             discard_folder(self.folder, self.out, sync=self.sync)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # if nothing was in it
         discard_refused(self.out)
 
 
