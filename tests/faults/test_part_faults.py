@@ -132,7 +132,7 @@ def eight(origin: str, out: str, environment: dict[str, str], seed: int, kill: C
         chance = random.Random(100 * seed + number)
         job = Job(origin, out, {"tp_size": 8, "part": f"{number}/8"}, environment)
         for attempt in range(20):
-            code, _, _ = until(context, job, **(kill(chance) if attempt < 3 and chance.random() < 0.7 else {}))
+            code, _, _ = until(context, job, **(kill(chance) if attempt < 2 and chance.random() < 0.7 else {}))
             if code == 0:
                 return
             assert code in (KILLED, BusyError.exit_code), (number, code)
@@ -175,11 +175,34 @@ def test_eight_processes_and_kills_into_a_store(seed: int, origin: Path, store: 
         "s3://bucket/out",
         store.environment(tmp_path),
         seed,
-        lambda chance: {"seconds": chance.random() * 1.2},
+        lambda chance: {"seconds": chance.random() * 0.7},
     )
     assert kills > 0
     assert store.objects("out") == contents(of_eight(origin))
     assert store.unfinished() == 0 or kills
+
+
+@pytest.mark.fault(22, 33)
+def test_at_once_in_a_store(origin: Path, store: ObjectStore, tmp_path: Path) -> None:
+    """The same part twice, then two that finish: neither replaces what the other sent, and both are told it is done."""
+    context = server()
+
+    def twice(job: Callable[[str], Job]) -> list[int]:
+        """Do a job on two machines: each has a cache of its own."""
+        with ThreadPoolExecutor(2) as pool:
+            return [code for code, *_ in pool.map(lambda name: until(context, job(name)), ("a", "b"))]
+
+    def machine(name: str) -> dict[str, str]:
+        return store.environment(tmp_path / name)
+
+    options = {"tp_size": 8}
+    for part in ("1/2", "2/2"):
+        made = twice(lambda name: Job(str(origin), "s3://bucket/out", {**options, "part": part}, machine(name)))  # noqa: B023
+        assert made == [0, 0]
+    puts = [call.path for call in store.log if call.method == "PUT" and call.path.endswith(".safetensors")]
+    assert len(set(puts)) == 8
+    assert twice(lambda name: Job(None, "s3://bucket/out", {}, machine(name))) == [0, 0]
+    assert store.objects("out") == contents(of_eight(origin))
 
 
 # --- at once ---

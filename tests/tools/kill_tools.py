@@ -50,7 +50,7 @@ def interrupted_after(claims: int) -> Iterator[None]:
 def server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kill_tools", "reshard.operations.convert.part", "transformers.models.llama.modeling_llama"]
+        ["kill_tools", "reshard.operations.convert.part", "transformers.models.llama.modeling_llama", "s3fs"]
     )
     return context
 
