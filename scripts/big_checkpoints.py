@@ -15,6 +15,7 @@ __all__ = [
     "KIMI_K2_INT4",
     "LLAMA_1B",
     "LLAMA_70B",
+    "LLAMA_405B",
     "QWEN3_MOE",
     "QWEN3_MOE_FP8",
     "QWEN3_MOE_INT4",
@@ -39,6 +40,10 @@ LLAMA_70B: Config = {
     **_LLAMA,
     **{"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     **{"num_key_value_heads": 8, "head_dim": 128},
+}
+LLAMA_405B: Config = {
+    **LLAMA_70B,
+    **{"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
 }
 QWEN3_MOE: Config = {
     **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16", "vocab_size": 151936},

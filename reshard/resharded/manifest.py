@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the file's text: the same for the same content, and sealed with its own digest."""
         cuts = Cuts()
-        parameters = [parameter_to_json(parameter, cuts) for parameter in self.parameters]
+        parameters = _Listed(parameter_to_json(parameter, cuts) for parameter in self.parameters)
         quantizations = Quantizations()
         bundles = [bundle_to_json(bundle, cuts, quantizations) for bundle in self.bundles]
         content = {
@@ -168,8 +168,10 @@ class Manifest:
 
 def sealed_text(content: Mapping[str, Any]) -> bytes:
     """Return the text of a manifest: one member a line, the last of them the digest of all before it."""
-    lines = [f"{json.dumps(key)}: {_lines(value)}" for key, value in content.items()]
-    return _close(("{\n" + ",\n".join(lines) + ",\n").encode())
+    body = bytearray(b"{\n")
+    for key, value in content.items():
+        body += f"{json.dumps(key)}: {_lines(value)},\n".encode()
+    return _close(body)
 
 
 def is_sealed(raw: bytes) -> bool:
@@ -177,16 +179,26 @@ def is_sealed(raw: bytes) -> bool:
     return raw == _close(raw[: max(0, raw.rfind(b'"seal": '))])
 
 
-def _close(body: bytes) -> bytes:
+def _close(body: bytes | bytearray) -> bytes:
     """Append the seal to `body`, which is everything before it, so that no byte can change unnoticed."""
-    return body + f'"seal": "{digest_of(body)}"\n}}\n'.encode()
+    return b"".join((body, f'"seal": "{digest_of(body)}"\n}}\n'.encode()))
+
+
+class _Listed:
+    """A list of records that are made into lines as they come: as dicts, all at once, they take several times as much
+    memory, and there may be hundreds of thousands of regions."""
+
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+        self.lines = [json.dumps(record) for record in records]
 
 
 def _lines(value: Any) -> str:
     """Return JSON, one line for each item of a list of records, so that two manifests can be compared by eye."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
-    return json.dumps(value)
+        value = _Listed(value)
+    if isinstance(value, _Listed) and value.lines:
+        return "[\n" + ",\n".join(value.lines) + "\n]"
+    return "[]" if isinstance(value, _Listed) else json.dumps(value)
 
 
 def read_manifest(folder: Path) -> Manifest:
