@@ -30,10 +30,15 @@ class _Ranks(click.ParamType):
 @click.command()
 @click.argument("repo")
 @click.option("--ranks", "--rank", type=_Ranks(), help="Only these ranks: 0-3 or 0,2 or 5.  [default: everything]")
+@click.option(
+    "--part",
+    metavar="I/K",
+    help="Only the ranks of one of K machines; auto: as torchrun, Slurm, MPI or Kubernetes (auto/K) says.",
+)
 @click.option("--to", type=click.Path(file_okay=False), metavar="DIR", help="Fetch into DIR, not into the cache.")
 @revision_option
 @format_option
-def pull(repo: str, ranks: list[int] | None, to: str | None, revision: str | None, style: str) -> None:
+def pull(repo: str, ranks: list[int] | None, to: str | None, style: str, **which: str | None) -> None:
     """Fetch a resharded REPO, or only the files of some ranks.
 
     REPO is org/name, org/name/tp4 or a URL. The folder is printed. Every digest is checked: a wrong file is removed,
@@ -44,8 +49,9 @@ def pull(repo: str, ranks: list[int] | None, to: str | None, revision: str | Non
     Examples:
       reshard pull org/llama/tp8 --ranks 0-3
       reshard pull s3://bucket/llama-tp4 --rank 1 --to ./llama-tp4
+      reshard pull org/llama/tp8 --part 2/4
     """
     from .. import pull as run
 
-    folder = run(repo, ranks=ranks, revision=revision, to=to, progress=progress_bar)
+    folder = run(repo, ranks=ranks, to=to, progress=progress_bar, **which)
     print_report({"folder": str(folder)}, style, lambda found: found["folder"])

@@ -17,6 +17,7 @@ from ..errors import (
     TopologyError,
     UsageError,
 )
+from ..execution.parts.share import ranks_of
 from ..process import Progress, silent
 from ..resharded.manifest import Manifest
 from ..resharded.rank_file import FileRecord, check_file
@@ -27,6 +28,7 @@ from ..storage.remote import sha256_of
 from ..storage.stores import is_url
 from ..text import printable
 from .arguments import checked
+from .convert.which import which_part
 
 __all__ = ["pull"]
 
@@ -36,25 +38,33 @@ def pull(
     place: str,
     *,
     ranks: Iterable[int] | None = None,
+    part: str | None = None,
     revision: str | None = None,
     to: str | Path | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Fetch a resharded repo (`org/name`, or a folder of it, `org/name/tp4`), or only the files of some ranks.
+    """Fetch a resharded repo (`org/name`, or a folder of it, `org/name/tp4`), or only the files of some ranks: `ranks`,
+    or the ranks of a `part`, which says what it says to `convert_part`. Part 2/8 has the ranks of the second of 8
+    machines, if torchrun deals ranks out to them in order.
 
     The files go into the cache, or below the folder `to`, with their paths in the repo. Files that are there already
     are not fetched; if all are there and HF_HUB_OFFLINE is set, no request is made. Returns the folder.
 
     Raises:
         TopologyError: there is no such rank.
-        UsageError: `ranks` is empty.
+        UsageError: `ranks` is empty, or there is no such part, or both are given.
         IntegrityError: a file is not the one in the manifest. It is removed, so that the next run fetches it again.
         DestinationExistsError: `to` holds another model, or a file in the way.
         NetworkError: the Hub cannot be reached, or refuses; what has arrived is kept.
     """
     if os.path.exists(place):
         raise BadInputError(f"{printable(place)}: is a local folder", hint="pull takes a Hub id or a URL")
+    if part is not None and ranks is not None:
+        raise UsageError("both --ranks and --part are given", hint="leave out one of them")
+    which = None if part is None else which_part(part, os.environ)
     found = find_resharded(place, revision=revision)
+    if which is not None:
+        ranks = ranks_of(which, found.manifest.world_size)
     records = _wanted(found, None if ranks is None else sorted(set(ranks)))
     names = [record.name for record in records]
     target = None if to is None else _vacant(local_folder(to), found, records)
