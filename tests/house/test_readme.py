@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import engine_tools
+import launchers
 import object_store
 import pico
 import pytest
 import warm_commands
-from cli_tools import link
+from cli_tools import link, tree
 from fake_hub import FakeHub
 from places import ROOT
 
@@ -26,11 +27,12 @@ import reshard
 FRONT = "README.md"
 COMMANDS = "reshard/cli/README.md"
 RUNTIME = "runtime/README.md"
+PARTS = "reshard/operations/convert/README.md"
 STYLES = "reshard/strategies/README.md"
 ENGINES = "reshard/engines/README.md"
 PAGES = [
     *(FRONT, COMMANDS, RUNTIME, STYLES, "reshard/README.md", "reshard/resharded/README.md", "scripts/README.md"),
-    "reshard/transforms/README.md",
+    *("reshard/transforms/README.md", PARTS),
     ENGINES,
     *("tests/README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 ]
@@ -44,6 +46,17 @@ TOLD = "Once upon a time every rank opened the whole checkpoint"  # a text that 
 # Options of other programs than ours and the scripts.
 FOREIGN = {"--no-python", "--nproc-per-node", "--private_key", "--public_key", "--signature"}
 FOREIGN |= {"--load-format", "--enable-expert-parallel"}
+FOREIGN |= {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--rdzv-backend", "--rdzv-endpoint"}
+FOREIGN |= {
+    "--local-addr",
+    "--nodes",
+    "--ntasks-per-node",
+    "--array",
+    "--job-name",
+    "--requeue",
+    "--cpus-per-task",
+    "--mem",
+}
 
 
 def lines_of(page: str) -> list[str]:
@@ -109,7 +122,7 @@ def folded(text: str) -> set[str]:
     return {re.sub(r"\d[\d.,]*(e-?\d+)?", "#", line.strip()) for line in text.splitlines()}
 
 
-@pytest.mark.parametrize("page", [FRONT, COMMANDS, RUNTIME, STYLES, ENGINES])
+@pytest.mark.parametrize("page", [FRONT, COMMANDS, RUNTIME, STYLES, ENGINES, PARTS])
 def test_commands(page: str, folder_of: Callable[[str], Path], sources: Path, hub: FakeHub) -> None:
     folder = folder_of(page)
     said = {}
@@ -149,6 +162,64 @@ def test_commands(page: str, folder_of: Callable[[str], Path], sources: Path, hu
         assert (folder / "speed-up.png").read_bytes().startswith(b"\x89PNG")
 
 
+def blocks_of(page: str, language: str) -> list[str]:
+    """Return the blocks of a page that begin a recipe for several machines."""
+    blocks = [block for of, block in BLOCKS[page] if of == language]
+    return [block for block in blocks if block.startswith(("torchrun --nnodes", "srun", "mpirun", "#!", "apiVersion"))]
+
+
+RECIPES = {"torchrun": ("sh", 0), "srun": ("sh", 1), "mpirun": ("sh", 2), "sbatch": ("bash", 0), "kubectl": ("yaml", 0)}
+
+
+@pytest.fixture
+def cluster(sources: Path, tmp_path: Path, hub: FakeHub) -> launchers.Cluster:
+    """Some machines with a Hub that has org/llama."""
+    hub.create("org/llama", contents(sources / "SOURCE"))
+    return launchers.Cluster(tmp_path, hub.environment(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def converted(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all the recipes make."""
+    room = tmp_path_factory.mktemp("one")
+    with FakeHub() as hub:
+        hub.create("org/llama", contents(sources / "SOURCE"))
+        run("reshard", "convert", "org/llama", "one", "-tp", "8", folder=room, **hub.environment(room / "home"))
+    return room / "one"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_converting(name: str, cluster: launchers.Cluster, converted: Path) -> None:
+    """Each makes, of the text on the page, the folder that one process makes."""
+    language, number = RECIPES[name]
+    block = blocks_of(PARTS, language)[number]
+    said = {"bash": cluster.sbatch, "yaml": cluster.kubectl}.get(language, cluster.shell)(block)
+    assert len(said) == 4
+    assert sorted(re.findall(r"part (\d) of 4", "".join(said))) == ["1", "2", "3", "4"]
+    assert tree(cluster.shared / "llama-tp8") == tree(converted)
+    assert [path.name for path in cluster.shared.iterdir()] == ["llama-tp8"]
+
+
+def test_every_recipe_is_run() -> None:
+    blocks = {language: len(blocks_of(PARTS, language)) for language in ("sh", "bash", "yaml")}
+    assert blocks == {"sh": 3, "bash": 1, "yaml": 1}
+    assert sum(language in blocks for language, _ in BLOCKS[PARTS]) == 5
+    assert sum(language == "sh" for language, _ in BLOCKS[RUNTIME]) == len(blocks_of(RUNTIME, "sh")) == 2
+
+
+def test_recipes_of_running(cluster: launchers.Cluster, sources: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """Two agents of torchrun; then two machines with folders of their own, each with the files of its ranks."""
+    reshard.convert(sources / "SOURCE", tmp_path / "tp4", tp_size=4)
+    hub.create("org/model", contents(tmp_path / "tp4", "tp4/"))
+    for block in blocks_of(RUNTIME, "sh"):
+        said = [text for text in cluster.shell(block) if "once" in text.lower()]
+        assert len(said) == 1  # that of rank 0
+        assert said[0].startswith(TOLD)
+    for number, local in enumerate(cluster.locals):
+        held = sorted(path.name[:11] for path in (local / "model" / "tp4").glob("shard-*"))
+        assert held == [f"shard-0000{rank}" for rank in (2 * number + 1, 2 * number + 2)]
+
+
 @pytest.mark.parametrize("page", [FRONT, COMMANDS])
 def test_python(page: str, folder_of: Callable[[str], Path]) -> None:
     folder = folder_of(page)
@@ -170,7 +241,7 @@ def test_nothing_else_is_to_be_run() -> None:
         for line in filter(None, lines_of(page)):
             command = line.split()[0]
             if command in ("reshard", "torchrun"):
-                assert page in (FRONT, COMMANDS, RUNTIME, STYLES, ENGINES), line
+                assert page in (FRONT, COMMANDS, RUNTIME, STYLES, ENGINES, PARTS), line
             elif command.startswith("scripts/"):  # the demo runs these commands too; scripts/test would run the tests
                 assert os.access(ROOT / command, os.X_OK), line
             else:  # test_benchmarks.py runs them
