@@ -37,7 +37,7 @@ __all__ = [
 
 HEADER_LIMIT = 100_000_000  # bytes of JSON, as in the safetensors library
 ENTRY_LIMIT = 100_000  # tensors, or metadata keys: 2 million tiny ones fit in 100 MB, and would take a gigabyte
-TEXT_LIMIT = 8 << 20  # bytes of all names together, and of one value in the metadata
+TEXT_LIMIT = 16 << 20  # bytes of all names together, and of one value in the metadata
 RANK_LIMIT = 64  # dims: torch's operators take no more
 
 _CODES = {4: "F4", 6: "F6_E2M3 F6_E3M2", 16: "I16 U16 F16 BF16", 32: "I32 U32 F32", 64: "I64 U64 F64 C64"}

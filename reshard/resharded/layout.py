@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.source import Source
+from ..errors import BadInputError
 from ..files.dtypes import CODES, itemsize
+from ..files.header import ENTRY_LIMIT, HEADER_LIMIT, TEXT_LIMIT
 from ..sharding.placement import is_box
 from .targets import LocalTensor, Target, rank_tensors, unused_tensors
 
@@ -70,6 +72,7 @@ def file_layout(
         }
         at += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
+    _check_head(name, entries, metadata, len(text))
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
     slots, offset = [], len(head)
@@ -77,6 +80,20 @@ def file_layout(
         slots.append(Slot(tensor, offset))
         offset += tensor.nbytes
     return FileLayout(name, head, tuple(slots), offset)
+
+
+def _check_head(name: str, entries: Mapping[str, object], metadata: Mapping[str, str], size: int) -> None:
+    """Raise BadInputError if the header of a file is one that nobody would read."""
+    strings = (list(entries), *metadata.values())
+    if (
+        len(entries) > ENTRY_LIMIT
+        or max(len(json.dumps(string)) for string in strings) > TEXT_LIMIT
+        or size > HEADER_LIMIT - ALIGNMENT
+    ):
+        raise BadInputError(
+            f"{name}: would have {len(entries) - 1:,} tensors, more than a header can hold",
+            hint="more ranks for whole experts (--ep-size) make it fewer",
+        )
 
 
 def file_layouts(

@@ -18,6 +18,7 @@ from ..sharding.topology import Topology
 from ..text import printable
 from .bundle_json import Quantizations
 from .manifest_json import (
+    Names,
     bundle_to_json,
     bundles_from_json,
     derived_from_json,
@@ -139,10 +140,13 @@ class Manifest:
         cuts = Cuts()
         parameters = _Listed(parameter_to_json(parameter, cuts) for parameter in self.parameters)
         quantizations = Quantizations()
+        version = version_members(self)
+        names = Names() if "names" in version.get("requires", ()) else None
+        ranks = _Listed(file_to_json(record, names) for record in self.rank_files)
         bundles = [bundle_to_json(bundle, cuts, quantizations) for bundle in self.bundles]
         content = {
             "format": "reshard",
-            **version_members(self),
+            **version,
             "tool": self.tool,
             "model": {"architecture": self.architecture, "model_type": self.model_type, "dtype": self.dtype},
             "mesh": self.topology.to_json(),
@@ -159,7 +163,8 @@ class Manifest:
             "dropped": list(self.dropped),
             "runtime_only": list(self.runtime_only),
             "digest": ALGORITHM,
-            "ranks": [file_to_json(record) for record in self.rank_files],
+            **({"names": names.to_json()} if names else {}),
+            "ranks": ranks,
             "unused": file_to_json(self.unused_file) if self.unused_file else None,
             "extras": [file_to_json(record) for record in self.extras],
         }
@@ -171,17 +176,18 @@ def sealed_text(content: Mapping[str, Any]) -> bytes:
     body = bytearray(b"{\n")
     for key, value in content.items():
         body += f"{json.dumps(key)}: {_lines(value)},\n".encode()
-    return _close(body)
+    return bytes(body + _seal(body))
 
 
 def is_sealed(raw: bytes) -> bool:
     """Whether a text of `sealed_text` is as it was written."""
-    return raw == _close(raw[: max(0, raw.rfind(b'"seal": '))])
+    end = max(0, raw.rfind(b'"seal": '))
+    return raw[end:] == _seal(memoryview(raw)[:end])
 
 
-def _close(body: bytes | bytearray) -> bytes:
-    """Append the seal to `body`, which is everything before it, so that no byte can change unnoticed."""
-    return b"".join((body, f'"seal": "{digest_of(body)}"\n}}\n'.encode()))
+def _seal(body: bytearray | memoryview) -> bytes:
+    """Return the end of a text of which `body` is everything before it, so that no byte can change unnoticed."""
+    return f'"seal": "{digest_of(body)}"\n}}\n'.encode()
 
 
 class _Listed:
@@ -258,7 +264,8 @@ def refuse_engine(folder: Path, manifest: Manifest) -> None:
 def _from_json(content: dict[str, Any]) -> Manifest:
     """Build the manifest and check the type of every value: a seal shows who wrote last, not that they wrote sense."""
     model, source, mesh = content["model"], content["source"], content["mesh"]
-    ranks = tuple(file_from_json(item) for item in content["ranks"])
+    names = Names.from_json(content["names"]) if "names" in content else None
+    ranks = tuple(file_from_json(item, names) for item in content["ranks"])
     topology = Topology(count(mesh["tp"]), count(mesh.get("ep", 1)))
     if topology.world_size != len(ranks):
         raise ValueError(f"{len(ranks)} rank files for a mesh of {mesh}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.quantization import QUANTIZATIONS
@@ -12,11 +12,12 @@ from ..sharding.regions import Region, covers, whole
 from ..text import printable
 from .bundle_json import Quantizations, check_members
 from .placement_json import Cuts, placement_from_json, placement_to_json
-from .rank_file import FileRecord
+from .rank_file import Digests, FileRecord
 from .targets import Bundle, Target
 
 __all__ = [
     "ENGINES",
+    "Names",
     "bundle_to_json",
     "bundles_from_json",
     "derived_from_json",
@@ -34,10 +35,46 @@ ENGINES = ("vllm",)
 _ENGINE_TEXTS = ("name", "version", "torch", "platform", "dtype", "architecture")
 
 
-def file_to_json(record: FileRecord) -> dict[str, Any]:
-    """Return the record of a file as the manifest has it."""
+class Names:
+    """The manifest's table of the names of tensors, for folders of very many: ranks that hold the same share an entry.
+
+    The record of such a file has its digests in one text. JSON with a name for each would be several times as large,
+    and a rank that loads would read the names of all ranks.
+    """
+
+    def __init__(self, names: Iterable[tuple[str, ...]] = ()) -> None:
+        self._names = list(names)
+        self._numbers = {of_file: number for number, of_file in enumerate(self._names)}
+
+    @classmethod
+    def from_json(cls, content: Iterable[Iterable[Any]]) -> Names:
+        """Read the table. Raises ValueError or TypeError if it makes no sense."""
+        found = [tuple(map(text, of_file)) for of_file in content]
+        if any(len(set(of_file)) < len(of_file) for of_file in found):
+            raise ValueError("a tensor is named twice")
+        return cls(found)
+
+    def to_json(self) -> list[list[str]]:
+        return list(map(list, self._names))
+
+    def refer(self, tensors: Mapping[str, str]) -> dict[str, Any]:
+        """Return the digests of a file's tensors as members of its record, and add their names if they are new."""
+        number = self._numbers.setdefault(tuple(tensors), len(self._names))
+        if number == len(self._names):
+            self._names.append(tuple(tensors))
+        return {"names": number, "digests": "".join(tensors.values())}
+
+    def find(self, content: Mapping[str, Any]) -> Digests:
+        """Return the digests that a record refers to. Raises ValueError, TypeError, KeyError or IndexError."""
+        return Digests(self._names[count(content["names"])], text(content["digests"]))
+
+
+def file_to_json(record: FileRecord, names: Names | None = None) -> dict[str, Any]:
+    """Return the record of a file as the manifest has it. If there are `names`, those of its tensors go there."""
     content: dict[str, Any] = {"file": record.name, "size": record.size, "digest": record.digest}
-    return {**content, "tensors": record.tensors} if record.tensors else content
+    if not record.tensors:
+        return content
+    return {**content, **names.refer(record.tensors)} if names else {**content, "tensors": dict(record.tensors)}
 
 
 def parameter_to_json(record: Target, cuts: Cuts) -> dict[str, Any]:
@@ -106,11 +143,10 @@ def derived_from_json(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def file_from_json(content: dict[str, Any]) -> FileRecord:
-    """Return the record of a file. Raises ValueError, TypeError or KeyError, as all readers below do."""
-    return FileRecord(
-        text(content["file"]), count(content["size"]), text(content["digest"]), texts(content.get("tensors", {}))
-    )
+def file_from_json(content: dict[str, Any], names: Names | None = None) -> FileRecord:
+    """Return the record of a file. Raises ValueError, TypeError, KeyError or IndexError, as all readers below do."""
+    tensors = names.find(content) if names and "names" in content else texts(content.get("tensors", {}))
+    return FileRecord(text(content["file"]), count(content["size"]), text(content["digest"]), tensors)
 
 
 def groups_from_json(content: Any, world_size: int) -> tuple[int, ...]:

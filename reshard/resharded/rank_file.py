@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..process import Advance
 from ..text import listed, printable
 
 __all__ = [
+    "Digests",
     "FileRecord",
     "check_digests",
     "check_file",
@@ -30,6 +31,41 @@ __all__ = [
 _PIECE = 8 << 20  # bytes read at a time from elsewhere
 
 
+_DIGITS = 32  # of a digest
+
+
+class Digests(Mapping[str, str]):
+    """The digests of a file's tensors, of which `text` has one after the other, in the order of `names`.
+
+    They are told apart when one is asked for: a rank asks for those of its own file only. Raises ValueError if the two
+    do not fit.
+    """
+
+    def __init__(self, names: tuple[str, ...], text: str) -> None:
+        if len(text) != _DIGITS * len(names):
+            raise ValueError(f"{len(text)} digits for {len(names)} tensors")
+        self._names, self._text = names, text
+        self._found: dict[str, str] | None = None
+
+    def _all(self) -> dict[str, str]:
+        if self._found is None:
+            starts = range(0, len(self._text), _DIGITS)
+            self._found = {name: self._text[at : at + _DIGITS] for name, at in zip(self._names, starts)}
+        return self._found
+
+    def __getitem__(self, name: str) -> str:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     """A file that was written: its size in bytes, its digest, and the digest of each of its tensors if it holds any."""
@@ -37,7 +73,7 @@ class FileRecord:
     name: str
     size: int
     digest: str
-    tensors: dict[str, str]
+    tensors: Mapping[str, str]
 
 
 def written_file(folder: Path, record: FileRecord) -> Path:

@@ -44,6 +44,14 @@ def _has_cuts(manifest: Manifest) -> bool:
     return any(isinstance(one.outer if isinstance(one, Nested) else one, Ranges) for one in placements)
 
 
+MANY = 1_000_000  # tensors of all rank files: with a name for each digest, a hundred megabytes of JSON
+
+
+def _has_very_many(manifest: Manifest) -> bool:
+    """Whether there are so many tensors that their names are in a table of their own."""
+    return sum(len(record.tensors) for record in manifest.rank_files) > MANY
+
+
 # The features that 3.0 can require: name → whether a manifest needs it. The writer names those that it needs.
 FEATURES: dict[str, Callable[[Manifest], bool]] = {
     "bundles": lambda manifest: bool(manifest.bundles),
@@ -51,6 +59,7 @@ FEATURES: dict[str, Callable[[Manifest], bool]] = {
     "cuts": _has_cuts,
     "derived": lambda manifest: manifest.derived is not None,
     "engine": lambda manifest: manifest.engine is not None,
+    "names": _has_very_many,
     "subfolders": _has_subfolders,
 }
 

@@ -191,6 +191,7 @@ SIZE = HEADER_LIMIT - 1000
 HALF = HEADER_LIMIT // 2
 SHAPE = b'{"w":{"dtype":"U8","shape":'
 LONG = b"a" * (TEXT_LIMIT - 9)
+FILLED = HEADER_LIMIT // TEXT_LIMIT
 MEMORY = 64 << 20
 BOMBS: dict[str, Callable[[], bytes]] = {
     "40M dims": lambda: SHAPE + b"[" + b"1," * (SIZE // 2) + b'1],"data_offsets":[0,1]}}',
@@ -215,7 +216,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a hundred thousand, and a letter": lambda: members(*(entry(f"{i:x}", 0, 0) for i in range(ENTRY_LIMIT))) + b"x",
     "a million keys": lambda: b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(10**6)) + b"}}",
     "long names": lambda: b"{" + b",".join(entry(f"{i:04000}", 0, 0) for i in range(20_000)) + b"}",
-    "long values": lambda: b'{"__metadata__":{' + b",".join(b'"%d":"%s"' % (i, LONG) for i in range(11)) + b"}}x",
+    "long values": lambda: b'{"__metadata__":{' + b",".join(b'"%d":"%s"' % (i, LONG) for i in range(FILLED)) + b"}}x",
     "long escaped values": lambda: b'{"__metadata__":{' + b'"1":"' + rb"\"" * (TEXT_LIMIT // 2 - 1) + b'"}}x',
     "spaces before a colon": lambda: b'{"w"' + b" " * SIZE + b"}",
     "spaces before a comma": lambda: members(entry("w", 0, 0))[:-1] + b" " * SIZE + b"{",

@@ -13,7 +13,7 @@ from typing import Any
 import old_reader
 import pico
 import pytest
-from cli_tools import reseal
+from cli_tools import reseal, tree
 from golden import FOLDERS
 from jsonschema import Draft202012Validator
 from places import DATA
@@ -265,3 +265,83 @@ def test_the_members_are_those_of_the_schema() -> None:
     }
     assert {way: set(defined[name]["properties"]) for way, name in where.items()} == versions._MEMBERS
     assert set(defined["mesh"]["properties"]) == versions._AXES
+
+
+# --- very many tensors ---
+
+
+@pytest.fixture
+def named(golden: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The golden folder, with a manifest that has the names of tensors in a table."""
+    manifest = read_manifest(golden)
+    monkeypatch.setattr(versions, "MANY", 0)
+    (golden / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    return golden
+
+
+def test_the_names_of_very_many_tensors_are_in_a_table(named: Path) -> None:
+    content = content_of(named)
+    CHECK.validate(content)
+    assert (content["format_version"], content["requires"]) == (OPEN, ["names"])
+    assert [sorted(rank) for rank in content["ranks"]] == [["digest", "digests", "file", "names", "size"]] * 2
+    found, before = read_manifest(named), read_manifest(DATA / "golden-2.0")
+    assert found == before
+    assert before == found
+    assert [dict(record.tensors) for record in found.rank_files] == [record.tensors for record in before.rank_files]
+    assert found.to_bytes() == (named / MANIFEST_NAME).read_bytes()
+    assert reshard.verify(named) == reshard.verify(DATA / "golden-2.0")
+    assert old_reader.read("2.0", named)[0] == 8
+
+
+def test_ranks_with_the_same_tensors_share_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "MANY", 100)
+    source = pico.save("llama", tmp_path / "source")
+    plain = reshard.convert(source, tmp_path / "plain", tp_size=2)
+    assert sum(len(record.tensors) for record in plain.rank_files) <= 100
+    manifest = reshard.convert(source, tmp_path / "out", tp_size=8)
+    content = content_of(tmp_path / "out")
+    assert [rank["names"] for rank in content["ranks"]] == [0] * 8
+    assert content["names"] == [list(manifest.rank_files[0].tensors)]
+    assert reshard.verify(tmp_path / "out", against=source).elements
+    for number in (2, 1):
+        reshard.convert_part(source, tmp_path / "parts", part=f"{number}/2", tp_size=8)
+    reshard.finish(tmp_path / "parts")
+    assert tree(tmp_path / "parts") == tree(tmp_path / "out")
+    reshard.convert(tmp_path / "out", tmp_path / "again", tp_size=2)
+    assert tree(tmp_path / "again") == tree(tmp_path / "plain")
+    reshard.merge(tmp_path / "out", tmp_path / "merged")
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
+
+
+def shortened(digits: int) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        content["ranks"][1]["digests"] = content["ranks"][1]["digests"][digits:]
+
+    return change
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another number of digests": shortened(32),
+    "half a digest": shortened(16),
+    "no digests": lambda content: content["ranks"][1].pop("digests"),
+    "digests that are no text": lambda content: content["ranks"][1].update(digests=[]),
+    "no such names": lambda content: content["ranks"][1].update(names=7),
+    "names before the first": lambda content: content["ranks"][1].update(names=-1),
+    "a name twice": lambda content: content["names"][0].__setitem__(0, content["names"][0][1]),
+    "a name that is no text": lambda content: content["names"][0].__setitem__(0, 1),
+    "no table": lambda content: content.update(names=None),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_a_table_of_names_that_makes_no_sense(what: str, named: Path) -> None:
+    reseal(named, TABLES[what])
+    with pytest.raises(IntegrityError, match="incomplete or malformed"):
+        read_manifest(named)
+
+
+def test_names_of_other_tensors_are_found_when_the_file_is_checked(named: Path) -> None:
+    reseal(named, lambda content: content["names"][0].__setitem__(0, "another"))
+    with pytest.raises(IntegrityError, match="does not hold the tensors that were written"):
+        reshard.verify(named)

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
+from reshard.errors import BadInputError
+from reshard.files import header as header_module
 from reshard.files.dtypes import CODES, NAMES, itemsize
 from reshard.files.header import read_header
+from reshard.resharded import layout as layout_module
 from reshard.resharded.layout import ALIGNMENT, FileLayout, file_layout, rank_file_name
 from reshard.resharded.targets import LocalTensor, Target, rank_tensors
 from reshard.sharding.placement import PackedShard, Placement, Replicate, Shard
@@ -197,3 +200,34 @@ def test_torchs_checkpoint_reader_joins_the_rank_files(tmp_path: Path) -> None:
 def test_torchs_checkpoint_reader_refuses_what_it_would_misread(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException, match="packed"):
         load_with_dcp(tmp_path, rank_layouts(3), {"rows": torch.randn(7, 3)})
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "boxed"),
+    [(49, 20, False), (50, 20, False), (40, 98, False), (40, 120, False), (20, 150, True), (20, 190, True)],
+)
+def test_what_is_laid_out_can_be_read(
+    count: int, length: int, boxed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is refused before it is written if nobody would read its header: for the number of tensors, for their
+    names, or for what torch's checkpoint reader is told of each."""
+    for module in (layout_module, header_module):
+        monkeypatch.setattr(module, "ENTRY_LIMIT", 50)
+        monkeypatch.setattr(module, "TEXT_LIMIT", 4096)
+    names = [f"{number:0{length}}" for number in range(count)]
+    tensors = [local(name, (0,), "float32") for name in names]
+    boxes = frozenset(names) if boxed else None
+    if (count, length) in ((50, 20), (40, 120), (20, 190)):
+        with pytest.raises(BadInputError, match=f"f: would have {count} tensors, more than a header can hold"):
+            file_layout("f", tensors, boxes=boxes)
+        if boxed:
+            return  # the reader looks at up to 64 KiB of a string at once, and would take so short a one
+        with monkeypatch.context() as patch:
+            patch.setattr(layout_module, "ENTRY_LIMIT", 100)
+            patch.setattr(layout_module, "TEXT_LIMIT", 1 << 20)
+            write(file_layout("f", tensors, boxes=boxes), tmp_path / "f")
+        with pytest.raises(BadInputError):
+            read_header(tmp_path / "f", file="f")
+        return
+    write(file_layout("f", tensors, boxes=boxes), tmp_path / "f")
+    assert len(read_header(tmp_path / "f", file="f").tensors) == count
