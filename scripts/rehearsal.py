@@ -1,21 +1,24 @@
 """The steps of a rehearsal, each in a process of its own: `rehearsal.py STEP FOLDER OUT OPTIONS` prints JSON.
 
-A part and `finish` run as they are, but for what moves the bytes of weights. A part writes the header of each rank file
-and leaves the rest of it a hole, with made-up digests. `finish` does not read the files again.
+With the option `holes`, a part and `finish` run as they are, but for what moves the bytes of weights. A part writes the
+header of each rank file and leaves the rest of it a hole, with made-up digests. `finish` does not read the files again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["figures", "open_manifest", "plan", "run_finish", "run_part"]
+__all__ = ["compare", "figures", "open_manifest", "plan", "run_finish", "run_part"]
 
 Figures = dict[str, Any]
 
@@ -23,7 +26,7 @@ Figures = dict[str, Any]
 def main() -> None:
     """Run the step that the arguments name."""
     step, folder, out, options = sys.argv[1:]
-    steps = {"plan": plan, "part": run_part, "finish": run_finish, "open": open_manifest}
+    steps = {"plan": plan, "part": run_part, "finish": run_finish, "open": open_manifest, "compare": compare}
     print(json.dumps(steps[step](Path(folder), Path(out), **json.loads(options))))
 
 
@@ -59,30 +62,47 @@ def plan(folder: Path, _: Path, **options: Any) -> Figures:
     return {**figures(began), "tensors": max(len(layout.slots) for layout in layouts)}
 
 
-def run_part(folder: Path, out: Path, **options: Any) -> Figures:
-    """Make one part, with holes for the tensors of its rank files."""
+def run_part(folder: Path, out: Path, *, holes: bool, **options: Any) -> Figures:
+    """Make one part; with `holes` in place of the tensors of its rank files."""
     import reshard
     from reshard.operations.convert import work
 
-    descriptors: list[int] = []
-
     def write(to: Path, layouts: Sequence[Any], inputs: Any, **_: Any) -> tuple[list[Any], dict[str, str]]:
-        descriptors.append(len(os.listdir("/proc/self/fd")))
         digests = {file.name: _digest(0) for file in inputs.source.files if file.name in inputs.digested}
         return [_hole(to, layout) for layout in layouts], digests
 
-    work.write_files = write
-    work.check_free_space = lambda *_: None  # holes take no room
-    began = _imported(folder)
-    report = reshard.convert_part(folder, out, sync=False, **options)
-    number, of = report.part.number, report.part.of
-    there = out.with_name(f"{out.name}.parts") / f"part-{number:05d}-of-{of:05d}"
-    sizes = {name: (there / f".reshard-{name}.json").stat().st_size for name in ("part", "draft")}
-    return {
-        **figures(began),
-        **{"written": report.written, "read": report.read, "descriptors": descriptors[0]},
-        **{"record": sizes["part"], "draft": sizes["draft"]},
-    }
+    if holes:
+        work.write_files = write
+        work.check_free_space = lambda *_: None  # holes take no room
+    began, place = _imported(folder), out.with_name(f"{out.name}.parts")
+    with _watched(place) as most:
+        report = reshard.convert_part(folder, out, sync=False, **options)
+    done = place / f"part-{report.part.number:05d}-of-{report.part.of:05d}"
+    sizes = {name: (done / f".reshard-{name}.json").stat().st_size for name in ("part", "draft")}
+    moved = {"written": report.written, "read": report.read}
+    return {**figures(began), **moved, **most, "record": sizes["part"], "draft": sizes["draft"]}
+
+
+@contextlib.contextmanager
+def _watched(place: Path) -> Iterator[dict[str, int]]:
+    """Watch the number of open descriptors, and the size of the journal, which is gone when a part is done. The value
+    is the most that was seen of each."""
+    most, stop = {"descriptors": 0, "journal": 0}, threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            most["descriptors"] = max(most["descriptors"], len(os.listdir("/proc/self/fd")))
+            for path in place.glob("*/.reshard-journal"):
+                with contextlib.suppress(OSError):
+                    most["journal"] = max(most["journal"], path.stat().st_size)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _hole(folder: Path, layout: Any) -> Any:
@@ -99,16 +119,28 @@ def _digest(number: int) -> str:
     return f"{number:032x}"
 
 
-def run_finish(_: Path, out: Path, **options: Any) -> Figures:
-    """Finish a folder without reading its files again."""
+def run_finish(_: Path, out: Path, *, holes: bool) -> Figures:
+    """Finish a folder; without reading its files again if they are `holes`."""
     import reshard
     from reshard.operations.convert import finish
 
-    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-    finish._read_again = nothing
+    if holes:
+        finish._read_again = lambda *_: None
     began = time.perf_counter()
     reshard.finish(out, sync=False)
     return {**figures(began), "manifest": (out / "reshard.json").stat().st_size}
+
+
+def compare(folder: Path, out: Path, **options: Any) -> Figures:
+    """Convert at once, and compare the folder with the one that was made in parts, byte for byte."""
+    import reshard
+
+    began, one = _imported(folder), out.with_name("one")
+    reshard.convert(folder, one, sync=False, **options)
+    names = sorted(path.name for path in one.iterdir())
+    same = names == sorted(path.name for path in out.iterdir())
+    same = same and filecmp.cmpfiles(one, out, names, shallow=False)[0] == names
+    return {**figures(began), "same": same}
 
 
 def open_manifest(_: Path, out: Path, *, rank: int) -> Figures:

@@ -5,9 +5,12 @@
 Checkpoints are sparse files with real headers, of all layers, a half and a quarter of them. Each part of each is made
 by `reshard.convert_part` in a process of its own, one after the other, with a sparse file for each rank, and
 `reshard.finish` makes the folder of them. What takes as long as the bytes take to move is not rehearsed: a part's reads
-and writes, and the second reading of all files by `finish`. Seconds are counted after the imports. `peak` is all memory
-of a process (VmHWM, libraries and mapped pages among it). The bytes that a part reads are what it fetches if the source
-is elsewhere. `many tensors` is a folder of 64 ranks with 100,000 tensors each, of which only the manifest and one rank
+and writes, and the second reading of all files by `finish`. `narrow` is a Kimi K2 with all its experts and a thousandth
+of the width: everything is read and written, and the folder compared with that of one `reshard.convert`.
+
+Seconds are counted after the imports; those of a part are the median, and all else is the most. `peak` is all memory of
+a process (VmHWM, libraries and mapped pages among it). The bytes that a part reads are what it fetches if the source is
+elsewhere. `many tensors` is a folder of 64 ranks with 99,999 tensors each, of which only the manifest and one rank
 file's header are written.
 """
 
@@ -37,12 +40,19 @@ class Case:
     config: dict[str, Any]
     files: int
     sizes: dict[str, int]
+    holes: bool = True  # in place of the weights
 
 
+NARROW = {
+    **KIMI_K2_INT4,
+    **{"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 64, "vocab_size": 1024},
+    **{"q_lora_rank": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+}
 CASES = {
     "Llama 3.1 405B": Case(LLAMA_405B, 191, {"tp_size": 64}),
     "DeepSeek-V3 in fp8": Case(DEEPSEEK_V3_FP8, 163, {"tp_size": 64, "ep_size": 64}),
     "Kimi K2 in int4": Case(KIMI_K2_INT4, 62, {"tp_size": 64, "ep_size": 64}),
+    "narrow": Case(NARROW, 62, {"tp_size": 64, "ep_size": 64}, holes=False),
 }
 MANY = {"ranks": 64, "tensors": 99_999}  # the most that a header may have
 # A row: what it is, its unit, and its value in what the steps told.
@@ -59,6 +69,7 @@ ROWS: tuple[tuple[str, float, Callable[[dict[str, Any]], float]], ...] = (
     ("a part reads, GB, least", 1e9, lambda told: min(part["read"] for part in told["parts"])),
     ("a part reads, GB, most", 1e9, lambda told: max(part["read"] for part in told["parts"])),
     ("open descriptors", 1, lambda told: max(part["descriptors"] for part in told["parts"])),
+    ("journal of a part, MB", 1e6, lambda told: max(part["journal"] for part in told["parts"])),
     ("record of a part, MB", 1e6, lambda told: max(part["record"] for part in told["parts"])),
     ("draft of a part, MB", 1e6, lambda told: max(part["draft"] for part in told["parts"])),
     ("manifest, MB", 1e6, lambda told: told["finish"]["manifest"]),
@@ -95,13 +106,15 @@ def _rehearsed(case: Case, divisor: int, parts: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as root:
         folder, out = Path(root, "source"), Path(root, "out")
         told: dict[str, Any] = {"layers": config["num_hidden_layers"]}
-        told["source"] = write(folder, config, files=max(1, case.files // divisor))
+        told["source"] = write(folder, config, files=max(1, case.files // divisor), filled=not case.holes)
         told["plan"] = _step("plan", folder, out, **case.sizes)
         told["parts"] = [
-            _step("part", folder, out, part=f"{number}/{parts}", **case.sizes) for number in range(1, parts + 1)
+            _step("part", folder, out, part=f"{number}/{parts}", holes=case.holes, **case.sizes)
+            for number in range(1, parts + 1)
         ]
-        told["finish"] = _step("finish", folder, out)
+        told["finish"] = _step("finish", folder, out, holes=case.holes)
         told["open"] = _step("open", folder, out, rank=0)
+        told["same"] = case.holes or _step("compare", folder, out, **case.sizes)["same"]
     return told
 
 
@@ -121,9 +134,13 @@ def _print(name: str, case: Case, parts: int, points: Sequence[dict[str, Any]]) 
     click.echo(f"{name}: {mesh}, {parts} parts")
     click.echo(f"  {'':28}{heads[0]:>10}" + "".join(f"{head:>12}      " for head in heads[1:]))
     for row, unit, value in ROWS:
+        if case.holes and "journal" in row:
+            continue  # it grows with what is written
         first, *rest = (value(told) / unit for told in points)
         text = "".join(f"{other:12,.{_digits(row)}f} {other / first:4.2f}×" for other in rest)
         click.echo(f"  {row:28}{first:10,.{_digits(row)}f}{text}")
+    if not case.holes:
+        click.echo(f"  every byte as one convert writes it: {'yes' if all(told['same'] for told in points) else 'NO'}")
 
 
 def _digits(row: str) -> int:

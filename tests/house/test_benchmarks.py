@@ -20,9 +20,10 @@ import bench_quantize
 import bench_sequence
 import bench_startup
 import pytest
+import rehearse_parts
 import warm_commands
 from big_checkpoints import LLAMA_1B
-from click import Command
+from click import Choice, Command
 from click.testing import CliRunner
 from places import ROOT
 
@@ -121,6 +122,27 @@ def test_the_benchmark_of_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_plan, "MODELS", {"small": (SMALL, 2)})
     monkeypatch.setattr(bench_plan, "CASES", (("small", {"tp_size": 2}),))
     assert re.search(r"^small +\d+  tp_size 2 .* \d+ MiB$", run(bench_plan.main, "--repeat", "1"), re.MULTILINE)
+
+
+def test_the_rehearsal_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each half of the layers halves what a part writes; a narrow model is converted in earnest."""
+    sizes = {"tp_size": 4}
+    cases = {
+        "holes": rehearse_parts.Case({**SMALL, "num_hidden_layers": 8}, 2, sizes),
+        "narrow": rehearse_parts.Case(SMALL, 2, sizes, holes=False),
+    }
+    monkeypatch.setattr(rehearse_parts, "CASES", cases)
+    monkeypatch.setattr(rehearse_parts, "MANY", {"ranks": 3, "tensors": 50})
+    main = rehearse_parts.main
+    monkeypatch.setattr(main.params[0], "type", Choice(list(cases)))
+    holes = run(main, "--parts", "2", "--layers", "1,2", "--model", "holes")
+    narrow = run(main, "--parts", "2", "--layers", "1", "--model", "narrow", "--no-many")
+    for row, *_ in rehearse_parts.ROWS:
+        assert re.search(rf"^  {re.escape(row)}  +[\d,.]+$", narrow, re.MULTILINE), (row, narrow)
+        assert re.search(rf"^  {re.escape(row)}  +[\d,.]+ +[\d,.]+ ", holes, re.M) or "journal" in row, (row, holes)
+    assert re.search(r"^  draft of a part, MB .* 0\.[4-6]\d×$", holes, re.MULTILINE), holes
+    assert re.search(r"^many tensors: 3 ranks of 50 tensors\n  manifest, MB ", holes, re.MULTILINE)
+    assert narrow.endswith("every byte as one convert writes it: yes\n")
 
 
 def test_the_benchmark_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
