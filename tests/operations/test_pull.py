@@ -102,6 +102,18 @@ def test_ranks(repo: FakeHub, resharded: Path, cli: Cli) -> None:
         reshard.pull(NAME, ranks=[])
 
 
+def test_the_ranks_of_a_machine(repo: FakeHub, resharded: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Path(cli("pull", NAME, "--part", "2/2").out.strip())
+    assert contents(second) == expected(resharded, 1)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    assert cli("pull", NAME, "--part", "auto/2").out.strip() == str(second)
+    assert contents(second) == expected(resharded, 0, 1)
+    assert_one_error(cli("pull", NAME, "--part", "auto"), 2, "does not say how many", hint="--part auto/8")
+    assert_one_error(cli("pull", NAME, "--part", "1/3"), 2, "3 parts of 2 rank files")
+    assert_one_error(cli("pull", NAME, "--part", "0/2"), 2, "'0/2' is no part", hint="3/8")
+    assert_one_error(cli("pull", NAME, "--part", "1/2", "--rank", "0"), 2, "both --ranks and --part are given")
+
+
 def test_into_a_folder(repo: FakeHub, resharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = reshard.pull(NAME, ranks=[1], to=tmp_path / "here")
     assert folder == tmp_path / "here"
