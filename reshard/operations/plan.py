@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,12 +149,12 @@ def sizes(
     return size_table(model, strategies, ep=ep_size, serving=Serving(max_model_len, batch_size, kv_dtype))
 
 
-def filled(planned: ReshardPlan, origin: Origin) -> list[FileLayout]:
-    """Return the layouts of the files to write, filled from the files that are read.
+def filled(planned: ReshardPlan, origin: Origin, ranks: Container[int] | None = None) -> list[FileLayout]:
+    """Return the layouts of the files to write, filled from the files that are read: those of all ranks, or of some.
 
     Raises BadInputError if a resharded folder lacks what a rank needs.
     """
-    layouts, made = plan_layouts(planned), origin.made
+    layouts, made = plan_layouts(planned, filled=ranks), origin.made
     computed = origin.derived.computed if origin.derived else {}
     return [made.relocated(layout, computed=computed) for layout in layouts] if made else layouts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class ReshardPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `reshard plan --format json` prints: names, numbers, lists and dicts of them."""
-        layouts, sizes = plan_layouts(self, sizes_only=True), legal_sizes(self.model, strategies=self.strategies)
+        layouts, sizes = plan_layouts(self, filled=()), legal_sizes(self.model, strategies=self.strategies)
         loads = loads_of(self.model, self.strategies, self.topology, self.serving)
         heads = {parameter.name: parameter.heads.count for parameter in self.model.parameters if parameter.heads}
         return {
@@ -254,7 +254,7 @@ def _tie(
     return regions, tied, duplicates, tuple(apart)
 
 
-def plan_layouts(plan: ReshardPlan, *, sizes_only: bool = False) -> list[FileLayout]:
+def plan_layouts(plan: ReshardPlan, *, filled: Container[int] | None = None) -> list[FileLayout]:
     """Lay out every file the plan writes: one for each rank, and one for the unused tensors if there are any.
-    `sizes_only` is as for `file_layouts`."""
-    return file_layouts(plan.targets, plan.world_size, plan.source, plan.unused, sizes_only=sizes_only)
+    `filled` is as for `file_layouts`."""
+    return file_layouts(plan.targets, plan.world_size, plan.source, plan.unused, filled=filled)

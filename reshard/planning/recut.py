@@ -33,6 +33,7 @@ _KNOWN = {
     "copies",
     "cuts",
     "derived",
+    "names",
     "subfolders",
 }  # of the manifest's features: others, such as bundles, bear on a cut
 _Heads = tuple[int, int]  # numbers of query heads and of KV heads

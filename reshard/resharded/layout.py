@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.source import Source
@@ -102,18 +102,15 @@ def file_layouts(
     source: Source,
     unused: Iterable[str] = (),
     *,
-    sizes_only: bool = False,
+    filled: Container[int] | None = None,
 ) -> list[FileLayout]:
     """Lay out every file of a folder: one for each rank, and one for the `unused` tensors of `source` if there are
-    any. With `sizes_only` they cannot be filled, and cost little."""
+    any. Files of ranks that are not to be `filled` cannot be, and cost little; None fills all."""
     rectangles = frozenset(target.name for target in targets if world_size == 1 or is_box(target.placement))
-    layouts = [
-        file_layout(
-            rank_file_name(rank),
-            rank_tensors(targets, rank=rank, world_size=world_size, sizes_only=sizes_only),
-            boxes=rectangles,
-        )
-        for rank in range(world_size)
-    ]
+    layouts = []
+    for rank in range(world_size):
+        sizes_only = filled is not None and rank not in filled
+        tensors = rank_tensors(targets, rank=rank, world_size=world_size, sizes_only=sizes_only)
+        layouts.append(file_layout(rank_file_name(rank), tensors, boxes=rectangles))
     apart = unused_tensors(source, unused)
     return [*layouts, file_layout(UNUSED_NAME, apart)] if apart else layouts

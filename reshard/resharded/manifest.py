@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,12 @@ def sealed_text(content: Mapping[str, Any]) -> bytes:
     """Return the text of a manifest: one member a line, the last of them the digest of all before it."""
     body = bytearray(b"{\n")
     for key, value in content.items():
-        body += f"{json.dumps(key)}: {_lines(value)},\n".encode()
-    return bytes(body + _seal(body))
+        body += f"{json.dumps(key)}: ".encode()
+        for piece in _pieces(value):
+            body += piece.encode()
+        body += b",\n"
+    body += _seal(body)
+    return bytes(body)
 
 
 def is_sealed(raw: bytes) -> bool:
@@ -192,19 +196,23 @@ def _seal(body: bytearray | memoryview) -> bytes:
 
 class _Listed:
     """A list of records that are made into lines as they come: as dicts, all at once, they take several times as much
-    memory, and there may be hundreds of thousands of regions."""
+    memory, and there may be hundreds of thousands of regions. The text is not made at once either."""
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self.lines = [json.dumps(record) for record in records]
 
 
-def _lines(value: Any) -> str:
-    """Return JSON, one line for each item of a list of records, so that two manifests can be compared by eye."""
+def _pieces(value: Any) -> Iterator[str]:
+    """Yield JSON, one line for each item of a list of records, so that two manifests can be compared by eye."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = _Listed(value)
-    if isinstance(value, _Listed) and value.lines:
-        return "[\n" + ",\n".join(value.lines) + "\n]"
-    return "[]" if isinstance(value, _Listed) else json.dumps(value)
+    if not isinstance(value, _Listed) or not value.lines:
+        yield "[]" if isinstance(value, _Listed) else json.dumps(value)
+        return
+    yield "[\n"
+    for number, line in enumerate(value.lines):
+        yield f",\n{line}" if number else line
+    yield "\n]"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -169,10 +169,11 @@ def _made(
     say: Callable[[str], object],
 ) -> PartReport:
     """Make a part, unless it is done."""
+    ranks = ranks_of(which, asked.topology.world_size)
     with staged_folder(parts.stage(which)) as stage:
         say(f"{which}: {announced(asked.source, asked.topology)}")
         with prepared(
-            asked, stage, keep_cache=keep_cache, whole=False, workers=workers, progress=progress, say=say
+            asked, stage, keep_cache=keep_cache, ranks=ranks, workers=workers, progress=progress, say=say
         ) as work:
             inputs = work.inputs
             share = share_of(which, work.layouts, asked.topology.world_size, inputs.source, inputs.computed)
@@ -190,7 +191,8 @@ def planned_part(plan: ReshardPlan, part: str, *, changed: bool = False) -> Part
     resharded. Raises UsageError if there is no such part."""
     from ...planning.plan import plan_layouts
 
-    share = share_of(which_part(part, os.environ), plan_layouts(plan), plan.topology.world_size, plan.source)
+    which, world_size = which_part(part, os.environ), plan.topology.world_size
+    share = share_of(which, plan_layouts(plan, filled=ranks_of(which, world_size)), world_size, plan.source)
     report = _report(share, {file.name for file in plan.source.files if not file.path.exists()})
     return replace(report, read=None, fetched=None) if changed or is_resharded(plan.source.root) else report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +64,8 @@ class Asked:
 class Work:
     """A conversion that is planned, while its source files are open to it.
 
-    `draft` is the manifest that is to be written, less what only the writing tells. `layouts` are all the files.
+    `draft` is the manifest that is to be written, less what only the writing tells. `layouts` are all the files,
+    though those of ranks that are not wanted cannot be filled.
     `spans` are the bytes of source files to come that are wanted: whole files, unless it names them.
     """
 
@@ -141,23 +142,23 @@ def prepared(
     stage: Stage,
     *,
     keep_cache: bool,
-    whole: bool = True,
+    ranks: Container[int] | None = None,
     workers: int | None,
     progress: Progress,
     say: Callable[[str], object],
 ) -> Iterator[Work]:
     """Open what is asked for and plan it; `say` is called with each remark. Files that are elsewhere arrive meanwhile.
 
-    Unless `whole`, only some of the source files' bytes are wanted: none is fetched, or digested, before the plan says
-    which. Raises a `ReshardError`.
+    If only the files of some `ranks` are wanted, so are only some of the source files' bytes: none is fetched, or
+    digested, before the plan says which. Raises a `ReshardError`.
     """
     if asked.change.needs_whole:
         fetch(asked.source, revision=asked.revision, choice=asked.choice, progress=progress)
     origin = open_origin(asked.source, revision=asked.revision, choice=asked.choice, include=asked.include)
     spans: Spans = {}
     with (
-        origin.ahead() if whole else DigestsAhead({}) as ahead,
-        origin.arrivals(stage, keep_cache=keep_cache, at_once=whole, spans=spans) as arrivals,
+        origin.ahead() if ranks is None else DigestsAhead({}) as ahead,
+        origin.arrivals(stage, keep_cache=keep_cache, at_once=ranks is None, spans=spans) as arrivals,
     ):
         origin = derived_origin(
             origin,
@@ -167,7 +168,7 @@ def prepared(
             workers=workers,
             progress=progress,
         )
-        planned = _planned(origin, asked, arrivals)  # may import transformers; a few gigabytes arrive meanwhile
+        planned = _planned(origin, asked, arrivals, ranks)  # may import transformers; a few gigabytes arrive meanwhile
         for note in planned.notes:
             say(note)
         draft = _with_files(planned, origin)
@@ -236,7 +237,7 @@ def _with_digests(files: Iterable[Mapping[str, Any]], digests: Mapping[str, str]
     )
 
 
-def _planned(origin: Origin, asked: Asked, arrivals: Arrivals | None) -> Recut:
+def _planned(origin: Origin, asked: Asked, arrivals: Arrivals | None, ranks: Container[int] | None) -> Recut:
     """Plan from the manifest of a resharded folder, if that tells all, else with the model, which imports transformers.
 
     The manifest is the same either way."""
@@ -260,7 +261,7 @@ def _planned(origin: Origin, asked: Asked, arrivals: Arrivals | None) -> Recut:
         arrivals=arrivals,
     )
     before = origin.made.manifest if origin.made else None
-    return Recut(_draft(planned, before), filled(planned, origin), planned.notes)
+    return Recut(_draft(planned, before), filled(planned, origin, ranks), planned.notes)
 
 
 def _draft(plan: ReshardPlan, before: Manifest | None) -> Manifest:
