@@ -122,7 +122,7 @@ def folded(text: str) -> set[str]:
     return {re.sub(r"\d[\d.,]*(e-?\d+)?", "#", line.strip()) for line in text.splitlines()}
 
 
-@pytest.mark.parametrize("page", [FRONT, COMMANDS, RUNTIME, STYLES, ENGINES, PARTS])
+@pytest.mark.parametrize("page", [FRONT, COMMANDS, RUNTIME, STYLES, ENGINES])
 def test_commands(page: str, folder_of: Callable[[str], Path], sources: Path, hub: FakeHub) -> None:
     folder = folder_of(page)
     said = {}
@@ -241,7 +241,7 @@ def test_nothing_else_is_to_be_run() -> None:
         for line in filter(None, lines_of(page)):
             command = line.split()[0]
             if command in ("reshard", "torchrun"):
-                assert page in (FRONT, COMMANDS, RUNTIME, STYLES, ENGINES, PARTS), line
+                assert page in (FRONT, COMMANDS, RUNTIME, STYLES, ENGINES), line
             elif command.startswith("scripts/"):  # the demo runs these commands too; scripts/test would run the tests
                 assert os.access(ROOT / command, os.X_OK), line
             else:  # test_benchmarks.py runs them
