@@ -31,15 +31,14 @@ def main() -> None:
 
 
 def figures(began: float) -> Figures:
-    """Return the seconds since `began`, those of the processor since the start, and the most memory that the process
-    has had, in MiB."""
+    """Return the processor's seconds since `began`, and the most memory that the process has had, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return {"seconds": time.perf_counter() - began, "cpu": time.process_time(), "peak": peak / 1024}
+    return {"seconds": time.process_time() - began, "peak": peak / 1024}
 
 
 def _imported(folder: Path) -> float:
-    """Import what planning a checkpoint imports, its model's module too. Returns the time now."""
+    """Import what planning a checkpoint imports, its model's module too. Returns the processor's time now."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
@@ -47,7 +46,7 @@ def _imported(folder: Path) -> float:
 
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     import_module(f"transformers.models.{kind}.modeling_{kind}")
-    return time.perf_counter()
+    return time.process_time()
 
 
 def plan(folder: Path, _: Path, **options: Any) -> Figures:
@@ -126,7 +125,7 @@ def run_finish(_: Path, out: Path, *, holes: bool) -> Figures:
 
     if holes:
         finish._read_again = lambda *_: None
-    began = time.perf_counter()
+    began = time.process_time()
     reshard.finish(out, sync=False)
     return {**figures(began), "manifest": (out / "reshard.json").stat().st_size}
 
@@ -151,7 +150,7 @@ def open_manifest(_: Path, out: Path, *, rank: int) -> Figures:
     from reshard.resharded.manifest import read_manifest
     from reshard.resharded.rank_file import read_rank_header
 
-    began = time.perf_counter()
+    began = time.process_time()
     with patient_collector():
         record = read_manifest(out).rank_files[rank]
         header = read_rank_header(out / record.name, record)

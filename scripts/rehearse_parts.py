@@ -8,10 +8,10 @@ by `reshard.convert_part` in a process of its own, one after the other, with a s
 and writes, and the second reading of all files by `finish`. `narrow` is a Kimi K2 with all its experts and a thousandth
 of the width: everything is read and written, and the folder compared with that of one `reshard.convert`.
 
-Seconds are counted after the imports; those of a part are the median, and all else is the most. `peak` is all memory of
-a process (VmHWM, libraries and mapped pages among it). The bytes that a part reads are what it fetches if the source is
-elsewhere. `many tensors` is a folder of 64 ranks with 99,999 tensors each, of which only the manifest and one rank
-file's header are written.
+Seconds are the processor's, after the imports; those of a part are the median, and all else is the most. `peak` is all
+memory of a process (VmHWM, libraries and mapped pages among it). The bytes that a part reads are what it fetches if the
+source is elsewhere. `many tensors` is a folder of 64 ranks with 99,999 tensors each, of which only the manifest and one
+rank file's header are written.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ ROWS: tuple[tuple[str, float, Callable[[dict[str, Any]], float]], ...] = (
     ("source tensors", 1, lambda told: told["source"][0]),
     ("source, GB", 1e9, lambda told: told["source"][1]),
     ("plan and layouts, s", 1, lambda told: told["plan"]["seconds"]),
-    ("… of CPU, with imports, s", 1, lambda told: told["plan"]["cpu"]),
     ("plan and layouts, peak MiB", 1, lambda told: told["plan"]["peak"]),
     ("a part, s", 1, lambda told: statistics.median(part["seconds"] for part in told["parts"])),
     ("a part, peak MiB", 1, lambda told: max(part["peak"] for part in told["parts"])),
