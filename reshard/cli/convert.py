@@ -144,7 +144,12 @@ def _convert_part(source: str, out: str, style: str, **how: Any) -> None:
         lambda report: f"{printable(out)}: {part_text(report)}, in {duration(seconds)}",
     )
     finish = shlex.join(("reshard", "finish", without_secrets(out)))
-    say("finished: all parts are done" if done.manifest else f"next, when all {done.part.of} parts are done: {finish}")
+    if done.manifest:
+        say(f"finished: {printable(out)} is whole")
+    elif how["part"].startswith("auto"):
+        say("the last part to be done finishes the folder")
+    else:
+        say(f"next, when all parts are done: {finish}")
 
 
 def next_command(

@@ -33,14 +33,21 @@ def check_page(path: str) -> None:
     """Refuse what no page can be written to: call it before the work.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or it is a resharded one.
         DestinationExistsError: something else than a page of ours is there.
     """
+    from ..checkpoint.source import MANIFEST_NAME
     from ..showing.page.page import MARK
 
     target = Path(path)
     if not target.absolute().parent.is_dir():
         raise UsageError(f"{printable(path)}: no such folder")
+    around = next((folder for folder in target.absolute().parents if (folder / MANIFEST_NAME).is_file()), None)
+    if around is not None:
+        raise UsageError(
+            f"{printable(path)}: is inside a resharded folder, which holds nothing else",
+            hint=f"choose a folder outside {printable(around)}",
+        )
     if not os.path.lexists(target):
         return
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..text import numbers_in_runs
 from .loads import KINDS, RankLoad, rank_loads
-from .tables import gigabytes, middle_out
+from .tables import gigabytes
 
 __all__ = ["bars_text"]
 
@@ -35,16 +35,23 @@ def bars_text(report: Mapping[str, Any], width: int | None = None, *, blocks: bo
     names = [f"rank{'s' if len(of) > 1 else ''} {numbers_in_runs(load.rank for load in of)}" for of in shown]
     sizes = [gigabytes(of[0].weights) + _beside(of[0]) for of in shown]
     left, right = max(map(len, names)), max(map(len, sizes))
-    room = _LONGEST if width is None else max(_SHORTEST, min(_LONGEST, width - left - right - 4))
-    lines = [
-        f"{name:{left}}  {_bar(of[0], most, room, signs):{room}}  {size}" for name, of, size in zip(names, shown, sizes)
-    ]
+    room = _LONGEST if width is None else min(_LONGEST, width - left - right - 4)
+    if room >= _SHORTEST:
+        bars = [f"{_bar(of[0], most, room, signs):{room}}" for of in shown]
+        lines = [f"{name:{left}}  {bar}  {size}" for name, bar, size in zip(names, bars, sizes)]
+    elif left + 2 + right <= (width or 0):
+        lines = [f"{name:{left}}  {size}" for name, size in zip(names, sizes)]
+    else:  # a number that is cut is another number
+        lines = [
+            line
+            for name, size in zip(names, sizes)
+            for line in (name, *f"  {size}".replace(" + ", "\n  + ").split("\n"))
+        ]
     if len(alike) > _MOST:
         lines.append(f"… and {len(loads) - sum(map(len, shown))} more ranks")
     fullest = max(loads, key=lambda load: load.weights)
     legend = [f"{signs[kind]} {KINDS[kind]} {gigabytes(size)}" for kind, size in fullest.kinds.items() if size]
     lines += _wrapped(legend, width)
-    lines = lines if width is None else [middle_out(line, width) for line in lines]
     return lines if blocks else [line.replace("–", "-").replace("…", ".") for line in lines]
 
 

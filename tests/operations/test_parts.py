@@ -132,7 +132,7 @@ def test_the_report(checkpoint: Checkpoint, tmp_path: Path, cli: Cli) -> None:
     assert (again["done_before"], again["bytes_written"], again["bytes_read"]) == (True, 0, 0)
     assert cli(*command[:5], "--part", "1/3").out.startswith(f"{out}: part 1 of 3: 1 file, ")
     finish = cli(*command[:5], "--part", "3/3", aloud=True).err
-    assert f"next, when all 3 parts are done: reshard finish {out}" in finish
+    assert f"next, when all parts are done: reshard finish {out}" in finish
     result = cli("finish", out, aloud=True)
     assert result.code == 0
     assert "finishing" in result.err
@@ -186,7 +186,9 @@ def test_what_is_not_done_is_named(parts: Path, checkpoint: Checkpoint, refused:
     refused(2, [*command, "5/4", "-tp", 8], "'5/4' is no part", hint="3/8")
     refused(2, [*command, "2/3", "-tp", 4, "--overwrite"], "--overwrite does not go with --part")
     refused(2, [*command, "2/3", "-tp", 4, "--reference-logits"], "--reference-logits does not", hint="reshard check")
-    refused(4, [*command, "2/4", "-tp", 4], "different numbers of parts: part 2 of 4, part 1 of 3")
+    refused(
+        4, [*command, "2/4", "-tp", 4], "part 2 of 4 does not go with part 1 of 3", hint="out.parts/part-00001-of-00003"
+    )
 
 
 def other_plan(patch: pytest.MonkeyPatch, source: Path) -> dict[str, Any]:
@@ -208,11 +210,18 @@ def other_files(patch: pytest.MonkeyPatch, source: Path) -> dict[str, Any]:
     return {"tp_size": 4}
 
 
+def other_config(patch: pytest.MonkeyPatch, source: Path) -> dict[str, Any]:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 77}))
+    return {"tp_size": 4}
+
+
 OTHERS = {
     "another plan": (IntegrityError, other_plan),
-    "source files of another time": (IntegrityError, other_time),
-    "other source files": (IntegrityError, other_files),
-    "was made by reshard 9.9": (VersionError, other_version),
+    "another state of the source files": (IntegrityError, other_time),
+    "another list of source files": (IntegrityError, other_files),
+    "another set of small files": (IntegrityError, other_config),
+    "is made by reshard 9.9": (VersionError, other_version),
 }
 
 
@@ -347,6 +356,66 @@ def test_what_is_in_the_way(parts: Path, checkpoint: Checkpoint, tmp_path: Path)
     assert tree(tmp_path) == before
 
 
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("other", ["weights", "small file"])
+def test_a_part_that_comes_too_late(other: str, source: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The folder is whole. A part of the same bytes is done; one of other bytes of the same shapes is refused."""
+    out = tmp_path / "out"
+    made(checkpoint("llama"), out, 2, tp_size=2)
+    before = tree(tmp_path)
+    if other == "weights":
+        path = sorted(source.glob("*.safetensors"))[-1]
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        (source / "generation_config.json").write_text("{}")
+    with pytest.raises(DestinationExistsError, match="already exists"):
+        reshard.convert_part(source, out, part="1/2", tp_size=2)
+    same = shutil.copytree(checkpoint("llama"), tmp_path / "same")
+    assert reshard.convert_part(same, out, part="1/2", tp_size=2).manifest == reshard.inspect(out)
+    shutil.rmtree(same)
+    shutil.rmtree(source)
+    assert tree(tmp_path) == {name: data for name, data in before.items() if not name.startswith("source")}
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("damage", ["other weights", "cut", "flipped"])
+def test_parts_beside_a_folder_that_is_there(damage: str, source: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """They are removed only if every byte of them is in it."""
+    out = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        reshard.convert_part(checkpoint("llama"), out, part=part, tp_size=2)
+    if damage == "other weights":
+        path = sorted(source.glob("*.safetensors"))[-1]
+        path.write_bytes(path.read_bytes()[:-1] + b"1")
+        reshard.convert(source, out, tp_size=2)
+    else:
+        reshard.convert(checkpoint("llama"), out, tp_size=2)
+        path = next(out.glob("shard-*"))
+        data = path.read_bytes()
+        path.write_bytes(data[:-9] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    before = tree(tmp_path)
+    with pytest.raises((DestinationExistsError, IntegrityError)):
+        reshard.finish(out)
+    assert tree(tmp_path) == before
+    shutil.rmtree(out)
+    reshard.finish(out)
+    assert reshard.verify(out, against=checkpoint("llama")).elements
+
+
+def test_names_that_cannot_be(checkpoint: Checkpoint, tmp_path: Path, refused: Refused) -> None:
+    command = ["convert", checkpoint("llama")]
+    refused(7, [*command, "/", "-tp", 2, "--part", "1/2"], "/: already exists")
+    refused(7, ["finish", "/"], "/: already exists")
+    for length in (230, 250):
+        refused(5, [*command, tmp_path / ("n" * length), "-tp", 2, "--part", "1/2"], "File name too long")
+    (tmp_path / "a.parts").write_text("mine")
+    (tmp_path / "b.parts").symlink_to(tmp_path)
+    for name in ("a", "b"):
+        refused(7, ["finish", tmp_path / name], f"{name}.parts: is in the way")
+        refused(7, [*command, tmp_path / name, "-tp", 2, "--part", "1/2"], f"{name}.parts: is in the way")
+
+
 def test_what_is_of_no_part_is_not_taken_along(parts: Path, checkpoint: Checkpoint) -> None:
     reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
     mine = parts.with_name("out.parts") / "files"
@@ -473,7 +542,7 @@ def test_the_last_part_finishes(
         monkeypatch.setenv("RANK", str(rank))
         result = cli("convert", source, out, "-tp", 4, "--part", "auto", aloud=True)
         assert result.code == 0
-    assert "finished: all parts are done" in result.err
+    assert f"finished: {out} is whole" in result.err
     reshard.convert(source, tmp_path / "one", tp_size=4)
     assert tree(out) == tree(tmp_path / "one")
     assert not list(tmp_path.glob("out.*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -214,13 +215,15 @@ def test_bars(checkpoint: Checkpoint) -> None:
     assert bars_text(reshard.plan(checkpoint("llama"), tp_size=1).to_dict()) == []
 
 
-@pytest.mark.parametrize("width", [20, 60, 80, 200])
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
 def test_bars_fit_the_terminal(width: int, checkpoint: Checkpoint) -> None:
     report = reshard.plan(checkpoint("llama"), tp_size=3).to_dict()
     plain = bars_text(report, width, blocks=False)
     assert all(len(line) <= width for line in plain)
     assert "".join(plain).isascii()
     assert all(len(line) <= width for line in bars_text(report, width))
+    figures = [figure for line in bars_text(report) for figure in re.findall(r"[\d.]+ [kMG]?B", line)]
+    assert all(figure in "\n".join(plain) for figure in figures)  # one that is cut is another
 
 
 def test_many_different_ranks_are_not_all_listed() -> None:

@@ -150,7 +150,9 @@ def test_into_a_store(store: ObjectStore, stored_source: str, checkpoint: Checkp
     assert size <= read <= size + 4 * 8  # each byte once
     assert not kept(tmp_path)
     assert reshard.finish(OUT) == reshard.inspect(OUT)
-    assert reshard.convert_part(stored_source, OUT, part="1/3", tp_size=4).done
+    assert reshard.convert_part(checkpoint("llama"), OUT, part="1/3", tp_size=4).done
+    with pytest.raises(DestinationExistsError, match="is not known to be of this source"):
+        reshard.convert_part(stored_source, OUT, part="1/3", tp_size=4)  # a store tells no digest of what it has
     assert store.objects("out") == contents(tmp_path / "one")
 
 
@@ -184,7 +186,7 @@ def test_what_is_in_the_way_in_a_store(
     reshard.convert_part(stored_source, OUT, part="1/2", tp_size=2)
     with monkeypatch.context() as patch:
         patch.setattr(work, "__version__", "9.9")
-        with pytest.raises(VersionError, match=r"part 2 of 2 was made by reshard 9\.9"):
+        with pytest.raises(VersionError, match=r"part 2 of 2 is made by reshard 9\.9"):
             reshard.convert_part(stored_source, OUT, part="2/2", tp_size=2)
     store.put("out", {"shard-00002-model-00001-of-00001.safetensors": b"mine"})
     with pytest.raises(DestinationExistsError, match="holds another shard-00002"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import UsageError
+from ...errors import DestinationExistsError, UsageError
 from ...process import Advance, Progress
 from ...resharded.manifest import Manifest
 from ...resharded.rank_file import FileRecord
@@ -60,14 +60,21 @@ class Gathering(Protocol):
     def together(self, records: Sequence[PartRecord]) -> Path | None:
         """Bring the files of all parts together. Returns the folder that has them, if it is on this machine."""
 
-    def check(self, record: FileRecord, report: Advance) -> None:
-        """Read a file again that is together with the others. Raises IntegrityError if it is not as it was written."""
+    def at(self, part: Part) -> str:
+        """Return where the record of a part is, as it is printed."""
+
+    def check(self, record: FileRecord, report: Advance, *, whole: bool = False) -> None:
+        """Read a file again that is together with the others, or in the `whole` folder. Raises IntegrityError if it is
+        not as it was written."""
 
     def complete(self, manifest: Manifest) -> None:
         """Write the manifest, which makes the destination whole."""
 
     def clear(self) -> None:
         """Remove what the parts have left."""
+
+    def clear_on(self) -> None:
+        """Go on with a removal that was interrupted."""
 
 
 def gathering(out: str | Path, *, sync: bool = True, progress: Progress) -> Gathering:
@@ -77,4 +84,9 @@ def gathering(out: str | Path, *, sync: bool = True, progress: Progress) -> Gath
         raise UsageError(
             f"{printable(out)}: is on the Hub", hint="choose a folder, and put that there with: reshard publish"
         )
-    return InStore(out.rstrip("/"), progress) if is_url(out) else OnDisk(Path(os.path.abspath(out)), sync)
+    if is_url(out):
+        return InStore(out.rstrip("/"), progress)
+    path = Path(os.path.abspath(out))
+    if not path.name:
+        raise DestinationExistsError(f"{printable(path)}: already exists", hint="choose another name")
+    return OnDisk(path, sync)

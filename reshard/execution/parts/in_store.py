@@ -54,7 +54,7 @@ class _PartInStore:
         open_store(self.url).try_out()
 
     def commit(self, folder: Path) -> None:
-        record, draft = f".reshard-{self.part.name}.json", _draft_name((folder / DRAFT_NAME).read_bytes())
+        record, draft = _record_name(self.part), _draft_name((folder / DRAFT_NAME).read_bytes())
         os.replace(folder / RECORD_NAME, folder / record)
         os.replace(folder / DRAFT_NAME, folder / draft)
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -65,6 +65,10 @@ class _PartInStore:
 
 _RECORD = re.compile(r"\.reshard-part-(\d{5})-of-(\d{5})\.json")
 _DRAFT = re.compile(r"\.reshard-draft-[0-9a-f]{32}\.json")
+
+
+def _record_name(part: Part) -> str:
+    return f".reshard-{part.name}.json"
 
 
 def _draft_name(draft: bytes) -> str:
@@ -119,7 +123,10 @@ class InStore:
     def together(self, records: Sequence[PartRecord]) -> None:
         """The files are together from the beginning."""
 
-    def check(self, record: FileRecord, report: Advance) -> None:
+    def at(self, part: Part) -> str:
+        return f"{self.name}/{_record_name(part)}"
+
+    def check(self, record: FileRecord, report: Advance, *, whole: bool = False) -> None:
         store = open_store(self.url)
         check_streamed(record, lambda start, end: store.read(record.name, start, end), report, where=f"{store}")
 
@@ -128,14 +135,22 @@ class InStore:
         there = open_store(self.url).files
         strange = sorted(name for name in there.keys() - known if not _ours(name))
         if strange:
-            raise IntegrityError(f"{self.name}: holds what is of no part: {listed(strange)}")
+            raise IntegrityError(
+                f"{self.name}: holds what is of no part: {listed(strange)}", hint="move that elsewhere"
+            )
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, MANIFEST_NAME).write_bytes(manifest.to_bytes())
             send_one(self.url, Path(folder), MANIFEST_NAME)
 
     def clear(self) -> None:
         store = open_store(self.url)
-        for name in filter(_ours, store.files):
+        for name in filter(_RECORD.fullmatch, store.files):  # while there is a record, its draft is there
+            store.remove(name)
+        self.clear_on()
+
+    def clear_on(self) -> None:
+        store = open_store(self.url)
+        for name in () if any(map(_RECORD.fullmatch, store.files)) else filter(_DRAFT.fullmatch, store.files):
             store.remove(name)
 
 

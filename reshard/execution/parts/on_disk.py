@@ -98,7 +98,7 @@ class OnDisk:
             if match := _PART.fullmatch(name):
                 path = self.folder / name / RECORD_NAME
                 raw = _read(path)
-                if raw is None or not path.with_name(DRAFT_NAME).exists():
+                if raw is None or not os.path.lexists(path.with_name(DRAFT_NAME)):
                     continue  # it is removed meanwhile, or was by half
                 record = read_record(raw, where=printable(path))
                 if record.part != Part(int(match[1]), int(match[2])):
@@ -107,12 +107,26 @@ class OnDisk:
         return found
 
     def _listed(self) -> list[str]:
+        self._check_names()
         try:
             return os.listdir(self.folder)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise StorageError(f"{self.name}: {error.strerror}") from None
+
+    def _check_names(self) -> None:
+        """Refuse what is called `OUT.parts` and is no folder, and a name too long for what comes beside the folder."""
+        if os.path.islink(self.folder) or os.path.isfile(self.folder):
+            raise DestinationExistsError(
+                f"{self.name}: is in the way: the parts are to be there", hint="remove it, or choose another name"
+            )
+        try:
+            os.lstat(self.out.with_name(f"{self.out.name}.part-{'0' * 16}-{'0' * 8}"))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise by_errno(error, f"{self.place}: {error.strerror}", StorageError) from None
 
     def draft(self, part: Part) -> Manifest:
         with _gone(self.folder / part.name):
@@ -128,6 +142,7 @@ class OnDisk:
             discard_folder(self.folder / part.name, self.folder / part.name, sync=self.sync)
 
     def whole(self) -> Manifest | None:
+        self._check_names()
         if os.path.lexists(self.out / MANIFEST_NAME):
             return read_manifest(self.out)
         if os.path.lexists(self.out):
@@ -146,16 +161,22 @@ class OnDisk:
                     renamed(self.folder / record.part.name / name, self._files / name)  # unless another run has
         return self._files
 
-    def check(self, record: FileRecord, report: Advance) -> None:
-        with _gone(self._files):
-            check_file(self._files, record, report)
+    def at(self, part: Part) -> str:
+        return printable(self.folder / part.name)
+
+    def check(self, record: FileRecord, report: Advance, *, whole: bool = False) -> None:
+        folder = self.out if whole else self._files
+        with _gone(folder):
+            check_file(folder, record, report)
 
     def complete(self, manifest: Manifest) -> None:
         known = {record.name for record in manifest.files()} | {MANIFEST_NAME}
         with _gone(self._files):
             strange = sorted({path.relative_to(self._files).as_posix() for path in _files_in(self._files)} - known)
             if strange:
-                raise IntegrityError(f"{printable(self._files)}: holds what is of no part: {listed(strange)}")
+                raise IntegrityError(
+                    f"{printable(self._files)}: holds what is of no part: {listed(strange)}", hint="move that elsewhere"
+                )
             name = f"manifest-{secrets.token_hex(4)}"  # beside the files: nothing else is ever among them
             write_file(self.folder / name, manifest.to_bytes(), sync=self.sync)
             for record in manifest.files() if self.sync else ():  # a part may have been made with --no-sync
@@ -169,6 +190,9 @@ class OnDisk:
             discard_folder(self.folder, self.out, sync=self.sync)
         with contextlib.suppress(OSError):
             self.folder.rmdir()  # if nothing was in it
+        self.clear_on()
+
+    def clear_on(self) -> None:
         discard_refused(self.out)
 
 

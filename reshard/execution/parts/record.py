@@ -6,7 +6,7 @@ All parts have the same draft, the manifest less what only the writing tells. No
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,17 @@ from ...resharded.rank_file import FileRecord
 from ...text import listed, printable
 from .share import Part
 
-__all__ = ["DRAFT_NAME", "RECORD_NAME", "PartRecord", "agreed", "check_beside", "is_of", "read_record"]
+__all__ = [
+    "DRAFT_NAME",
+    "RECORD_NAME",
+    "VERSIONS",
+    "PartRecord",
+    "agreed",
+    "check_beside",
+    "is_made_of",
+    "is_planned_as",
+    "read_record",
+]
 
 RECORD_NAME, DRAFT_NAME = ".reshard-part.json", ".reshard-draft.json"
 _FORMAT, _VERSION = "reshard part", 1
@@ -27,7 +37,7 @@ _FORMAT, _VERSION = "reshard part", 1
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """What a part did. `work` is the digest of all that decides the bytes: source, plan and versions.
+    """What a part did. `work` has what decides the bytes, each by its name: versions, and digests of the rest.
 
     `draft` is the digest of the draft. `files` are the rank files and the file of unused tensors, `extras` the small
     files, which are part 1's. `source` are the digests of the source files that were read whole. Of the `unchecked`
@@ -35,7 +45,7 @@ class PartRecord:
     """
 
     part: Part
-    work: str
+    work: dict[str, str]
     draft: str
     files: tuple[FileRecord, ...]
     extras: tuple[FileRecord, ...]
@@ -78,7 +88,7 @@ def read_record(raw: bytes, *, where: str) -> PartRecord:
         number, of = map(count, content["part"])
         record = PartRecord(
             Part.parse(f"{number}/{of}"),
-            text(content["work"]),
+            texts(content["work"]),
             text(content["draft"]),
             tuple(map(file_from_json, content["files"])),
             tuple(map(file_from_json, content["extras"])),
@@ -86,7 +96,9 @@ def read_record(raw: bytes, *, where: str) -> PartRecord:
             tuple(map(text, content["unchecked"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"{where}: is no record of a part ({printable(error)})") from None
+        raise IntegrityError(
+            f"{where}: is no record of a part ({printable(error)})", hint="remove that part, and make it again"
+        ) from None
     for file in record.records:
         check_plain_path(file.name, what=where)
     return record
@@ -112,77 +124,87 @@ def blank(manifest: Manifest) -> Manifest:
     )
 
 
-def is_of(manifest: Manifest, draft: Manifest) -> bool:
-    """Whether a manifest is what a draft was to become."""
+def is_planned_as(manifest: Manifest, draft: Manifest) -> bool:
+    """Whether a manifest is what a draft was to become, but for the values of the weights and the small files."""
     return blank(manifest).to_bytes() == blank(draft).to_bytes()
 
 
+def is_made_of(manifest: Manifest, records: Iterable[PartRecord]) -> bool:
+    """Whether a manifest has the files of these parts, by their digests."""
+    there = set(map(_identity, manifest.files()))
+    return all(_identity(file) in there for record in records for file in record.records)
+
+
+def _identity(record: FileRecord) -> tuple[str, int, str]:
+    return record.name, record.size, record.digest
+
+
 def check_beside(
-    part: Part,
-    work: str,
-    draft: Manifest,
-    records: Mapping[Part, PartRecord],
-    draft_of: Callable[[Part], Manifest],
-    *,
-    where: str,
+    part: Part, work: Mapping[str, str], records: Mapping[Part, PartRecord], at: Callable[[Part], str], *, where: str
 ) -> None:
-    """Check that a part which is to be made goes with those that are done. Raises what `agreed` does."""
+    """Check that a part which is to be made goes with those that are done. `at` tells where each of these is.
+
+    Raises what `agreed` does.
+    """
     for other, record in sorted(records.items()):
         if other.of != part.of:
-            raise _of_other_numbers([part, other], where)
+            raise _of_other_numbers(part, other, at, where)
         if record.work != work:
-            raise _unlike(part, draft, other, draft_of(other), where)
+            raise _unlike(part, work, record, at, where)
 
 
-def agreed(records: Mapping[Part, PartRecord], drafts: Mapping[Part, Manifest], *, where: str) -> list[PartRecord]:
-    """Return the records of all parts, in order, if they make one folder together.
+def agreed(
+    records: Mapping[Part, PartRecord], draft: Callable[[Part], Manifest], at: Callable[[Part], str], *, where: str
+) -> list[PartRecord]:
+    """Return the records of all parts, in order, if they make one folder together. `draft` gives that of a part, and
+    `at` tells where it is.
 
     Raises:
         IntegrityError: a part is not done, or is of another source or plan. The error names it.
         VersionError: a part was made by other versions.
     """
-    numbers = sorted({part.of for part in records})
-    if len(numbers) > 1:
-        raise _of_other_numbers(sorted(records), where)
-    missing = [number for number in range(1, numbers[0] + 1) if Part(number, numbers[0]) not in records]
-    if missing:
-        named = f"part {missing[0]}" if len(missing) == 1 else f"parts {', '.join(map(str, missing))}"
-        raise IntegrityError(
-            f"{where}: {named} of {numbers[0]} {'is' if len(missing) == 1 else 'are'} not done",
-            hint=f"run the same convert with --part {missing[0]}/{numbers[0]}, then finish again",
-        )
     ordered = [records[part] for part in sorted(records)]
     first = ordered[0]
     for record in ordered[1:]:
+        if record.part.of != first.part.of:
+            raise _of_other_numbers(record.part, first.part, at, where)
+    of = first.part.of
+    missing = [number for number in range(1, of + 1) if Part(number, of) not in records]
+    if missing:
+        named = f"part {missing[0]}" if len(missing) == 1 else f"parts {', '.join(map(str, missing))}"
+        raise IntegrityError(
+            f"{where}: {named} of {of} {'is' if len(missing) == 1 else 'are'} not done",
+            hint=f"run the same convert with --part {missing[0]}/{of}, then finish again",
+        )
+    for record in ordered[1:]:
         if record.work != first.work:
-            raise _unlike(record.part, drafts[record.part], first.part, drafts[first.part], where)
-    _check_cover(ordered, drafts[first.part], where)
+            raise _unlike(record.part, record.work, first, at, where)
+    _check_cover(ordered, draft(first.part), where)
     return ordered
 
 
-def _of_other_numbers(parts: Sequence[Part], where: str) -> IntegrityError:
+def _of_other_numbers(part: Part, other: Part, at: Callable[[Part], str], where: str) -> IntegrityError:
     return IntegrityError(
-        f"{where}: parts of different numbers of parts: {listed([str(part) for part in parts])}",
-        hint="give all the same number, and remove those that are not wanted",
+        f"{where}: {part} does not go with {other}: the numbers of parts differ",
+        hint=f"make all of one number, and remove those of the other, such as {at(other)}",
     )
 
 
-def _unlike(part: Part, draft: Manifest, first: Part, other: Manifest, where: str) -> ReshardError:
-    hint = f"run all parts alike; remove what is there of one that is wrong: {listed(sorted({part.name, first.name}))}"
-    if draft.tool != other.tool:
-        made, by = (", ".join(f"{name} {version}" for name, version in of.tool.items()) for of in (draft, other))
-        return VersionError(f"{where}: {part} was made by {made}, and part {first.number} by {by}", hint=hint)
-    if (draft.repo_id, draft.commit) != (other.repo_id, other.commit):
-        what = "another source"
-    elif [(f["file"], f["size"], f["header"]) for f in draft.source_files] != [
-        (f["file"], f["size"], f["header"]) for f in other.source_files
-    ]:
-        what = "other source files"
-    elif is_of(draft, other):
-        what = "source files of another time"
-    else:
-        what = "another plan"
-    return IntegrityError(f"{where}: {part} is of {what} than part {first.number}", hint=hint)
+VERSIONS = "versions"  # of a part's work: the one that is not a digest
+
+
+def _unlike(
+    part: Part, work: Mapping[str, str], other: PartRecord, at: Callable[[Part], str], where: str
+) -> ReshardError:
+    same = part == other.part
+    hint = f"make all parts alike; if that one is wrong, remove {at(other.part)}"
+    if work.get(VERSIONS) != other.work.get(VERSIONS):
+        made, before = printable(work.get(VERSIONS)), printable(other.work.get(VERSIONS))
+        there = "it is there already, made" if same else f"part {other.part.number} was made"
+        return VersionError(f"{where}: {part} is made by {made}, and {there} by {before}", hint=hint)
+    what = next((name for name in work if work[name] != other.work.get(name)), "work")
+    than = "that is there already" if same else f"part {other.part.number}"
+    return IntegrityError(f"{where}: {part} is of another {printable(what)} than {than}", hint=hint)
 
 
 def _check_cover(records: Sequence[PartRecord], draft: Manifest, where: str) -> None:

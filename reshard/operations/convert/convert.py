@@ -12,6 +12,7 @@ from ...errors import UsageError
 from ...execution.destination import destination
 from ...execution.earlier import open_earlier
 from ...execution.staging import staged_folder
+from ...files.digest import digest_of
 from ...planning.model.rules import AUTO
 from ...planning.remarks import announced
 from ...process import Progress, patient_collector, silent
@@ -116,7 +117,7 @@ def convert(
         with prepared(asked, stage, keep_cache=keep_cache, workers=workers, progress=progress, say=say) as work:
             if pattern:
                 pattern.check(work.draft)
-            folder = stage.begin(work.digest())
+            folder = stage.begin(digest_of(repr(work.digests()).encode()))
             earlier = open_earlier(pattern.folder, pattern.manifest) if pattern else None
             written, digests = work.write(
                 stage, folder, work.layouts, earlier=earlier, workers=workers, sync=sync, progress=progress

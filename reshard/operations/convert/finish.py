@@ -10,7 +10,7 @@ from threading import Event
 from ...errors import BadInputError, DestinationExistsError, IntegrityError, ReshardError
 from ...execution.jobs import Job, run_jobs
 from ...execution.parts.gathering import Gathering, gathering
-from ...execution.parts.record import PartRecord, agreed, is_of
+from ...execution.parts.record import PartRecord, agreed, is_made_of, is_planned_as
 from ...execution.parts.share import Part
 from ...process import Advance, Progress, patient_collector, silent, worker_count
 from ...resharded.manifest import Manifest
@@ -73,15 +73,10 @@ def _finished(
     parts: Gathering, if_all: bool, workers: int | None, progress: Progress, say: Callable[[str], object]
 ) -> Manifest | None:
     records = parts.records()
-    drafts = _drafts(parts, records)
     whole = parts.whole()
     if whole is not None:
-        if not all(is_of(whole, draft) for draft in drafts.values()):
-            raise DestinationExistsError(
-                f"{parts.place}: already exists, and is not what the parts make",
-                hint=f"remove it, or what is in {parts.name}",
-            )
-        parts.clear()
+        _check_whole(parts, whole, records, workers, progress)
+        say(f"{parts.place}: is whole already")
         return whole
     if not records:
         raise BadInputError(
@@ -89,7 +84,7 @@ def _finished(
         )
     if if_all and {part.number for part in records} != set(range(1, max(part.of for part in records) + 1)):
         return None
-    ordered = agreed(records, drafts, where=parts.name)
+    ordered = agreed(records, parts.draft, parts.at, where=parts.name)
     say(f"finishing {parts.place}: {len(ordered)} parts, {sum(r.size for of in ordered for r in of.records):,} bytes")
     for record in ordered:
         if lacking := parts.lacks(record):
@@ -97,7 +92,7 @@ def _finished(
                 f"{parts.name}: {record.part} lacks {listed(lacking)}", hint=f"run part {record.part.number} again"
             )
     folder = parts.together(ordered)
-    draft = drafts[ordered[0].part]
+    draft = parts.draft(ordered[0].part)
     _read_again(parts, ordered, workers, progress)
     digests = {name: digest for record in ordered for name, digest in record.source.items()}
     order = {record.name: number for number, record in enumerate(draft.files())}
@@ -117,10 +112,24 @@ def _finished(
     return manifest
 
 
-def _drafts(parts: Gathering, records: Mapping[Part, PartRecord]) -> dict[Part, Manifest]:
-    """Return the draft of the first part of each work: parts of one work have the same."""
-    first = {records[part].work: part for part in sorted(records, reverse=True)}
-    return {part: parts.draft(part) for part in sorted(first.values())}
+def _check_whole(
+    parts: Gathering, whole: Manifest, records: Mapping[Part, PartRecord], workers: int | None, progress: Progress
+) -> None:
+    """Remove the parts of a folder that is there, if they are in it, byte for byte. Raises a ReshardError if not."""
+    if not records:
+        parts.clear_on()
+        return
+    first = min(records)
+    if not (is_planned_as(whole, parts.draft(first)) and is_made_of(whole, records.values())):
+        raise DestinationExistsError(
+            f"{parts.place}: already exists, and is not what the parts make",
+            hint=f"move it away, then finish again; or remove {parts.name}",
+        )
+    total = sum(record.size for record in whole.files())
+    with progress(total, "checking") as report:
+        jobs = [Job((), 0.0, partial(parts.check, file, report, whole=True), False) for file in whole.files()]
+        run_jobs(jobs, workers or worker_count(), Event())
+    parts.clear()
 
 
 def _read_again(parts: Gathering, records: Sequence[PartRecord], workers: int | None, progress: Progress) -> None:

@@ -12,10 +12,18 @@ from ...checkpoint.source import is_resharded
 from ...checkpoint.weights import chosen
 from ...errors import BusyError, DestinationExistsError, IntegrityError, StorageError, UsageError
 from ...execution.parts.gathering import Gathering, gathering
-from ...execution.parts.record import DRAFT_NAME, RECORD_NAME, PartRecord, check_beside, is_of
+from ...execution.parts.record import (
+    DRAFT_NAME,
+    RECORD_NAME,
+    VERSIONS,
+    PartRecord,
+    check_beside,
+    is_made_of,
+    is_planned_as,
+)
 from ...execution.parts.share import Part, Share, ranks_of, share_of, size_of
 from ...execution.staging import Stage, staged_folder
-from ...files.digest import digest_of
+from ...files.digest import ALGORITHM, digest_file, digest_of
 from ...planning.model.rules import AUTO
 from ...planning.remarks import announced
 from ...process import Progress, patient_collector, silent
@@ -118,7 +126,7 @@ def convert_part(
     if is_url(as_text(out)) and change != AS_IT_IS:
         raise UsageError(
             "--part: a store cannot be read again for the digests of what is quantized or dequantised",
-            hint="make the parts in a folder, then send that",
+            hint=f"make the parts in DIR, finish it, then: reshard convert DIR {as_text(out)} --tp-size {tp_size}",
         )
     topology = Topology(tp_size, ep_size)
     ranks_of(which, topology.world_size)  # before any work
@@ -135,6 +143,7 @@ def convert_part(
         drop_unused=drop_unused,
     )
     parts = gathering(out, sync=sync, progress=progress)
+    parts.whole()  # raises if something else is there, before any work
     how: _How = {"keep_cache": keep_cache, "workers": workers, "sync": sync, "progress": progress, "say": say}
     try:
         report = _made(which, asked, parts, **how)
@@ -142,11 +151,12 @@ def convert_part(
         if parts.whole() is None:
             raise
         report = _made(which, asked, parts, **how)  # the folder was finished meanwhile, and the parts removed
-    if report.done and parts.whole() is not None:
+    whole = parts.whole() if report.done else None
+    if whole is not None:
         parts.clear()
-    if part.partition("/")[0] == AUTO_PART:
-        return replace(report, manifest=finished(parts, if_all=True, workers=workers, progress=progress))
-    return report
+    elif part.partition("/")[0] == AUTO_PART:
+        whole = finished(parts, if_all=True, workers=workers, progress=progress)
+    return replace(report, manifest=whole)
 
 
 class _How(TypedDict):
@@ -178,7 +188,7 @@ def _made(
             inputs = work.inputs
             share = share_of(which, work.layouts, asked.topology.world_size, inputs.source, inputs.computed)
             report = _report(share, {file.name for file in work.origin.coming()})
-            if _is_done(parts, which, work):
+            if _is_done(parts, which, work, progress):
                 return replace(report, written=0, read=0, fetched=0, done=True)
             by_spans = _by_spans(share, work) if asked.dtype is None and parts.is_read_again else {}
             work.spans.update(by_spans)
@@ -211,24 +221,59 @@ def _by_spans(share: Share, work: Work) -> dict[str, Any]:
     return {name: spans for name, spans in share.spans.items() if name in sizes and size_of(spans) < sizes[name]}
 
 
-def _work_digest(work: Work) -> str:
-    return digest_of(f"{work.digest()} {sorted(work.draft.tool.items())}".encode())
+def _work(work: Work) -> dict[str, str]:
+    """Return what decides the bytes of all parts, by name."""
+    versions = ", ".join(f"{name} {version}" for name, version in work.draft.tool.items())
+    small = digest_of(repr(sorted(work.small_files().items())).encode())
+    return {VERSIONS: versions, **work.digests(), "set of small files": small}
 
 
-def _is_done(parts: Gathering, part: Part, work: Work) -> bool:
+def _is_done(parts: Gathering, part: Part, work: Work, progress: Progress) -> bool:
     """Whether the part is done, or the whole folder is there. Raises a ReshardError if that is of other work."""
     records = parts.records()
-    check_beside(part, _work_digest(work), work.draft, records, parts.draft, where=parts.name)
+    check_beside(part, _work(work), records, parts.at, where=parts.name)
     found = records.get(part)
     complete = found is not None and not parts.lacks(found)
     whole = parts.whole()  # looked for last: the files of a part that lacks them may just have been put there
     if whole is not None:
-        if not is_of(whole, work.draft):
-            raise DestinationExistsError(f"{parts.place}: already exists", hint="choose another name")
+        if not _is_in(whole, work, found, progress):
+            raise DestinationExistsError(
+                f"{parts.place}: already exists, and is not known to be of this source",
+                hint="if it is, all parts are done; else choose another name",
+            )
         return True
     if not complete:
         parts.forget(part)
     return complete
+
+
+def _is_in(whole: Manifest, work: Work, found: PartRecord | None, progress: Progress) -> bool:
+    """Whether a folder that is there is what the parts make, byte for byte. The record of a part of this work tells;
+    else the source's own digests do, for which its files are read unless a commit says that they are the same."""
+    if not is_planned_as(whole, work.draft):
+        return False
+    if found is not None:
+        return is_made_of(whole, [found])
+    small = {record.name: record.digest for record in whole.extras}
+    if any(small.get(name) != digest for name, digest in work.small_files().items()):
+        return False
+    known, origin = _read_digests(whole), work.origin
+    if origin.made:
+        return known == _read_digests(work.draft)
+    if origin.version:
+        return whole.commit is not None  # it is the same, or the plan would differ; of a store nothing tells
+    files = origin.original.files
+    with progress(sum(file.size for file in files), "comparing") as report:
+        for file in files:
+            if known[file.name] != f"{ALGORITHM}:{digest_file(file.path)}":
+                return False
+            report(file.size)
+    return True
+
+
+def _read_digests(manifest: Manifest) -> dict[str, str]:
+    files = manifest.derived["files"] if manifest.derived else manifest.source_files
+    return {file["file"]: file["digest"] for file in files}
 
 
 def _write(
@@ -241,8 +286,8 @@ def _write(
     sync: bool,
     progress: Progress,
 ) -> None:
-    own, first = _work_digest(work), share.part.number == 1
-    folder = stage.begin(own)
+    own, first = _work(work), share.part.number == 1
+    folder = stage.begin(digest_of(repr(own).encode()))
     written, digests = work.write(
         stage,
         folder,

@@ -17,7 +17,7 @@ from ...execution.executor import Inputs, write_files
 from ...execution.journal import Journal
 from ...execution.origin import Origin, Spans, open_origin
 from ...execution.staging import Stage
-from ...files.digest import ALGORITHM, DigestsAhead, digest_of, new_digest
+from ...files.digest import ALGORITHM, DigestsAhead, digest_file, digest_of, new_digest
 from ...files.untrusted import vetted_path
 from ...planning.model.rules import AUTO
 from ...planning.recut import Recut, recut
@@ -85,20 +85,35 @@ class Work:
         records, computed = made.records if made else None, derived.computed if derived else {}
         return Inputs(self.origin.held, self.ahead, self.arrivals, records, computed)
 
-    def digest(self) -> str:
-        """Return a digest of all that the files depend on: the files read, as they are now, and where elements go."""
-        origin, digest = self.origin, new_digest()
-        digest.update(origin.version.encode())
-        for file in origin.held.files:
-            time = 0 if origin.version else file.mtime_ns  # a version says more than the time of a copy in the cache
-            digest.update(repr((file.name, file.size, time)).encode() + file.header.raw)
-        if origin.derived:
-            digest.update(origin.derived.digest().encode())
-        for thing in (*origin.source.extras, *self.draft.parameters):
-            digest.update(repr(thing).encode())
-        for layout in self.layouts:
-            digest.update(f"{layout.name} ".encode() + layout.head)
-        return digest.hexdigest()
+    def digests(self) -> dict[str, str]:
+        """Return what the files depend on: the files read, as they are now, and where elements go. One digest each."""
+        origin = self.origin
+        files = origin.held.files
+        plan: list[object] = [origin.derived.digest() if origin.derived else None, *origin.source.extras]
+        plan += [*self.draft.parameters, *((layout.name, layout.head) for layout in self.layouts)]
+        # A version says more than the time of a copy in the cache.
+        times = [] if origin.version else [file.mtime_ns for file in files]
+        found: dict[str, Iterable[object]] = {
+            "source": [(origin.version, origin.source.repo_id, origin.source.commit)],
+            "list of source files": [(file.name, file.size, file.header.raw) for file in files],
+            "state of the source files": times,
+            "plan": plan,
+        }
+        return {name: _digest(things) for name, things in found.items()}
+
+    def small_files(self) -> dict[str, str]:
+        """Return the digests of the small files of the source that go along with the weights."""
+        return {name: digest_file(self._small(name)) for name in self._kept()}
+
+    def _kept(self) -> list[str]:
+        origin = self.origin
+        made, derived = origin.made, origin.derived
+        same = derived is None and (made is None or made.manifest.dtype == self.draft.dtype)
+        kept = [name for name in origin.source.extras if name != REFERENCE_NAME or same]
+        return [name for name in kept if derived is None or name != CONFIG_NAME]
+
+    def _small(self, name: str) -> Path:
+        return vetted_path(self.origin.source.root, name, what="source")
 
     def write(
         self,
@@ -124,16 +139,19 @@ class Work:
 
     def copy_extras(self, folder: Path, *, sync: bool) -> list[FileRecord]:
         """Write the small files that go along with the weights. Returns their records."""
-        origin, source = self.origin, self.origin.source
-        made, derived = origin.made, origin.derived
-        same = derived is None and (made is None or made.manifest.dtype == self.draft.dtype)
-        kept = [name for name in source.extras if name != REFERENCE_NAME or same]
-        kept = [name for name in kept if derived is None or name != CONFIG_NAME]
-        extras = [copy_file(vetted_path(source.root, name, what="source"), folder, name, sync=sync) for name in kept]
+        derived = self.origin.derived
+        extras = [copy_file(self._small(name), folder, name, sync=sync) for name in self._kept()]
         if derived:
             write_file(folder / CONFIG_NAME, derived.config, sync=sync)
             extras.append(FileRecord(CONFIG_NAME, len(derived.config), digest_of(derived.config), {}))
         return extras
+
+
+def _digest(things: Iterable[object]) -> str:
+    digest = new_digest()
+    for thing in things:
+        digest.update(repr(thing).encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
