@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench_like.py [--folder DIR] [--repeat 5] [--layers 8]
 
-The source is a 1B llama that was cut before, in the page cache. Of its new weights nothing differs, the attention, or
-everything. `blocks` are the bytes that a conversion takes of the disk: less than its files have where the file system
-shares blocks (XFS with reflink, btrfs).
+The source is a llama of 1B shape that was cut before, in the page cache. Of its new weights nothing differs, the
+attention, or everything. `blocks` are the bytes that a conversion takes of the disk: less than its files have where the
+file system shares blocks (XFS with reflink, btrfs).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ __all__ = [
 
 def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Declare `--workers`."""
-    help = "Number of writing threads.  [default: number of CPUs, at most 8]"
+    help = "Number of threads.  [default: number of CPUs, at most 8]"
     return click.option("--workers", type=click.IntRange(min=1), help=help)(command)
 
 

@@ -30,7 +30,7 @@ __all__ = ["convert"]
     "--like",
     type=click.Path(),
     metavar="DIR",
-    help="New weights of the model in the resharded folder DIR: cut in the same way; what is the same is copied.",
+    help="Cut as the resharded folder DIR is, for new weights of its model; what is the same shares its blocks.",
 )
 @what_to_cut
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a resharded folder.")
@@ -43,7 +43,8 @@ __all__ = ["convert"]
 @click.option(
     "--part",
     metavar="I/K",
-    help="Make one of K parts, for `reshard finish`; auto: as torchrun, Slurm, MPI or Kubernetes (auto/K) says.",
+    help="Make one of K parts, for `reshard finish`. auto: torchrun, MPI or Slurm say which, with auto/K Kubernetes too;"
+    " the last part to be done finishes.",
 )
 @workers_option
 @no_sync_option
@@ -168,6 +169,7 @@ def next_command(
     Its other arguments are those of the conversion.
     """
     from ..resharded.manifest import REFERENCE_NAME
+    from ..storage.stores import is_url
 
     def line(*words: str) -> str:
         styles = () if strategies is None else ("--strategies", strategies)
@@ -180,7 +182,7 @@ def next_command(
     if REFERENCE_NAME in extras:
         return line("check", where)
     if not _is_origin(source, manifest):  # the checkpoint it was made from may be gone
-        return shlex.join(("reshard", "verify", where))
+        return shlex.join(("reshard", "inspect" if is_url(out) else "verify", where))
     at = () if revision is None else ("--revision", revision)
     if weights is not None or links_into:  # `check` has no such options
         found = () if weights is None else ("--weights", weights)

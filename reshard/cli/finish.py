@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 
 import click
 
 from ..text import printable, without_secrets
 from .common import format_option, no_sync_option, print_report, workers_option
+from .convert import next_command
 from .speaking import duration, progress_bar, say
 
 __all__ = ["finish"]
@@ -38,4 +38,4 @@ def finish(out: str, workers: int | None, no_sync: bool, style: str) -> None:
         style,
         lambda report: f"{printable(out)}: {report['world_size']} rank files, {size:,} bytes, in {duration(seconds)}",
     )
-    say(f"next: {shlex.join(('reshard', 'verify', without_secrets(out)))}")
+    say(f"next: {next_command(manifest, source=out, out=out)}")

@@ -18,7 +18,7 @@ __all__ = ["verify"]
 @click.option("--against", metavar="SOURCE", help="Also compare every element with the checkpoint it was made from.")
 @click.option("--revision", help="Branch, tag or commit of SOURCE if that is a Hub id.")
 @where_the_weights_are
-@click.option("--part", metavar="I/K", help="Check the rank files of one of K parts alone, as in `reshard convert`.")
+@click.option("--part", metavar="I/K", help="Check the rank files of one of K parts alone; or auto, as in `convert`.")
 @format_option
 def verify(out: str, against: str | None, part: str | None, style: str, **source: Any) -> None:
     """Check every byte of the resharded folder OUT by digest.
@@ -33,8 +33,13 @@ def verify(out: str, against: str | None, part: str | None, style: str, **source
 
     found = run(out, against=against, part=part, progress=progress_bar, **source)
     compared = "" if found.elements is None else f", {found.elements:,} elements equal to the source"
+    names = ("files", "tensors", "size", "elements")
+    report = {"out": out, **{name: getattr(found, name) for name in names}}
+    of = {"part": found.part.number, "of": found.part.of} if found.part else {}
+    which = f"{found.part} is " if found.part else ""
+    files = f"{found.files} file{'s' if found.files > 1 else ''}"
     print_report(
-        {"out": out, "files": found.files, "tensors": found.tensors, "size": found.size, "elements": found.elements},
+        {**report, **of},
         style,
-        lambda r: f"{printable(out)}: ok, {r['files']} files, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
+        lambda r: f"{printable(out)}: {which}ok, {files}, {r['tensors']} tensors, {r['size']:,} bytes{compared}",
     )

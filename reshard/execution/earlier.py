@@ -1,13 +1,16 @@
-"""An earlier folder of the same model: tensors whose bytes are the same are copied from its rank files.
+"""An earlier folder of the same model: tensors whose bytes are the same share the blocks of its rank files.
 
-The copy is the kernel's own, so that a file system that can shares the blocks of both files, or copies on its server.
+Only some file systems can do that (XFS with reflink, btrfs). Elsewhere nothing is taken over: a copy would take longer
+than to write what is in memory already.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +22,8 @@ from ..storage.disk import pwrite
 
 __all__ = ["Earlier", "Taken", "open_earlier"]
 
-_NO_COPY = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
-_BLOCK = 1 << 20  # bytes
+_FICLONERANGE = 0x4020940D  # ioctl_ficlonerange(2)
+_CANNOT = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.EPERM, errno.ETXTBSY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,51 +41,55 @@ class Taken:
             return os.pread(file.fileno(), len(block), self.start) == block
         return False
 
-    def copy(self, fd: int, offset: int) -> None:
-        """Copy its bytes to an offset of another file. Who uses them digests them there: they may have been altered.
+    def share(self, fd: int, offset: int) -> bool:
+        """Let an offset of another file have its bytes: whole blocks are shared, what is around them is copied. Return
+        False if the file system cannot. Who uses the bytes digests them there: they may have been altered.
 
         Raises OSError.
         """
+        edge = min(self.size, -offset % ALIGNMENT)
+        middle = (self.size - edge) // ALIGNMENT * ALIGNMENT
         with open(self.path, "rb", buffering=0) as source:
-            # Only whole blocks can be shared: the rest is copied.
-            edge = min(self.size, -offset % ALIGNMENT)
-            middle = (self.size - edge) // ALIGNMENT * ALIGNMENT
-            for at, size in ((0, edge), (edge, middle), (edge + middle, self.size - edge - middle)):
-                _copy(source.fileno(), self.start + at, fd, offset + at, size)
+            if middle and not _shared(source.fileno(), self.start + edge, fd, offset + edge, middle):
+                return False
+            for at, size in ((0, edge), (edge + middle, self.size - edge - middle)):
+                pwrite(fd, memoryview(os.pread(source.fileno(), size, self.start + at)), offset + at)
+        return True
 
 
-def _copy(source: int, start: int, target: int, offset: int, size: int) -> None:
-    while size:
-        try:
-            done = os.copy_file_range(source, target, size, start, offset)
-        except OSError as error:
-            if error.errno not in _NO_COPY:
-                raise
-            block = os.pread(source, min(size, _BLOCK), start)
-            pwrite(target, memoryview(block), offset)
-            done = len(block)
-        if not done:  # the file is shorter than it was
-            return
-        start, offset, size = start + done, offset + done, size - done
+def _shared(source: int, start: int, target: int, offset: int, size: int) -> bool:
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, start, size, offset))
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        return False
+    return True
 
 
 class Earlier:
-    """The tensors of an earlier folder, by file and name. `copied` are the bytes that were taken over from it."""
+    """The tensors of an earlier folder, by file and name. `shared` are the bytes that were taken over from it."""
 
     def __init__(self, tensors: dict[tuple[str, str], Taken]) -> None:
         self._tensors = tensors
         self._lock = threading.Lock()
-        self.copied = 0
+        self._can = True
+        self.shared = 0
+
+    def find(self, file: str, tensor: str, size: int) -> Taken | None:
+        """Return the tensor of this name in the file of this name, if it has that many bytes and can be shared."""
+        found = self._tensors.get((file, tensor)) if self._can else None
+        return found if found is not None and ALIGNMENT < found.size == size else None
+
+    def take(self, there: Taken, fd: int, offset: int) -> bool:
+        """Let an offset of another file have a tensor. From the first that cannot be shared on, none is found."""
+        self._can = self._can and there.share(fd, offset)
+        return self._can
 
     def count(self, size: int) -> None:
         """Count the bytes of a tensor that was taken over, from any thread."""
         with self._lock:
-            self.copied += size
-
-    def find(self, file: str, tensor: str, size: int) -> Taken | None:
-        """Return the tensor of this name in the file of this name, if it has that many bytes."""
-        found = self._tensors.get((file, tensor))
-        return found if found is not None and found.size == size else None
+            self.shared += size
 
 
 def open_earlier(folder: Path, manifest: Manifest) -> Earlier:

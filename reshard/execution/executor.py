@@ -39,7 +39,7 @@ class Inputs:
     rank files themselves: every tensor is checked against its record, and no digest of a file is made. Tensors that are
     `computed` are in none of the files: they are computed from those that are, a block at a time. Only the `digested`
     files are digested, or checked, whole: all of them if that is None. Tensors that are the same in an `earlier` folder
-    are copied from there.
+    share its blocks, where the file system can do that.
     """
 
     source: Source
@@ -110,7 +110,7 @@ def write_files(
             journal.add(name, tensor, found)
 
     def taken_over(fd: int, name: str, slot: Slot) -> str | None:
-        """Copy a tensor that is the same in the earlier folder, and return its digest. None if it is not there."""
+        """Take a tensor that is the same in the earlier folder, and return its digest. None if it is not there."""
         if earlier is None or (there := earlier.find(name, slot.tensor.name, slot.tensor.nbytes)) is None:
             return None
         digest = new_digest()
@@ -120,8 +120,7 @@ def write_files(
             digest.update(block)
         if digest.hexdigest() != there.digest:
             return None
-        there.copy(fd, slot.offset)
-        if digest_in(fd, slot, scratch()) != there.digest:
+        if not earlier.take(there, fd, slot.offset) or digest_in(fd, slot, scratch()) != there.digest:
             return None
         earlier.count(slot.tensor.nbytes)
         progress(slot.tensor.nbytes)

@@ -16,6 +16,7 @@ from kill_tools import interrupted_after
 
 import reshard
 from reshard.errors import BadInputError, IntegrityError
+from reshard.execution import earlier
 from reshard.execution.earlier import Earlier, Taken
 from reshard.files.header import read_header
 
@@ -35,9 +36,20 @@ def changed(source: Path, beginning: str | tuple[str, ...]) -> Path:
     return source
 
 
-def copied(text: str) -> int:
-    [line] = [line for line in text.splitlines() if "are the same as in" in line]
+def shared(text: str) -> int:
+    [line] = [line for line in text.splitlines() if "bytes are shared with" in line]
     return int(line.split()[0].replace(",", ""))
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file system can share blocks: here they are copied."""
+
+    def copy(source: int, start: int, target: int, offset: int, size: int) -> bool:
+        assert start % 4096 == offset % 4096 == size % 4096 == 0
+        return os.pwrite(target, os.pread(source, size, start), offset) == size
+
+    monkeypatch.setattr(earlier, "_shared", copy)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -52,6 +64,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("what", ["nothing", "model.layers.1", "model", ALL], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_bytes_are_those_of_a_fresh_conversion(
@@ -68,15 +81,16 @@ def test_the_bytes_are_those_of_a_fresh_conversion(
     assert tree(tmp_path / "after") == tree(tmp_path / "fresh")
     assert tree(tmp_path / "before") == kept
     tensors = [name for record in reshard.inspect(tmp_path / "after").rank_files for name in record.tensors]
-    taken = copied("\n".join(said))
+    taken = shared("\n".join(said))
     if what == ALL:
         assert taken < sum(path.stat().st_size for path in (tmp_path / "after").glob("shard-*")) / 3, tensors
     else:
         assert taken > 0
 
 
-def test_a_tensor_is_copied_if_its_bytes_are_the_same(checkpoint: Checkpoint, tmp_path: Path, cli: Cli) -> None:
-    """Those of one layer are not. Each of the others is copied once for every rank file."""
+@pytest.mark.usefixtures("anywhere")
+def test_a_tensor_is_taken_if_its_bytes_are_the_same(checkpoint: Checkpoint, tmp_path: Path, cli: Cli) -> None:
+    """Those of one layer are not. Of the others, each that has a whole block is."""
     before, after = tmp_path / "before", tmp_path / "after"
     made = reshard.convert(checkpoint("llama"), before, tp_size=2)
     source = changed(Path(shutil.copytree(checkpoint("llama"), tmp_path / "source")), "model.layers.1.")
@@ -87,13 +101,14 @@ def test_a_tensor_is_copied_if_its_bytes_are_the_same(checkpoint: Checkpoint, tm
         digests = [name for name, digest in record.tensors.items() if other.tensors[name] == digest]
         assert 0 < len(digests) < len(record.tensors)
         header = read_header(before / record.name, file=record.name)
-        same += sum(info.nbytes for info in header.tensors if info.name in digests)
-    assert copied(result.err) == same
+        same += sum(info.nbytes for info in header.tensors if info.name in digests and info.nbytes > 4096)
+    assert shared(result.err) == same
 
 
 @pytest.mark.fault(19)
+@pytest.mark.usefixtures("anywhere")
 def test_an_earlier_folder_that_was_altered(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """What is copied is digested where it comes to: bytes that are not as they were are taken from the source."""
+    """What is taken over is digested where it comes to: bytes that are not as they were are taken from the source."""
     reshard.convert(checkpoint("llama"), tmp_path / "before", tp_size=2)
     for path in (tmp_path / "before").glob("shard-*"):
         flip(path, path.stat().st_size - 1)
@@ -154,7 +169,7 @@ def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_blocks_are_shared(sharing: Path, checkpoint: Checkpoint) -> None:
-    """Where the file system can, what is copied takes no room."""
+    """Where the file system can, what is taken over takes no room."""
     source = checkpoint("llama", vocab_size=60_000, hidden_size=256)
     reshard.convert(source, sharing / "before", tp_size=2)
     os.sync()
@@ -167,25 +182,34 @@ def test_blocks_are_shared(sharing: Path, checkpoint: Checkpoint) -> None:
     assert reshard.verify(sharing / "after", against=source).elements
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize(("start", "offset", "size"), [(0, 0, 0), (4096, 4096, 10_000), (100, 4196, 9_000), (7, 3, 5)])
-def test_every_byte_is_copied(
-    start: int, offset: int, size: int, kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize(("start", "offset", "size"), [(4096, 8192, 10_000), (100, 4196, 9_000), (100, 4196, 4_200)])
+def test_every_byte_is_taken(start: int, offset: int, size: int, tmp_path: Path) -> None:
     data = os.urandom(20_000)
     (tmp_path / "from").write_bytes(data)
-    if not kernel:
-        monkeypatch.setattr(os, "copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(18, "Cross-device")))
     with open(tmp_path / "to", "w+b", buffering=0) as file:
         file.truncate(30_000)
-        Taken(tmp_path / "from", start, size, "").copy(file.fileno(), offset)
+        assert Taken(tmp_path / "from", start, size, "").share(file.fileno(), offset)
         assert file.read() == bytes(offset) + data[start : start + size] + bytes(30_000 - offset - size)
 
 
+def test_a_file_system_that_cannot(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once, then everything is written."""
+    asked = []
+    monkeypatch.setattr(earlier, "_shared", lambda *_: bool(asked.append(1)))
+    reshard.convert(checkpoint("llama"), tmp_path / "before", tp_size=2)
+    said: list[str] = []
+    reshard.convert(checkpoint("llama"), tmp_path / "after", like=tmp_path / "before", workers=1, say=said.append)
+    assert tree(tmp_path / "after") == tree(tmp_path / "before")
+    assert asked == [1]
+    assert shared("\n".join(said)) == 0
+
+
 def test_what_an_earlier_folder_has() -> None:
-    there = Taken(Path("none"), 0, 4, "")
-    earlier = Earlier({("file", "tensor"): there})
-    assert earlier.find("file", "tensor", 4) == there
-    assert earlier.find("file", "tensor", 5) is None
-    assert earlier.find("other", "tensor", 4) is None
+    there, small = Taken(Path("none"), 0, 8192, ""), Taken(Path("none"), 0, 4096, "")
+    folder = Earlier({("file", "tensor"): there, ("file", "small"): small})
+    assert folder.find("file", "tensor", 8192) == there
+    assert folder.find("file", "tensor", 8193) is None
+    assert folder.find("other", "tensor", 8192) is None
+    assert folder.find("file", "small", 4096) is None  # it has no block of its own
     assert not there.begins_as(memoryview(b"a"))

@@ -509,7 +509,7 @@ def test_kubernetes_says_the_number_only() -> None:
 @pytest.mark.parametrize(
     ("text", "environment", "words"),
     [
-        ("auto", {}, "none of torchrun, Open MPI, MPI, Slurm, Kubernetes has started this process"),
+        ("auto", {}, "neither torchrun, MPI, Slurm nor Kubernetes has started this process"),
         ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "the variables of torchrun make no sense"),
         ("auto", {"RANK": "0"}, "the variables of torchrun make no sense"),
         ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "torchrun says process 3 of 2"),

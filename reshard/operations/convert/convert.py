@@ -71,8 +71,8 @@ def convert(
     Remote files that are not in the cache are fetched two ahead of the cutting, and removed once they are cut; with
     `keep_cache` they stay in the cache.
     `like` is a resharded folder of the same model, here: with new weights, everything that `tp_size` and the options
-    of the plan would say is taken from it (but `strategies`, since code is not). Tensors whose bytes are the same are
-    copied from it, in the kernel: where the file system can share blocks, they take no room. The result is the same.
+    of the plan would say is taken from it (but `strategies`, since code is not). Where the file system can share blocks
+    (XFS with reflink, btrfs), tensors whose bytes are the same take no room. The result is that of a fresh conversion.
     `reference_logits` stores what the single-process model computes on a few fixed tokens, for `reshard check`. Only
     this loads the model: it needs memory for it (see `store_reference`), and all files of a remote one in the cache.
     `sync` waits until everything is on disk; without it a power loss can undo a finished conversion.
@@ -123,7 +123,7 @@ def convert(
                 stage, folder, work.layouts, earlier=earlier, workers=workers, sync=sync, progress=progress
             )
         if pattern and earlier:
-            say(f"{earlier.copied:,} bytes are the same as in {printable(pattern.folder)}, and were copied")
+            say(f"{earlier.shared:,} bytes are shared with {printable(pattern.folder)}")
         extras = work.copy_extras(folder, sync=sync)
         if reference_logits:
             derived = work.origin.derived

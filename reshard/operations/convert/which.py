@@ -35,8 +35,10 @@ def which_part(text: str, environment: Mapping[str, str]) -> Part:
                 continue
             number, count = found
             of = int(second) if second else count
-        except (KeyError, ValueError, ZeroDivisionError):
-            raise UsageError(f"--part auto: the variables of {name} make no sense", hint="give 3/8") from None
+        except (KeyError, ValueError, ZeroDivisionError) as error:
+            raise UsageError(
+                f"--part auto: the variables of {name} make no sense: {printable(error)}", hint="give 3/8"
+            ) from None
         if of is None:
             raise UsageError(
                 f"--part auto: {name} does not say how many parts there are", hint="give the number: --part auto/8"
@@ -47,7 +49,8 @@ def which_part(text: str, environment: Mapping[str, str]) -> Part:
             raise UsageError(f"--part auto: {name} says process {number + 1} of {of}", hint="give 3/8")
         return Part(number + 1, of)
     raise UsageError(
-        f"--part auto: none of {', '.join(_ENGINES)} has started this process", hint="give the part, such as 3/8"
+        "--part auto: neither torchrun, MPI, Slurm nor Kubernetes has started this process",
+        hint="give the part, such as 3/8",
     )
 
 

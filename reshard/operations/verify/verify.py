@@ -25,12 +25,14 @@ __all__ = ["Report", "verify"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Files, tensors and bytes checked by digest, and elements compared with the source (None: not asked for)."""
+    """Files, tensors and bytes checked by digest, and elements compared with the source (None: not asked for). `part`
+    is the one that was checked, None if all was."""
 
     files: int
     tensors: int
     size: int
     elements: int | None = None
+    part: Part | None = None
 
 
 @checked
@@ -79,7 +81,13 @@ def verify(
         elements = compare_with_source(
             folder, manifest, as_text(against), ranks, revision=revision, choice=choice, progress=progress
         )
-    return Report(len(records), sum(len(r.tensors) for r in records), sum(record.size for record in records), elements)
+    return Report(
+        len(records),
+        sum(len(record.tensors) for record in records),
+        sum(record.size for record in records),
+        elements,
+        None if part is None else which,
+    )
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
