@@ -43,7 +43,7 @@ __all__ = ["convert"]
 @click.option(
     "--part",
     metavar="I/K",
-    help="Make one of K parts, for `reshard finish`. auto: torchrun, MPI or Slurm say which, with auto/K Kubernetes too;"
+    help="Make one of K parts, for `reshard finish`. auto: torchrun, MPI or Slurm say which; auto/K: Kubernetes too;"
     " the last part to be done finishes.",
 )
 @workers_option
@@ -87,7 +87,7 @@ def convert(
         _refuse(like is not None, "--like", "--part", "make the parts with --tp-size")
     _refuse(dry_run and like is not None, "--like", "--dry-run", "the plan is that of: reshard inspect DIR")
     if like is None and tp_size is None:
-        raise UsageError("the number of ranks is missing", hint="give --tp-size 2, or --like OUT")
+        raise UsageError("--tp-size is missing", hint="give --tp-size 2, or --like DIR")
     if dry_run:
         print_plan(source, style, part=part, tp_size=tp_size, **cut)
         return

@@ -86,7 +86,7 @@ def test_usage_errors_as_json(arguments: list[str], cli: Cli) -> None:
 
 
 def test_unexpected_errors_as_json(source: Path, out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a \x1b[31m\x7f surprise")
 
     monkeypatch.setattr(reshard.operations.plan, "plan_layouts", fail)

@@ -134,7 +134,7 @@ def test_refusals(checkpoint: Checkpoint, tmp_path: Path, refused: Refused) -> N
     source, like = checkpoint("llama"), tmp_path / "before"
     reshard.convert(source, like, tp_size=2)
     command = ["convert", source, tmp_path / "out"]
-    refused(2, command, "the number of ranks is missing", hint="--like OUT")
+    refused(2, command, "--tp-size is missing", hint="--like DIR")
     for options in (["-tp", 2], ["--ep-size", 2], ["--dtype", "bf16"], ["--quantize", "nf4"], ["--drop-unused"]):
         refused(2, [*command, "--like", like, *options], "--like takes the number of ranks", hint="leave out")
     refused(2, [*command, "--like", like, "--part", "1/2"], "--like does not go with --part")

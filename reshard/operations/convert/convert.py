@@ -93,7 +93,7 @@ def convert(
         pattern = pattern_of(like)
         change, dtype, drop_unused = pattern.change, pattern.dtype, pattern.drop_unused
     if tp_size is None and pattern is None:
-        raise UsageError("the number of ranks is missing", hint="give --tp-size 2, or --like OUT")
+        raise UsageError("--tp-size is missing", hint="give --tp-size 2, or --like DIR")
     topology = pattern.topology if pattern else Topology(tp_size or 1, ep_size)
     with staged_folder(destination(out, overwrite=overwrite, sync=sync, progress=progress)) as stage:
         say(announced(as_text(source), topology))
