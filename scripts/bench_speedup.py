@@ -172,6 +172,7 @@ def measure(root: Path, *, repeat: int, layers: int, length: int, batches: Seque
     rows = [
         {
             **{"engine": engine, "ranks": ranks, "compiled": compiled, "batch": batch},
+            **{"layers": layers, "length": length},
             "seconds": [round(run["seconds"], 4) for run in found],
             "others": [round(run["others"], 3) for run in found],
         }
