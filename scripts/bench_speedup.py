@@ -1,12 +1,12 @@
 """A benchmark of forwards over batch sizes, ranks and compilation: this runtime, and transformers with and without TP.
 
-    .venv/bin/python scripts/bench_speedup.py [--repeat 2] [--layers 16] [--length 512] [--batch 1,2,4,8]
+    .venv/bin/python scripts/bench_speedup.py [--budget 200] [--layers 16] [--length 512] [--batch 1,2,4,8]
 
 A llama of 1B shape in bf16 with random weights, on this machine's CPU, one thread a rank, gloo. A forward gives the
-logits of the last token. The jobs of all sides stay loaded, and one forward runs at a time, each side in turn, so that
-other work on the machine meets all alike. A forward during which other processes took more than a tenth of the machine
-is repeated, `TRIES` times at most, and the least disturbed counts. The first forward of each compiled shape, which
-compiles, is not counted.
+logits of the last token. The jobs of all sides stay loaded, and one forward runs at a time. A round runs every side
+once for each batch size, so that other work on the machine meets all alike. `waited` is the share of a forward in which
+a rank was ready to run and had no CPU, since other processes had them. Of several rounds, the run that waited least
+counts. A forward that compiled something does not count, and is run again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import json
 import os
 import select
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,11 +33,13 @@ from reshard.launch.options import Batches
 SIDES = (("reshard", 1), ("reshard", 2), ("transformers", 1), ("transformers", 2))  # each with its number of ranks
 BATCHES = (1, 2, 4, 8)
 LENGTH, LAYERS = 512, 16
-DISTURBED, TRIES = 0.1, 3
+BUDGET = 200.0  # seconds: no round of eager forwards, or of compiled ones, begins later than this after the first
+_COMPILES = 4  # times that a forward may compile for a new shape; dynamo gives up after 8
 PATIENCE = 900  # seconds for an answer; compiling is the longest
 WORKER = """
 import json, os, sys, time
 import torch, torch.distributed as dist
+from torch._dynamo.utils import counters
 engine, folder, length = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if engine == "transformers":
     from transformers import AutoModelForCausalLM
@@ -49,15 +51,14 @@ else:
 forwards = {False: model, True: torch.compile(model)}
 rank = int(os.environ["RANK"])
 
-def busy():  # seconds of all CPUs since boot, those taken by other machines of the host included
-    user, nice, system, _, _, irq, softirq, steal = map(int, open("/proc/stat").readline().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+def waited():  # seconds that this thread, which computes alone, was ready to run and had no CPU
+    return int(open("/proc/thread-self/schedstat").read().split()[1]) / 1e9
 
-def together(cpu):
-    total = torch.tensor([cpu], dtype=torch.float64)
+def most(seconds):  # of all ranks; waits for all of them
+    found = torch.tensor([seconds], dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(total)
-    return float(total)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
 
 def tell(answer):
     if rank == 0:
@@ -73,17 +74,18 @@ tell({})
 for line in iter(asked, ""):
     batch, compiled = json.loads(line)
     ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch))
+    graphs = counters["stats"]["unique_graphs"]
     try:
-        together(0)
-        taken, before, start = time.process_time(), busy(), time.perf_counter()
+        most(0)
+        before, start = waited(), time.perf_counter()
         with torch.inference_mode():
             forwards[compiled](ids, use_cache=True, logits_to_keep=1)
-        wall, after = time.perf_counter() - start, busy()
+        wall = time.perf_counter() - start
     except Exception as error:
         tell({"error": f"{type(error).__name__}: {error}".partition("\\n")[0]})
         break
-    others = after - before - together(time.process_time() - taken)
-    tell({"seconds": wall, "others": max(0.0, others / wall / os.cpu_count())})
+    compiling = most(counters["stats"]["unique_graphs"] - graphs) > 0
+    tell({"seconds": wall, "waited": most(waited() - before) / wall, "compiling": compiling})
 os._exit(0)
 """
 
@@ -112,12 +114,13 @@ class Side:
 
     def answer(self) -> dict[str, Any]:
         """Return the next answer; one with `error` if the job ends or says nothing for `PATIENCE` seconds."""
+        assert self.job.stdout
         ready, _, _ = select.select([self.job.stdout], [], [], PATIENCE)
-        line = self.job.stdout.readline() if ready and self.job.stdout else ""
+        line = self.job.stdout.readline() if ready else ""
         return json.loads(line) if line else {"error": "the job ended" if ready else f"silent for {PATIENCE} s"}
 
     def forward(self, batch: int, compiled: bool) -> dict[str, Any] | None:
-        """Return seconds, and the share of the machine that other processes took; None if this side cannot run."""
+        """Return seconds, and the share of them in which a rank waited for a CPU; None if this side cannot run."""
         if compiled in self.failed or False in self.failed:
             return None
         assert self.job.stdin
@@ -129,19 +132,19 @@ class Side:
             return None
         return found
 
-    def undisturbed(self, batch: int, compiled: bool) -> dict[str, Any] | None:
-        """Run a forward again while others disturb it, and return the least disturbed."""
-        runs: list[dict[str, Any]] = []
-        while len(runs) < TRIES and not (runs and runs[-1]["others"] <= DISTURBED):
+    def warm_forward(self, batch: int, compiled: bool) -> dict[str, Any] | None:
+        """Run a forward, again while it has to compile something."""
+        for _ in range(_COMPILES):
             run = self.forward(batch, compiled)
-            if run is None:
-                return None
-            runs.append(run)
-        return min(runs, key=lambda run: run["others"])
+            if run is None or not run["compiling"]:
+                return run
+        self.failed[compiled] = f"it compiles each of {_COMPILES} forwards of one shape anew"
+        return None
 
 
-def measure(root: Path, *, repeat: int, layers: int, length: int, batches: Sequence[int]) -> list[dict[str, Any]]:
-    """Return a row for each side, mode and batch size, with the seconds of every run; or with why it cannot run."""
+def measure(root: Path, *, budget: float, layers: int, length: int, batches: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a row for each side, mode and batch size, with seconds and `waited` of its runs, the one that
+    waited least first; or with why it cannot run."""
     write(root / "source", {**LLAMA_1B, "num_hidden_layers": layers}, filled=True)
     folders = {}
     for engine, ranks in SIDES:
@@ -163,18 +166,23 @@ def measure(root: Path, *, repeat: int, layers: int, length: int, batches: Seque
                 side.job.kill()
                 sys.exit(side.job.communicate()[1])
         for compiled in (False, True):
-            for turn in range(-compiled, repeat):
+            end = time.monotonic() + budget
+            while True:
                 for batch in batches:
                     for side in sides:
-                        run = side.forward(batch, compiled) if turn < 0 else side.undisturbed(batch, compiled)
-                        if run is not None and turn >= 0:
+                        run = side.warm_forward(batch, compiled)
+                        if run is not None:
                             runs.setdefault((side.engine, side.ranks, compiled, batch), []).append(run)
+                if time.monotonic() >= end:
+                    break
+    for found in runs.values():
+        found.sort(key=lambda run: run["waited"])
     rows = [
         {
             **{"engine": engine, "ranks": ranks, "compiled": compiled, "batch": batch},
             **{"layers": layers, "length": length},
             "seconds": [round(run["seconds"], 4) for run in found],
-            "others": [round(run["others"], 3) for run in found],
+            "waited": [round(run["waited"], 3) for run in found],
         }
         for (engine, ranks, compiled, batch), found in runs.items()
     ]
@@ -189,7 +197,7 @@ def measure(root: Path, *, repeat: int, layers: int, length: int, batches: Seque
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print each row, beside the same batch size on one rank of this runtime, not compiled."""
     base = {
-        row["batch"]: statistics.median(row["seconds"])
+        row["batch"]: row["seconds"][0]
         for row in rows
         if "seconds" in row and (row["engine"], row["ranks"], row["compiled"]) == ("reshard", 1, False)
     }
@@ -198,23 +206,23 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         if "error" in row:
             click.echo(f"  {name:28} not measured: {row['error']}")
             continue
-        seconds, runs = statistics.median(row["seconds"]), row["seconds"]
+        seconds, *_ = runs = row["seconds"]
         click.echo(
             f"  {name:28} batch {row['batch']:<3} {seconds:7.3f} s  ({min(runs):.3f} to {max(runs):.3f})"
-            f"  {base[row['batch']] / seconds:5.2f} ×  others {max(row['others']):4.0%}"
+            f"  {base[row['batch']] / seconds:5.2f} ×  waited {row['waited'][0]:4.0%}"
         )
 
 
 @click.command()
-@click.option("--repeat", default=2, show_default=True)
+@click.option("--budget", default=BUDGET, show_default=True, help="Seconds of rounds: eager, and compiled.")
 @click.option("--layers", default=LAYERS, show_default=True)
 @click.option("--length", default=LENGTH, show_default=True, help="Tokens of each prompt.")
 @click.option("--batch", type=Batches(), default=",".join(map(str, BATCHES)), show_default=True)
-def main(repeat: int, layers: int, length: int, batch: tuple[int, ...]) -> None:
+def main(budget: float, layers: int, length: int, batch: tuple[int, ...]) -> None:
     """Print seconds, their range, and the speed-up over one rank of this runtime that is not compiled."""
     root = Path(tempfile.mkdtemp())
     try:
-        show(measure(root, repeat=repeat, layers=layers, length=length, batches=batch))
+        show(measure(root, budget=budget, layers=layers, length=length, batches=batch))
     finally:
         shutil.rmtree(root)
 

@@ -66,14 +66,14 @@ _QUANTIZE = {
 def measure_forward(root: Path, repeat: int) -> Rows:
     """Seconds of a forward, by engine, ranks, compilation and batch size."""
     layers, length, batches = MODEL["num_hidden_layers"], bench_speedup.LENGTH, bench_speedup.BATCHES
-    return bench_speedup.measure(root, repeat=repeat, layers=layers, length=length, batches=batches)
+    return bench_speedup.measure(root, budget=bench_speedup.BUDGET, layers=layers, length=length, batches=batches)
 
 
 def draw_forward(found: Found) -> str:
     """Bars of the speed-up over one rank, in the form of the chart in transformers' guide to tensor parallelism."""
     rows = found["rows"]
     took = {
-        (row["engine"], row["ranks"], row["compiled"], row["batch"]): statistics.median(row["seconds"])
+        (row["engine"], row["ranks"], row["compiled"], row["batch"]): row["seconds"][0]
         for row in rows
         if "seconds" in row
     }
