@@ -1,6 +1,6 @@
 """A benchmark of forwards over batch sizes, ranks and compilation: this runtime, and transformers with and without TP.
 
-    .venv/bin/python scripts/bench_speedup.py [--budget 200] [--layers 16] [--length 512] [--batch 1,2,4,8]
+    .venv/bin/python scripts/bench_speedup.py [--budget 100] [--layers 16] [--length 512] [--batch 1,2,4,8]
 
 A llama of 1B shape in bf16 with random weights, on this machine's CPU, one thread a rank, gloo. A forward gives the
 logits of the last token. The jobs of all sides stay loaded, and one forward runs at a time. A round runs every side
@@ -33,7 +33,7 @@ from reshard.launch.options import Batches
 SIDES = (("reshard", 1), ("reshard", 2), ("transformers", 1), ("transformers", 2))  # each with its number of ranks
 BATCHES = (1, 2, 4, 8)
 LENGTH, LAYERS = 512, 16
-BUDGET = 200.0  # seconds: no round of eager forwards, or of compiled ones, begins later than this after the first
+BUDGET = 100.0  # seconds: no round of eager forwards, or of compiled ones, begins later than this after the first
 _COMPILES = 4  # times that a forward may compile for a new shape; dynamo gives up after 8
 PATIENCE = 900  # seconds for an answer; compiling is the longest
 WORKER = """
