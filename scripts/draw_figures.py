@@ -120,6 +120,24 @@ def measured(name: str, folder: str | None, repeat: int | None) -> dict[str, Any
     }
 
 
+def added(before: Rows, new: Rows) -> Rows:
+    """Return the new rows with the runs of the same rows before: of forwards, the run that waited least comes first."""
+    there = {_key(row): row for row in before}
+    rows = []
+    for row in new:
+        old = there.get(_key(row), {})
+        runs = {key: [*value, *old.get(key, [])] for key, value in row.items() if isinstance(value, list)}
+        if "waited" in runs:
+            order = sorted(range(len(runs["waited"])), key=runs["waited"].__getitem__)
+            runs = {key: [value[at] for at in order] for key, value in runs.items()}
+        rows.append({**row, **runs})
+    return rows
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return tuple((key, value) for key, value in row.items() if not isinstance(value, list) and key != "memory")
+
+
 class Names(click.ParamType):
     """Names of figures, with commas between them."""
 
@@ -139,16 +157,24 @@ class Names(click.ParamType):
 @click.option("--from", "source", type=click.Path(exists=True, dir_okay=False), help="Measure nothing: draw these.")
 @click.option("--out", type=click.Path(file_okay=False), default=str(CHARTS), help="Folder of the charts.")
 @click.option("--folder", type=click.Path(exists=True, file_okay=False), help="Where to work.  [default: a new one]")
+@click.option("--add", "more", is_flag=True, help="Add to the runs that are kept: if other work has disturbed those.")
 @click.option("--repeat", type=click.IntRange(1), help="How often everything runs.  [default: 2 or 3]")
-def main(only: tuple[str, ...], source: str | None, out: str, folder: str | None, repeat: int | None) -> None:
+def main(
+    only: tuple[str, ...], source: str | None, out: str, folder: str | None, more: bool, repeat: int | None
+) -> None:
     """Measure charts, keep the results, and draw them with their page."""
+    if source and (more or repeat):
+        raise click.UsageError("--from measures nothing: --add and --repeat do not go with it")
     there = Path(out)
     there.mkdir(parents=True, exist_ok=True)
     kept = Path(source) if source else there / RESULTS
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in () if source else only:
         click.echo(f"{name} …", err=True)
-        results[name] = measured(name, folder, repeat)
+        found = measured(name, folder, repeat)
+        if more and name in results:
+            found["rows"] = added(results[name]["rows"], found["rows"])
+        results[name] = found
         kept.write_text(json_of(results))  # now: the next one may fail
     for name, found in results.items():
         (there / f"{name}.svg").write_text(DRAWINGS[name].chart(found))

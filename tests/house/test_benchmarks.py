@@ -184,6 +184,17 @@ def test_only_some(small: None, tmp_path: Path) -> None:
     assert (done.exit_code, "'speed' is none of forward, convert, load, quantize" in done.output) == (2, True)
 
 
+def test_rounds_are_added() -> None:
+    """Of all runs of a forward, the one that waited least comes first; another row is no part of it."""
+    old = [{"batch": 1, "seconds": [3.0, 4.0], "waited": [0.1, 0.3]}, {"batch": 2, "seconds": [9.0], "waited": [0.0]}]
+    new = [{"batch": 1, "seconds": [5.0], "waited": [0.2]}, {"batch": 4, "seconds": [1.0], "waited": [0.5]}]
+    first, second = draw_figures.added(old, new)
+    assert first == {"batch": 1, "seconds": [3.0, 5.0, 4.0], "waited": [0.1, 0.2, 0.3]}
+    assert second == new[1]
+    one = draw_figures.added([{"name": "a", "memory": 3, "rates": [1.0]}], [{"name": "a", "memory": 4, "rates": [2.0]}])
+    assert one == [{"name": "a", "memory": 4, "rates": [2.0, 1.0]}]
+
+
 def test_charts_are_those_of_the_results(tmp_path: Path) -> None:
     """So is the page, and every chart that another page shows is there."""
     run(draw_figures.main, "--from", str(draw_figures.CHARTS / "results.json"), "--out", str(tmp_path))
