@@ -1,4 +1,4 @@
-"""Parts that the benchmarks share: torchrun jobs, runs in turn, one state of memory for all, and plots."""
+"""Parts that the benchmarks share: torchrun jobs, runs in turn, and one state of memory for all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reshard.launch.benchmark.chart import draw
 from reshard.launch.benchmark.runs import in_turn
 
-__all__ = ["convert", "draw", "in_turn", "rank_zero", "same_memory", "torchrun", "warm"]
+__all__ = ["convert", "in_turn", "rank_zero", "same_memory", "torchrun", "warm"]
 
 
 def same_memory(rest: float) -> None:

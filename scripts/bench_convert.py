@@ -1,6 +1,6 @@
 """A benchmark of `reshard convert` against `cp -r` of the same folder, in turn in one run; medians and ratios.
 
-    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--repeat 5] [--case dense] [--peers] [--plot FILE] …
+    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--repeat 5] [--case dense] [--peers] …
 
 `copy` is the whole process less that of `--dry-run`, which is imports and planning. `cp+sync` waits for the disk as
 `reshard` does by default. The source is in the page cache, except in the case `cold`, and every command finds memory in
@@ -17,17 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import click
-from bench_common import draw, in_turn, same_memory, torchrun, warm
+from bench_common import in_turn, same_memory, torchrun, warm
 from big_checkpoints import LLAMA_1B, QWEN3_MOE, QWEN3_MOE_FP8, QWEN3_MOE_INT4, write
 
+REST = 4.0  # seconds before each command
 RESHARD = [sys.executable, "-P", "-m", "reshard", "convert"]
-PLOTTED_LAYERS = (2, 8, 16, 32)
 LOAD_AND_SPLIT = """
 import sys
 from pathlib import Path
@@ -119,7 +119,7 @@ def drop_from_cache(source: Path) -> None:
 @click.command()
 @click.option("--folder", type=click.Path(file_okay=False), help="Where to work. [default: a temporary folder]")
 @click.option("--repeat", default=5, show_default=True)
-@click.option("--rest", default=4.0, show_default=True, help="Seconds to wait before each command.")
+@click.option("--rest", default=REST, show_default=True, help="Seconds to wait before each command.")
 @click.option("--case", "names", multiple=True, help=f"Some of: {', '.join(CASES)}. [default: all]")
 @click.option("--layers", type=int, help="Number of layers.  [default: the configuration's]")
 @click.option(
@@ -127,7 +127,6 @@ def drop_from_cache(source: Path) -> None:
     is_flag=True,
     help="In the cases `dense tp…`, also run the other tools. It is slow and needs memory for the whole model.",
 )
-@click.option("--plot", help=f"Instead: draw time against size, for {PLOTTED_LAYERS} layers at tp 4, into this file.")
 def main(
     folder: str | None,
     repeat: int,
@@ -135,32 +134,25 @@ def main(
     names: tuple[str, ...],
     layers: int | None,
     peers: bool,
-    plot: str | None,
 ) -> None:
     """Print seconds and ratios for each case."""
     root = Path(tempfile.mkdtemp(dir=folder))
-    measured = partial(measure, root=root, repeat=repeat, rest=rest)
     try:
-        if plot:
-            lines: dict[str, list[tuple[float, float]]] = {}
-            for layers in PLOTTED_LAYERS:
-                size, median = measured(f"{layers} layers", CASES["dense tp4"].of(layers), peers=False)
-                for name, seconds in median.items():
-                    lines.setdefault(name, []).append((size / 1e9, seconds))
-            draw(plot, "reshard convert --tp-size 4, beside cp", "GB of bf16", "seconds", lines)
-            return
         for name, case in CASES.items():
             if not names or any(name.startswith(chosen) for chosen in names):
                 peered = peers and name.startswith("dense tp") and not case.cut_before
-                measured(name, case.of(layers), peers=peered)
+                count, size, seconds = measure(case.of(layers), root=root, repeat=repeat, rest=rest, peers=peered)
+                click.echo(f"\n{name}: {count:,} tensors, {size / 1e9:.2f} GB, medians of {repeat}")
+                show(seconds)
     finally:
         shutil.rmtree(root)
 
 
 def measure(
-    name: str, case: Case, *, root: Path, repeat: int, rest: float, peers: bool
-) -> tuple[int, dict[str, float]]:
-    """Run and print one case. Returns the checkpoint's bytes, and the median seconds of each contender."""
+    case: Case, *, root: Path, repeat: int, rest: float, peers: bool = False, only: Collection[str] = ()
+) -> tuple[int, int, dict[str, list[float]]]:
+    """Return the checkpoint's tensors and bytes, and the seconds of each contender's runs; of some, if `only` names
+    them."""
     source, out = root / "source", root / "out"
     count, size = write(source, case.config, filled=True)
     if case.cut_before:
@@ -175,12 +167,17 @@ def measure(
             drop_from_cache(source)
         same_memory(rest)
 
-    commands = contenders(source, out, case, peers=peers)
+    found = contenders(source, out, case, peers=peers)
+    commands = {name: steps for name, steps in found.items() if not only or name in only}
     seconds = in_turn(repeat, {name: partial(timed, steps, prepare) for name, steps in commands.items()})
     shutil.rmtree(source)
     shutil.rmtree(out, ignore_errors=True)
+    return count, size, seconds
+
+
+def show(seconds: dict[str, list[float]]) -> None:
+    """Print the medians of a case, and their ratios."""
     median = {contender: statistics.median(runs) for contender, runs in seconds.items()}
-    click.echo(f"\n{name}: {count:,} tensors, {size / 1e9:.2f} GB, medians of {repeat}")
     for contender, value in median.items():
         low, high = min(seconds[contender]), max(seconds[contender])
         click.echo(f"  {contender:20} {value:6.2f} s  ({low:.2f} to {high:.2f})  {value / median['cp']:5.2f} × cp")
@@ -192,7 +189,6 @@ def measure(
     for peer in ("load and split", "transformers + DCP"):
         if peer in median:
             click.echo(f"  {peer:28}  {median[peer] / median['reshard --no-sync']:5.1f} × reshard --no-sync")
-    return size, median
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A benchmark of a tensor-parallel start on CPU: this runtime against transformers' `tp_plan="auto"`.
 
-    .venv/bin/python scripts/bench_load.py [--repeat 5] [--ranks 2] [--layers 16] [--plot FILE]
+    .venv/bin/python scripts/bench_load.py [--repeat 5] [--ranks 2] [--layers 16]
 
 One thread a rank, gloo, a llama of 1B shape in bf16, its files in the page cache; in turn, medians. `imports` ends when
 the libraries and the model's own module are there, `load` when the model is ready; `first` is a forward of one token.
@@ -15,14 +15,12 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
-from bench_common import convert, draw, in_turn, rank_zero, warm
+from bench_common import convert, in_turn, rank_zero, warm
 from big_checkpoints import LLAMA_1B, write
 
 KINDS = {"reshard": "out", "reshard, no digests": "out", "transformers": "source"}
-PLOTTED_RANKS = (1, 2, 4)
 WORKER = """
 import time
 start = time.perf_counter()
@@ -64,31 +62,29 @@ os._exit(0)
 @click.option("--repeat", default=5, show_default=True)
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--layers", default=16, show_default=True)
-@click.option("--plot", help=f"Instead: draw the load on {PLOTTED_RANKS} ranks into this file.")
-def main(repeat: int, ranks: int, layers: int, plot: str | None) -> None:
+def main(repeat: int, ranks: int, layers: int) -> None:
     """Print seconds of each phase, and memory."""
     root = Path(tempfile.mkdtemp())
     try:
         _, size = write(root / "source", {**LLAMA_1B, "num_hidden_layers": layers}, filled=True)
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for count in PLOTTED_RANKS if plot else (ranks,):
-            click.echo(f"{size / 1e9:.2f} GB on {count} ranks, medians of {repeat}")
-            for kind, found in measure(root, count, repeat).items():
-                lines.setdefault(kind, []).append((count, found["load"]))
-        if plot:
-            draw(plot, f"load of {size / 1e9:.2f} GB, after imports", "ranks", "seconds", lines)
+        click.echo(f"{size / 1e9:.2f} GB on {ranks} ranks, medians of {repeat}")
+        show(measure(root, ranks, repeat))
     finally:
         shutil.rmtree(root)
 
 
-def measure(root: Path, ranks: int, repeat: int) -> dict[str, dict[str, float]]:
-    """Print and return the medians of each kind of start."""
+def measure(root: Path, ranks: int, repeat: int) -> dict[str, list[dict[str, float]]]:
+    """Return what each run of each kind of start took, phase by phase. `root` has the checkpoint `source`."""
     shutil.rmtree(root / "out", ignore_errors=True)
     convert(root / "source", root / "out", ranks)
     warm(root / "source")
     warm(root / "out")
     jobs = {kind: partial(rank_zero, WORKER, [kind, str(root / folder)], ranks) for kind, folder in KINDS.items()}
-    runs: dict[str, list[Any]] = in_turn(repeat, jobs)
+    return in_turn(repeat, jobs)
+
+
+def show(runs: dict[str, list[dict[str, float]]]) -> None:
+    """Print the medians of each kind of start."""
     median = {
         kind: {phase: statistics.median(run[phase] for run in found) for phase in found[0]}
         for kind, found in runs.items()
@@ -104,7 +100,6 @@ def measure(root: Path, ranks: int, repeat: int) -> dict[str, dict[str, float]]:
         parts = {name.removeprefix("of it "): value for name, value in found.items() if name.startswith("of it ")}
         if parts:
             click.echo(f"  {'':20} {', '.join(f'{name} {1e3 * value:.0f}' for name, value in parts.items())} ms")
-    return median
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def commands_of(kind: str, source: Path, out: Path) -> dict[str, list[str]]:
     return found if kind == "fp8" else {**found, "transformers": [*script, _IMPORTS + _TRANSFORMERS, *words]}
 
 
-def measure(command: list[str], out: Path) -> tuple[float, int]:
+def timed(command: list[str], out: Path) -> tuple[float, int]:
     """Run a command. Returns its seconds of processor time, and the peak of its anonymous memory in bytes."""
     shutil.rmtree(out, ignore_errors=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -87,6 +87,20 @@ def measure(command: list[str], out: Path) -> tuple[float, int]:
         sys.exit(f"failed: {' '.join(command)[:200]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak
+
+
+def measure(kind: str, source: Path, out: Path, size: int, repeat: int) -> dict[str, tuple[list[float], float]]:
+    """Return, by who quantizes, MB of bf16 a second of a core for each run, and the peak of memory in MB."""
+    commands = commands_of(kind, source, out)
+    runs = in_turn(repeat, {name: partial(timed, command, out) for name, command in commands.items()})
+    found = {}
+    for name, less in (("reshard", "dry run"), ("library", "imports"), ("transformers", "imports")):
+        if name in runs:
+            start = statistics.median(seconds for seconds, _ in runs[less])
+            rates = [size / max(seconds - start, 1e-3) / 1e6 for seconds, _ in runs[name]]
+            peaks = [max(peak for _, peak in runs[which]) for which in (name, less)]
+            found[name] = (rates, (peaks[0] - peaks[1]) / 1e6)
+    return found
 
 
 def _anonymous(process: int) -> int:
@@ -111,16 +125,9 @@ def main(folder: str | None, repeat: int, layers: int, kinds: tuple[str, ...]) -
         warm(source)
         print(f"{size / 1e6:.0f} MB in bf16, medians of {repeat}, on {os.cpu_count()} CPUs")
         for kind in kinds:
-            commands = commands_of(kind, source, out)
-            runs = in_turn(repeat, {name: partial(measure, command, out) for name, command in commands.items()})
-            seconds = {name: statistics.median(one for one, _ in found) for name, found in runs.items()}
-            peaks = {name: max(peak for _, peak in found) for name, found in runs.items()}
             print(f"{kind}")
-            for name, less in (("reshard", "dry run"), ("library", "imports"), ("transformers", "imports")):
-                if name in seconds:
-                    work = max(seconds[name] - seconds[less], 1e-3)
-                    memory = f"{(peaks[name] - peaks[less]) / 1e6:.0f}"
-                    print(f"  {name:12}  {size / work / 1e6:7.0f} MB/s a core  {memory:>6} MB above the imports")
+            for name, (rates, memory) in measure(kind, source, out, size, repeat).items():
+                print(f"  {name:12}  {statistics.median(rates):7.0f} MB/s a core  {memory:6.0f} MB above the imports")
     finally:
         shutil.rmtree(root)
 

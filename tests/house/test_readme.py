@@ -259,7 +259,9 @@ def test_options_exist() -> None:
     commands = [*cli.commands.values(), bench, check, generate]
     known = {name for command in commands for option in command.params for name in option.opts} | {"--help"}
     known |= FOREIGN
-    scripts = "".join(path.read_text() for path in (ROOT / "scripts").iterdir() if path.suffix not in (".svg", ".md"))
+    scripts = "".join(
+        path.read_text() for path in (ROOT / "scripts").iterdir() if path.is_file() and path.suffix != ".md"
+    )
     known |= set(re.findall(r"--[a-z][a-z-]+", scripts + (ROOT / "tests/tools/family_report.py").read_text()))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXTS[page]))
