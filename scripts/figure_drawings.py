@@ -74,7 +74,7 @@ def forward_chart(found: Found) -> str:
     title = f"Llama forward, {first['length']} tokens, with and without tensor parallelism"
     note = f"{first['layers']} layers of 1B shape in bf16; {found['machine']}, one thread a rank. In the bars: seconds."
     y = "speed-up over reshard on 1 rank, eager"
-    panels = [Panel("torch.compile" if compiled else "eager", found) for compiled, found in groups.items()]
+    panels = [Panel("torch.compile" if compiled else "eager", group) for compiled, group in groups.items()]
     return bars(title, note, y, dict(_FORWARD.values()), panels)
 
 
@@ -99,7 +99,7 @@ def convert_chart(found: Found) -> str:
     """Lines of seconds against size."""
     points: dict[str, list[tuple[float, float]]] = {}
     for size, took in _by(found, "bytes", "seconds").items():
-        median = {name: statistics.median(runs) for name, runs in took.items()}
+        median = {name: _median(runs) for name, runs in took.items()}
         named = {_CONVERT[name][0]: seconds for name, seconds in median.items()}
         for name, seconds in {**named, _COPY[0]: median["reshard"] - median["dry run"]}.items():
             points.setdefault(name, []).append((size / 1e9, seconds))
@@ -112,9 +112,9 @@ def convert_table(found: Found) -> Table:
     """Seconds of each size, and the ratio of what follows start-up to the copy."""
     rows: Table = [["GB", *(name for name, _ in _CONVERT.values()), _COPY[0], "… over cp -r and sync"]]
     for size, took in _by(found, "bytes", "seconds").items():
-        copy = statistics.median(took["reshard"]) - statistics.median(took["dry run"])
+        copy = round(_median(took["reshard"]) - _median(took["dry run"]), 2) + 0.0  # not -0.00
         cells = [_runs(took[name]) for name in _CONVERT]
-        ratio = copy / statistics.median(took["cp+sync"])
+        ratio = copy / _median(took["cp+sync"])
         rows.append([f"{size / 1e9:.2f}", *cells, _s(copy), f"{ratio:.2f}"])
     return rows
 
@@ -123,7 +123,7 @@ def load_chart(found: Found) -> str:
     """Bars of seconds for each number of ranks."""
     groups = {
         f"{ranks} rank{'s' * (ranks > 1)}{', more than the cores' * (ranks > found['cores'])}": {
-            _LOAD[name][0]: Bar(statistics.median(runs), _s(statistics.median(runs))) for name, runs in took.items()
+            _LOAD[name][0]: Bar(_median(runs), _s(_median(runs))) for name, runs in took.items()
         }
         for ranks, took in _by(found, "ranks", "seconds").items()
     }
