@@ -143,13 +143,13 @@ class OnDisk:
 
     def whole(self) -> Manifest | None:
         self._check_names()
-        if os.path.lexists(self.out / MANIFEST_NAME):
-            return read_manifest(self.out)
-        if os.path.lexists(self.out):
+        if not os.path.lexists(self.out):  # looked for first: the folder appears with its manifest
+            return None
+        if not os.path.lexists(self.out / MANIFEST_NAME):
             raise DestinationExistsError(
                 f"{self.place}: already exists, and is no resharded folder", hint="choose another name"
             )
-        return None
+        return read_manifest(self.out)
 
     def together(self, records: Sequence[PartRecord]) -> Path:
         with _gone(self._files):
