@@ -28,7 +28,6 @@ from reshard.errors import (
 )
 from reshard.execution.parts.record import DRAFT_NAME, RECORD_NAME
 from reshard.operations.convert import work
-from reshard.operations.convert.which import which_part
 from reshard.resharded.manifest import sealed_text
 
 PART_2 = "part-00002-of-00003"
@@ -329,6 +328,17 @@ def test_a_record_or_draft_that_was_altered(name: str, parts: Path, checkpoint: 
         reshard.finish(parts)
 
 
+def test_a_draft_of_another_conversion(parts: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """It has a seal of its own, but the part's record names another."""
+    reshard.convert_part(checkpoint("llama"), parts, part="2/3", tp_size=4)
+    reshard.convert_part(checkpoint("llama"), tmp_path / "other", part="1/3", tp_size=3)
+    draft = tmp_path / "other.parts" / "part-00001-of-00003" / DRAFT_NAME
+    shutil.copy(draft, parts.with_name("out.parts") / "part-00001-of-00003" / DRAFT_NAME)
+    with pytest.raises(IntegrityError, match="is not the draft of part 1 of 3"):
+        reshard.finish(parts)
+    assert not parts.exists()
+
+
 def test_a_record_of_a_newer_release(parts: Path) -> None:
     path = parts.with_name("out.parts") / "part-00001-of-00003" / RECORD_NAME
     path.write_bytes(sealed_text({**json.loads(path.read_text()), "format_version": 2}))
@@ -459,77 +469,6 @@ def test_a_disk_that_is_too_small(parts: Path, checkpoint: Checkpoint, monkeypat
 
 def _full(*_: object) -> None:
     raise StorageError("No space")
-
-
-# --- which part ---
-
-
-ENGINES = {
-    "torchrun": ({"RANK": "2", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "3/4"),
-    "Open MPI": ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "1/2"),
-    "MPICH": ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "2/2"),
-    "srun": ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, "4/4"),
-    "sbatch": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "1/1"),
-    "an array": (
-        {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_PROCID": "0"},
-        "5/8",
-    ),
-    "an array with steps, from 0": (
-        {
-            **{"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"},
-            "SLURM_ARRAY_TASK_STEP": "2",
-        },
-        "4/4",
-    ),
-    "an array of srun": (
-        {
-            **{"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"},
-            **{"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
-        },
-        "4/4",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_the_engine_says_which_part(name: str) -> None:
-    environment, expected = ENGINES[name]
-    found = which_part("auto", environment)
-    assert f"{found.number}/{found.of}" == expected
-    assert which_part(f"auto/{found.of}", environment) == found
-
-
-def test_kubernetes_says_the_number_only() -> None:
-    assert str(which_part("auto/8", {"JOB_COMPLETION_INDEX": "7"})) == "part 8 of 8"
-    with pytest.raises(UsageError, match="does not say how many") as refused:
-        which_part("auto", {"JOB_COMPLETION_INDEX": "7"})
-    assert refused.value.hint == "give the number: --part auto/8"
-
-
-@pytest.mark.parametrize(
-    ("text", "environment", "words"),
-    [
-        ("auto", {}, "neither torchrun, MPI, Slurm nor Kubernetes has started this process"),
-        ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "the variables of torchrun make no sense"),
-        ("auto", {"RANK": "0"}, "the variables of torchrun make no sense"),
-        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "torchrun says process 3 of 2"),
-        ("auto/4", {"RANK": "1", "WORLD_SIZE": "2"}, "torchrun has started 2 processes"),
-        ("auto/8", {"JOB_COMPLETION_INDEX": "8"}, "Kubernetes says process 9 of 8"),
-        ("auto/x", {}, "'auto/x' is no number of parts"),
-        ("auto/0", {}, "is no number of parts"),
-        (
-            "auto",
-            {
-                **{"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"},
-                "SLURM_ARRAY_TASK_STEP": "2",
-            },
-            "the variables of Slurm make no sense",
-        ),
-    ],
-)
-def test_an_engine_that_makes_no_sense(text: str, environment: dict[str, str], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        which_part(text, environment)
 
 
 def test_the_last_part_finishes(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ...checkpoint.source import MANIFEST_NAME
 from ...errors import DestinationExistsError, IntegrityError, StorageError
+from ...files.digest import digest_of
 from ...files.system import by_errno
 from ...process import Advance
 from ...resharded.manifest import Manifest, manifest_at, read_manifest
@@ -129,8 +130,14 @@ class OnDisk:
             raise by_errno(error, f"{self.place}: {error.strerror}", StorageError) from None
 
     def draft(self, part: Part) -> Manifest:
-        with _gone(self.folder / part.name):
-            return manifest_at(self.folder / part.name / DRAFT_NAME)
+        path = self.folder / part.name / DRAFT_NAME
+        with _gone(path.parent):
+            record = read_record(path.with_name(RECORD_NAME).read_bytes(), where=printable(path.parent))
+            if digest_of(path.read_bytes()) != record.draft:
+                raise IntegrityError(
+                    f"{printable(path)}: is not the draft of {part}", hint="remove that part, and make it again"
+                )
+            return manifest_at(path)
 
     def lacks(self, record: PartRecord) -> list[str]:
         # In this order: another run may move a file from the one place to the other meanwhile.

@@ -72,7 +72,6 @@ class Work:
     origin: Origin
     draft: Manifest
     layouts: list[FileLayout]
-    notes: tuple[str, ...]
     ahead: DigestsAhead
     arrivals: Arrivals | None
     spans: Spans
@@ -190,7 +189,7 @@ def prepared(
         for note in planned.notes:
             say(note)
         draft = _with_files(planned, origin)
-        yield Work(origin, draft, planned.layouts, planned.notes, ahead, arrivals, spans, keep_cache)
+        yield Work(origin, draft, planned.layouts, ahead, arrivals, spans, keep_cache)
 
 
 def _with_files(planned: Recut, origin: Origin) -> Manifest:
